@@ -1,0 +1,40 @@
+# The two commands of the README, and the pieces they are made of. Needs Python >= 3.11 and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/quickstart
+
+.PHONY: quickstart test lint types proof bench clean
+
+quickstart: .venv/.quickstart  ## from text to a talking model, in minutes
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/quickstart.sh $(RUN)
+
+test: .venv/.dev lint types  ## what CI runs
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.dev
+	$(BIN)/mypy
+
+bench: .venv/.dev  ## the CPU benchmarks; peers that are installed run beside ours
+	$(BIN)/python benchmarks/train_cpu.py
+	$(BIN)/python benchmarks/decode_cpu.py
+	$(BIN)/python benchmarks/tokenize_throughput.py
+
+proof: .venv/.dev  ## the long proofs: hundreds of kills and resumes
+	$(BIN)/python -m pytest tests/faults --proof
+
+.venv/.quickstart: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot,hf]'
+	touch $@
+
+.venv/.dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot,hf,track,dev]'
+	touch $@ .venv/.quickstart
+
+clean:
+	rm -rf .venv runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

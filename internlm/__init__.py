@@ -1,0 +1,34 @@
+"""From text to a talking model: data, tokenizer, pre-training, tuning, export, chat.
+
+Rooms, in the order in which they may import each other (a test reads the imports and fails on anything else):
+
+    compat errors config log plot runtime storage · text · data · model · cost · weights · parallel · optim ·
+    checkpoint · sandbox · infer · eval · agent · train · recipe · plan · serve · cli
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Tokenizer": "internlm.text.tokenizer",
+    "Message": "internlm.text.chat",
+    "Batch": "internlm.data.batch",
+    "ModelConfig": "internlm.model.config",
+    "Transformer": "internlm.model.transformer",
+    "Trainer": "internlm.train.trainer",
+    "Engine": "internlm.infer.engine",
+    "Request": "internlm.infer.engine",
+}
+"""Public name → module; importing torch takes seconds, so nothing is imported before it is asked for."""
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'internlm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

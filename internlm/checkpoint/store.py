@@ -1,0 +1,211 @@
+"""Training state on disk: complete or absent, sharded by torch.distributed.checkpoint, named by parameter.
+
+    RUN/checkpoints/step-00001200/
+        manifest.json     sizes and SHA-256 of every file, written last; meta: step, tokens, data position, recipe
+        tensors/          torch.distributed.checkpoint: `model.<name>`, `optim.<name>.<slot>`, `random.<generator>`
+        model.yaml        the ModelConfig
+        tokenizer/        the vocabulary the model was trained with
+
+Limits: one process writes; several ranks, asynchronous writing and remote storage come with `parallel`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from internlm import config as recipes
+from internlm import storage
+from internlm.config import section
+from internlm.errors import ConfigError, StorageError
+from internlm.model.config import ModelConfig
+from internlm.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+KIND = "checkpoint"
+_STEP = re.compile(r"step-(\d+)$")
+
+
+@section
+class CheckpointConfig:
+    """When training state is written, and how much of it is kept."""
+
+    every_steps: int | None = None
+    """Steps between two checkpoints; None: only at the end."""
+    keep_last: int = 2
+    """How many of the newest are kept. The newest complete one is never removed."""
+    resume: bool = True
+    """Whether a run folder with a checkpoint is continued; false: such a folder is an error."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep_last"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError("must be at least 1", where=f"checkpoint.{name}", got=value)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint, opened: small facts are here, tensors are read when asked for."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.meta["step"]
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return recipes.decode(ModelConfig, yaml.safe_load((self.path / "model.yaml").read_text(encoding="utf-8")))
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """Folder of the tokenizer it was trained with."""
+        folder = self.path / "tokenizer"
+        return folder if folder.is_dir() else None
+
+    @property
+    def template(self) -> str | None:
+        """Name of the chat template of its training data, if there was one."""
+        return self.meta.get("template")
+
+    def load(self, into: dict[str, Tensor]) -> None:
+        """Fill the given tensors, in place.
+
+        Raises:
+            StorageError: a name is not in the checkpoint, or has another shape.
+        """
+        known = self._metadata()
+        for name, tensor in into.items():
+            facts = known.get(name)
+            if facts is None or tuple(facts.size) != tuple(tensor.shape):
+                found = "is not in the checkpoint" if facts is None else f"has shape {tuple(facts.size)} there"
+                raise StorageError(f"tensor {name} {tuple(tensor.shape)} {found}", where=self.path)
+        with _quiet():
+            dcp.load(into, storage_reader=dcp.FileSystemReader(self.path / "tensors"), no_dist=True)
+
+    def tensors(self, prefix: str = "model.") -> Iterator[tuple[str, Tensor]]:
+        """Yield (name without prefix, tensor) one at a time, so that only one is in memory."""
+        for name, facts in self._metadata().items():
+            if name.startswith(prefix):
+                tensor = torch.empty(facts.size, dtype=facts.properties.dtype)
+                with _quiet():
+                    reader = dcp.FileSystemReader(self.path / "tensors")
+                    dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+                yield name.removeprefix(prefix), tensor
+
+    def _metadata(self) -> dict[str, TensorStorageMetadata]:
+        entries = dcp.FileSystemReader(self.path / "tensors").read_metadata().state_dict_metadata
+        return {name: facts for name, facts in entries.items() if isinstance(facts, TensorStorageMetadata)}
+
+
+def save(
+    path: Path, tensors: dict[str, Tensor], model: ModelConfig, tokenizer: Path | None, meta: dict[str, Any]
+) -> None:
+    """Write a checkpoint folder that is complete or absent.
+
+    Args:
+        path: the folder, `…/step-<n>`.
+        tensors: by logical name.
+        model: shape of the model.
+        tokenizer: folder of the tokenizer's files, copied in.
+        meta: JSON-able facts; must have `step`.
+
+    Raises:
+        StorageError: the disk is full (checked before anything is written), or writing failed.
+    """
+    needed = sum(t.numel() * t.element_size() for t in tensors.values())
+    storage.require_space(path, needed + (1 << 20), f"checkpoint {path.name}")
+    with storage.writing(path, KIND, replace=True) as folder:
+        writer = dcp.FileSystemWriter(folder.path / "tensors", sync_files=False)  # storage.writing syncs every file
+        try:
+            with _quiet():
+                dcp.save(tensors, storage_writer=writer, no_dist=True)
+        except dcp.CheckpointException as error:
+            cause = next((e for e, _ in error.failures.values() if isinstance(e, OSError)), None)
+            if cause is None:
+                # torch wraps what its writer threads raise: look for the system's own words
+                raise StorageError(f"writing failed: {error}", where=path) from error
+            raise cause from error
+        (folder.path / "model.yaml").write_text(recipes.dump(model), encoding="utf-8")
+        if tokenizer is not None:
+            (folder.path / "tokenizer").mkdir()
+            Tokenizer.load(tokenizer).save(folder.path / "tokenizer")
+        folder.meta.update(meta)
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Return whether `path` is a complete checkpoint."""
+    return storage.is_complete(path, KIND)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint, or the newest complete one of a run.
+
+    Args:
+        path: a checkpoint folder, a run folder, or its `checkpoints` folder.
+
+    Raises:
+        StorageError: there is no complete checkpoint.
+    """
+    path = Path(path)
+    if not is_checkpoint(path):
+        found = newest(path)
+        if found is None:
+            raise StorageError("no complete checkpoint here", where=path, do="Was the run stopped before the first?")
+        path = found
+    return Checkpoint(path, storage.read_manifest(path, KIND))
+
+
+def newest(run: str | Path) -> Path | None:
+    """Return the newest complete checkpoint of a run folder (or of its `checkpoints` folder), or None."""
+    complete = listed(run)
+    return complete[-1] if complete else None
+
+
+def listed(run: str | Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    run = Path(run)
+    folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    if not folder.is_dir():
+        return []
+    found = {int(match[1]): path for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))}
+    return [found[step] for step in sorted(found) if is_checkpoint(found[step])]
+
+
+def path_of(run: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def retain(run: Path, keep_last: int) -> None:
+    """Remove all complete checkpoints but the newest `keep_last`; unfinished ones are not touched."""
+    for path in listed(run)[: -max(1, keep_last)]:
+        # The manifest goes first: a removal that is cut short leaves something nobody reads.
+        (path / storage.MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class _quiet(warnings.catch_warnings):
+    """Silence torch's remark that no process group exists: that is what `no_dist` says."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        warnings.simplefilter("ignore")
+        return entered

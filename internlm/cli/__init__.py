@@ -1,0 +1,67 @@
+"""The command line: `internlm VERB …`. One file per verb; nothing heavy is imported before the verb is known.
+
+A verb module has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments) -> int`. Exit codes: 0 done, 1 failed,
+2 wrong usage; an interrupt exits with 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from internlm import __version__
+from internlm.errors import InternLMError, did_you_mean
+
+VERBS = {
+    "data": "build, tokenise and look at training data",
+    "tokenizer": "train and look at tokenizers",
+    "train": "train a model from a recipe",
+    "convert": "convert weights between formats",
+    "chat": "talk to a model in the terminal",
+    "doctor": "show versions, devices and which fast paths are active",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the process's exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"internlm {__version__}")
+        return 0
+    verb = words[0]
+    if verb not in VERBS:
+        advice = did_you_mean(verb, VERBS) or f"Verbs: {', '.join(VERBS)}"
+        print(f"internlm: unknown verb {verb!r}. {advice}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"internlm.cli.{verb}")
+    parser = argparse.ArgumentParser(
+        prog=f"internlm {verb}", description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    arguments = parser.parse_args(words[1:])
+    from internlm import log
+
+    log.setup()
+    try:
+        return module.run(arguments)
+    except InternLMError as error:
+        print(f"internlm {verb}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\ninternlm {verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `internlm … | head`
+        sys.stderr.close()
+        return 1
+
+
+def _overview() -> str:
+    lines = [f"internlm {__version__}: from text to a talking model", "", "usage: internlm VERB [options]", ""]
+    lines += [f"  {verb:12}{text}" for verb, text in VERBS.items()]
+    lines += ["", "`internlm VERB --help` says more."]
+    return "\n".join(lines)

@@ -1,0 +1,63 @@
+"""`internlm train RECIPE [key=value …]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+DESCRIPTION = """Train a model from a recipe.
+
+  internlm train recipes/quickstart/pretrain.yaml
+  internlm train recipes/quickstart/pretrain.yaml optim.lr=1e-3 run=runs/other
+  internlm train recipes/pretrain/internlm-7b.yaml --dry-run
+
+A run that was stopped goes on from its newest complete checkpoint when the same command is given again."""
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted key and its value in YAML")
+    parser.add_argument("--dry-run", action="store_true", help="print every value with its origin, and the sizes; stop")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, or print what would be trained."""
+    from internlm import runtime
+
+    if not arguments.dry_run:
+        runtime.tune_allocator(_wants_allocator(arguments))
+    from internlm import recipe as recipes
+
+    loaded = recipes.load(arguments.recipe, arguments.overrides)
+    if arguments.dry_run:
+        print(recipes.describe(loaded))
+        return 0
+    trainer = recipes.prepare(loaded.value)
+    if trainer.progress.step >= loaded.value.train.total_steps:
+        logger.info("%s is finished: %d steps taken", loaded.value.run, trainer.progress.step)
+        return 0
+    try:
+        trainer.fit()
+    except KeyboardInterrupt:
+        logger.info("stopped at step %d; the same command goes on from the newest checkpoint", trainer.progress.step)
+        raise
+    folder = Path(loaded.value.run)
+    logger.info("done: %s (checkpoints/, metrics.jsonl, loss.png, recipe.yaml)", folder)
+    return 0
+
+
+def _wants_allocator(arguments: argparse.Namespace) -> bool:
+    """Return `runtime.allocator` without importing torch, which would be paid twice when the process restarts."""
+    from internlm import config
+    from internlm.errors import InternLMError
+
+    try:
+        tree = config.read_tree(arguments.recipe, arguments.overrides)
+    except InternLMError:
+        return False  # the full load will say what is wrong, without a restart
+    section = tree.get("runtime") or {}
+    return not (section.get("allocator") is False or section.get("device") == "cuda")

@@ -1,0 +1,99 @@
+"""The only place that touches private or version-dependent torch names (2.11 to 2.13).
+
+Each function says which versions differ, and is the one line to change when they do.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def has_varlen_attention() -> bool:
+    """Return whether torch ships variable-length flash attention (from 2.10 on; CUDA, bf16 and fp16 only)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _varlen_options() -> dict[str, Any]:
+    """Return the keyword that makes varlen_attn causal: `is_causal` up to 2.11, `window_size` from 2.12 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
+    if "enable_gqa" in names:
+        options["enable_gqa"] = True
+    return options
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_length: int) -> Tensor:
+    """Causal attention over documents laid end to end.
+
+    Args:
+        q: [N, H, E]; k, v: [N, K, E].
+        starts: int32 offsets of the documents, the last N.
+        max_length: length of the longest document, or any bound on it.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = dict(_varlen_options())
+    if q.shape[1] != k.shape[1] and "enable_gqa" not in options:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    elif q.shape[1] == k.shape[1]:
+        options.pop("enable_gqa", None)
+    out = varlen_attn(q, k, v, starts, starts, max_length, max_length, **options)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def document_block_mask(ids: Tensor) -> Any:
+    """Return FlexAttention's block mask: causal, inside a document. ids: [B, T]."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def same_document_and_earlier(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (ids[batch, query] == ids[batch, key])
+
+    batch, length = ids.shape
+    return create_block_mask(same_document_and_earlier, batch, None, length, length, device=ids.device.type)
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """FlexAttention over [B, heads, T, E], compiled on CUDA (eager FlexAttention holds all scores)."""
+    return _flex(q.device.type)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@functools.cache
+def _flex(device_type: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    return torch.compile(flex) if device_type == "cuda" else flex
+
+
+@functools.cache
+def has_onednn_linear() -> bool:
+    """Return whether torch's oneDNN product for fp32 linear layers can be called here (x86 and Arm CPU builds)."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x, w = torch.ones(2, 4), torch.ones(3, 4)
+    try:
+        return torch.equal(onednn_linear(x, w), x @ w.t())
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x [..., K] · weight [N, K] transposed, plus bias [N], through oneDNN instead of MKL; fp32, CPU, no gradient.
+
+    torch sends fp32 products to MKL, which does not use AVX-512 on AMD: 122-194 GFLOP/s there against 193-217 from oneDNN
+    (2 threads of a Zen 4, the forward shapes of `benchmarks/train_cpu.py`). The op is the one inductor calls; it takes plain
+    strided weights.
+    """
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

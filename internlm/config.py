@@ -1,0 +1,338 @@
+"""Recipes on disk → validated, frozen dataclasses.
+
+A recipe is YAML whose keys are the fields of plain dataclasses. Three layers, each over the one before:
+
+    base: ../common.yaml          # 1. another recipe, or a list of them, relative to this file
+    optim: {lr: 3e-4}             # 2. this file
+    $ internlm train r.yaml optim.lr=1e-4      # 3. dotted overrides on the command line
+
+Mappings merge key by key, everything else replaces. Where a layer changes `kind` (the tag of a variant) the keys that
+earlier layers gave to the old variant go with it. Every leaf remembers where it came from (`file:line`, `default`,
+`command line`), which is what errors and `--dry-run` print. Decoding is pydantic's: unknown keys are errors, `1e-4`
+is a number although YAML 1.1 reads it as a string.
+
+    @section
+    class OptimConfig:
+        lr: float = 3e-4
+        \"\"\"Peak learning rate.\"\"\"
+
+    loaded = load(OptimConfig, "r.yaml", ["lr=1e-4"])
+    loaded.value.lr, loaded.origins["lr"]      # 0.0001, 'command line'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, dataclass_transform
+
+from internlm.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+Tree = dict[str, Any]
+Origins = dict[str, str]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def section(cls: type[T]) -> type[T]:
+    """Make a frozen, keyword-only dataclass whose unknown keys are errors when it is read from a recipe."""
+    cls.__pydantic_config__ = {"extra": "forbid", "coerce_numbers_to_str": True}  # type: ignore[attr-defined]
+    return dataclass(frozen=True, kw_only=True)(cls)
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[T]):
+    """A validated recipe and where each of its leaves came from (`a.b.c` → `file:line`, `default`, …)."""
+
+    value: T
+    origins: Origins
+
+
+def default_kind(kind: str) -> Any:
+    """Return an annotation for a union of variants: a mapping without `kind` means this one."""
+    import pydantic
+
+    return pydantic.BeforeValidator(lambda v: {"kind": kind, **v} if isinstance(v, dict) and "kind" not in v else v)
+
+
+def load(
+    schema: type[T],
+    path: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    expand: Callable[[Tree, Origins], None] | None = None,
+) -> Loaded[T]:
+    """Read, merge, override and validate a recipe.
+
+    Args:
+        schema: the root dataclass.
+        path: the YAML file; None starts from the defaults alone.
+        overrides: `dotted.key=value`, the value in YAML.
+        expand: called with the merged tree and its origins before validation; may fill in further keys (presets).
+
+    Raises:
+        ConfigError: everything that is wrong with it, all at once.
+    """
+    tree, origins = _layers(path, overrides)
+    if expand is not None:
+        expand(tree, origins)
+    return Loaded(decode(schema, tree, origins), origins)
+
+
+def read_tree(path: str | Path | None, overrides: Iterable[str] = ()) -> Tree:
+    """Return the merged recipe as plain values, not validated: for a look at one key before heavy imports."""
+    return _layers(path, overrides)[0]
+
+
+def decode(schema: type[T], tree: Mapping[str, Any], origins: Origins | None = None) -> T:
+    """Validate a tree of plain values against a dataclass.
+
+    Raises:
+        ConfigError: one line per problem, each with its place, the value and the next step.
+    """
+    import pydantic
+
+    origins = origins or {}
+    try:
+        return pydantic.TypeAdapter(schema).validate_python(tree)
+    except pydantic.ValidationError as error:
+        problems = [_explain_problem(schema, dict(problem), origins) for problem in error.errors()]
+    except ConfigError as error:  # raised by a __post_init__
+        problems = [str(error)]
+    head = "the recipe has a mistake" if len(problems) == 1 else f"the recipe has {len(problems)} mistakes"
+    raise ConfigError(head + "\n  " + "\n  ".join(dict.fromkeys(problems)))
+
+
+def encode(value: Any) -> Any:
+    """Turn a section into plain values that YAML and JSON can hold and `decode` reads back to an equal section."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, Mapping):
+        return {key: encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    return value
+
+
+def dump(value: Any) -> str:
+    """Return a section as YAML that loads to an equal one."""
+    import yaml
+
+    return yaml.safe_dump(encode(value), sort_keys=False, allow_unicode=True, width=120)
+
+
+def explain(loaded: Loaded[Any]) -> str:
+    """Return a table: every leaf of the recipe, its value, and where the value came from."""
+    rows = [(key, repr(value), _origin(key, loaded.origins)) for key, value in _leaves(encode(loaded.value))]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    widths[1] = min(widths[1], 60)
+    return "\n".join(f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}" for key, value, origin in rows)
+
+
+def merge(tree: Tree, origins: Origins, layer: Tree, layer_origins: Origins, prefix: str = "") -> None:
+    """Lay `layer` over `tree`, in place; `origins` follow."""
+    kind = layer.get("kind")
+    if kind is not None and tree.get("kind") not in (None, kind):
+        for key in list(tree):
+            del tree[key]
+            _forget(origins, prefix + key)
+    for key, value in layer.items():
+        path = prefix + str(key)
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            merge(tree[key], origins, value, layer_origins, path + ".")
+            continue
+        _forget(origins, path)
+        tree[key] = value
+        origins.update({k: v for k, v in layer_origins.items() if k == path or k.startswith(path + ".")})
+
+
+def parse_override(text: str) -> tuple[Tree, Origins]:
+    """Turn `a.b=1` into a tree and its origins.
+
+    Raises:
+        ConfigError: there is no `=`, or the value is not YAML.
+    """
+    import yaml
+
+    key, equals, raw = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError("not an override", got=text, do="Write dotted.key=value.")
+    try:
+        value = yaml.load(raw, Loader=_yaml_loader())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value is not YAML: {error}", where=f"override {key}", got=raw) from error
+    origins = {".".join(parts): "command line"}
+    origins.update({f"{key}.{leaf}": "command line" for leaf, _ in _leaves(value)} if isinstance(value, dict) else {})
+    tree: Tree = {parts[-1]: value}
+    for part in reversed(parts[:-1]):
+        tree = {part: tree}
+    return tree, origins
+
+
+def _layers(path: str | Path | None, overrides: Iterable[str]) -> tuple[Tree, Origins]:
+    tree: Tree = {}
+    origins: Origins = {}
+    if path is not None:
+        tree, origins = _read(Path(path), ())
+    for override in overrides:
+        merge(tree, origins, *parse_override(override))
+    return tree, origins
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> tuple[Tree, Origins]:
+    """Read one file and the bases under it."""
+    import yaml
+
+    if path.resolve() in seen:
+        raise ConfigError("a recipe cannot be its own base", where=path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError("no such recipe", where=path) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}", where=path) from error
+    try:
+        node = yaml.compose(text, Loader=_yaml_loader())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"is not YAML: {error}", where=path) from error
+    origins: Origins = {}
+    own = {} if node is None else _construct(node, str(path), "", origins)
+    if not isinstance(own, dict):
+        raise ConfigError("a recipe is a mapping of keys to values", where=path, got=own)
+    bases = own.pop("base", [])
+    origins = {key: value for key, value in origins.items() if key != "base"}
+    tree: Tree = {}
+    merged: Origins = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        below, below_origins = _read(path.parent / str(base), (*seen, path.resolve()))
+        merge(tree, merged, below, below_origins)
+    merge(tree, merged, own, origins)
+    return tree, merged
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    """Return YAML's safe loader, taught that `1e9` and `3e-4` are numbers, as in YAML 1.2."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return Loader
+
+
+def _construct(node: Any, file: str, prefix: str, origins: Origins) -> Any:
+    """Build the plain value of a YAML node, noting the line of every key."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        tree: Tree = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in tree:
+                raise ConfigError("the key stands twice", where=f"{file}:{line}", got=prefix + key)
+            origins[prefix + key] = f"{file}:{line}"
+            tree[key] = _construct(value_node, file, f"{prefix}{key}.", origins)
+        return tree
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(item, file, f"{prefix}{i}.", origins) for i, item in enumerate(node.value)]
+    constructor = _yaml_loader()("")
+    try:
+        return constructor.construct_object(node)
+    finally:
+        constructor.dispose()
+
+
+def _explain_problem(schema: type, problem: dict[str, Any], origins: Origins) -> str:
+    """Return one line for one pydantic error."""
+    loc = [str(part) for part in problem["loc"]]
+    path = ".".join(loc)
+    known, clean = _fields_at(schema, loc)
+    path = ".".join(clean) or path
+    where = origins.get(path)
+    place = f"{path} ({where})" if where else path
+    value = problem.get("input")
+    kind = problem["type"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        name = clean[-1] if clean else path
+        advice = did_you_mean(name, known) or "Allowed here: " + ", ".join(known)
+        return f"{place}: unknown key {name!r}. {advice}"
+    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{path}: is required and was not given"
+    message = problem["msg"].removeprefix("Value error, ")
+    got = repr(value)
+    return f"{place}: {message[0].lower() + message[1:]} (got {got if len(got) < 80 else got[:77] + '...'})"
+
+
+def _fields_at(schema: Any, loc: list[str]) -> tuple[list[str], list[str]]:
+    """Follow an error's location; return the field names known at its parent and the location in the recipe's terms.
+
+    Pydantic puts the tag of a union's chosen variant into the location; those parts are left out.
+    """
+    clean: list[str] = []
+    options = [schema]
+    for index, part in enumerate(loc):
+        options = [o for option in options for o in _variants(option)]
+        last = index == len(loc) - 1
+        by_tag = [o for o in options if dataclasses.is_dataclass(o) and _tag(o) == part]
+        if by_tag and not last and len(options) > 1:
+            options = by_tag
+            continue
+        if last:
+            clean.append(part)
+            break
+        following: list[Any] = []
+        for option in options:
+            if dataclasses.is_dataclass(option):
+                hints = typing.get_type_hints(option, include_extras=True)
+                following += [hints[part]] if part in hints else []
+            elif typing.get_origin(option) in (dict, Mapping):
+                following.append(typing.get_args(option)[1])
+            elif typing.get_origin(option) in (list, tuple):
+                following.append(typing.get_args(option)[0])
+        if following or not clean:
+            clean.append(part)
+            options = following or options
+    options = [o for option in options for o in _variants(option)]
+    known = [f.name for o in options if dataclasses.is_dataclass(o) for f in dataclasses.fields(o) if f.init]
+    return known, clean
+
+
+def _variants(hint: Any) -> list[Any]:
+    """Return the members of a union, through `Annotated`; anything else stands for itself."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        return _variants(typing.get_args(hint)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [v for member in typing.get_args(hint) if member is not type(None) for v in _variants(member)]
+    return [hint]
+
+
+def _tag(cls: Any) -> str | None:
+    hint = typing.get_type_hints(cls).get("kind")
+    values = typing.get_args(hint)
+    return str(values[0]) if values else None
+
+
+def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        return [leaf for key, item in value.items() for leaf in _leaves(item, f"{prefix}{key}.")]
+    return [(prefix.removesuffix("."), value)]
+
+
+def _origin(key: str, origins: Origins) -> str:
+    """Return the origin of a leaf: its own, or that of the nearest key above it that was given whole."""
+    return origins.get(key, "default")
+
+
+def _forget(origins: Origins, path: str) -> None:
+    for key in [k for k in origins if k == path or k.startswith(path + ".")]:
+        del origins[key]

@@ -1,0 +1,1 @@
+"""Plain arithmetic about a model on hardware; no tensors."""

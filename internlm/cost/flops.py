@@ -1,0 +1,34 @@
+"""How much useful arithmetic a step is. The one place: training, planning and docs all count with these lines.
+
+Counted: matrix products and attention, two operations per multiply-add, backward twice the forward. Not counted: norms,
+activations, the optimizer, and anything computed again (recompute is not useful work). Attention is causal inside
+documents: a document of n tokens has n (n + 1) / 2 pairs of query and key, each costing 2·H·E for the score and 2·H·E
+for the value.
+
+    6 · matmul_parameters · tokens + 12 · L · H · E · pairs            (forward and backward)
+"""
+
+from __future__ import annotations
+
+from internlm.model.config import ModelConfig
+
+
+def causal_pairs(length: int) -> int:
+    """Return the number of (query, key) pairs of one causal document of `length` tokens."""
+    return length * (length + 1) // 2
+
+
+def forward_flops(shape: ModelConfig, tokens: float, pairs: float) -> float:
+    """Return the floating-point operations of a forward pass.
+
+    Args:
+        shape: the model's configuration.
+        tokens: number of tokens.
+        pairs: number of (query, key) pairs over all documents, from `causal_pairs`.
+    """
+    return 2 * shape.matmul_parameters * tokens + 4 * shape.num_layers * shape.num_heads * shape.head_dim * pairs
+
+
+def training_flops(shape: ModelConfig, tokens: float, pairs: float) -> float:
+    """Return the floating-point operations of forward and backward; arguments as in `forward_flops`."""
+    return 3 * forward_flops(shape, tokens, pairs)

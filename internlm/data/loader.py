@@ -1,0 +1,203 @@
+"""The per-rank iterator over packed rows. Its state is how many rows each source has given, for any number of ranks.
+
+Row i of the run is a pure function of the recipe: the mixture names its source, the source's packing of that epoch
+holds the row. Rank r of D takes rows r, r + D, r + 2D … of each step: any number of ranks sees the same rows, in order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from internlm.config import section
+from internlm.data.batch import Batch
+from internlm.data.mixture import Mixture, SourceConfig
+from internlm.data.pack import PackedRow, Packing, PackKind, shuffled
+from internlm.data.shards import Shards
+from internlm.errors import ConfigError, DataError
+from internlm.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@section
+class DataConfig:
+    """What is trained on and validated with."""
+
+    train: dict[str, SourceConfig]
+    """Training sources by name."""
+    validation: dict[str, SourceConfig] = field(default_factory=dict)
+    """Validation sources by name; each is scored by itself."""
+    seq_len: int
+    """Tokens per row."""
+    pack: PackKind = "split"
+    """split: documents cut at row ends, nothing lost (pre-training). whole: documents kept whole (tuning)."""
+    seed: int = 1
+    """Decides the order of the documents."""
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ConfigError("needs at least one source", where="data.train")
+        if self.seq_len < 2:
+            raise ConfigError("must be at least 2", where="data.seq_len", got=self.seq_len)
+        given = [source.weight is not None for source in self.train.values()]
+        if any(given) and not all(given):
+            raise ConfigError("give every source a weight, or none", where="data.train")
+
+
+class Source:
+    """A source that starts again, in a new order, when it is used up."""
+
+    def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
+        self.name, self.data = name, data
+        self.shards = Shards.open(config.path)
+        self.epoch, self.first_row = 0, 0
+        self.packing = self._pack(0)
+        if self.packing.truncated_tokens:
+            logger.warning(
+                "warning: source %s: %d tokens beyond data.seq_len %d are cut off",
+                name, self.packing.truncated_tokens, data.seq_len,
+            )  # fmt: skip
+
+    def row(self, number: int) -> PackedRow:
+        """Return the row with this number, counted from the start of the run; numbers must not fall below an epoch."""
+        while number >= self.first_row + self.packing.num_rows:
+            self.first_row += self.packing.num_rows
+            self.epoch += 1
+            self.packing = self._pack(self.epoch)
+        return self.packing.row(number - self.first_row)
+
+    def rewind(self) -> None:
+        """Go back to the first epoch."""
+        self.epoch, self.first_row, self.packing = 0, 0, self._pack(0)
+
+    def _pack(self, epoch: int) -> Packing:
+        order = shuffled(self.shards.num_documents, self.data.seed, self.name, epoch)
+        return Packing(self.shards, self.data.seq_len, self.data.pack, order)
+
+
+class Loader:
+    """Draws the rows of a run for one rank."""
+
+    def __init__(self, config: DataConfig, rank: int = 0, world_size: int = 1) -> None:
+        """Open every source.
+
+        Raises:
+            StorageError: a folder is missing or unfinished. DataError: sources do not belong to one tokenizer.
+        """
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self._sources = [Source(name, source, config) for name, source in config.train.items()]
+        self.sources = tuple(config.train)
+        first = self._sources[0]
+        others = [(source.name, source.shards) for source in self._sources]
+        others += [(name, Shards.open(source.path)) for name, source in config.validation.items()]
+        for name, shards in others:
+            if shards.fingerprint != first.shards.fingerprint:
+                raise DataError(
+                    f"sources {first.name!r} and {name!r} were tokenised with different tokenizers",
+                    where="data",
+                    do="Tokenise all sources with the same tokenizer.",
+                )
+        self._mixture = self._fresh_mixture()
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Folder of the tokenizer."""
+        return self._sources[0].shards.tokenizer_path
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the tokenizer."""
+        return self._sources[0].shards.fingerprint
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids of the tokenizer."""
+        return self._sources[0].shards.vocab_size
+
+    @property
+    def template(self) -> str | None:
+        """Chat template of the first source that has one."""
+        return next((s.shards.template for s in self._sources if s.shards.template), None)
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens of all sources together."""
+        return sum(source.shards.num_tokens for source in self._sources)
+
+    def next_batch(self, rows: int) -> Batch:
+        """Return this rank's part of the next step.
+
+        Args:
+            rows: rows of the whole step, over all ranks; a multiple of `world_size`.
+        """
+        assert rows % self.world_size == 0, "the trainer checks that rows divide over ranks"
+        drawn = [self._mixture.draw() for _ in range(rows)]
+        mine = drawn[self.rank :: self.world_size]
+        return stack([(source, self._sources[source].row(number)) for source, number in mine], self.sources)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the data is, as plain values that fit any number of ranks."""
+        return {
+            "taken": dict(zip(self.sources, self._mixture.taken, strict=True)),
+            "seed": self.config.seed,
+            "seq_len": self.config.seq_len,
+            "pack": self.config.pack,
+            "sources": {s.name: [s.shards.num_documents, s.shards.num_tokens] for s in self._sources},
+            "tokenizer": self.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go where a state says.
+
+        Raises:
+            DataError: it is of other data; the message names what differs.
+        """
+        own = self.state_dict()
+        differing = [key for key in own if key != "taken" and own[key] != state.get(key)]
+        if differing:
+            what = "; ".join(f"{key} was {state.get(key)!r}, is {own[key]!r}" for key in differing)
+            raise DataError(f"the saved position is of other data: {what}", where="data", do="Start another run.")
+        for source in self._sources:
+            source.rewind()
+        self._mixture = self._fresh_mixture()
+        self._mixture.taken = [state["taken"][name] for name in self.sources]
+
+    def _fresh_mixture(self) -> Mixture:
+        weights = [source.weight for source in self.config.train.values()]
+        return Mixture([w or float(s.shards.num_tokens) for w, s in zip(weights, self._sources, strict=True)])
+
+
+def stack(rows: list[tuple[int, PackedRow]], sources: tuple[str, ...]) -> Batch:
+    """Return rows, each with the index of its source, as one batch."""
+    columns = (torch.from_numpy(np.stack(column)) for column in zip(*(row for _, row in rows), strict=True))
+    tokens, labels, positions, documents, weights = columns
+    source = torch.tensor([source for source, _ in rows])
+    return Batch(tokens, labels, positions, documents, weights, source, sources)
+
+
+def validation_batches(config: DataConfig, name: str, rows: int, limit_rows: int | None = None) -> Iterator[Batch]:
+    """Yield a validation source in order: every token is scored once, or those of the first `limit_rows` rows.
+
+    Args:
+        config: the recipe's data section.
+        name: of the validation source.
+        rows: per batch; the last batch may have fewer.
+        limit_rows: None for all.
+    """
+    shards = Shards.open(config.validation[name].path)
+    packing = Packing(shards, config.seq_len, config.pack, np.arange(shards.num_documents))
+    count = min(packing.num_rows, limit_rows or packing.num_rows)
+    for first in range(0, count, rows):
+        yield stack([(0, packing.row(i)) for i in range(first, min(first + rows, count))], (name,))
+
+
+def label_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """Return the UTF-8 bytes that each token stands for, int64 [V]; special tokens have none."""
+    return np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)], dtype=np.int64)

@@ -1,0 +1,192 @@
+"""Tokens on disk, memory-mapped: a folder of flat files that is complete or absent.
+
+    OUT/00000.tokens      ids of all documents end to end, little-endian, uint16 up to 65,536 ids, else uint32
+        00000.offsets     int64 [S + 1], where each document starts; the last is the number of tokens
+        00000.mask        uint8 per token, 1 = trained on; only where some token is not
+        tokenizer/        the vocabulary the ids belong to
+        manifest.json     meta: format, vocabulary, and per shard tokens, documents, bytes of text
+
+How documents are spread over shard files is of no consequence to readers: `document(i)` counts through.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internlm import storage
+from internlm.errors import DataError
+
+KIND = "shards"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What the manifest says of one shard."""
+
+    name: str
+    tokens: int
+    documents: int
+    bytes: int
+    """UTF-8 bytes of the text."""
+    trained_tokens: int
+
+
+def dtype_for(vocab_size: int) -> np.dtype[Any]:
+    """Return the narrowest type that holds every id."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+class ShardWriter:
+    """Writes one shard's files; `close` says what went in."""
+
+    def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
+        self.folder, self.name, self.dtype = folder, name, dtype_for(vocab_size)
+        self.file = open(folder / f"{name}.tokens", "wb")  # noqa: SIM115  closed by close()
+        self.offsets = [0]
+        self.masks: list[np.ndarray] = []
+        self.bytes = 0
+
+    def add(self, ids: list[int], mask: list[bool] | None, text_bytes: int) -> None:
+        """Append one document.
+
+        Args:
+            ids: its tokens.
+            mask: which of them are trained on; None: all.
+            text_bytes: UTF-8 bytes of its text.
+        """
+        self.file.write(np.asarray(ids, dtype=self.dtype).tobytes())
+        self.offsets.append(self.offsets[-1] + len(ids))
+        self.masks.append(np.ones(len(ids), np.uint8) if mask is None else np.asarray(mask, np.uint8))
+        self.bytes += text_bytes
+
+    def close(self) -> ShardFacts:
+        """Finish the files."""
+        self.file.close()
+        np.asarray(self.offsets, dtype="<i8").tofile(self.folder / f"{self.name}.offsets")
+        mask = np.concatenate(self.masks) if self.masks else np.zeros(0, np.uint8)
+        trained = int(mask.sum())
+        if trained != len(mask):
+            mask.tofile(self.folder / f"{self.name}.mask")
+        return ShardFacts(self.name, self.offsets[-1], len(self.offsets) - 1, self.bytes, trained)
+
+
+def meta(
+    shards: list[ShardFacts], *, vocab_size: int, fingerprint: str, bos_id: int | None, eos_id: int | None,
+    template: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the manifest's `meta` of a folder of shards."""
+    return {
+        "format": FORMAT,
+        "dtype": dtype_for(vocab_size).str,
+        "vocab_size": vocab_size,
+        "fingerprint": fingerprint,
+        "bos_id": bos_id,
+        "eos_id": eos_id,
+        "template": template,
+        "shards": [asdict(shard) for shard in shards],
+    }
+
+
+class Shards:
+    """A folder of shards, read through memory maps."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.path, self.facts = path, facts
+        self.shards = [ShardFacts(**shard) for shard in facts["shards"]]
+        self.dtype = np.dtype(facts["dtype"])
+        ends = np.cumsum([0] + [shard.documents for shard in self.shards])
+        self._first_document = ends
+
+    @classmethod
+    def open(cls, path: str | Path) -> Shards:
+        """Open a folder.
+
+        Raises:
+            StorageError: it is missing, unfinished or damaged. DataError: it is of another format, or empty.
+        """
+        path = Path(path)
+        facts = storage.read_manifest(path, KIND)
+        if facts.get("format") != FORMAT:
+            raise DataError("is of another shard format", where=path, got=facts.get("format"), allowed=[FORMAT])
+        shards = cls(path, facts)
+        for shard in shards.shards:
+            size = (path / f"{shard.name}.tokens").stat().st_size
+            if size != shard.tokens * shards.dtype.itemsize:
+                raise DataError(f"shard {shard.name} has {size} bytes for {shard.tokens} tokens", where=path)
+        if not shards.num_tokens:
+            raise DataError("holds no tokens", where=path)
+        return shards
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids of the tokenizer."""
+        return self.facts["vocab_size"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the tokenizer."""
+        return self.facts["fingerprint"]
+
+    @property
+    def template(self) -> str | None:
+        """Chat template the documents were rendered with, if they are conversations."""
+        return self.facts["template"]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Folder of the tokenizer."""
+        return self.path / "tokenizer"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in all."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of all texts."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every document, int64 [S]."""
+        return np.concatenate([np.diff(offsets) for offsets in self._offsets])
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return (ids [n], mask [n] or None) of a document, as views of the files."""
+        shard = int(np.searchsorted(self._first_document, index, side="right")) - 1
+        start, stop = self._offsets[shard][index - self._first_document[shard] :][:2]
+        tokens, mask = self._files[shard]
+        return tokens[start:stop], None if mask is None else mask[start:stop]
+
+    @cached_property
+    def _offsets(self) -> list[np.ndarray]:
+        return [np.fromfile(self.path / f"{shard.name}.offsets", dtype="<i8") for shard in self.shards]
+
+    @cached_property
+    def _files(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        files = []
+        for shard in self.shards:
+            # numpy refuses to map an empty file
+            tokens = np.memmap(self.path / f"{shard.name}.tokens", self.dtype, "r") if shard.tokens else np.zeros(0)
+            mask_path = self.path / f"{shard.name}.mask"
+            mask = np.memmap(mask_path, np.uint8, "r") if mask_path.exists() else None
+            files.append((tokens, mask))
+        return files
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return a small JSON file written beside a shard."""
+    return json.loads(path.read_text(encoding="utf-8"))

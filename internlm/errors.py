@@ -1,0 +1,83 @@
+"""What a user can get wrong, said so that the next step is clear.
+
+Every error of this family names what was wrong, where, the value received, the values allowed and what to do. The
+command line prints the message without a traceback and exits with `exit_code`; a traceback therefore always means
+a defect of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InternLMError(Exception):
+    """Base of every error that a user can cause.
+
+    Args:
+        what: the complaint, one clause.
+        where: file, line, key or tensor name it is about.
+        got: the value received, shown with `repr`.
+        allowed: the values that would have been taken.
+        do: the next step, one sentence.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        got: object = None,
+        allowed: Iterable[object] | None = None,
+        do: str | None = None,
+    ) -> None:
+        text = what if where is None else f"{where}: {what}"
+        if got is not None:
+            text += f" (got {got!r})"
+        if allowed is not None:
+            text += "; allowed: " + ", ".join(map(str, allowed))
+        if do:
+            text += f". {do}"
+        super().__init__(text)
+
+
+class UsageError(InternLMError):
+    """The command line itself is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(InternLMError):
+    """A recipe has an unknown key, a wrong type or values that contradict each other."""
+
+
+class DataError(InternLMError):
+    """A text, a conversation or a token shard cannot be used."""
+
+
+class TokenizerError(InternLMError):
+    """A tokenizer file cannot be read, or lacks a token that is needed."""
+
+
+class StorageError(InternLMError):
+    """A file is missing, incomplete, damaged, or could not be written."""
+
+
+class WeightsError(InternLMError):
+    """Weights do not fit the model: missing, left over, or of another shape."""
+
+
+class TrainingError(InternLMError):
+    """Training cannot go on: numbers are not finite, or the run folder does not fit the recipe."""
+
+
+class EngineError(InternLMError):
+    """A generation request cannot be served."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """Return `Did you mean 'x'?` for the closest of `known`, or None when nothing is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"Did you mean {close[0]!r}?" if close else None

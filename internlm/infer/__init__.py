@@ -1,0 +1,1 @@
+"""One engine for chat, serving, evaluation and rollouts."""

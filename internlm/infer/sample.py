@@ -1,0 +1,129 @@
+"""From logits to a token: repetition penalty → temperature → top-k → top-p → min-p → one draw per request.
+
+    choose(logits, rules, draws, seen)          # [B, V] and a number in [0, 1) per row → [B] ids
+
+The order is Transformers'. A draw is inverted through the cumulated probabilities (in fp64), so a token depends on the
+request's own random stream and logits alone: the same seed gives the same text in any batch. The one caveat is
+rounding: the logits of a row may differ in their last bits between batch sizes, which moves a token only where the draw
+lies within that of a border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from internlm.errors import EngineError
+
+_PREFIX = 1024
+"""Candidates sorted at first. A nucleus nearly always lies inside; a row whose does not is sorted whole."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How one request's next token is chosen."""
+
+    temperature: float = 1.0
+    """0 takes the most probable token."""
+    top_p: float = 1.0
+    """The smallest set of most probable tokens with this probability together stays; 1 keeps all."""
+    top_k: int = 0
+    """So many most probable tokens stay; 0 keeps all."""
+    min_p: float = 0.0
+    """Tokens under this share of the most probable one's probability go."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that were there before, multiplies the negative (Keskar et al. 2019)."""
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether anything beside the temperature narrows the choice."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            EngineError: naming the first value outside.
+        """
+        for name, good, allowed in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "over 0, up to 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "over 0"),
+        ):
+            if not good:
+                raise EngineError("is out of range", where=name, got=getattr(self, name), allowed=[allowed])
+
+
+def choose(logits: Tensor, rules: Sequence[Rules], draws: Tensor, seen: Sequence[Tensor | None]) -> Tensor:
+    """Return the next token of each row [B].
+
+    Args:
+        logits: [B, V] fp32; changed in place.
+        rules: of each row.
+        draws: [B] fp64 in [0, 1), from the request's own stream; greedy rows ignore theirs.
+        seen: [V] booleans for rows with a repetition penalty: the tokens of prompt and answer so far.
+
+    Raises:
+        EngineError: the model gives logits that are not finite.
+    """
+    for row, (rule, before) in enumerate(zip(rules, seen, strict=True)):
+        if before is not None:
+            old, penalty = logits[row], rule.repetition_penalty
+            logits[row] = torch.where(before, torch.where(old > 0, old / penalty, old * penalty), old)
+    top, chosen = logits.max(-1)
+    if not top.isfinite().all():
+        raise EngineError("the model gives logits that are not finite", do="Its weights are damaged or overflow.")
+    plain = [row for row, rule in enumerate(rules) if rule.temperature > 0 and not rule.is_filtered]
+    if plain:
+        warm = torch.tensor([rules[row].temperature for row in plain], device=logits.device)
+        chosen[plain] = _invert((logits[plain] / warm[:, None]).softmax(-1), draws[plain])
+    filtered = [row for row, rule in enumerate(rules) if rule.temperature > 0 and rule.is_filtered]
+    if filtered:
+        warm = torch.tensor([rules[row].temperature for row in filtered], device=logits.device)
+        picked = [rules[row] for row in filtered]
+        chosen[filtered] = _filtered(logits[filtered] / warm[:, None], picked, draws[filtered], _PREFIX)
+    return chosen
+
+
+def _filtered(logits: Tensor, rules: Sequence[Rules], draws: Tensor, width: int) -> Tensor:
+    """Return a token per row from the `width` best candidates; rows that need more are done again with all.
+
+    Args:
+        logits: [R, V], divided by the temperature.
+        rules, draws: of each row.
+        width: candidates to sort.
+    """
+    vocab, device = logits.shape[-1], logits.device
+    width = min(width, vocab)
+    values, ids = logits.topk(width, -1) if width < vocab else torch.sort(logits, dim=-1, descending=True, stable=True)
+    top_k = torch.tensor([rule.top_k or vocab for rule in rules], device=device)[:, None]
+    top_p = torch.tensor([rule.top_p for rule in rules], device=device, dtype=torch.float64)[:, None]
+    min_p = torch.tensor([rule.min_p for rule in rules], device=device, dtype=torch.float64)[:, None]
+    inside = torch.arange(width, device=device) < top_k  # [R, width]
+    limited = values.masked_fill(~inside, float("-inf")).logsumexp(-1, keepdim=True)
+    total = torch.where(top_k < vocab, limited, logits.logsumexp(-1, keepdim=True))
+    p = torch.where(inside, (values - total).exp(), 0.0).double()
+    reached = p.cumsum(-1)
+    keep = (reached - p < top_p) & (p >= min_p * p[:, :1])
+    chosen = ids.gather(-1, _invert(p * keep, draws)[:, None]).squeeze(-1)
+    if width == vocab:
+        return chosen
+    cut = ((reached[:, -1:] >= top_p) & (top_p < 1)) | (p[:, -1:] < min_p * p[:, :1])
+    wider = (~torch.where(top_k < vocab, top_k <= width, cut)).squeeze(-1).nonzero().squeeze(-1).tolist()
+    if wider:
+        chosen[wider] = _filtered(logits[wider], [rules[row] for row in wider], draws[wider], vocab)
+    return chosen
+
+
+def _invert(p: Tensor, draws: Tensor) -> Tensor:
+    """Return the first index [R] at which the cumulated p [R, N] exceeds the draw's share of its sum."""
+    reached = p.cumsum(-1, dtype=torch.float64)
+    total = reached[:, -1]
+    # A draw just under 1 may round up to the sum, which nothing exceeds.
+    target = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(reached, target[:, None], right=True).squeeze(-1)

@@ -1,0 +1,75 @@
+"""Tokens → text while they come: whole characters only, special tokens silent, stop strings cut off.
+
+    stream = TextStream(tokenizer, stop_strings=("END",))
+    stream.add([...])        # the text that is decided by now
+    stream.finish()          # what was still held back
+
+Held back are the bytes of an unfinished character, and an ending that may become a stop string. The pieces joined are
+the text decoded at once, up to the first stop string.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+
+from internlm.text.tokenizer import Tokenizer
+
+
+class TextStream:
+    """The text of one answer.
+
+    Args:
+        tokenizer: gives the bytes of each token.
+        stop_strings: end the answer and are no part of it; the one complete first counts.
+        continuation: whether the tokens go on with a text instead of beginning one. It matters with vocabularies that
+            put a space before every text: at a beginning it is taken off, as `Tokenizer.decode` does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), *, continuation: bool = False) -> None:
+        self.stopped = False
+        """Whether a stop string came up."""
+        self._tokenizer, self._stops = tokenizer, tuple(stop_strings)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drops_space = not continuation and puts_space_first(tokenizer)
+        self._held = ""
+
+    def add(self, ids: Iterable[int]) -> str:
+        """Return the text that these tokens decide; "" once stopped."""
+        if self.stopped:
+            return ""
+        data = b"".join(self._tokenizer.token_bytes(id_) for id_ in ids)
+        if data and self._drops_space:
+            self._drops_space = False
+            data = data.removeprefix(b" ")
+        return self._release(self._decoder.decode(data))
+
+    def finish(self) -> str:
+        """Return what was held back; an unfinished character becomes U+FFFD."""
+        if self.stopped:
+            return ""
+        text = self._release(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
+        return text
+
+    def _release(self, text: str) -> str:
+        """Return what of the held text and `text` cannot belong to a stop string."""
+        self._held += text
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._held[: min(found)[1]]
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text
+
+
+def puts_space_first(tokenizer: Tokenizer) -> bool:
+    """Return whether the vocabulary puts a space before every text (Llama 1 and 2)."""
+    ids = tokenizer.encode("a")
+    return bool(ids) and tokenizer.token_bytes(ids[0]).startswith(b" ")
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` begin `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,123 @@
+"""Logging, progress and the one-line step format.
+
+A terminal sees one line that moves; a pipe or a log file sees a plain line every few seconds. Both carry an estimate
+of the time left. Only rank 0 speaks at INFO; other ranks speak from WARNING on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_warned: set[str] = set()
+
+
+def setup(level: str = "INFO") -> None:
+    """Send this package's log to stderr, on rank 0 from `level` on and on the other ranks from WARNING on."""
+    rank = int(os.environ.get("RANK", "0"))
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    logger = logging.getLogger("internlm")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level if rank == 0 else "WARNING")
+    logger.propagate = False
+
+
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """Log a warning the first time this message comes up in the process."""
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning("warning: %s", message)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as people say it: `8s`, `3m20s`, `5h12m`, `2d3h`."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86400}d{seconds % 86400 // 3600}h"
+
+
+def quantity(value: float) -> str:
+    """Return a count with three significant digits and k/M/B/T: `41.2k`, `7.32B`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+class Progress:
+    """Show how far a long piece of work is, with an estimate of the time left.
+
+    Args:
+        what: a verb phrase, such as "tokenising".
+        total: units of work, or None when not known beforehand.
+        unit: their name.
+        every_s: seconds between two lines when stderr is not a terminal.
+    """
+
+    def __init__(self, what: str, total: float | None, unit: str = "", every_s: float = 5.0) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.done = 0.0
+        self.started = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+        self.every_s = 0.2 if self.terminal else every_s
+        self.last = self.started
+        self.quiet = int(os.environ.get("RANK", "0")) != 0
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Count `amount` more units as done, and show it if enough time has passed."""
+        self.done += amount
+        now = time.monotonic()
+        if now - self.last >= self.every_s:
+            self.last = now
+            self._show(now)
+
+    def close(self) -> None:
+        """Show the final line."""
+        self._show(time.monotonic(), final=True)
+
+    def _show(self, now: float, final: bool = False) -> None:
+        if self.quiet:
+            return
+        spent = max(now - self.started, 1e-9)
+        rate = self.done / spent
+        text = f"{self.what}: {quantity(self.done)}"
+        if self.total:
+            text += f"/{quantity(self.total)} {self.unit} ({min(1.0, self.done / self.total):.0%})"
+        else:
+            text += f" {self.unit}"
+        text += f" | {quantity(rate)} {self.unit}/s"
+        if final:
+            text += f" | took {duration(spent)}"
+        elif self.total and rate > 0:
+            text += f" | eta {duration((self.total - self.done) / rate)}"
+        start, end = ("\r\x1b[2K", "\n" if final else "") if self.terminal else ("", "\n")
+        sys.stderr.write(start + text + end)
+        sys.stderr.flush()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None, unit: str = "") -> Iterator[T]:
+    """Yield `items` while showing how many are done."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with Progress(what, total, unit) as shown:
+        for item in items:
+            yield item
+            shown.advance()

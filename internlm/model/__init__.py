@@ -1,0 +1,1 @@
+"""One decoder, single-device code; nothing here knows that other ranks exist."""

@@ -1,0 +1,184 @@
+"""The shape of a model, and every count that follows from it.
+
+    ModelConfig(vocab_size=4096, hidden_size=256, num_layers=4, num_heads=4, ffn_size=704).num_parameters   # 4.2 M
+
+One decoder serves every family: the differences are switches here, never a branch on a name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import pydantic
+
+from internlm.config import section
+from internlm.errors import ConfigError
+
+
+@section
+class LinearScaling:
+    """Positions divided by `factor` (Chen et al. 2023, position interpolation)."""
+
+    kind: Literal["linear"] = "linear"
+    factor: float
+    """How many times longer than trained a text may be."""
+
+
+@section
+class DynamicScaling:
+    """The base grows with the text once it is longer than trained (dynamic NTK; InternLM's 8k → 16k)."""
+
+    kind: Literal["dynamic"] = "dynamic"
+    factor: float = 1.0
+    """Further stretch; 1.0 is InternLM's."""
+    original_length: int
+    """Trained context in tokens; shorter texts are rotated with the plain base."""
+
+
+@section
+class YarnScaling:
+    """Slow frequencies interpolated, fast ones kept, attention sharpened (Peng et al. 2023, YaRN)."""
+
+    kind: Literal["yarn"] = "yarn"
+    factor: float
+    """How many times longer than trained a text may be."""
+    original_length: int
+    """Trained context in tokens."""
+    beta_fast: float = 32.0
+    """Frequencies with more turns than this over the trained context stay."""
+    beta_slow: float = 1.0
+    """Frequencies with fewer turns than this are interpolated fully."""
+    attention_factor: float | None = None
+    """Scale on cos and sin; None: 0.1 ln(factor) + 1."""
+
+
+@section
+class Llama3Scaling:
+    """Llama 3.1's smooth split between kept and interpolated frequencies."""
+
+    kind: Literal["llama3"] = "llama3"
+    factor: float
+    """How many times longer than trained a text may be."""
+    original_length: int
+    """Trained context in tokens."""
+    low_frequency_factor: float = 1.0
+    """Wavelengths over original_length / this are interpolated fully."""
+    high_frequency_factor: float = 4.0
+    """Wavelengths under original_length / this stay."""
+
+
+Scaling = Annotated[LinearScaling | DynamicScaling | YarnScaling | Llama3Scaling, pydantic.Field(discriminator="kind")]
+
+
+@section
+class RopeConfig:
+    """Rotary positions, half layout: the first half of a head is rotated against the second."""
+
+    base: float = 10000.0
+    """Longest wavelength is 2π · base tokens."""
+    scaling: Scaling | None = None
+    """How to read texts longer than trained; None: not at all."""
+
+
+@section
+class InitConfig:
+    """Random start. Each weight depends on its name and the seed alone, never on layout or order."""
+
+    std: float | None = None
+    """Standard deviation of the matrices inside a block; None: 0.5 / sqrt(hidden_size), 0.0078 at 4096."""
+    embedding_std: float = 0.02
+    """Standard deviation of the embedding, and of the head where it is not tied."""
+    residual: Literal["none", "total", "layer"] = "total"
+    """What divides the two matrices that write into the residual stream (wo, w_down): nothing, sqrt(2 num_layers)
+    (GPT-2), or sqrt(2 (layer + 1)) (InternLM)."""
+
+
+@section
+class ModelConfig:
+    """Shape and switches of the decoder."""
+
+    vocab_size: int
+    """Number of token ids."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_layers: int
+    """Number of blocks."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int = 0
+    """Key and value heads; queries share them in equal groups. 0 becomes num_heads."""
+    head_dim: int = 0
+    """Width of a head. 0 becomes hidden_size / num_heads."""
+    ffn_size: int
+    """Inner width of the feed-forward."""
+    context_length: int = 2048
+    """Longest text the model is trained for, in tokens."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    qkv_bias: bool = False
+    """Biases on wq, wk, wv."""
+    output_bias: bool = False
+    """Bias on wo."""
+    tie_embeddings: bool = False
+    """Whether the head is the embedding."""
+    rope: RopeConfig = RopeConfig()
+    """Rotary positions."""
+    init: InitConfig = InitConfig()
+    """Random start."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "context_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError("must be at least 1", where=f"model.{name}", got=getattr(self, name))
+        if not self.head_dim:
+            if self.hidden_size % self.num_heads:
+                raise ConfigError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}",
+                    where="model",
+                    do="Change one of them, or give head_dim.",
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        if not self.num_kv_heads:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}", where="model"
+            )
+        if self.head_dim % 2:
+            raise ConfigError("must be even: rotary positions turn pairs", where="model.head_dim", got=self.head_dim)
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of one block's attention."""
+        heads, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        weights = self.hidden_size * (2 * heads + 2 * kv)
+        return weights + (heads + 2 * kv) * self.qkv_bias + self.hidden_size * self.output_bias
+
+    @property
+    def feed_forward_parameters(self) -> int:
+        """Parameters of one block's feed-forward."""
+        return 3 * self.hidden_size * self.ffn_size
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of one block, norms included."""
+        return self.attention_parameters + self.feed_forward_parameters + 2 * self.hidden_size
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the embedding."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, a tied head counted once."""
+        tables = self.embedding_parameters * (1 if self.tie_embeddings else 2)
+        return tables + self.num_layers * self.block_parameters + self.hidden_size
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Parameters that multiply every token: blocks without norms and biases, and the head; not the embedding."""
+        biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias
+        biases += self.hidden_size * self.output_bias
+        block = self.attention_parameters - biases + self.feed_forward_parameters
+        return self.num_layers * block + self.embedding_parameters

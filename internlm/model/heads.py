@@ -1,0 +1,178 @@
+"""The language head: what the model thinks of each label, without ever holding [B, T, V].
+
+With a vocabulary of 103,168 the logits of 16k tokens are 6.8 GB in fp32 and their gradient as much again. The head
+walks over the tokens in chunks of a fixed number of logits instead. Two ways back, both exact:
+
+- The caller says beforehand what each token's log-probability will be multiplied by (`coefficients`, known for every
+  loss that is linear in log-probabilities: −weight / count for language modelling). Then the gradients are made while a
+  chunk's probabilities are at hand: three matrix products per chunk, as with full logits.
+- Otherwise the logits of a chunk are computed again in backward: one product more.
+
+Probabilities, sums and the gradient of the weight are in fp32 whatever the dtype of the hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from internlm import compat
+
+CHUNK_LOGITS = 1 << 22
+"""Logits per chunk (16 MiB in fp32). On the CPU a chunk then stays in cache between product, softmax and gradient."""
+
+
+@dataclass
+class TokenOutputs:
+    """What the model thinks of each label; every field [B, T] but `weighted`."""
+
+    logp: Tensor
+    """Log-probability of the label, in nats, fp32."""
+    logz: Tensor
+    """Log of the sum of exp(logits), fp32."""
+    correct: Tensor
+    """Whether the label is the most probable token, bool."""
+    weighted: Tensor | None = None
+    """Σ coefficients · logp, a scalar: set when coefficients were given, and then the only field with a gradient."""
+
+
+class LanguageHead(nn.Module):
+    """Hidden states and labels → TokenOutputs. Its weight [V, D] may be the embedding's."""
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, hidden: Tensor, labels: Tensor, coefficients: Tensor | None = None) -> TokenOutputs:
+        """Score the labels.
+
+        Args:
+            hidden: [B, T, D], normalised.
+            labels: [B, T] token ids.
+            coefficients: [B, T] fp32, what each log-probability is multiplied by in the loss; tokens with 0 are not
+                computed at all on the CPU, and their outputs are 0 there.
+        """
+        shape = labels.shape
+        flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        if coefficients is None:
+            logp, logz, correct = _Recomputed.apply(flat, self.weight, labels)
+            return TokenOutputs(logp.view(shape), logz.view(shape), correct.view(shape))
+        coefficients = coefficients.reshape(-1)
+        chosen = None
+        if hidden.device.type == "cpu" and not coefficients.all():
+            chosen = coefficients.nonzero().squeeze(1)
+            flat, labels, coefficients = flat[chosen], labels[chosen], coefficients[chosen]
+        weighted, logp, logz, correct = _Foreseen.apply(flat, self.weight, labels, coefficients)
+        if chosen is not None:
+            size = shape.numel()
+            logp, logz, correct = (x.new_zeros(size).index_copy_(0, chosen, x) for x in (logp, logz, correct))
+        return TokenOutputs(logp.view(shape), logz.view(shape), correct.view(shape), weighted)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [..., V] in fp32, for decoding: only ever asked for a few tokens."""
+        return F.linear(hidden, self.weight).float()
+
+
+def _product(hidden: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function (x [C, K], w [N, K]) → x · w transposed that is fastest for this device and dtype."""
+    if hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.float32 and compat.has_onednn_linear():
+        return compat.onednn_linear
+    return F.linear
+
+
+def _chunks(tokens: int, vocab: int) -> list[slice]:
+    rows = max(1, CHUNK_LOGITS // vocab)
+    return [slice(i, min(i + rows, tokens)) for i in range(0, tokens, rows)]
+
+
+def _score(logits: Tensor, labels: Tensor, out: tuple[Tensor, Tensor, Tensor], part: slice) -> None:
+    """Write logp, logz and correct of one chunk [C, V] into `out`, and turn the logits into probabilities in place."""
+    logp, logz, correct = out
+    label_logit = logits.gather(1, labels[:, None]).squeeze(1)
+    top = logits.amax(1)
+    correct[part] = label_logit == top
+    logits.sub_(top[:, None]).exp_()
+    total = logits.sum(1)
+    logits.div_(total[:, None])
+    logz[part] = total.log().add_(top)
+    logp[part] = label_logit - logz[part]
+
+
+class _Foreseen(torch.autograd.Function):
+    """Σ c·logp with the gradients made in forward: backward only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
+        tokens, vocab = hidden.shape[0], weight.shape[0]
+        logp, logz = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        correct = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if wanted else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted else None
+        product = _product(hidden, weight)
+        for part in _chunks(tokens, vocab):
+            h, c = hidden[part], coefficients[part]
+            logits = product(h, weight).float()
+            _score(logits, labels[part], (logp, logz, correct), part)
+            if grad_hidden is None or grad_weight is None:
+                continue
+            # d(c·logp)/d logits = c (onehot − p)
+            logits.mul_(-c[:, None])
+            logits.scatter_add_(1, labels[part][:, None], c[:, None])
+            grad = logits.to(hidden.dtype)
+            grad_hidden[part] = product(grad, weight.t())
+            if weight.dtype == torch.float32:
+                grad_weight.addmm_(grad.t(), h)
+            else:
+                grad_weight.add_(torch.mm(grad.t(), h))
+        if wanted:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(logp, logz, correct)
+        return (coefficients * logp).sum(), logp, logz, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (scale, *_) = grads
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale).to(ctx.weight_dtype), None, None
+
+
+class _Recomputed(torch.autograd.Function):
+    """logp and logz with any gradient: backward computes the logits of each chunk again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        tokens, vocab = hidden.shape[0], weight.shape[0]
+        logp, logz = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        correct = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
+        product = _product(hidden, weight)
+        for part in _chunks(tokens, vocab):
+            logits = product(hidden[part], weight).float()
+            _score(logits, labels[part], (logp, logz, correct), part)
+        ctx.save_for_backward(hidden, weight, labels, logz)
+        ctx.mark_non_differentiable(correct)
+        return logp, logz, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logp, grad_logz, _ = grads
+        hidden, weight, labels, logz = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        product = _product(hidden, weight)
+        for part in _chunks(hidden.shape[0], weight.shape[0]):
+            h = hidden[part]
+            p = product(h, weight).float().sub_(logz[part][:, None]).exp_()
+            # d logp = onehot − p, d logz = p
+            p.mul_((grad_logz[part] - grad_logp[part])[:, None])
+            p.scatter_add_(1, labels[part][:, None], grad_logp[part][:, None])
+            grad = p.to(hidden.dtype)
+            grad_hidden[part] = product(grad, weight.t())
+            grad_weight += torch.mm(grad.t(), h)
+        return grad_hidden, grad_weight.to(weight.dtype), None

@@ -1,0 +1,116 @@
+"""The parts of a block: linear layers, RMSNorm, grouped-query attention, SwiGLU.
+
+x ← x + attention(norm(x))        x ← x + feed_forward(norm(x))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from internlm import compat
+from internlm.model import attention
+from internlm.model.attention import Documents
+from internlm.model.config import ModelConfig
+from internlm.model.rope import Rotation, rotate
+
+Attend = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
+
+
+class RMSNorm(nn.RMSNorm):
+    """Divide by the root mean square and multiply by a weight; statistics in fp32 (Zhang and Sennrich 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised x [..., D] in the dtype of x."""
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """x · weight transposed + bias, through the fastest product that the device has."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.onednn = compat.has_onednn_linear()  # asked once, outside of compiled graphs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out] from x [..., in]."""
+        if self.onednn and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+            return _CpuLinear.apply(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+class _CpuLinear(torch.autograd.Function):
+    """Forward and the gradient of x through oneDNN; the gradient of the weight through MKL, which is faster there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return compat.onednn_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_x = compat.onednn_linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.mm(flat.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions.
+
+    `attend` is a seam: a plain function here, replaced from outside by what spreads a sequence over devices or keeps
+    the keys and values of earlier tokens.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.wq = Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.wk = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.wv = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.wo = Linear(width, config.hidden_size, bias=config.output_bias)
+        self.attend: Attend = attention.attend
+
+    def forward(self, x: Tensor, rotation: Rotation, documents: Documents) -> Tensor:
+        """Return [B, T, D] from the normalised stream x [B, T, D]."""
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B, T, H or K, E]
+        out = self.attend(rotate(q, rotation), rotate(k, rotation), v, documents)
+        return self.wo(out.flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): w_down(silu(w_gate x) · w_up x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w_gate = Linear(config.hidden_size, config.ffn_size, bias=False)
+        self.w_up = Linear(config.hidden_size, config.ffn_size, bias=False)
+        self.w_down = Linear(config.ffn_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, T, D] from the normalised stream x [B, T, D]."""
+        return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each on the normalised stream and added to it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, rotation: Rotation, documents: Documents) -> Tensor:
+        """Return the stream [B, T, D] after this layer."""
+        x = x + self.attention(self.attention_norm(x), rotation, documents)
+        return x + self.feed_forward(self.feed_forward_norm(x))

@@ -1,0 +1,112 @@
+"""Rotary positions (Su et al. 2021), half layout, with the four ways to read longer texts than trained.
+
+A head of width E is E/2 pairs (x[i], x[i + E/2]); pair i at position p is turned by the angle p · f[i]:
+
+    f[i] = base^(-2i/E)          scaled by linear, dynamic-NTK, YaRN or llama3 rules
+
+Angles are computed in fp32 whatever the model's dtype: at position 8,192 a bf16 angle is off by whole turns.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from internlm.model.config import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+
+
+class Rotation(NamedTuple):
+    """cos and sin of every pair's angle, each [B, T, 1, E/2], in the dtype of the activations."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def frequencies(config: RopeConfig, head_dim: int, length: int = 0) -> tuple[Tensor, float]:
+    """Return each pair's angle per position [E/2] in fp32, and the factor on cos and sin.
+
+    Args:
+        config: base and scaling.
+        head_dim: E.
+        length: length of the longest text, which only dynamic scaling looks at.
+    """
+    scaling, base = config.scaling, config.base
+    if isinstance(scaling, DynamicScaling) and length > scaling.original_length:
+        # bloc97 2023; the same formula as InternLM v0.2: base · (s·n/P − (s−1))^(E/(E−2))
+        stretch = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
+        base = base * stretch ** (head_dim / (head_dim - 2))
+    plain = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if isinstance(scaling, LinearScaling):
+        return plain / scaling.factor, 1.0
+    if isinstance(scaling, YarnScaling):
+        return _yarn(plain, scaling, base, head_dim)
+    if isinstance(scaling, Llama3Scaling):
+        return _llama3(plain, scaling), 1.0
+    return plain, 1.0
+
+
+def _yarn(plain: Tensor, scaling: YarnScaling, base: float, head_dim: int) -> tuple[Tensor, float]:
+    """Peng et al. 2023, eq. 17–25: a ramp between interpolated (slow) and kept (fast) pairs."""
+
+    def pair_with_turns(turns: float) -> float:
+        return head_dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(pair_with_turns(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_with_turns(scaling.beta_slow)), head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    keep = 1 - ramp.clamp(0, 1)
+    factor = scaling.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return plain / scaling.factor * (1 - keep) + plain * keep, factor
+
+
+def _llama3(plain: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Llama 3.1: kept below one wavelength, divided above another, blended between."""
+    wavelength = 2 * math.pi / plain
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    keep = ((scaling.original_length / wavelength - low) / (high - low)).clamp(0, 1)
+    return plain / scaling.factor * (1 - keep) + plain * keep
+
+
+class Rope(nn.Module):
+    """Turns positions into rotations. It has no weights."""
+
+    def __init__(self, config: RopeConfig, head_dim: int) -> None:
+        super().__init__()
+        self.config, self.head_dim = config, head_dim
+        self._cached: tuple[Tensor, float] | None = None
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """Return the rotation of each position.
+
+        Args:
+            positions: [B, T] integers.
+            dtype: of the activations.
+        """
+        if isinstance(self.config.scaling, DynamicScaling):
+            # One base per call: InternLM's own rule, the length of the longest text in the batch.
+            turns, factor = frequencies(self.config, self.head_dim, int(positions.max()) + 1)
+            turns = turns.to(positions.device)
+        else:
+            if self._cached is None or self._cached[0].device != positions.device:
+                turns, factor = frequencies(self.config, self.head_dim)
+                self._cached = turns.to(positions.device), factor
+            turns, factor = self._cached
+        angles = positions[:, :, None, None].float() * turns  # [B, T, 1, E/2]
+        return Rotation((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Return x with each pair turned by its angle.
+
+    Args:
+        x: [B, T, H, E].
+        rotation: of the same B and T (or broadcastable).
+    """
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = rotation
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,98 @@
+"""The decoder: embedding, blocks, final norm, head.
+
+    hidden = model(tokens, positions, documents)       # [B, T, D]
+    outputs = model.head(hidden, labels)               # TokenOutputs, each [B, T]
+
+It is written for one device; distribution is applied to it from outside. Blocks live in a ModuleDict so that a
+parameter keeps its name when the layers are split over stages.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from internlm.model import attention
+from internlm.model.config import ModelConfig
+from internlm.model.heads import LanguageHead
+from internlm.model.layers import Block, RMSNorm
+from internlm.model.rope import Rope
+
+
+class Transformer(nn.Module):
+    """A causal decoder. Weights are uninitialised until `initialize` or a loader fills them."""
+
+    def __init__(self, config: ModelConfig, attention_path: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.attention_path = attention_path
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rope = Rope(config.rope, config.head_dim)
+        self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(config.num_layers)})
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = LanguageHead(config.hidden_size, config.vocab_size)
+        if config.tie_embeddings:
+            self.tie()
+
+    def tie(self) -> None:
+        """Make the head's weight the embedding's."""
+        self.head.weight = self.embedding.weight  # type: ignore[assignment]  # torch annotates it as a Tensor
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """Return the normalised hidden states [B, T, D].
+
+        Args:
+            tokens: [B, T] ids.
+            positions: [B, T], each token's place in its document; None: 0 … T−1.
+            documents: [B, T], equal inside a document; None: each row is one document.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(1, -1)
+        x = F.embedding(tokens, self.embedding.weight)
+        layout = attention.arrange(documents, x.device, x.dtype, self.attention_path)
+        rotation = self.rope(positions, x.dtype)
+        for block in self.blocks.values():
+            x = block(x, rotation, layout)
+        return self.norm(x)
+
+
+def build(config: ModelConfig, seed: int, *, dtype: torch.dtype = torch.float32, path: str = "auto") -> Transformer:
+    """Return a randomly initialised model on the CPU."""
+    with torch.device("meta"):
+        model = Transformer(config, path)
+    model = model.to(dtype).to_empty(device="cpu")
+    if config.tie_embeddings:
+        model.tie()  # to_empty makes two tensors of the shared one
+    initialize(model, seed)
+    return model
+
+
+@torch.no_grad()
+def initialize(model: Transformer, seed: int) -> None:
+    """Fill every parameter, in place, from its name and the seed alone: the same start in any order and layout."""
+    for name, parameter in model.named_parameters():
+        std = init_std(model.config, name)
+        if std is None:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        # The CPU generator looks at 32 bits of its seed: name and seed are hashed into them together.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+
+def init_std(config: ModelConfig, name: str) -> float | None:
+    """Return the standard deviation of a parameter's start; None for norms (all 1) and biases (all 0)."""
+    init = config.init
+    if name.endswith("bias") or "norm" in name:
+        return None
+    if not name.startswith("blocks."):
+        return init.embedding_std
+    std = init.std if init.std is not None else 0.5 * config.hidden_size**-0.5
+    if name.endswith(("wo.weight", "w_down.weight")):
+        layer = int(name.split(".")[1])
+        depth = {"none": 0.5, "total": config.num_layers, "layer": layer + 1}[init.residual]
+        std /= (2 * depth) ** 0.5
+    return std

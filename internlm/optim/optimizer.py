@@ -1,0 +1,140 @@
+"""Parameters into groups, groups into optimizers, all behind one small object.
+
+Groups by role, decided by name and shape (`role`):
+
+    matrix      weights inside blocks                       decayed
+    table       embedding and head                          decayed only if asked
+    vector      norms and biases                            never decayed
+
+`Optimizer.named_state` names every state tensor after its parameter, so that a checkpoint does not depend on order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from internlm.config import default_kind, section
+from internlm.errors import WeightsError
+from internlm.optim.muon import Muon
+
+Role = Literal["matrix", "table", "vector"]
+
+
+@section
+class AdamWConfig:
+    """AdamW (Loshchilov and Hutter 2019)."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices inside blocks."""
+    decay_tables: bool = False
+    """Whether embedding and head are decayed too."""
+    table_lr_ratio: float = 1.0
+    """Learning rate of embedding and head, as a multiple of `lr`."""
+
+
+@section
+class MuonConfig(AdamWConfig):
+    """Muon for the matrices inside blocks, AdamW with the same fields for the rest."""
+
+    kind: Literal["muon"] = "muon"  # type: ignore[assignment]
+    momentum: float = 0.95
+    """Decay of Muon's momentum."""
+
+
+OptimConfig = Annotated[AdamWConfig | MuonConfig, pydantic.Field(discriminator="kind"), default_kind("adamw")]
+
+
+def role(name: str, parameter: Tensor) -> Role:
+    """Return what a parameter is, from its name and shape."""
+    if parameter.ndim < 2:
+        return "vector"
+    return "matrix" if name.startswith("blocks.") else "table"
+
+
+class Optimizer:
+    """One or two torch optimizers over named parameters."""
+
+    def __init__(self, config: AdamWConfig | MuonConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self.names: dict[Tensor, str] = {p: name for name, p in parameters if p.requires_grad}
+        by_role: dict[Role, list[nn.Parameter]] = {"matrix": [], "table": [], "vector": []}
+        for parameter, name in self.names.items():
+            by_role[role(name, parameter)].append(parameter)
+        self.parts: list[torch.optim.Optimizer] = []
+        settings: dict[Role, tuple[float, float]] = {
+            "matrix": (config.lr, config.weight_decay),
+            "table": (config.lr * config.table_lr_ratio, config.weight_decay * config.decay_tables),
+            "vector": (config.lr, 0.0),
+        }
+        groups = {
+            kind: {"params": by_role[kind], "lr": lr, "peak_lr": lr, "weight_decay": decay}
+            for kind, (lr, decay) in settings.items()
+            if by_role[kind]
+        }
+        if isinstance(config, MuonConfig) and "matrix" in groups:
+            self.parts.append(Muon([groups.pop("matrix")], lr=config.lr, momentum=config.momentum))
+        if groups:
+            rest = list(groups.values())
+            self.parts.append(torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+
+    def step(self, rate: float) -> None:
+        """Update the parameters with `rate` times each group's peak learning rate."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = group["peak_lr"] * rate
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def named_state(self) -> dict[str, Tensor]:
+        """Return every state tensor as `<parameter name>.<slot>`; empty before the first step."""
+        return {
+            f"{self.names[parameter]}.{slot}": value
+            for part in self.parts
+            for parameter, slots in part.state.items()
+            for slot, value in slots.items()
+        }
+
+    def allocate_state(self) -> None:
+        """Create zero state tensors, as the first step would, so that `named_state` can be filled from disk."""
+        for part in self.parts:
+            for group in part.param_groups:
+                for p in group["params"]:
+                    if isinstance(part, Muon):
+                        part.state[p] = {"momentum": torch.zeros_like(p)}
+                    else:
+                        part.state[p] = {
+                            "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                            "exp_avg": torch.zeros_like(p),
+                            "exp_avg_sq": torch.zeros_like(p),
+                        }
+
+
+@torch.no_grad()
+def clip_by_global_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale all gradients, in place, so that their one global L2 norm is at most `limit`; return the norm before.
+
+    The norm is always computed; a limit of 0 or infinity only measures. A non-finite norm leaves the gradients alone.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        raise WeightsError("no parameter has a gradient", do="Check that something in the batch is trained on.")
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=torch.float32)))
+    if limit > 0:
+        scale = torch.where(norm.isfinite(), (limit / (norm + 1e-6)).clamp(max=1.0), torch.ones_like(norm))
+        torch._foreach_mul_(grads, scale)
+    return norm

@@ -1,0 +1,57 @@
+r"""How the learning rate moves: warm-up, then one of four courses; a pure function of how far the run is.
+
+1 |  /‾‾‾‾\___          cosine, linear: from 1 to `final_ratio` at the end
+| /         \__       wsd: 1 until the last `decay_ratio` of the run, then down in a straight line
+0 |/_____________|      constant: 1
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from internlm.config import section
+from internlm.errors import ConfigError
+
+
+@section
+class ScheduleConfig:
+    """Course of the learning rate."""
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Course after the warm-up."""
+    warmup_ratio: float = 0.01
+    """Share of the run in which the rate rises in a straight line from 0."""
+    final_ratio: float = 0.1
+    """Rate at the end, as a share of the peak."""
+    decay_ratio: float = 0.2
+    """wsd only: share of the run in which the rate falls."""
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_ratio", "final_ratio", "decay_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError("must lie between 0 and 1", where=f"schedule.{name}", got=getattr(self, name))
+
+
+def rate(config: ScheduleConfig, step: int, total_steps: int) -> float:
+    """Return the learning rate of the step that is about to be taken, as a share of the peak.
+
+    Args:
+        config: the course.
+        step: steps taken so far, from 0.
+        total_steps: steps of the whole run.
+    """
+    warmup = round(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    left = max(1, total_steps - warmup)
+    done = min(1.0, (step + 1 - warmup) / left)  # the last step is taken at exactly final_ratio
+    if config.kind == "cosine":
+        fall = 0.5 * (1 + math.cos(math.pi * done))
+    elif config.kind == "linear":
+        fall = 1 - done
+    elif config.kind == "wsd":
+        fall = min(1.0, (1 - done) * left / max(1, round(config.decay_ratio * total_steps)))
+    else:
+        return 1.0
+    return config.final_ratio + (1 - config.final_ratio) * fall

@@ -1,0 +1,80 @@
+"""The few plots there are, in one style. Needs matplotlib (extra `plot`); says so once where it is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from internlm import storage
+from internlm.log import warn_once
+
+logger = logging.getLogger(__name__)
+
+
+def loss_curve(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> Path | None:
+    """Draw training loss, validation loss and learning rate over tokens seen.
+
+    Args:
+        lines: of `metrics.jsonl`.
+        path: the PNG to write.
+        title: written above.
+
+    Returns:
+        The path, or None when matplotlib is missing or there is nothing to draw.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        warn_once(logger, f"no plot {path}: matplotlib is missing (pip install 'internlm[plot]')")
+        return None
+    lines = list(lines)
+    train = _series(lines, "train/loss")
+    if len(train[0]) < 2:
+        return None
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    axes.plot(*train, color="#9db8d9", linewidth=1, label="train")
+    axes.plot(train[0], _smooth(train[1]), color="#1f5fa8", linewidth=2, label="train, smoothed")
+    names = sorted({key for line in lines for key in line if key.startswith("valid/loss/")})
+    for name in names:
+        axes.plot(
+            *_series(lines, name), marker="o", markersize=4, label=name.removeprefix("valid/loss/") + " (held out)"
+        )
+    axes.set(xlabel="tokens", ylabel="loss, nats per token", title=title)
+    low, high = min(train[1]), max(train[1][min(len(train[1]) - 1, max(1, len(train[1]) // 50)) :])
+    if high > low:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+    axes.grid(alpha=0.3)
+    rate = axes.twinx()
+    rate.plot(*_series(lines, "optim/lr"), color="#b0b0b0", linestyle=":", linewidth=1)
+    rate.set_ylabel("learning rate", color="#808080")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    beside = path.with_suffix(".partial.png")
+    with storage.explained(f"writing {path}"):
+        figure.savefig(beside)
+        beside.replace(path)
+    pyplot.close(figure)
+    return path
+
+
+def _series(lines: list[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Return (tokens, values) of a metric, leaving out what is not finite."""
+    points = [(line["progress/tokens"], line[name]) for line in lines if name in line and math.isfinite(line[name])]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _smooth(values: list[float], share: float = 0.9) -> list[float]:
+    """Return the running average with bias correction (as Adam's)."""
+    average, weight, smooth = 0.0, 0.0, []
+    for value in values:
+        average = share * average + (1 - share) * value
+        weight = share * weight + (1 - share)
+        smooth.append(average / weight)
+    return smooth

@@ -1,0 +1,290 @@
+"""The root of a recipe: it composes the sections, each of which lives beside the code that reads it.
+
+loaded = load("recipes/quickstart/pretrain.yaml", ["optim.lr=1e-3"])
+trainer = prepare(loaded.value)
+trainer.fit()
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internlm import __version__, config, runtime, storage
+from internlm.checkpoint import store
+from internlm.checkpoint.store import CheckpointConfig
+from internlm.config import Loaded, Origins, Tree, section
+from internlm.cost import hardware
+from internlm.cost.flops import causal_pairs, training_flops
+from internlm.data.loader import DataConfig, Loader
+from internlm.errors import ConfigError
+from internlm.log import quantity
+from internlm.model.config import ModelConfig
+from internlm.model.presets import preset
+from internlm.model.transformer import Transformer, build
+from internlm.optim.optimizer import AdamWConfig, OptimConfig, Optimizer
+from internlm.optim.schedule import ScheduleConfig
+from internlm.runtime import RuntimeConfig
+from internlm.text.tokenizer import Tokenizer
+from internlm.train.evaluate import EvaluateConfig, Evaluator
+from internlm.train.objective import Objectives
+from internlm.train.objectives.lm import LanguageModeling
+from internlm.train.trackers import open_trackers
+from internlm.train.trainer import TrainConfig, Trainer
+from internlm.weights import transformers
+
+logger = logging.getLogger(__name__)
+
+
+@section
+class Recipe:
+    """Everything that decides a training run."""
+
+    run: str
+    """Folder of the run: checkpoints, metrics, plot, the resolved recipe."""
+    seed: int = 1
+    """Decides the random start of the weights; the order of the data has its own, `data.seed`."""
+    model: ModelConfig | None = None
+    """Shape of the model, or `{preset: NAME, …}`. May be left out with `init_from`."""
+    init_from: str | None = None
+    """Weights to start from: a run, a checkpoint, or a Transformers folder. None: a random start."""
+    data: DataConfig
+    """Sources and packing."""
+    objective: Objectives = LanguageModeling()
+    """What is minimised."""
+    train: TrainConfig
+    """Length and cut of the run."""
+    optim: OptimConfig = AdamWConfig()
+    """Optimizer."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Course of the learning rate."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Validation."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Training state on disk."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """The machine."""
+
+    def __post_init__(self) -> None:
+        if self.model is None and self.init_from is None:
+            raise ConfigError("is required unless init_from is given", where="model")
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Loaded[Recipe]:
+    """Read a recipe; `model.preset` is replaced by the fields it stands for.
+
+    Raises:
+        ConfigError: everything that is wrong with it.
+    """
+    return config.load(Recipe, path, overrides, expand=_expand_preset)
+
+
+def describe(loaded: Loaded[Recipe]) -> str:
+    """Return what `--dry-run` prints: every value with its origin, and the sizes that follow from them."""
+    recipe = loaded.value
+    shape = recipe.model or _initial_config(Path(str(recipe.init_from)))
+    train = recipe.train
+    per_token = training_flops(shape, 1, causal_pairs(recipe.data.seq_len) / recipe.data.seq_len)
+    lines = [
+        config.explain(loaded),
+        "",
+        f"parameters        {shape.num_parameters:,} ({quantity(shape.num_parameters)})",
+        f"tokens per step   {train.batch_tokens:,}",
+        f"steps             {train.total_steps:,}",
+        f"tokens            {train.total_steps * train.batch_tokens:,}",
+        f"operations        {per_token * train.total_steps * train.batch_tokens:.3g} "
+        f"({per_token:.3g} per token, full rows)",
+    ]
+    return "\n".join(lines)
+
+
+def prepare(recipe: Recipe) -> Trainer:
+    """Build everything a run needs, in its folder, and continue it if it was begun.
+
+    Precedence of the start: the newest complete checkpoint of the run; else `init_from`; else random weights.
+
+    Raises:
+        InternLMError: a path is missing, parts do not fit each other, or the folder holds another run.
+    """
+    device = runtime.resolve_device(recipe.runtime)
+    dtype = runtime.resolve_dtype(recipe.runtime, device)
+    run = Path(recipe.run)
+    loader = Loader(recipe.data)
+    begun = _newest_of(run, recipe)
+    shape = recipe.model or _initial_config(Path(str(recipe.init_from)))
+    _check_fit(recipe, shape, loader)
+    model = _initial_model(recipe, shape, begun is not None).to(device)
+    if recipe.runtime.compile:
+        for block in model.blocks.values():
+            block.compile()
+    peak = hardware.peak_flops(runtime.device_name(device), str(dtype).removeprefix("torch."))
+    trainer = Trainer(
+        run=run,
+        config=recipe.train,
+        schedule=recipe.schedule,
+        checkpoints=recipe.checkpoint,
+        evaluation=recipe.evaluate,
+        model=model,
+        objective=recipe.objective,
+        optimizer=Optimizer(recipe.optim, model.named_parameters()),
+        loader=loader,
+        evaluator=Evaluator(recipe.evaluate, recipe.data, Tokenizer.load(loader.tokenizer_path)),
+        device=device,
+        dtype=dtype,
+        peak_flops=peak or runtime.measure_peak(device, dtype),
+        facts={"recipe": config.encode(recipe), "versions": versions()},
+    )
+    runtime.seed(recipe.seed)
+    if begun is not None:
+        trainer.resume(store.open_checkpoint(begun))
+        logger.info("resuming %s at step %d of %d", begun, trainer.progress.step, recipe.train.total_steps)
+    _write_facts(run, recipe)
+    trainer.trackers = open_trackers(run)
+    _announce(trainer, "measured" if peak is None else "data sheet")
+    return trainer
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a run depends on, and the commit of the code when it runs from a checkout."""
+    found = {"internlm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    try:
+        where = Path(__file__).parent
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, timeout=5)
+        if commit.returncode == 0:
+            found["commit"] = commit.stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        pass  # no git: the version says what it can
+    return found
+
+
+def _expand_preset(tree: Tree, origins: Origins) -> None:
+    model = tree.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return
+    name = model.pop("preset")
+    origin = f"preset {name}"
+    origins.pop("model.preset", None)
+    base: Tree = json.loads(json.dumps(preset(str(name))))
+    base_origins: Origins = {}
+    config.merge(base, base_origins, model, {k.removeprefix("model."): v for k, v in origins.items()})
+    tree["model"] = base
+    for key in preset(str(name)):
+        for path in [f"model.{key}", *(f"model.{key}.{sub}" for sub in _keys(base[key]))]:
+            origins.setdefault(path, origin)
+
+
+def _keys(value: Any) -> list[str]:
+    return list(value) if isinstance(value, dict) else []
+
+
+def _newest_of(run: Path, recipe: Recipe) -> Path | None:
+    """Return the checkpoint this run goes on from, or None for a fresh folder."""
+    begun = store.newest(run)
+    if begun is None:
+        return None
+    if not recipe.checkpoint.resume:
+        raise ConfigError(
+            "the run folder holds a run and checkpoint.resume is false", where=recipe.run, do="Choose another `run`."
+        )
+    before = store.open_checkpoint(begun)
+    wanted = recipe.model or before.config
+    if before.config != wanted:
+        old, new = config.encode(before.config), config.encode(wanted)
+        differing = [key for key in new if old[key] != new[key]]
+        raise ConfigError(
+            f"the run folder holds a run of another model ({', '.join(differing)} differ)",
+            where=recipe.run,
+            do="Choose another `run`, or give the old values back.",
+        )
+    return begun
+
+
+def _initial_config(source: Path) -> ModelConfig:
+    if not source.is_dir():
+        raise ConfigError("no such folder", where="init_from", got=str(source))
+    if store.newest(source) or store.is_checkpoint(source):
+        return store.open_checkpoint(source).config
+    return transformers.read_config(source)
+
+
+def _initial_model(recipe: Recipe, shape: ModelConfig, resumed: bool) -> Transformer:
+    """Return the model before training; a run that is resumed will be filled from its checkpoint."""
+    path = recipe.runtime.attention
+    if resumed or recipe.init_from is None:
+        return build(shape, recipe.seed, path=path)
+    source = Path(recipe.init_from)
+    if store.newest(source) or store.is_checkpoint(source):
+        checkpoint = store.open_checkpoint(source)
+        model = build(shape, recipe.seed, path=path)
+        checkpoint.load({f"model.{name}": p.detach() for name, p in model.named_parameters()})
+        logger.info("weights from %s (step %d)", checkpoint.path, checkpoint.step)
+        return model
+    model = transformers.load(source, dtype=torch.float32)
+    model.attention_path = path
+    logger.info("weights from %s", source)
+    return model
+
+
+def _check_fit(recipe: Recipe, shape: ModelConfig, loader: Loader) -> None:
+    """Check that data, model and start belong together.
+
+    Raises:
+        ConfigError: naming the numbers or the tokenizers that differ.
+    """
+    if loader.vocab_size > shape.vocab_size:
+        raise ConfigError(
+            f"the data's tokenizer has {loader.vocab_size} ids", where="model.vocab_size", got=shape.vocab_size
+        )
+    if recipe.data.seq_len > shape.context_length and shape.rope.scaling is None:
+        raise ConfigError(
+            f"is longer than model.context_length {shape.context_length}",
+            where="data.seq_len",
+            got=recipe.data.seq_len,
+            do="Raise model.context_length or shorten the rows.",
+        )
+    if recipe.init_from is None:
+        return
+    source = Path(recipe.init_from)
+    known = store.open_checkpoint(source).config if store.newest(source) else _initial_config(source)
+    if replace(known, init=shape.init, context_length=shape.context_length) != shape:
+        old, new = config.encode(known), config.encode(shape)
+        differing = [f"{key}: {old[key]} there, {new[key]} here" for key in new if old[key] != new[key]]
+        raise ConfigError("has another shape than `model`: " + "; ".join(differing), where=f"init_from {source}")
+    folder = store.open_checkpoint(source).tokenizer_path if store.newest(source) else source
+    if folder is not None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        there = Tokenizer.load(folder).fingerprint
+        if there != loader.fingerprint:
+            raise ConfigError(
+                f"was trained with another tokenizer ({there[:12]}) than the data ({loader.fingerprint[:12]})",
+                where=f"init_from {source}",
+                do="Tokenise the data with the tokenizer of those weights.",
+            )
+
+
+def _write_facts(run: Path, recipe: Recipe) -> None:
+    """Write the resolved recipe and the versions into the run folder."""
+    storage.write_text(run / "recipe.yaml", config.dump(recipe))
+    storage.write_text(run / "versions.json", json.dumps(versions(), indent=1) + "\n")
+
+
+def _announce(trainer: Trainer, peak_origin: str) -> None:
+    model, recipe = trainer.model.config, trainer.config
+    logger.info(
+        "model %s parameters | %d steps of %s tokens | %s, %s, dense peak %.3g TFLOPS (%s) | attention %s",
+        quantity(model.num_parameters),
+        recipe.total_steps,
+        quantity(recipe.batch_tokens),
+        runtime.device_name(trainer.device),
+        str(trainer.dtype).removeprefix("torch."),
+        trainer.peak_flops / 1e12,
+        peak_origin,
+        trainer.model.attention_path,
+    )

@@ -1,0 +1,253 @@
+"""The one place that opens what we wrote.
+
+Every artefact that a later step trusts (token shards, a checkpoint, an export) is a folder that is either complete or
+absent:
+
+    with writing("runs/a/step-10", kind="checkpoint") as folder:   # runs/a/step-10.partial-<pid>
+        (folder.path / "x.bin").write_bytes(...)
+    #  fsync every file → manifest.json (sizes, SHA-256) → fsync folder → rename → fsync parent
+
+A crash before the rename leaves a `.partial-*` folder that nobody reads and the next writer of the same name removes.
+Readers call `read_manifest`, which refuses a folder without a manifest or with a file of another size.
+
+Limits: local file systems with atomic rename. A rename over an existing folder is not atomic on POSIX, so `replace`
+moves the old one aside first; a crash between the two renames leaves the old one under `.replaced-<pid>`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from internlm.errors import StorageError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Writing:
+    """A folder being written: put files under `path`, facts for the readers into `meta`."""
+
+    path: Path
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def writing(target: str | Path, kind: str, *, replace: bool = False) -> Iterator[Writing]:
+    """Yield a folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    Args:
+        target: the final folder.
+        kind: what it holds ("shards", "checkpoint", "export"); `read_manifest` asks for it again.
+        replace: whether an existing folder of the same kind may be replaced. Other content is never overwritten.
+
+    Raises:
+        StorageError: the target exists, or the disk is full (nothing complete was touched then).
+    """
+    target = Path(target)
+    check_free(target, kind, replace=replace)
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    with explained(f"writing {target}"):
+        remove_leftovers(target)
+        partial.mkdir(parents=True)
+    try:
+        with explained(f"writing {target}"):
+            folder = Writing(partial)
+            yield folder
+            commit(partial, target, kind, folder.meta)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_free(target: str | Path, kind: str, *, replace: bool = False) -> None:
+    """Check that `target` may be written.
+
+    Raises:
+        StorageError: it exists and is not a complete folder of this kind that `replace` allows to go.
+    """
+    target = Path(target)
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not is_complete(target, kind):
+        raise StorageError("exists and was not written by this step", where=target, do="Choose another name.")
+    if not replace:
+        raise StorageError("exists already", where=target, do="Choose another name, or pass --force to replace it.")
+
+
+def commit(partial: Path, target: Path, kind: str, meta: dict[str, Any]) -> None:
+    """Make the written folder `partial` visible as `target`: fsync, manifest, rename."""
+    files = {}
+    for path in sorted(p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST):
+        files[path.relative_to(partial).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        _fsync(path)
+    manifest = {"format": FORMAT_VERSION, "kind": kind, "meta": meta, "files": files}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _fsync(partial / MANIFEST)
+    for path in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
+        _fsync(path)
+    aside = None
+    if target.exists():
+        aside = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+        os.rename(target, aside)
+    os.rename(partial, target)
+    _fsync(target.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
+    """Return the `meta` of a complete folder.
+
+    Raises:
+        StorageError: the folder is missing, was not finished, is of another kind or format, or a file of it is gone or
+            of another size. Contents are compared only by `verify`.
+    """
+    path = Path(path)
+    manifest = _load_manifest(path)
+    if manifest.get("kind") != kind:
+        raise StorageError("holds something else", where=path, got=manifest.get("kind"), allowed=[kind])
+    if manifest.get("format") != FORMAT_VERSION:
+        raise StorageError(
+            "was written in another format version", where=path, got=manifest.get("format"), allowed=[FORMAT_VERSION]
+        )
+    for name, facts in manifest["files"].items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != facts["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes, not {facts['bytes']}"
+            raise StorageError(f"file {name} {found}", where=path, do="The folder is damaged: write or copy it again.")
+    return manifest["meta"]
+
+
+def verify(path: str | Path) -> None:
+    """Read every file of a complete folder and compare its SHA-256 with the manifest.
+
+    Raises:
+        StorageError: naming the first file that differs.
+    """
+    path = Path(path)
+    manifest = _load_manifest(path)
+    read_manifest(path, manifest.get("kind", ""))
+    for name, facts in manifest["files"].items():
+        if sha256(path / name) != facts["sha256"]:
+            raise StorageError(
+                f"file {name} is damaged (its SHA-256 differs)", where=path, do="Write or copy it again."
+            )
+
+
+def is_complete(path: str | Path, kind: str) -> bool:
+    """Return whether `path` is a complete folder of this kind."""
+    try:
+        read_manifest(path, kind)
+    except StorageError:
+        return False
+    return True
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a small file so that readers see the old content or the new, never a part."""
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    with explained(f"writing {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.write_text(text, encoding="utf-8")
+            _fsync(beside)
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def require_space(path: str | Path, needed_bytes: int, what: str) -> None:
+    """Check that the file system of `path` has room for `needed_bytes`, before work is spent on them.
+
+    Raises:
+        StorageError: naming both numbers.
+    """
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise StorageError(
+            f"{what} needs {needed_bytes / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB left",
+            where=path,
+            do="Free some space, or write elsewhere.",
+        )
+
+
+def remove_leftovers(target: Path) -> None:
+    """Delete what crashed writers of `target` left beside it."""
+    for pattern in (f"{target.name}.partial-*", f"{target.name}.replaced-*"):
+        for path in target.parent.glob(pattern):
+            pid = path.name.rpartition("-")[2]
+            if target.exists() or "replaced" not in path.name:
+                if pid.isdigit() and int(pid) != os.getpid() and _is_alive(int(pid)):
+                    continue  # another process is writing the same name right now; the later rename will lose
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def explained(doing: str) -> Iterator[None]:
+    """Turn the errors of the operating system inside the block into a StorageError that says what was being done."""
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "The disk is full: free some space. What was complete before is untouched.",
+            errno.EDQUOT: "Your disk quota is used up. What was complete before is untouched.",
+            errno.EFBIG: "The file size limit was reached. What was complete before is untouched.",
+            errno.EACCES: "Permission is missing.",
+            errno.EROFS: "The file system is read-only.",
+        }.get(error.errno or 0)
+        place = f" ({error.filename})" if error.filename else ""
+        raise StorageError(f"failed while {doing}: {error.strerror or error}{place}", do=advice) from error
+
+
+def _load_manifest(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise StorageError("no such folder", where=path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise StorageError(
+            "has no manifest.json: it was not finished, or is something else", where=path, do="Write it again."
+        ) from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise StorageError(f"manifest.json cannot be read: {error}", where=path, do="Write it again.") from error
+    return manifest
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

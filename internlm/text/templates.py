@@ -1,0 +1,213 @@
+r"""Chat formats as data: what stands around the messages of each role.
+
+A message is written as prefix + content + suffix of its role. Prefix and suffix are parts: plain text, a special token
+by name, or the tokenizer's own end of text. `chat.render` appends special tokens by id and encodes every text part and
+every content by itself; `jinja` writes the same text as a Jinja template for other libraries.
+
+    internlm-v1.1:  bos <|System|>:…\n <|User|>:hello\n <|Bot|>:Hi.<eoa>\n
+                                                                ^^^^^^^^  trained
+
+What other libraries make of `jinja(template)`: the text is always the same. They encode it as one string, so a token
+can reach over the border between plain structure and content. Equal ids for every content are therefore promised only
+where special tokens stand on both sides of it (`internlm`). In `chatml`, `internlm2` and `llama3` content follows a
+line break: equal ids for contents that do not begin with white space, where no token joins a line break and a word.
+For `internlm-v1.0`, `internlm-v1.1` and `alpaca` only the text is promised. Content that holds the name of a special
+token becomes structure in those libraries; here it stays text.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from internlm.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Special:
+    """A special token, by its written form."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class EndOfText:
+    """The tokenizer's own eos, whatever its name."""
+
+
+Part = str | Special | EndOfText
+
+
+class Frame(NamedTuple):
+    """What stands before and after the content of a message."""
+
+    prefix: tuple[Part, ...]
+    suffix: tuple[Part, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A chat format."""
+
+    name: str
+    user: Frame
+    assistant: Frame
+    """The loss covers content and suffix up to the last special token of the suffix; a line break after it is not
+    trained."""
+    system: Frame | None = None
+    """None: the format has no place for a system message."""
+    bos: bool = True
+    """Whether a conversation begins with the tokenizer's bos. Never more than once."""
+    default_system: str | None = None
+    """Content of the system message of conversations without one. An empty system message leaves the frame out."""
+    stops: tuple[str, ...] = ()
+    """Special tokens that end an answer, beside eos."""
+    single_turn: bool = False
+    """Whether the format has one question and one answer only."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles a conversation may have."""
+        return ("user", "assistant") if self.system is None else ("system", "user", "assistant")
+
+
+INTERNLM_SYSTEM = (
+    "You are an AI assistant whose name is InternLM (书生·浦语).\n"
+    "- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI Laboratory "
+    "(上海人工智能实验室). It is designed to be helpful, honest, and harmless.\n"
+    "- InternLM (书生·浦语) can understand and communicate fluently in the language chosen by the user such as English "
+    "and 中文."
+)
+ALPACA_SYSTEM = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+_EOA, _END, _IM_END, _EOT = (Special(name) for name in ("<eoa>", "<|end|>", "<|im_end|>", "<|eot_id|>"))
+
+
+def _chatml(role: str) -> Frame:
+    return Frame((Special("<|im_start|>"), f"{role}\n"), (_IM_END, "\n"))
+
+
+def _llama3(role: str) -> Frame:
+    return Frame((Special("<|start_header_id|>"), role, Special("<|end_header_id|>"), "\n\n"), (_EOT,))
+
+
+_ALL = (
+    Template(
+        name="internlm",
+        system=Frame((Special("<|system|>"),), (_END,)),
+        user=Frame((Special("<|user|>"),), (_END,)),
+        assistant=Frame((Special("<|assistant|>"),), (_END,)),
+        stops=("<|end|>",),
+    ),
+    # The first chat model (July 2023): no system message. Later data tools kept its <eoh>.
+    Template(
+        name="internlm-v1.0",
+        user=Frame(("<|User|>:",), (Special("<eoh>"), "\n")),
+        assistant=Frame(("<|Bot|>:",), (_EOA, "\n")),
+        stops=("<eoa>",),
+    ),
+    # chat-7B-8k, chat-7B-v1.1, chat-20B: a system message, no <eoh>.
+    Template(
+        name="internlm-v1.1",
+        system=Frame(("<|System|>:",), ("\n",)),
+        user=Frame(("<|User|>:",), ("\n",)),
+        assistant=Frame(("<|Bot|>:",), (_EOA, "\n")),
+        default_system=INTERNLM_SYSTEM,
+        stops=("<eoa>",),
+    ),
+    Template(
+        name="internlm2",
+        system=_chatml("system"),
+        user=_chatml("user"),
+        assistant=_chatml("assistant"),
+        stops=("<|im_end|>",),
+    ),
+    # As internlm2, for vocabularies without bos (Qwen).
+    Template(
+        name="chatml",
+        system=_chatml("system"),
+        user=_chatml("user"),
+        assistant=_chatml("assistant"),
+        bos=False,
+        stops=("<|im_end|>",),
+    ),
+    Template(
+        name="llama3",
+        system=_llama3("system"),
+        user=_llama3("user"),
+        assistant=_llama3("assistant"),
+        stops=("<|eot_id|>",),
+    ),
+    # Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca; an input belongs to the instruction's content.
+    Template(
+        name="alpaca",
+        system=Frame((), ("\n\n",)),
+        user=Frame(("### Instruction:\n",), ("\n\n",)),
+        assistant=Frame(("### Response:\n",), (EndOfText(),)),
+        default_system=ALPACA_SYSTEM,
+        single_turn=True,
+    ),
+)
+TEMPLATES: dict[str, Template] = {template.name: template for template in _ALL}
+
+
+def get_template(name: str) -> Template:
+    """Return the chat format of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    raise ConfigError("no such chat template", got=name, allowed=TEMPLATES, do=did_you_mean(name, TEMPLATES))
+
+
+def jinja(template: Template) -> str:
+    """Return the format as a Jinja chat template, for `tokenizer_config.json` or `chat_template.jinja` of an export.
+
+    It renders the text whose ids `chat.render` gives, bos included (so the tokenizer must add none), and with
+    `add_generation_prompt` that of `chat.render_prompt`. It uses `messages`, `bos_token`, `eos_token` and
+    `raise_exception`, which `apply_chat_template` of transformers provides.
+    """
+    refusal = _refusal(template)
+    system = "{% set turns = messages %}"
+    if template.system is not None:
+        system += (
+            "{% set system = " + _quoted(template.default_system or "") + " %}"
+            "{% if messages and messages[0]['role'] == 'system' %}"
+            "{% set turns = messages[1:] %}{% set system = messages[0]['content'] %}{% endif %}"
+            "{% if system %}" + _framed(template.system, "system") + "{% endif %}"
+        )
+    if template.single_turn:
+        system += "{% if turns | length > 2 %}" + refusal + "{% endif %}"
+    turns = (
+        "{% for message in turns %}"
+        "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}" + refusal + "{% endif %}"
+        "{% if message['role'] == 'user' %}" + _framed(template.user, "message['content']") + "{% else %}"
+        + _framed(template.assistant, "message['content']") + "{% endif %}{% endfor %}"
+    )  # fmt: skip
+    prompt = "{% if add_generation_prompt %}" + _written(template.assistant.prefix) + "{% endif %}"
+    return ("{{ bos_token }}" if template.bos else "") + system + turns + prompt
+
+
+def _framed(frame: Frame, content: str) -> str:
+    return _written(frame.prefix) + "{{ " + content + " }}" + _written(frame.suffix)
+
+
+def _written(parts: tuple[Part, ...]) -> str:
+    """Return parts as Jinja expressions: bare text would lose line breaks to Jinja's white-space rules."""
+    names = [part.name if isinstance(part, Special) else part for part in parts]
+    texts = ["eos_token" if isinstance(name, EndOfText) else _quoted(name) for name in names]
+    return "".join("{{ " + text + " }}" for text in texts)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _refusal(template: Template) -> str:
+    order = "user and assistant in turn" if template.system is None else "an optional system, then user and assistant"
+    order += ", once" if template.single_turn else ""
+    return "{{ raise_exception(" + _quoted(f"{template.name}: the messages must be {order}") + ") }}"

@@ -1,0 +1,315 @@
+"""One Tokenizer over two kinds of vocabulary: SentencePiece (`tokenizer.model`) and Hugging Face (`tokenizer.json`).
+
+Text is only ever text. `encode` adds no bos or eos, and no string a person can type becomes a special token: the ids of
+structure (`<eoa>`, `<|im_end|>`, …) are appended by the caller through `special(name)`.
+
+    tokenizer = Tokenizer.load("V7_sft.model")
+    tokenizer.encode("hello")          # [15115]
+    tokenizer.special("<eoa>")         # 103028
+    tokenizer.encode("<eoa>")          # the ids of "<" and "eoa>": text, not structure
+
+Where a library does turn typed text into a special token (SentencePiece matches its user-defined pieces anywhere), the
+text is cut after the first character of every special name in it and the parts are encoded one by one. The same path
+keeps a typed `▁` (U+2581, SentencePiece's mark of a space) apart from a space, by writing it as three byte tokens.
+
+Limits: `decode(encode(text)) == text` is exact for vocabularies that cover every byte and do not normalise (InternLM's,
+our own, GPT's, Llama's). A file that normalises (NFC, lower case, collapsed spaces) or knows no bytes loses what it
+does not keep, and its unknown token can come from text. Unpaired surrogates are no characters and become U+FFFD. Where
+the file puts a space before a text (Llama 1 and 2), `encode` does too and `decode` takes it off again, so the token
+bytes of a text begin with it. A special token of one character, or of white space only, is treated as text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from internlm import storage
+from internlm.errors import StorageError, TokenizerError, did_you_mean
+from internlm.log import warn_once
+from internlm.text.backends import SPACE_MARK, load_backend
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "tokenizer_config.json"
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
+CONVENTIONAL = {
+    "bos": ("<|bos|>", "<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>"),
+    "eos": ("<|eos|>", "</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>"),
+    "pad": ("<|pad|>", "<pad>", "<|finetune_right_pad_id|>", "[PAD]"),
+}
+
+
+class Tokenizer:
+    """Strings to ids and back. Made by `load` or `from_json`; picklable; never changes.
+
+    Args:
+        data: the bytes of the vocabulary file.
+        is_json: whether they are a `tokenizer.json` (else a SentencePiece model).
+        roles: bos, eos, pad → name of the token, where the caller knows more than the file.
+        path: where the bytes came from, for messages.
+    """
+
+    def __init__(
+        self, data: bytes, *, is_json: bool, roles: Mapping[str, str] | None = None, path: str | Path | None = None
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self._data, self._is_json, self._given_roles = data, is_json, dict(roles or {})
+        self._backend = load_backend(data, is_json=is_json, path=self.path)
+        self._roles = self._find_roles()
+        by_name = {**self._backend.specials, **dict(self._roles.values())}
+        # A role may name an ordinary entry ("!" as padding, a newline as eos): such a text must stay possible.
+        kept = {name: id_ for name, id_ in by_name.items() if len(name) > 1 and not name.isspace()}
+        self.special_tokens: dict[str, int] = dict(sorted(kept.items(), key=lambda item: item[1]))
+        """Written form → id of every special token, by id."""
+        self.special_ids: frozenset[int] = frozenset(kept.values())
+        """The ids that `encode` never gives."""
+        self.fingerprint: str = hashlib.sha256(data).hexdigest()
+        """SHA-256 of the vocabulary file, in hexadecimal."""
+        longest_first = sorted(map(re.escape, kept), key=len, reverse=True)
+        self._name_starts = re.compile(f"(?={'|'.join(longest_first)})" if kept else "(?!)")
+        self._tables: tuple[list[bytes], list[bytes]] | None = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Return the tokenizer in a `.model` file, a `tokenizer.json`, or a folder that holds one (JSON preferred).
+
+        Raises:
+            TokenizerError: nothing is there, or it is damaged or of a kind that is not known.
+        """
+        file = _vocabulary_file(Path(path))
+        with storage.explained(f"reading {file}"):
+            data = file.read_bytes()
+        return cls(data, is_json=file.suffix == ".json", roles=_read_roles(file.parent), path=file)
+
+    @classmethod
+    def from_json(cls, text: str, roles: Mapping[str, str] | None = None) -> Tokenizer:
+        """Return the tokenizer in the content of a `tokenizer.json`; `roles` maps bos, eos, pad to token names."""
+        return cls(text.encode(), is_json=True, roles=roles)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, special ones included: the largest id + 1."""
+        return self._backend.vocab_size
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a document, or None."""
+        return self._roles["bos"][1] if "bos" in self._roles else None
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a document, or None."""
+        return self._roles["eos"][1] if "eos" in self._roles else None
+
+    @property
+    def pad_id(self) -> int | None:
+        """The id that fills rows up, or None."""
+        return self._roles["pad"][1] if "pad" in self._roles else None
+
+    def special(self, name: str) -> int:
+        """Return the id of a special token by its written form, such as `<eoa>`.
+
+        Raises:
+            TokenizerError: there is none of this name.
+        """
+        if name in self.special_tokens:
+            return self.special_tokens[name]
+        advice = did_you_mean(name, self.special_tokens) or "Take a template whose special tokens this tokenizer has."
+        raise TokenizerError("has no such special token", where=self.path or "tokenizer", got=name, do=advice)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of plain text: no bos, no eos, never a special token."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of many texts, in one call of the library on one thread."""
+        texts = [well_formed(text) for text in texts]
+        batch = self._backend.encode(texts)
+        for index, (text, ids) in enumerate(zip(texts, batch, strict=True)):
+            typed_mark = self._backend.escapes_mark and SPACE_MARK in text
+            if typed_mark or not self.special_ids.isdisjoint(ids):
+                batch[index] = self._encode_in_parts(text)
+        return batch
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Return the text of ids; special tokens give their name, or nothing with `skip_special`.
+
+        Bytes that are no UTF-8 (an answer cut inside a character) become U+FFFD.
+
+        Raises:
+            TokenizerError: an id is outside the vocabulary.
+        """
+        silent, spoken = self._byte_tables()
+        table = silent if skip_special else spoken
+        if len(ids) and not (min(ids) >= 0 and max(ids) < len(table)):
+            raise self._outside(next(id_ for id_ in ids if not 0 <= id_ < len(table)))
+        joined = b"".join([table[id_] for id_ in ids])
+        if self._backend.has_prefix:
+            joined = joined.removeprefix(b" ")
+        return joined.decode("utf-8", "replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """Return the UTF-8 bytes that a token stands for; b"" for a special token.
+
+        Raises:
+            TokenizerError: the id is outside the vocabulary.
+        """
+        if not 0 <= id < self.vocab_size:
+            raise self._outside(id)
+        return self._byte_tables()[0][id]
+
+    def config(self) -> dict[str, Any]:
+        """Return the content of a `tokenizer_config.json`: what the vocabulary file does not say by itself."""
+        names = {f"{role}_token": name for role, (name, _) in self._roles.items()}
+        # The chat template writes bos; a tokenizer that added another would double it.
+        return {**names, "add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Copy the vocabulary file and the roles of its tokens into a folder, and return the paths.
+
+        `Tokenizer.load(folder)` gives an equal tokenizer with the same fingerprint.
+
+        Raises:
+            StorageError: the folder holds another vocabulary, or could not be written.
+        """
+        folder = Path(folder)
+        vocabulary = folder / self._backend.file_name
+        for other in (folder / name for name in VOCABULARY_FILES):
+            if other.exists() and (other != vocabulary or other.read_bytes() != self._data):
+                raise StorageError("is another tokenizer's", where=other, do="Choose another folder.")
+        with storage.explained(f"writing {vocabulary}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            beside = vocabulary.with_name(f"{vocabulary.name}.partial-{os.getpid()}")
+            try:
+                beside.write_bytes(self._data)
+                os.replace(beside, vocabulary)
+            finally:
+                beside.unlink(missing_ok=True)
+        reader = {"tokenizer_class": "PreTrainedTokenizerFast"} if self._is_json else {}
+        config = json.dumps({**reader, **self.config()}, indent=2, ensure_ascii=False)
+        storage.write_text(folder / CONFIG_FILE, config + "\n")
+        return [vocabulary, folder / CONFIG_FILE]
+
+    def write_tokenizer_json(self, path: str | Path) -> None:
+        """Write an equivalent `tokenizer.json`, for programs that read no other vocabulary.
+
+        Raises:
+            TokenizerError: the SentencePiece model is not BPE, or normalises its text.
+        """
+        storage.write_text(path, self._backend.to_json())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Tokenizer):
+            return NotImplemented
+        return (self.fingerprint, self._roles) == (other.fingerprint, other._roles)
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({str(self.path or self._backend.file_name)!r}, vocab_size={self.vocab_size})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._data, self._is_json, self._given_roles, self.path)
+
+    def _find_roles(self) -> dict[str, tuple[str, int]]:
+        """Return name and id of the bos, eos and pad tokens: as given, as the file says, or by convention."""
+        given = {**self._backend.roles, **self._given_roles}
+        found: dict[str, tuple[str, int]] = {}
+        for role, usual in CONVENTIONAL.items():
+            candidates = (given[role],) if role in given else [name for name in usual if name in self._backend.specials]
+            for name in candidates:
+                id_ = self._backend.find(name)
+                if id_ is not None:
+                    found.setdefault(role, (name, id_))
+                else:
+                    warn_once(logger, f"{self.path}: the {role} token {name!r} is not in the vocabulary: left out")
+        return found
+
+    def _encode_in_parts(self, text: str) -> list[int]:
+        """Return the ids of a text with special names or `▁` in it, so that none of them survives whole."""
+        cuts = {0, len(text), *(match.start() + 1 for match in self._name_starts.finditer(text))}
+        escapes = self._backend.escapes_mark
+        if escapes:
+            cuts.update(at for match in re.finditer(SPACE_MARK, text) for at in match.span())
+        order = sorted(cuts)
+        ids: list[int] = []
+        for start, end in itertools.pairwise(order):
+            part = text[start:end]
+            if escapes and part == SPACE_MARK:
+                ids += [self._byte_id(byte) for byte in part.encode()]
+            elif start == 0:
+                ids += self._backend.encode([part])[0]
+            else:
+                ids += self._backend.encode_inner(part)
+        return ids
+
+    def _byte_id(self, byte: int) -> int:
+        found = self._backend.find(f"<0x{byte:02X}>")
+        assert found is not None, "a vocabulary that escapes the mark has a piece for every byte"
+        return found
+
+    def _byte_tables(self) -> tuple[list[bytes], list[bytes]]:
+        """Return the bytes of every id: special tokens as b"", and as their name."""
+        if self._tables is None:
+            spoken = self._backend.table()
+            silent = [b"" if id_ in self.special_ids else entry for id_, entry in enumerate(spoken)]
+            self._tables = silent, spoken
+        return self._tables
+
+    def _outside(self, id: int) -> TokenizerError:
+        return TokenizerError("this id is outside the vocabulary", got=int(id), allowed=[f"0 to {self.vocab_size - 1}"])
+
+
+def well_formed(text: str) -> str:
+    """Return `text` with surrogate pairs joined and unpaired surrogates, which UTF-8 cannot write, as U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _rebuild(data: bytes, is_json: bool, roles: dict[str, str], path: Path | None) -> Tokenizer:
+    return Tokenizer(data, is_json=is_json, roles=roles, path=path)
+
+
+def _vocabulary_file(path: Path) -> Path:
+    """Return the vocabulary file that `path` is or holds."""
+    if path.is_dir():
+        found = next((path / name for name in VOCABULARY_FILES if (path / name).is_file()), None)
+        if found is None:
+            raise TokenizerError(f"holds neither {' nor '.join(VOCABULARY_FILES)}", where=path)
+        return found
+    if not path.exists():
+        raise TokenizerError("no such file or folder", where=path, do="Give a tokenizer file or its folder.")
+    if path.suffix not in (".json", ".model"):
+        raise TokenizerError("is no tokenizer by its name", where=path, allowed=["*.model", "*.json", "a folder"])
+    return path
+
+
+def _read_roles(folder: Path) -> dict[str, str]:
+    """Return bos, eos, pad → token name from the JSON files beside a vocabulary; the first that says it counts."""
+    roles: dict[str, str] = {}
+    for file in (folder / CONFIG_FILE, folder / "special_tokens_map.json"):
+        if not file.is_file():
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            assert isinstance(content, dict)
+        except (ValueError, AssertionError) as error:
+            raise TokenizerError("is no JSON object", where=file, do="Copy the file again.") from error
+        for role in CONVENTIONAL:
+            value = content.get(f"{role}_token")
+            name = value.get("content") if isinstance(value, dict) else value
+            if isinstance(name, str):
+                roles.setdefault(role, name)
+    return roles

@@ -1,0 +1,136 @@
+"""What a run measures: sums on the device during a step, one flat dict per logged step, one JSON line per dict.
+
+Names and units: `train/loss` nats per token, `train/loss/<source>`, `train/accuracy` share of labels that were the most
+probable token, `optim/lr`, `optim/grad_norm`, `optim/skipped_steps`, `perf/tokens_per_s_per_device`, `perf/tflops`,
+`perf/mfu` (useful operations over the device's dense peak), `perf/step_s`, `perf/data_wait_s`, `mem/peak_gib`,
+`progress/tokens`; validation: `valid/loss/<source>` and `valid/bits_per_byte/<source>`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from internlm import storage
+from internlm.cost import flops
+from internlm.data.batch import Batch
+from internlm.log import duration, quantity
+from internlm.model.config import ModelConfig
+from internlm.model.heads import TokenOutputs
+
+Metrics = dict[str, float]
+
+
+class Meter:
+    """Adds up a window of steps. Tensors stay on the device until `read`, which waits for it once."""
+
+    def __init__(self, model: ModelConfig, sources: tuple[str, ...], device: torch.device, peak_flops: float) -> None:
+        self.model, self.sources, self.device, self.peak_flops = model, sources, device, peak_flops
+        self.clear()
+
+    def clear(self) -> None:
+        """Start a new window."""
+        # Columns: Σ −logp·weight, Σ weight, Σ correct·weight; one row per source.
+        self.sums = torch.zeros(len(self.sources), 3, dtype=torch.float64, device=self.device)
+        self.tokens = 0
+        self.flops = 0.0
+        self.steps = 0
+        self.data_wait_s = 0.0
+        self.started = time.perf_counter()
+
+    @torch.no_grad()
+    def add(self, outputs: TokenOutputs, batch: Batch) -> None:
+        """Count one micro-batch."""
+        weights = batch.weights
+        rows = torch.stack([-outputs.logp * weights, weights, outputs.correct * weights], -1).sum(1)  # [B, 3]
+        self.sums.index_add_(0, batch.source, rows.double())
+        self.tokens += batch.tokens.numel()
+
+    def add_flops(self, batch: Batch) -> None:
+        """Count the useful arithmetic of a batch that is still on the CPU."""
+        pairs = sum(flops.causal_pairs(n) for n in document_lengths(batch.documents.numpy()))
+        self.flops += flops.training_flops(self.model, batch.tokens.numel() - batch.num_padding, pairs)
+
+    def read(self) -> Metrics:
+        """Return the window's figures."""
+        spent = max(time.perf_counter() - self.started, 1e-9)
+        sums = self.sums.cpu()
+        loss, weight, correct = sums.sum(0).tolist()
+        metrics = {
+            "train/loss": loss / weight if weight else float("nan"),
+            "train/accuracy": correct / weight if weight else float("nan"),
+            "perf/tokens_per_s_per_device": self.tokens / spent,
+            "perf/tflops": self.flops / spent / 1e12,
+            "perf/mfu": self.flops / spent / self.peak_flops if self.peak_flops else float("nan"),
+            "perf/step_s": spent / max(1, self.steps),
+            "perf/data_wait_s": self.data_wait_s / max(1, self.steps),
+        }
+        if len(self.sources) > 1:
+            for name, (source_loss, source_weight, _) in zip(self.sources, sums.tolist(), strict=True):
+                if source_weight:
+                    metrics[f"train/loss/{name}"] = source_loss / source_weight
+        return metrics
+
+
+def document_lengths(documents: np.ndarray) -> list[int]:
+    """Return the lengths of all documents of a batch [B, T], padding (id −1) left out."""
+    changed = np.ones(documents.shape, dtype=bool)
+    changed[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    begins = np.flatnonzero(changed)
+    lengths = np.diff(np.append(begins, documents.size))
+    return lengths[documents.reshape(-1)[begins] >= 0].tolist()
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, appended and flushed, so that a killed run loses nothing."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        """Open the file; lines of steps after `resumed_step`, which will be taken again, are removed."""
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line.get("step", 0) <= resumed_step]
+            storage.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.path = path
+        with storage.explained(f"opening {path}"):
+            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed with the run
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Append one line."""
+        with storage.explained(f"writing {self.path}"):
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file; a last line cut short by a crash is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def step_line(step: int, total: int, metrics: Metrics, memory: tuple[int, int], eta_s: float) -> str:
+    """Return the one line that is logged for a step."""
+    used, size = (n / 2**30 for n in memory)
+    return (
+        f"step {step}/{total} | loss {metrics['train/loss']:.4f} | lr {metrics['optim/lr']:.1e} "
+        f"| grad {metrics['optim/grad_norm']:.2f} | {quantity(metrics['perf/tokens_per_s_per_device'])} tok/s/device "
+        f"| mfu {metrics['perf/mfu']:.1%} | mem {used:.1f}/{size:.1f} GiB | eta {duration(eta_s)}"
+    )
+
+
+def is_finite(value: Tensor) -> bool:
+    """Return whether a scalar is finite; waits for the device."""
+    return bool(torch.isfinite(value).item())

@@ -1,0 +1,1 @@
+"""Objectives: pure functions from outputs and batch to a sum."""

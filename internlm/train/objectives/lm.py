@@ -1,0 +1,40 @@
+"""Language modelling: the negative log-probability of the next token, summed over trained tokens.
+
+    loss = Σ weight · (−logp + z_loss · logz²)        divided by Σ weight over the whole step
+
+Serves pre-training and tuning on conversations alike: what is trained is what has weight.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from internlm.config import section
+from internlm.data.batch import Batch
+from internlm.model.heads import TokenOutputs
+
+
+@section
+class LanguageModeling:
+    """Next-token prediction."""
+
+    kind: Literal["lm"] = "lm"
+    z_loss: float = 0.0
+    """Weight of logz², which keeps logits from drifting (PaLM, Chowdhery et al. 2022, §5). Not 0 costs one more matrix
+    product in the head, because the loss is then no longer linear in log-probabilities."""
+
+    def count(self, batch: Batch) -> Tensor:
+        """Return the denominator: the sum of weights, a scalar known before forward."""
+        return batch.weights.sum()
+
+    def coefficients(self, batch: Batch) -> Tensor | None:
+        """Return what each log-probability is multiplied by in the loss [B, T], or None when that is not known."""
+        return None if self.z_loss else -batch.weights
+
+    def loss(self, outputs: TokenOutputs, batch: Batch) -> Tensor:
+        """Return the sum that is divided by the step's count, a scalar with a gradient."""
+        if outputs.weighted is not None:
+            return outputs.weighted
+        return (batch.weights * (self.z_loss * outputs.logz.square() - outputs.logp)).sum()

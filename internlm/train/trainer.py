@@ -1,0 +1,268 @@
+"""The only training loop.
+
+A step pulls its micro-batches, knows the count they are divided by before anything is computed, runs them one by one,
+clips by one global norm, updates, and measures:
+
+    loss of a step = Σ over all micro-batches of objective.loss / Σ of objective.count
+
+so neither loss nor gradient depends on how the step was cut.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internlm import plot, runtime
+from internlm.checkpoint import store
+from internlm.checkpoint.store import Checkpoint, CheckpointConfig
+from internlm.config import section
+from internlm.data.loader import Loader
+from internlm.errors import ConfigError, TrainingError
+from internlm.log import duration, quantity
+from internlm.model.transformer import Transformer
+from internlm.optim.optimizer import Optimizer, clip_by_global_norm
+from internlm.optim.schedule import ScheduleConfig, rate
+from internlm.train.evaluate import EvaluateConfig, Evaluator, autocast
+from internlm.train.metrics import Meter, Metrics, MetricsFile, is_finite, read_metrics, step_line
+from internlm.train.objective import Objective
+from internlm.train.trackers import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+@section
+class TrainConfig:
+    """Length and cut of a run."""
+
+    tokens: int
+    """Budget: positions trained on, padding included. Rounded up to whole steps."""
+    batch_tokens: int
+    """Positions per optimizer step, over all ranks."""
+    micro_batch_rows: int | None = None
+    """Rows per forward and backward on one device; None: the whole step at once. Changes memory and speed only."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0: measured only."""
+    max_skipped_steps: int = 10
+    """Steps with a non-finite loss or gradient are skipped; so many in a row end the run."""
+    log_every_steps: int = 10
+    """Steps between two logged lines."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_tokens", "log_every_steps", "max_skipped_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError("must be at least 1", where=f"train.{name}", got=getattr(self, name))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self.tokens // self.batch_tokens)
+
+
+@dataclass
+class Progress:
+    """How far a run is: saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass
+class Trainer:
+    """Trains `model` on what `loader` draws. Every part is built before, so that each can be used alone."""
+
+    run: Path
+    config: TrainConfig
+    schedule: ScheduleConfig
+    checkpoints: CheckpointConfig
+    evaluation: EvaluateConfig
+    model: Transformer
+    objective: Objective
+    optimizer: Optimizer
+    loader: Loader
+    evaluator: Evaluator
+    device: torch.device
+    dtype: torch.dtype
+    peak_flops: float
+    trackers: list[Tracker] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Goes into every checkpoint: resolved recipe, versions."""
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        length = self.loader.config.seq_len
+        rows = self.config.batch_tokens // length
+        if rows < 1 or self.config.batch_tokens % length:
+            raise ConfigError(
+                f"is not a multiple of data.seq_len {length}", where="train.batch_tokens", got=self.config.batch_tokens
+            )
+        micro = self.config.micro_batch_rows or rows
+        if rows % micro:
+            raise ConfigError(f"does not divide the {rows} rows of a step", where="train.micro_batch_rows", got=micro)
+        self.rows, self.micro_rows = rows, micro
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.meter = Meter(self.model.config, self.loader.sources, self.device, self.peak_flops)
+
+    def step(self) -> Metrics:
+        """Take one optimizer step; return what only this step knows (learning rate, gradient norm)."""
+        # 1. Pull the data of the whole step.
+        started = time.perf_counter()
+        batch = self.loader.next_batch(self.rows)
+        self.meter.data_wait_s += time.perf_counter() - started
+        self.meter.add_flops(batch)
+        micro_batches = [part.to(self.device) for part in batch.micro_batches(self.micro_rows)]
+
+        # 2. Know the denominator before anything is computed.
+        count = torch.stack([self.objective.count(part) for part in micro_batches]).sum()
+
+        # 3. Forward and backward, one micro-batch after the other.
+        loss = torch.zeros((), device=self.device)
+        if count > 0:
+            for part in micro_batches:
+                loss += self._forward_backward(part, count)
+
+        # 4. Clip by the one global norm; 5. update, unless a number is not finite.
+        self.meter.steps += 1
+        lr_share = rate(self.schedule, self.progress.step, self.config.total_steps)
+        self.progress.step += 1
+        self.progress.tokens += batch.tokens.numel()
+        norm = clip_by_global_norm(self.parameters, self.config.max_grad_norm) if count > 0 else loss
+        if count > 0 and is_finite(norm + loss):
+            self.optimizer.step(lr_share)
+            self.progress.skipped_in_a_row = 0
+        else:
+            self._skip(loss, norm, count)
+        self.optimizer.zero_grad()
+
+        # 6. Report.
+        return {
+            "optim/lr": lr_share * self.optimizer.parts[0].param_groups[0]["peak_lr"],
+            "optim/grad_norm": float(norm),
+            "optim/skipped_steps": self.progress.skipped_steps,
+            "progress/tokens": self.progress.tokens,
+        }
+
+    def fit(self) -> Metrics:
+        """Train to the end of the budget, with logs, validations and checkpoints; return the last validation.
+
+        Raises:
+            TrainingError: too many steps in a row were not finite.
+            StorageError: a checkpoint could not be written; earlier ones are untouched.
+        """
+        total = self.config.total_steps
+        file = MetricsFile(self.run / "metrics.jsonl", self.progress.step)
+        self.model.train()
+        self.meter.clear()
+        paces: list[float] = []
+        final: Metrics = {}
+        while self.progress.step < total:
+            metrics = self.step()
+            step, last = self.progress.step, self.progress.step == total
+            if step % self.config.log_every_steps == 0 or step == 1 or last:
+                metrics |= self.meter.read()
+                memory = runtime.peak_memory_bytes(self.device)
+                metrics["mem/peak_gib"] = memory[0] / 2**30
+                paces = [*paces[-9:], metrics["perf/step_s"]]
+                eta = (total - step) * sorted(paces)[len(paces) // 2]
+                logger.info(step_line(step, total, metrics, memory, eta))
+                self._record(file, metrics)
+                self.meter.clear()
+            if last or self._due(self.evaluation.every_steps):
+                final = self.evaluator(self.model, final=last)
+                if final:
+                    self._record(file, final | {"progress/tokens": self.progress.tokens})
+                self.meter.clear()
+            if last or self._due(self.checkpoints.every_steps):
+                self.save()
+                self.meter.clear()
+        file.close()
+        for tracker in self.trackers:
+            tracker.close()
+        plot.loss_curve(read_metrics(file.path), self.run / "loss.png", self.run.name)
+        return final
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present state, then drop those beyond `keep_last`; return its folder."""
+        started = time.monotonic()
+        path = store.path_of(self.run, self.progress.step)
+        meta = {
+            **self.facts,
+            **vars(self.progress),
+            "loader": self.loader.state_dict(),
+            "template": self.loader.template,
+            "random": {"python": _python_random_state()},
+        }
+        store.save(path, self._state(), self.model.config, self.loader.tokenizer_path, meta)
+        store.retain(self.run, self.checkpoints.keep_last)
+        size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+        logger.info("checkpoint %s | %sB | took %s", path, quantity(size), duration(time.monotonic() - started))
+        return path
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint of the same model and data, exactly where it stopped.
+
+        Raises:
+            StorageError: tensors are missing or of another shape. DataError: the data is another.
+        """
+        self.optimizer.allocate_state()
+        state = self._state()
+        checkpoint.load(state)
+        torch.set_rng_state(state["random.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random.cuda"], self.device)
+        version, words, gauss = checkpoint.meta["random"]["python"]
+        random.setstate((version, tuple(words), gauss))
+        self.loader.load_state_dict(checkpoint.meta["loader"])
+        self.progress = Progress(**{name: checkpoint.meta[name] for name in vars(self.progress)})
+
+    def _forward_backward(self, batch: Any, count: Tensor) -> Tensor:
+        with autocast(self.device, self.dtype):
+            hidden = self.model(batch.tokens, batch.positions, batch.documents)
+            outputs = self.model.head(hidden, batch.labels, self.objective.coefficients(batch))
+        loss = self.objective.loss(outputs, batch) / count
+        loss.backward()
+        self.meter.add(outputs, batch)
+        return loss.detach()
+
+    def _skip(self, loss: Tensor, norm: Tensor, count: Tensor) -> None:
+        self.progress.skipped_steps += 1
+        self.progress.skipped_in_a_row += 1
+        why = f"loss {float(loss):.3g}, gradient norm {float(norm):.3g}" if count > 0 else "nothing to train on in it"
+        logger.warning("warning: step %d skipped: %s", self.progress.step, why)
+        if self.progress.skipped_in_a_row >= self.config.max_skipped_steps:
+            raise TrainingError(
+                f"{self.progress.skipped_in_a_row} steps in a row were skipped, up to step {self.progress.step} ({why})",
+                where=self.run,
+                do="Lower optim.lr or lengthen schedule.warmup_ratio; checkpoints up to here are untouched.",
+            )
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.progress.step % every == 0
+
+    def _record(self, file: MetricsFile, metrics: Metrics) -> None:
+        file.write(self.progress.step, metrics)
+        for tracker in self.trackers:
+            tracker.write(self.progress.step, metrics)
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return every tensor of the run's state by its logical name."""
+        state = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        state |= {f"optim.{name}": value for name, value in self.optimizer.named_state().items()}
+        state["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+
+def _python_random_state() -> list[Any]:
+    version, words, gauss = random.getstate()
+    return [version, list(words), gauss]

@@ -1,0 +1,121 @@
+"""The sampling rules against their definitions, and the draw against its distribution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from internlm.errors import EngineError
+from internlm.infer.sample import Rules, choose
+
+VOCAB = 12
+
+
+def draw_many(logits: torch.Tensor, rules: Rules, count: int, seed: int = 0) -> torch.Tensor:
+    """Return how often each token came."""
+    draws = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    rows = logits.expand(count, -1).clone()
+    chosen = choose(rows, [rules] * count, draws, [None] * count)
+    return torch.bincount(chosen, minlength=logits.shape[-1])
+
+
+def allowed_by_definition(logits: torch.Tensor, rules: Rules) -> torch.Tensor:
+    """Return the distribution, rule by rule in plain words."""
+    p = (logits.double() / rules.temperature).softmax(-1)
+    order = p.argsort(descending=True).tolist()
+    if rules.top_k:
+        order = order[: rules.top_k]
+    total, kept = sum(p[i] for i in order), []
+    reached = 0.0
+    for i in order:
+        if reached < rules.top_p:
+            kept.append(i)
+        reached += float(p[i] / total)
+    kept = [i for i in kept if p[i] >= rules.min_p * p[order[0]]]
+    out = torch.zeros_like(p)
+    out[kept] = p[kept]
+    return out / out.sum()
+
+
+def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
+    expected = p * counts.sum()
+    possible = p > 0
+    return float(((counts - expected)[possible] ** 2 / expected[possible]).sum())
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        Rules(),
+        Rules(temperature=0.6),
+        Rules(temperature=1.7),
+        Rules(top_k=5),
+        Rules(top_p=0.7),
+        Rules(min_p=0.2),
+        Rules(temperature=1.3, top_k=8, top_p=0.8, min_p=0.05),
+    ],
+    ids=str,
+)
+def test_tokens_come_as_often_as_their_probability_says(rules: Rules) -> None:
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 1.2
+    expected = allowed_by_definition(logits, rules)
+    counts = draw_many(logits, rules, 40_000)
+    assert not counts[expected == 0].any(), "a token came that the rules exclude"
+    degrees = int((expected > 0).sum()) - 1
+    # Wilson and Hilferty's approximation of the 99.9 % point.
+    limit = degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
+    assert chi_square(counts, expected) < limit
+    wrong = expected.roll(1)
+    assert chi_square(counts, (wrong + 1e-3) / (wrong + 1e-3).sum()) > limit, "the test must be able to fail"
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 4.0])
+def test_a_nucleus_wider_than_the_sorted_prefix_is_exact(scale: float) -> None:
+    logits = scale * torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    for rules in (Rules(top_p=0.9), Rules(top_k=3000), Rules(min_p=0.5), Rules(top_k=2000, top_p=0.5)):
+        allowed = allowed_by_definition(logits, rules) > 0
+        counts = draw_many(logits, rules, 2000)
+        if scale:  # with equal logits any choice of that many is right
+            assert not counts[~allowed].any()
+            assert counts[allowed].any()
+        assert int((counts > 0).sum()) <= int(allowed.sum())
+
+
+def test_zero_temperature_takes_the_most_probable_token() -> None:
+    logits = torch.randn(6, VOCAB)
+    best = logits.argmax(-1)
+    draws = torch.rand(6, dtype=torch.float64)
+    assert torch.equal(choose(logits, [Rules(temperature=0, top_p=0.5)] * 6, draws, [None] * 6), best)
+
+
+def test_rows_with_different_rules_do_not_touch_each_other() -> None:
+    rules = [Rules(temperature=0), Rules(), Rules(top_k=3), Rules(top_p=0.6), Rules(temperature=0.5, min_p=0.1)]
+    logits = torch.randn(5, VOCAB)
+    draws = torch.rand(5, dtype=torch.float64)
+    together = choose(logits.clone(), rules, draws, [None] * 5)
+    alone = [choose(logits[i : i + 1].clone(), [rules[i]], draws[i : i + 1], [None])[0] for i in range(5)]
+    assert together.tolist() == [int(token) for token in alone]
+
+
+def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits() -> None:
+    logits = torch.tensor([[3.0, 2.0, -1.0, 1.9]])
+    seen = torch.tensor([True, False, True, False])
+    rules = [Rules(temperature=0, repetition_penalty=2.0)]
+    assert choose(logits, rules, torch.zeros(1, dtype=torch.float64), [seen]).item() == 1
+    assert logits.tolist() == [[1.5, 2.0, -2.0, pytest.approx(1.9)]]
+
+
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_draw_give_tokens_with_probability(draw: float) -> None:
+    logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf")]])
+    for rules in (Rules(), Rules(top_p=0.99)):
+        token = choose(logits.clone(), [rules], torch.tensor([draw], dtype=torch.float64), [None]).item()
+        assert token in (1, 2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 4] = bad
+    with pytest.raises(EngineError, match="not finite"):
+        choose(logits, [Rules()], torch.zeros(1, dtype=torch.float64), [None])

@@ -1,0 +1,75 @@
+"""Text while it comes: whole characters, stop strings across tokens, silent special tokens."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from internlm.infer.stream import TextStream
+from internlm.text.training import train_bpe
+
+TOKENIZER = train_bpe(["the cat sat on the mat. 你好 👋🏽 END"] * 4, 300)
+BYTES = {TOKENIZER.token_bytes(id_): id_ for id_ in range(TOKENIZER.vocab_size) if TOKENIZER.token_bytes(id_)}
+
+
+def one_token_per_byte(text: str) -> list[int]:
+    return [BYTES[bytes([byte])] for byte in text.encode()]
+
+
+def pieces(ids: list[int], *stops: str) -> list[str]:
+    stream = TextStream(TOKENIZER, stops)
+    return [*(stream.add([id_]) for id_ in ids), stream.finish()]
+
+
+def test_a_character_comes_whole_when_its_last_byte_does() -> None:
+    assert pieces(one_token_per_byte("é你👋")) == ["", "é", "", "", "你", "", "", "", "👋", ""]
+
+
+def test_an_unfinished_character_is_shown_at_the_end_only() -> None:
+    assert pieces(one_token_per_byte("a👋")[:-1]) == ["a", "", "", "", "\ufffd"]
+
+
+def test_special_tokens_give_no_text() -> None:
+    ids = [TOKENIZER.special("<|user|>"), *one_token_per_byte("hi"), TOKENIZER.special("<|end|>")]
+    assert "".join(pieces(ids)) == "hi"
+
+
+def test_a_stop_string_across_tokens_is_held_back_and_cut() -> None:
+    assert pieces(one_token_per_byte("so END it"), "END") == ["s", "o", " ", "", "", "", "", "", "", ""]
+
+
+def test_what_only_begins_like_a_stop_string_is_shown_later() -> None:
+    assert pieces(one_token_per_byte("ENTER"), "END") == ["", "", "ENT", "", "ER", ""]
+    assert pieces(one_token_per_byte("EN"), "END") == ["", "", "EN"]
+
+
+def test_a_stop_string_may_overlap_itself() -> None:
+    assert "".join(pieces(one_token_per_byte("aabaabaaab"), "aabaaa")) == "aab"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=40), st.lists(st.text(min_size=1, max_size=4), max_size=3), st.data())
+def test_the_pieces_are_the_text_up_to_the_first_stop(text: str, stops: list[str], data: st.DataObject) -> None:
+    ids = one_token_per_byte(text) if data.draw(st.booleans()) else TOKENIZER.encode(text)
+    stream = TextStream(TOKENIZER, stops)
+    got = ""
+    while ids:
+        size = data.draw(st.integers(1, 5))
+        got += stream.add(ids[:size])
+        ids = ids[size:]
+        # Every prefix is safe to show: it never has to be taken back.
+        assert TOKENIZER.decode(TOKENIZER.encode(text)).startswith(got)
+    got += stream.finish()
+    ends = [at for at in range(len(text)) for stop in stops if text.startswith(stop, at)]
+    if not ends:
+        assert got == text
+        assert not stream.stopped
+    else:
+        assert stream.stopped
+        assert any(text.startswith(got + stop) for stop in stops)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30))
+def test_any_ids_give_what_decoding_them_at_once_gives(ids: list[int]) -> None:
+    assert "".join(pieces(ids)) == TOKENIZER.decode(ids, skip_special=True)

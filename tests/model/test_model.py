@@ -1,0 +1,279 @@
+"""The decoder: counts, start, attention inside documents, the chunked head."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from internlm.config import decode
+from internlm.errors import ConfigError
+from internlm.model import attention, heads
+from internlm.model.config import InitConfig, ModelConfig
+from internlm.model.heads import LanguageHead
+from internlm.model.layers import Linear, RMSNorm
+from internlm.model.presets import PRESETS, preset
+from internlm.model.rope import Rope, rotate
+from internlm.model.transformer import Transformer, build, init_std
+
+
+def toy(**changes: object) -> ModelConfig:
+    shape = {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 56}
+    return decode(ModelConfig, shape | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "context"),
+    [
+        ("internlm-7b", 7_321_948_160, 2048),
+        ("internlm-7b-8k", 7_321_948_160, 8192),
+        ("internlm-20b", 20_088_714_240, 4096),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(name: str, parameters: int, context: int) -> None:
+    config = decode(ModelConfig, preset(name))
+    assert config.num_parameters == parameters
+    assert config.context_length == context
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_counts_are_those_of_the_model_that_is_built(name: str) -> None:
+    config = decode(ModelConfig, PRESETS[name])
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert sum(p.numel() for p in model.parameters()) == config.num_parameters
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n != "embedding.weight")
+    assert matrices == config.matmul_parameters
+
+
+@pytest.mark.parametrize("changes", [{"tie_embeddings": True}, {"num_kv_heads": 2, "qkv_bias": True}, {"head_dim": 6}])
+def test_counts_follow_the_switches(changes: dict[str, object]) -> None:
+    config = toy(**changes)
+    assert sum(p.numel() for p in build(config, 0).parameters()) == config.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"num_heads": 5}, "not divisible by num_heads 5"),
+        ({"num_kv_heads": 3}, "not divisible by num_kv_heads 3"),
+        ({"head_dim": 7}, "must be even"),
+        ({"num_layers": 0}, "at least 1"),
+    ],
+)
+def test_impossible_shapes_are_errors(changes: dict[str, object], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        toy(**changes)
+
+
+def test_the_start_depends_on_name_and_seed_alone() -> None:
+    shallow, deep = build(toy(), 7), build(toy(num_layers=3, init={"residual": "layer"}), 7)
+    other = build(toy(), 8)
+    name = "blocks.1.attention.wq.weight"
+    assert torch.equal(shallow.get_parameter(name), deep.get_parameter(name))
+    assert not torch.equal(shallow.get_parameter(name), other.get_parameter(name))
+    assert not torch.equal(shallow.get_parameter(name), shallow.get_parameter("blocks.1.attention.wk.weight"))
+
+
+def test_the_start_has_the_spread_that_the_recipe_says() -> None:
+    config = toy(
+        hidden_size=256, num_layers=8, init={"std": 0.05, "embedding_std": 0.5, "residual": "layer"}, qkv_bias=True
+    )
+    model = build(config, 0)
+    for name, parameter in model.named_parameters():
+        wanted = init_std(config, name)
+        if wanted is None:
+            assert torch.all(parameter == (0.0 if name.endswith("bias") else 1.0)), name
+        else:
+            assert parameter.std().item() == pytest.approx(wanted, rel=0.1), name
+    assert init_std(config, "blocks.5.feed_forward.w_down.weight") == pytest.approx(0.05 / math.sqrt(12))
+    assert init_std(toy(init=InitConfig(std=1.0).__dict__), "blocks.0.attention.wo.weight") == pytest.approx(0.5)
+
+
+def test_a_fresh_internlm_has_the_loss_of_a_uniform_guess() -> None:
+    config = decode(
+        ModelConfig, preset("internlm-7b") | {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "ffn_size": 128}
+    )
+    model = build(config, 0)
+    tokens = torch.randint(0, config.vocab_size, (2, 33))
+    with torch.no_grad():
+        loss = -model.head(model(tokens[:, :-1]), tokens[:, 1:]).logp.mean()
+    assert loss.item() == pytest.approx(math.log(103168), abs=0.01)
+
+
+PATHS = ("auto", "blocks", "flex", "masked")
+DOCUMENTS = torch.tensor([[0] * 16, [0] * 5 + [1] * 1 + [2] * 10, [0] * 5 + [1] * 1 + [2] * 10, [0] * 12 + [-1] * 4])
+
+
+@pytest.mark.parametrize(("path", "kv"), list(itertools.product(PATHS, (4, 2))))
+def test_packed_documents_give_what_they_give_alone(path: str, kv: int) -> None:
+    model = build(toy(num_kv_heads=kv), 0, path=path)
+    tokens = torch.randint(0, 97, DOCUMENTS.shape)
+    positions = torch.zeros_like(tokens)
+    for row, ids in enumerate(DOCUMENTS):
+        for document in ids.unique():
+            where = ids == document
+            positions[row, where] = torch.arange(int(where.sum()))
+    with torch.no_grad():
+        packed = model(tokens, positions, DOCUMENTS)
+    for row, ids in enumerate(DOCUMENTS):
+        for document in ids.unique():
+            where = ids == document
+            with torch.no_grad():
+                alone = model(tokens[row, where][None])
+            torch.testing.assert_close(packed[row, where], alone[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["auto", "blocks"])  # FlexAttention has no backward on CPUs
+def test_gradients_are_equal_on_every_attention_path(path: str) -> None:
+    tokens = torch.randint(0, 97, DOCUMENTS.shape)
+    weights = torch.rand(*DOCUMENTS.shape, 32)
+    grads = []
+    for chosen in (path, "masked"):
+        model = build(toy(num_kv_heads=2), 0, path=chosen)
+        (model(tokens, None, DOCUMENTS) * weights).sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    for ours, reference in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, reference, atol=2e-4, rtol=1e-4)
+
+
+def test_the_cost_on_the_cpu_grows_with_the_squares_of_the_documents() -> None:
+    layout = attention.arrange(DOCUMENTS, torch.device("cpu"), torch.float32)
+    assert layout.path == "blocks"
+    assert layout.spans == (
+        (0, 1, 0, 16), (1, 3, 0, 5), (1, 3, 5, 6), (1, 3, 6, 16), (3, 4, 0, 12), (3, 4, 12, 16),
+    )  # fmt: skip
+    assert attention.arrange(torch.zeros(3, 8), torch.device("cpu"), torch.float32).path == "dense"
+
+
+def test_varlen_offsets_list_every_document_once_and_are_padded() -> None:
+    starts = attention._starts(DOCUMENTS)
+    assert starts.dtype == torch.int32
+    assert starts.numel() == DOCUMENTS.numel() + 1
+    assert starts[:10].tolist() == [0, 16, 21, 22, 32, 37, 38, 48, 60, 64]
+    assert (starts[9:] == 64).all()
+
+
+def test_later_tokens_never_change_earlier_ones() -> None:
+    model = build(toy(), 0)
+    tokens = torch.randint(0, 97, (1, 12))
+    changed = tokens.clone()
+    changed[0, 8:] = (changed[0, 8:] + 1) % 97
+    assert torch.equal(model(tokens)[:, :8], model(changed)[:, :8])
+    assert not torch.allclose(model(tokens)[:, 8:], model(changed)[:, 8:])
+
+
+def test_rotations_depend_on_distance_alone() -> None:
+    rope = Rope(toy().rope, 8)
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def score(a: int, b: int) -> torch.Tensor:
+        at = [rotate(x, rope(torch.tensor([[p]]), torch.float32)) for x, p in ((q, a), (k, b))]
+        return (at[0] * at[1]).sum()
+
+    assert score(9, 4).item() == pytest.approx(score(105, 100).item(), abs=1e-4)
+    assert score(9, 4).item() != pytest.approx(score(9, 5).item(), abs=1e-3)
+
+
+def test_angles_are_exact_in_low_precision() -> None:
+    rope = Rope(toy().rope, 8)
+    at = rope(torch.tensor([[8191]]), torch.bfloat16)
+    assert at.cos.dtype == torch.bfloat16
+    assert at.cos[0, 0, 0, 0].item() == pytest.approx(math.cos(8191), abs=0.005)
+
+
+def test_norm_statistics_are_fp32() -> None:
+    norm = RMSNorm(64, eps=1e-5).bfloat16()
+    x = (torch.randn(4, 64) * 1e-2).bfloat16()
+    wanted = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
+    torch.testing.assert_close(norm(x), wanted.bfloat16(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_and_its_gradients_are_those_of_torch(bias: bool) -> None:
+    ours = Linear(24, 40, bias=bias)
+    x = torch.randn(3, 5, 24, requires_grad=True)
+    grad = torch.randn(3, 5, 40)
+    inputs = [x, *ours.parameters()]
+    got = torch.autograd.grad(ours(x), inputs, grad)
+    wanted = torch.autograd.grad(F.linear(x, ours.weight, ours.bias), inputs, grad)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def head_case() -> tuple[LanguageHead, torch.Tensor, torch.Tensor, torch.Tensor]:
+    head = LanguageHead(16, 97)
+    torch.nn.init.normal_(head.weight)
+    hidden = torch.randn(3, 11, 16, requires_grad=True)
+    return head, hidden, torch.randint(0, 97, (3, 11)), torch.randn(3, 11)
+
+
+@pytest.mark.parametrize("chunk", [97, 97 * 4, 1 << 22])
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_the_head_equals_full_logits(monkeypatch: pytest.MonkeyPatch, chunk: int, foreseen: bool) -> None:
+    monkeypatch.setattr(heads, "CHUNK_LOGITS", chunk)
+    head, hidden, labels, coefficients = head_case()
+    coefficients[0, :3] = 0.0
+    logits = head.logits(hidden)
+    logp = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    out = head(hidden, labels, coefficients if foreseen else None)
+    kept = coefficients != 0
+    torch.testing.assert_close(out.logp[kept], logp[kept])
+    torch.testing.assert_close(out.logz[kept], logits.logsumexp(-1)[kept])
+    assert torch.equal(out.correct[kept], (logits.argmax(-1) == labels)[kept])
+    loss = out.weighted if foreseen else (coefficients * out.logp).sum()
+    assert loss is not None
+    got = torch.autograd.grad(3 * loss, [hidden, head.weight])
+    wanted = torch.autograd.grad(3 * (coefficients * logp).sum(), [hidden, head.weight])
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_the_gradient_through_logz_is_exact() -> None:
+    head, hidden, labels, weights = head_case()
+    got = torch.autograd.grad((weights * head(hidden, labels).logz.square()).sum(), [hidden, head.weight])
+    wanted = torch.autograd.grad((weights * head.logits(hidden).logsumexp(-1).square()).sum(), [hidden, head.weight])
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_the_head_never_holds_all_logits() -> None:
+    """4,096 tokens and 32,000 ids are 524 MB of logits; the largest tensor the head makes is a chunk of 16 MiB."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return out
+
+    head = LanguageHead(8, 32000)
+    torch.nn.init.normal_(head.weight, std=0.02)
+    hidden = torch.randn(1, 4096, 8, requires_grad=True)
+    labels = torch.randint(0, 32000, (1, 4096))
+    for coefficients in (None, torch.ones(1, 4096)):
+        with Largest() as largest:
+            out = head(hidden, labels, coefficients)
+            (out.logp.sum() if out.weighted is None else out.weighted).backward()
+        assert largest.elements <= heads.CHUNK_LOGITS
+
+
+def test_the_head_keeps_fp32_sums_for_bf16_states() -> None:
+    head = LanguageHead(64, 500)
+    torch.nn.init.normal_(head.weight, std=0.1)
+    hidden = torch.randn(1, 4096, 64).bfloat16()
+    labels = torch.randint(0, 500, (1, 4096))
+    exact = F.cross_entropy(hidden[0].float() @ head.weight.t(), labels[0], reduction="sum")
+    weight = head.weight.data
+    head.weight = torch.nn.Parameter(weight.bfloat16())
+    out = head(hidden, labels, torch.full((1, 4096), -1.0))
+    assert out.weighted is not None
+    assert out.weighted.dtype == torch.float32
+    assert out.weighted.item() == pytest.approx(exact.item(), rel=1e-3)

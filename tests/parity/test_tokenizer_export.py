@@ -1,0 +1,86 @@
+"""The exported tokenizer and chat template in Transformers, against our own ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from internlm.model.config import ModelConfig
+from internlm.model.transformer import build
+from internlm.text.chat import Message, render_prompt, stop_ids
+from internlm.text.templates import get_template
+from internlm.text.tokenizer import Tokenizer
+from internlm.text.training import train_bpe
+from internlm.weights import transformers as folders
+
+reference = pytest.importorskip("transformers")
+reference.utils.logging.disable_progress_bar()
+
+CONVERSATION = [
+    Message("system", "Be brief."),
+    Message("user", "What is 2 + 2?"),
+    Message("assistant", "4. 你好 👋"),
+    Message("user", "And <b>3</b>?\n\nNow."),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(["What is the sum? Be brief, and say 4 now.", "你好 👋"] * 3, 300)
+
+
+def export(folder: Path, tokenizer: Tokenizer, template: str | None) -> None:
+    shape = ModelConfig(vocab_size=300, hidden_size=16, num_layers=1, num_heads=2, ffn_size=16)
+    model = build(shape, 0)
+    folders.export(model.named_parameters(), shape, folder, tokenizer=tokenizer, template=template)
+
+
+def test_the_chat_template_gives_our_ids_with_one_bos(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    export(tmp_path / "out", tokenizer, "internlm")
+    theirs = reference.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    messages = [{"role": m.role, "content": m.content} for m in CONVERSATION]
+    ours = render_prompt(CONVERSATION, get_template("internlm"), tokenizer)
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == ours
+    assert ids.count(tokenizer.bos_id) == 1
+    text = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    # Servers render first and then encode with special tokens on.
+    assert theirs(text)["input_ids"] == ours
+
+
+def test_without_a_template_plain_text_has_our_ids_and_bos_is_written_once(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    export(tmp_path / "out", tokenizer, None)
+    theirs = reference.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    ours = tokenizer.encode("What is the sum?")
+    assert theirs("What is the sum?")["input_ids"] == ours
+    assert theirs(theirs.bos_token + "What is the sum?")["input_ids"] == [tokenizer.bos_id, *ours]
+    assert theirs.chat_template is None
+
+
+def test_text_comes_back_as_it_was(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    export(tmp_path / "out", tokenizer, "internlm")
+    theirs = reference.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = " two  spaces , a comma 你好 👋\n"
+    assert theirs(text)["input_ids"] == tokenizer.encode(text)
+    assert theirs.decode(theirs(text)["input_ids"]) == text
+    ours = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == ours
+
+
+def test_every_stop_is_in_the_generation_config(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    export(tmp_path / "out", tokenizer, "internlm")
+    loaded = reference.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert loaded.eos_token_id == stop_ids(get_template("internlm"), tokenizer)
+    assert tokenizer.special("<|end|>") in loaded.eos_token_id
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.eos_id
+
+
+def test_our_own_tokenizer_is_read_back_unchanged(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    export(tmp_path / "out", tokenizer, "internlm")
+    assert Tokenizer.load(tmp_path / "out") == tokenizer
+    assert folders.template_of(tmp_path / "out") == "internlm"

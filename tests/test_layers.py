@@ -1,0 +1,100 @@
+"""The layer rule and the laws about imports, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "internlm"
+LINE = """compat errors config log plot runtime storage text data model cost weights parallel optim checkpoint sandbox
+infer eval agent train recipe plan serve cli"""
+CORRIDOR = LINE.split()
+GROUND = {"compat", "errors", "config", "log", "plot", "runtime", "storage"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> list[str]:
+    """Return every module that a file imports, wherever in the file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_rooms_import_only_rooms_before_them(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own in ("__init__", "__main__"):
+        return
+    assert own in CORRIDOR, f"{path} stands in no room of the corridor"
+    for module in imports(path):
+        if module.startswith("internlm.") and room(module) in CORRIDOR:
+            other = room(module)
+            both_ground = own in GROUND and other in GROUND
+            assert both_ground or CORRIDOR.index(other) <= CORRIDOR.index(own), f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_the_named_rooms_know_that_other_ranks_exist(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own not in {"compat", "runtime", "parallel", "optim", "checkpoint", "train", "plan"}:
+        assert not [m for m in imports(path) if m.startswith("torch.distributed")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_reference_libraries_stay_at_the_edge(path: Path) -> None:
+    for module in imports(path):
+        top = module.split(".")[0]
+        if top in {"transformers", "peft", "trl", "lm_eval"}:
+            assert path.relative_to(PACKAGE).parts[0] == "cli", f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            size = (node.end_lineno or 0) - node.lineno + 1
+            assert size <= 60 or node.name == "step", f"{path}:{node.lineno} {node.name} has {size} lines"
+
+
+def seconds_of(*words: str) -> float:
+    """Return the best of three wall times of a Python process, less that of an empty one."""
+
+    def once(arguments: tuple[str, ...]) -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+        return time.perf_counter() - started
+
+    return min(once(words) for _ in range(3))
+
+
+def test_import_takes_less_than_half_a_second() -> None:
+    assert seconds_of("-c", "import internlm") < 0.5
+
+
+def test_help_takes_less_than_half_a_second() -> None:
+    assert seconds_of("-m", "internlm", "--help") < 0.5
+
+
+@pytest.mark.parametrize("verb", ["data", "tokenizer", "train", "convert", "chat", "doctor"])
+def test_help_of_every_verb_fits_a_screen_and_is_quick(verb: str) -> None:
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "internlm", verb, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") <= 50
+    assert time.perf_counter() - started < 1.5  # half a second alone; the machine may be busy

@@ -1,0 +1,116 @@
+"""Complete or absent: folders, manifests, crashes, full disks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from internlm import storage
+from internlm.errors import StorageError
+
+
+def make(target: Path, content: str = "hello", **options: bool) -> None:
+    with storage.writing(target, "thing", **options) as folder:
+        (folder.path / "a.txt").write_text(content)
+        (folder.path / "sub").mkdir()
+        (folder.path / "sub" / "b.txt").write_text("b")
+        folder.meta["n"] = 1
+
+
+def test_a_written_folder_is_complete_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    make(tmp_path / "x")
+    assert storage.read_manifest(tmp_path / "x", "thing") == {"n": 1}
+    storage.verify(tmp_path / "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    def broken() -> None:
+        with storage.writing(tmp_path / "x", "thing") as folder:
+            (folder.path / "a").write_text("a")
+            raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        broken()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_content_is_replaced_only_when_asked_and_only_its_own_kind(tmp_path: Path) -> None:
+    make(tmp_path / "x", "old")
+    with pytest.raises(StorageError, match="exists already"):
+        make(tmp_path / "x", "new")
+    make(tmp_path / "x", "new", replace=True)
+    assert (tmp_path / "x" / "a.txt").read_text() == "new"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(StorageError, match="not written by this step"):
+        make(tmp_path / "mine", replace=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "manifest", "half manifest"])
+def test_a_damaged_folder_is_refused(tmp_path: Path, damage: str) -> None:
+    make(tmp_path / "x")
+    if damage == "truncate":
+        (tmp_path / "x" / "a.txt").write_text("hell")
+    elif damage == "delete":
+        (tmp_path / "x" / "sub" / "b.txt").unlink()
+    elif damage == "manifest":
+        (tmp_path / "x" / "manifest.json").unlink()
+    else:
+        text = (tmp_path / "x" / "manifest.json").read_text()
+        (tmp_path / "x" / "manifest.json").write_text(text[: len(text) // 2])
+    with pytest.raises(StorageError):
+        storage.read_manifest(tmp_path / "x", "thing")
+
+
+def test_flipped_bits_are_found_by_verify(tmp_path: Path) -> None:
+    make(tmp_path / "x")
+    (tmp_path / "x" / "a.txt").write_text("jello")
+    storage.read_manifest(tmp_path / "x", "thing")  # the size is right
+    with pytest.raises(StorageError, match=r"a\.txt is damaged"):
+        storage.verify(tmp_path / "x")
+
+
+def test_another_kind_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(StorageError, match="something else"):
+        storage.read_manifest(tmp_path / "x", "checkpoint")
+
+
+def test_a_killed_writer_leaves_the_old_folder_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    make(tmp_path / "x", "old")
+    code = f"""
+        import os, signal
+        from internlm import storage
+        with storage.writing({str(tmp_path / "x")!r}, "thing", replace=True) as folder:
+            (folder.path / "a.txt").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)])
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "x" / "a.txt").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2  # the leftover
+    make(tmp_path / "x", "new", replace=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_full_disk_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="disk is full"), storage.writing(tmp_path / "x", "thing"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(StorageError, match="MiB left"):
+        storage.require_space(tmp_path / "x" / "y", 1 << 60, "the checkpoint")
+
+
+def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
+    storage.write_text(tmp_path / "d" / "f", "one")
+    storage.write_text(tmp_path / "d" / "f", "two")
+    assert (tmp_path / "d" / "f").read_text() == "two"
+    assert len(list((tmp_path / "d").iterdir())) == 1

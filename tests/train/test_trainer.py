@@ -1,0 +1,288 @@
+"""The loop: numbers are conserved, runs go on exactly, bad numbers do no harm."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from internlm import recipe as recipes
+from internlm import storage
+from internlm.checkpoint import store
+from internlm.errors import ConfigError, DataError, StorageError, TrainingError
+from internlm.recipe import Recipe
+from internlm.train.metrics import read_metrics
+from internlm.train.trainer import Trainer
+
+Make = Callable[..., Recipe]
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def losses(run: Path) -> list[float]:
+    return [line["train/loss"] for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line]
+
+
+def test_training_learns_the_pattern_and_writes_everything(recipe: Make, tmp_path: Path) -> None:
+    value = recipe(train__tokens=120 * 256, evaluate={"every_steps": 20}, checkpoint={"every_steps": 40, "keep_last": 2})
+    final = recipes.prepare(value).fit()
+    run = tmp_path / "run"
+    found = losses(run)
+    assert found[0] == pytest.approx(math.log(280), abs=0.2)
+    assert found[-1] < 2.0
+    assert final["valid/loss/held"] < 2.0
+    assert [p.name for p in store.listed(run)] == ["step-00000080", "step-00000120"]
+    assert {p.name for p in run.iterdir()} >= {"metrics.jsonl", "recipe.yaml", "versions.json", "loss.png"}
+    keys = read_metrics(run / "metrics.jsonl")[0].keys()
+    assert {"train/loss/a", "optim/lr", "optim/grad_norm", "perf/mfu", "mem/peak_gib", "progress/tokens"} <= keys
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert recipes.load(run / "recipe.yaml").value == value  # the resolved recipe repeats the run
+
+
+@pytest.mark.parametrize("pack", ["split", "whole"])
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_loss_and_gradients_do_not_depend_on_micro_batching(recipe: Make, micro: int, pack: str) -> None:
+    gradients, sums = [], []
+    for rows in (8, micro):
+        trainer = recipes.prepare(recipe(train__micro_batch_rows=rows, train__max_grad_norm=0.0, data__pack=pack))
+        kept: dict[str, torch.Tensor] = {}
+
+        def keep(rate: float, trainer: Trainer = trainer, kept: dict[str, torch.Tensor] = kept) -> None:
+            kept.update({n: p.grad.double() for n, p in trainer.model.named_parameters() if p.grad is not None})
+
+        trainer.optimizer.step = keep  # type: ignore[method-assign]
+        trainer.step()
+        gradients.append(torch.cat([g.flatten() for g in kept.values()]))
+        sums.append(trainer.meter.read()["train/loss"])
+    assert sums[0] == pytest.approx(sums[1], rel=1e-6)
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-6
+
+
+def test_the_loss_is_the_mean_over_all_trained_tokens_of_the_step(recipe: Make) -> None:
+    trainer = recipes.prepare(recipe(train__micro_batch_rows=1, data__pack="whole"))
+    batch = trainer.loader.next_batch(8)
+    trainer.loader.load_state_dict(trainer.loader.state_dict() | {"taken": {"a": 0, "b": 0}})
+    logits = trainer.model.head.logits(trainer.model(batch.tokens, batch.positions, batch.documents))
+    logp = logits.log_softmax(-1).gather(-1, batch.labels[..., None])[..., 0]
+    wanted = -(logp * batch.weights).sum() / batch.weights.sum()
+    trainer.step()
+    assert trainer.meter.read()["train/loss"] == pytest.approx(wanted.item(), rel=1e-5)
+    assert len({int((row > 0).sum()) for row in batch.weights}) > 1  # rows differ in how many tokens they train
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_ten_steps_and_ten_more_after_a_restart_are_twenty_steps_bitwise(
+    recipe: Make, tmp_path: Path, kind: str
+) -> None:
+    changes = {"optim__kind": kind, "checkpoint": {"every_steps": 10, "keep_last": 5}, "train__micro_batch_rows": 4}
+    straight = recipes.prepare(recipe(run=str(tmp_path / "straight"), **changes))
+    straight.fit()
+    drawn = (torch.rand(1), random.random())
+    first = recipes.prepare(recipe(**changes))
+    for _ in range(10):
+        first.step()
+    first.save()
+    torch.rand(7)  # anything may happen to the random streams between the two
+    random.random()
+    second = recipes.prepare(recipe(**changes))
+    assert second.progress.step == 10
+    second.fit()
+    assert (torch.rand(1), random.random()) == drawn
+    for name, value in weights(straight).items():
+        assert torch.equal(value, weights(second)[name]), name
+    for name, value in straight.optimizer.named_state().items():
+        assert torch.equal(value, second.optimizer.named_state()[name]), name
+    assert straight.loader.state_dict() == second.loader.state_dict()
+    assert losses(tmp_path / "straight")[10:] == losses(tmp_path / "run")
+
+
+def test_a_finished_run_is_not_trained_again(recipe: Make) -> None:
+    value = recipe(train__tokens=3 * 256)
+    recipes.prepare(value).fit()
+    again = recipes.prepare(value)
+    assert again.progress.step == value.train.total_steps
+    before = weights(again)
+    again.fit()
+    assert all(torch.equal(before[name], after) for name, after in weights(again).items())
+
+
+def test_metrics_after_a_restart_hold_every_step_once(recipe: Make, tmp_path: Path) -> None:
+    value = recipe(train__tokens=12 * 256, checkpoint={"every_steps": 5})
+    trainer = recipes.prepare(value)
+    trainer.save = lambda: Path()  # type: ignore[method-assign]  # as if it was killed after step 12, before saving
+    trainer.fit()
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 12, "train/lo')  # and in the middle of a line
+    recipes.prepare(value).fit()
+    steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
+    assert steps == list(range(1, 13))
+
+
+def test_weights_can_start_from_another_run(recipe: Make, tmp_path: Path) -> None:
+    first = recipes.prepare(recipe(run=str(tmp_path / "first"), train__tokens=3 * 256))
+    first.fit()
+    second = recipes.prepare(recipe(init_from=str(tmp_path / "first"), model=None))
+    assert second.progress.step == 0
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(second)[name])
+
+
+def test_a_start_of_another_shape_is_an_error(recipe: Make, tmp_path: Path) -> None:
+    recipes.prepare(recipe(run=str(tmp_path / "first"), train__tokens=256)).fit()
+    with pytest.raises(ConfigError, match="num_layers: 2 there, 3 here"):
+        recipes.prepare(recipe(init_from=str(tmp_path / "first"), model__num_layers=3))
+    with pytest.raises(ConfigError, match="init_from: no such folder"):
+        recipes.prepare(recipe(init_from=str(tmp_path / "nowhere"), model=None))
+
+
+def test_a_run_folder_of_another_model_is_refused_and_untouched(recipe: Make, tmp_path: Path) -> None:
+    recipes.prepare(recipe(train__tokens=256)).fit()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    with pytest.raises(ConfigError, match="another model"):
+        recipes.prepare(recipe(model__ffn_size=128))
+    with pytest.raises(ConfigError, match=r"checkpoint\.resume is false"):
+        recipes.prepare(recipe(checkpoint={"resume": False}))
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+
+
+def test_changed_data_is_refused_on_resume(recipe: Make) -> None:
+    recipes.prepare(recipe(train__tokens=256)).fit()
+    with pytest.raises(DataError, match="seed was 1, is 2"):
+        recipes.prepare(recipe(data__seed=2))
+
+
+def test_non_finite_steps_are_skipped_counted_and_end_the_run(recipe: Make, tmp_path: Path) -> None:
+    trainer = recipes.prepare(recipe(train__max_skipped_steps=3))
+    trainer.step()
+    healthy = weights(trainer)
+    state = {n: v.clone() for n, v in trainer.optimizer.named_state().items()}
+    with torch.no_grad():
+        trainer.model.norm.weight[0] = float("inf")
+    trainer.step()
+    trainer.step()
+    with pytest.raises(TrainingError, match="3 steps in a row were skipped"):
+        trainer.step()
+    assert trainer.progress.skipped_steps == 3
+    for name, value in weights(trainer).items():
+        if name != "norm.weight":
+            assert torch.equal(value, healthy[name])
+    assert all(torch.equal(v, state[n]) for n, v in trainer.optimizer.named_state().items())
+
+
+def test_a_step_with_nothing_to_train_on_is_skipped(recipe: Make) -> None:
+    trainer = recipes.prepare(recipe())
+    draw = trainer.loader.next_batch
+
+    def masked(rows: int):  # type: ignore[no-untyped-def]
+        batch = draw(rows)
+        batch.weights.zero_()
+        return batch
+
+    before = weights(trainer)
+    trainer.loader.next_batch = masked  # type: ignore[method-assign]
+    trainer.step()
+    assert trainer.progress.skipped_steps == 1
+    assert all(torch.equal(before[n], v) for n, v in weights(trainer).items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"train__batch_tokens": 250}, "multiple of data.seq_len 32"),
+        ({"train__micro_batch_rows": 3}, "does not divide the 8 rows"),
+        ({"model__vocab_size": 100}, "tokenizer has 280 ids"),
+        ({"model__context_length": 16}, "longer than model.context_length 16"),
+        ({"data__train": {}}, "at least one source"),
+        ({"runtime__device": "cuda"}, "no CUDA device"),
+        ({"train__tokens": 0}, "at least 1"),
+        ({"model": None}, "required unless init_from"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(recipe: Make, changes: dict[str, object], match: str) -> None:
+    if "runtime__device" in changes and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match=match):
+        recipes.prepare(recipe(**changes))
+
+
+def test_bits_per_byte_is_the_code_length_over_the_bytes_of_the_text(recipe: Make, corpus: Path) -> None:
+    trainer = recipes.prepare(recipe())
+    metrics = trainer.evaluator(trainer.model, final=True)
+    from internlm.data.shards import Shards
+
+    shards = Shards.open(corpus / "held")
+    scored = shards.num_tokens - shards.num_documents  # all but each document's first
+    bits = metrics["valid/loss/held"] * scored / math.log(2)
+    assert metrics["valid/bits_per_byte/held"] == pytest.approx(bits / shards.num_bytes, rel=1e-6)
+
+
+def test_a_checkpoint_names_its_tensors_and_reads_them_one_by_one(recipe: Make, tmp_path: Path) -> None:
+    trainer = recipes.prepare(recipe(train__tokens=2 * 256))
+    trainer.fit()
+    checkpoint = store.open_checkpoint(tmp_path / "run")
+    assert checkpoint.step == 2
+    assert checkpoint.config == trainer.model.config
+    tensors = dict(checkpoint.tensors())
+    assert tensors.keys() == weights(trainer).keys()
+    assert all(torch.equal(tensors[name], value) for name, value in weights(trainer).items())
+    assert checkpoint.tokenizer_path is not None
+    assert (checkpoint.tokenizer_path / "tokenizer.json").exists()
+    with pytest.raises(StorageError, match=r"model\.nonsense.*not in the checkpoint"):
+        checkpoint.load({"model.nonsense": torch.zeros(1)})
+
+
+def test_a_damaged_checkpoint_is_passed_over(recipe: Make, tmp_path: Path) -> None:
+    value = recipe(train__tokens=4 * 256, checkpoint={"every_steps": 2})
+    recipes.prepare(value).fit()
+    newest = store.newest(tmp_path / "run")
+    assert newest is not None
+    assert newest.name == "step-00000004"
+    victim = max((newest / "tensors").iterdir(), key=lambda p: p.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-100])
+    assert recipes.prepare(value).progress.step == 2
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = recipes.prepare(recipe(train__tokens=4 * 256, checkpoint={"every_steps": 2}))
+    trainer.step()
+    kept = trainer.save()
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(StorageError, match="MiB left"):
+        trainer.fit()
+    assert store.listed(tmp_path / "run") == [kept]
+
+
+def test_compiled_blocks_take_the_same_steps(recipe: Make) -> None:
+    plain = recipes.prepare(recipe(run=str(Path(recipe().run).with_name("plain"))))
+    compiled = recipes.prepare(recipe(runtime__compile=True))
+    for trainer in (plain, compiled):
+        for _ in range(3):
+            trainer.step()
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(value, weights(compiled)[name], atol=1e-5, rtol=1e-4)
+
+
+def test_describe_lists_every_value_with_its_origin_and_the_sizes(tmp_path: Path, corpus: Path) -> None:
+    path = tmp_path / "r.yaml"
+    source = json.dumps({"a": {"path": str(corpus / "a")}})
+    path.write_text(
+        f"run: {tmp_path / 'run'}\nmodel: {{preset: internlm-7b, num_layers: 2}}\n"
+        f"data:\n  seq_len: 2048\n  train: {source}\ntrain: {{tokens: 1e9, batch_tokens: 4194304}}\n"
+    )
+    text = recipes.describe(recipes.load(path, ["optim.lr=2e-4"]))
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    assert rows["model.hidden_size"].split()[1:] == ["4096", "preset", "internlm-7b"]
+    assert rows["model.num_layers"].endswith("r.yaml:2")
+    assert rows["optim.lr"].split()[1:] == ["0.0002", "command", "line"]
+    assert rows["optim.eps"].endswith("default")
+    assert "239" in rows["steps"]
+    assert "4,194,304" in rows["tokens"] or "tokens per step   4,194,304" in text

@@ -1,0 +1,93 @@
+"""`internlm convert` from checkpoints and Transformers folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from internlm.checkpoint import store
+from internlm.cli import main
+from internlm.cli.convert import open_source, size_in_bytes, verify
+from internlm.errors import UsageError, WeightsError
+from internlm.model.config import ModelConfig
+from internlm.model.transformer import build
+from internlm.text.training import train_bpe
+from internlm.weights import transformers as folders
+from internlm.weights.names import to_transformers
+
+SHAPE = ModelConfig(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, ffn_size=40, qkv_bias=True)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Return a run folder with two checkpoints."""
+    tokenizer = train_bpe(["What is the sum of the numbers?"] * 3, 300)
+    tokenizer.save(tmp_path / "tokenizer")
+    for step in (5, 10):
+        tensors = {f"model.{name}": p.detach() for name, p in build(SHAPE, step).named_parameters()}
+        meta = {"step": step, "template": "internlm"}
+        store.save(store.path_of(tmp_path / "run", step), tensors, SHAPE, tmp_path / "tokenizer", meta)
+    return tmp_path / "run"
+
+
+def test_a_run_becomes_a_verified_transformers_folder(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    assert main(["convert", str(run), str(tmp_path / "out"), "--verify", "--max-shard", "20KB"]) == 0
+    said = capsys.readouterr().out
+    assert "verified" in said
+    assert f"internlm chat {tmp_path / 'out'}" in said
+    loaded = folders.load(tmp_path / "out")
+    assert torch.equal(loaded.embedding.weight, build(SHAPE, 10).embedding.weight), "the newest checkpoint"
+    assert folders.template_of(tmp_path / "out") == "internlm"
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+def test_a_folder_is_converted_again_with_another_dtype(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    assert main(["convert", str(store.path_of(run, 5)), str(tmp_path / "a")]) == 0
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--dtype", "bfloat16", "--verify"]) == 0
+    written = load_file(tmp_path / "b" / "model.safetensors")
+    assert torch.equal(written["lm_head.weight"], build(SHAPE, 5).head.weight.to(torch.bfloat16))
+    assert folders.template_of(tmp_path / "b") == "internlm"
+
+
+def test_an_existing_target_needs_force(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(run), str(tmp_path / "out")]) == 0
+    assert main(["convert", str(run), str(tmp_path / "out")]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main(["convert", str(run), str(tmp_path / "out"), "--force", "--template", "none"]) == 0
+    assert folders.template_of(tmp_path / "out") is None
+
+
+def test_verifying_finds_weights_under_the_wrong_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+
+    def swapped(name: str) -> str:
+        return to_transformers(name.replace("wq", "w?").replace("wk", "wq").replace("w?", "wk"))
+
+    monkeypatch.setattr(folders, "to_transformers", swapped)
+    model = build(SHAPE, 10)
+    folders.export(model.named_parameters(), SHAPE, tmp_path / "out", tokenizer=None, template=None)
+    monkeypatch.undo()
+    with pytest.raises(WeightsError, match="other logits"):
+        verify(open_source(run), tmp_path / "out")
+
+
+def test_what_is_no_model_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "is no model" in capsys.readouterr().err
+
+
+def test_sizes_are_read() -> None:
+    assert size_in_bytes("5GB", "x") == 5 * 10**9
+    assert size_in_bytes("1.5 MiB", "x") == 3 * 2**19
+    for wrong in ("5", "GB", "-1GB", "0GB"):
+        with pytest.raises(UsageError, match="is no size"):
+            size_in_bytes(wrong, "x")

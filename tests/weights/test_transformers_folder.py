@@ -1,0 +1,265 @@
+"""Transformers folders: strict, streaming, the same bits every time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from internlm import storage
+from internlm.errors import StorageError, WeightsError
+from internlm.model.config import DynamicScaling, ModelConfig, RopeConfig, YarnScaling
+from internlm.model.transformer import Transformer, build
+from internlm.weights import transformers as folders
+from internlm.weights.load import empty, fill, shapes
+from internlm.weights.names import TRANSFORMERS, from_transformers, to_transformers
+
+SHAPE = ModelConfig(vocab_size=50, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=24)
+
+
+def export(model: Transformer, folder: Path, **options: object) -> Path:
+    defaults: dict[str, object] = {"tokenizer": None, "template": None}
+    folders.export(model.named_parameters(), model.config, folder, **defaults | options)  # type: ignore[arg-type]
+    return folder
+
+
+def weight_files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != storage.MANIFEST}
+
+
+def test_every_name_goes_there_and_back() -> None:
+    for ours, theirs in TRANSFORMERS.items():
+        ours, theirs = ours.replace("{i}", "11"), theirs.replace("{i}", "11")
+        assert to_transformers(ours) == theirs
+        assert from_transformers(theirs) == ours
+
+
+def test_the_table_has_every_weight_of_the_model() -> None:
+    biased = replace(SHAPE, qkv_bias=True, output_bias=True)
+    assert len({to_transformers(name) for name in shapes(biased)}) == len(shapes(biased))
+
+
+def test_an_unknown_name_is_answered_with_the_closest() -> None:
+    with pytest.raises(WeightsError, match=r"blocks\.2\.attention\.wq\.weight"):
+        to_transformers("blocks.2.attention.wqq.weight")
+    with pytest.raises(WeightsError, match=r"model\.layers\.7\.mlp\.up_proj\.weight"):
+        from_transformers("model.layers.7.mlp.up_projection.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_save_load_save_gives_the_same_bytes(dtype: torch.dtype, tmp_path: Path) -> None:
+    first = export(build(SHAPE, 3, dtype=dtype), tmp_path / "a", max_shard_bytes=4000)
+    second = export(folders.load(first), tmp_path / "b", max_shard_bytes=4000)
+    folders.export(
+        folders.read_tensors(first),
+        folders.read_config(first),
+        tmp_path / "c",
+        tokenizer=None,
+        template=None,
+        max_shard_bytes=4000,
+    )
+    assert len(list(first.glob("*.safetensors"))) > 2
+    assert weight_files(first) == weight_files(second) == weight_files(tmp_path / "c")
+    assert folders.load(second).embedding.weight.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"qkv_bias": True, "output_bias": True},
+        {"rope": RopeConfig(base=5e5, scaling=DynamicScaling(original_length=512)), "context_length": 4096},
+        {"rope": RopeConfig(scaling=YarnScaling(factor=4.0, original_length=512, attention_factor=1.25))},
+        {"head_dim": 6, "norm_eps": 1e-6},
+    ],
+)
+def test_the_config_comes_back_equal(changes: dict[str, object], tmp_path: Path) -> None:
+    config = replace(SHAPE, **{"head_dim": 0, "num_kv_heads": 2, **changes})  # type: ignore[arg-type]
+    loaded = folders.load(export(build(config, 0), tmp_path / "a"))
+    assert loaded.config == config
+    expected = dict(build(config, 0).named_parameters())
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, expected.pop(name))
+    assert not expected
+
+
+def test_a_tied_head_is_one_tensor_and_may_come_along(tmp_path: Path) -> None:
+    model = build(replace(SHAPE, tie_embeddings=True), 0)
+    folders.export(model.state_dict().items(), model.config, tmp_path / "a", tokenizer=None, template=None)
+    assert "lm_head.weight" not in load_file(tmp_path / "a" / "model.safetensors")
+    loaded = folders.load(tmp_path / "a")
+    assert loaded.head.weight is loaded.embedding.weight
+
+
+def test_absent_biases_are_written_as_zeros(tmp_path: Path) -> None:
+    model = build(replace(SHAPE, qkv_bias=True), 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    written = load_file(export(model, tmp_path / "a") / "model.safetensors")
+    assert not written["model.layers.2.self_attn.o_proj.bias"].any()
+    assert written["model.layers.2.self_attn.q_proj.bias"].any()
+    ids = torch.arange(20)[None]
+    assert torch.equal(folders.load(tmp_path / "a")(ids), model(ids))
+
+
+def test_the_dtype_can_be_changed_on_the_way(tmp_path: Path) -> None:
+    folder = export(build(SHAPE, 0), tmp_path / "a", dtype=torch.bfloat16)
+    assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    assert folders.load(folder, dtype=torch.float32).norm.weight.dtype == torch.float32
+
+
+def test_no_file_is_larger_than_asked_and_the_index_names_every_tensor(tmp_path: Path) -> None:
+    folder = export(build(SHAPE, 0), tmp_path / "a", max_shard_bytes=5000)
+    files = sorted(folder.glob("*.safetensors"))
+    header = 4096  # names and offsets
+    assert all(file.stat().st_size <= 5000 + header for file in files)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    assert index["metadata"]["total_size"] == 4 * SHAPE.num_parameters
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+
+
+def test_an_export_holds_one_shard_in_memory_not_the_model(tmp_path: Path) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        nonlocal most
+        for name, shape in shapes(SHAPE).items():
+            tensor = torch.zeros(shape)
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+            held = sum(t.nbytes for ref in alive if (t := ref()) is not None)
+            most = max(most, held)
+
+    folders.export(tensors(), SHAPE, tmp_path / "a", tokenizer=None, template=None, max_shard_bytes=4000)
+    assert 0 < most <= 4000 + 4 * max(shape.numel() for shape in shapes(SHAPE).values())
+    assert most < 4 * SHAPE.num_parameters / 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("norm.weight"), "norm.weight is missing"),
+        (lambda t: t.update({"blocks.9.attention.wq.weight": torch.zeros(1)}), "blocks.9.attention.wq.weight is left"),
+        (lambda t: t.update({"norm.weight": torch.zeros(3)}), r"norm.weight is \(3,\), not \(16,\)"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_written(change, message: str, tmp_path: Path) -> None:
+    tensors = dict(build(SHAPE, 0).state_dict())
+    change(tensors)
+    with pytest.raises(WeightsError, match=message):
+        folders.export(tensors.items(), SHAPE, tmp_path / "a", tokenizer=None, template=None)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(WeightsError, match=message):
+        fill(empty(SHAPE), tensors.items())
+
+
+def test_a_weight_that_comes_twice_is_an_error() -> None:
+    tensors = list(build(SHAPE, 0).named_parameters())
+    with pytest.raises(WeightsError, match="embedding.weight came twice"):
+        fill(empty(SHAPE), [*tensors, tensors[0]])
+
+
+def test_filling_copies_into_a_real_model_and_hands_over_to_an_empty_one() -> None:
+    source, real, hollow = build(SHAPE, 0), build(SHAPE, 1), empty(SHAPE)
+    fill(real, source.named_parameters())
+    fill(hollow, source.named_parameters())
+    assert torch.equal(real.norm.weight, source.norm.weight)
+    assert torch.equal(real.embedding.weight, source.embedding.weight)
+    assert real.embedding.weight.data_ptr() != source.embedding.weight.data_ptr()
+    assert hollow.embedding.weight.data_ptr() == source.embedding.weight.data_ptr()
+    assert not any(parameter.is_meta for parameter in hollow.parameters())
+
+
+def test_loaded_weights_survive_the_folder(tmp_path: Path) -> None:
+    folder = export(build(SHAPE, 0), tmp_path / "a")
+    loaded = folders.load(folder)
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.write(b"\xff" * 20000)
+    assert torch.equal(loaded.embedding.weight, build(SHAPE, 0).embedding.weight)
+
+
+def test_an_export_is_replaced_only_on_demand(tmp_path: Path) -> None:
+    folder = export(build(SHAPE, 0), tmp_path / "a", notes={"step": 7})
+    assert storage.read_manifest(folder, "export")["step"] == 7
+    with pytest.raises(StorageError, match="--force"):
+        export(build(SHAPE, 1), folder)
+    export(build(SHAPE, 1), folder, replace=True)
+    assert torch.equal(folders.load(folder).embedding.weight, build(SHAPE, 1).embedding.weight)
+
+
+def test_rotary_buffers_of_old_exports_are_ignored(tmp_path: Path) -> None:
+    folder = export(build(SHAPE, 0), tmp_path / "a")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(folders.load(folder).norm.weight, build(SHAPE, 0).norm.weight)
+
+
+def changed_config(folder: Path, target: Path, **changes: object) -> Path:
+    shutil.copytree(folder, target)
+    path = target / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return target
+
+
+def test_what_this_decoder_does_not_have_is_refused_by_name(tmp_path: Path) -> None:
+    folder = export(build(SHAPE, 0), tmp_path / "a")
+    for number, (changes, message) in enumerate(
+        [
+            ({"model_type": "gpt2"}, "gpt2.*allowed: llama, mistral, qwen2"),
+            ({"model_type": "mistral", "sliding_window": 512}, "sliding_window is not supported"),
+            ({"hidden_act": "gelu"}, "hidden_act is not supported"),
+            ({"mlp_bias": True}, "mlp_bias is not supported"),
+            ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+            ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+            ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ]
+    ):
+        with pytest.raises(WeightsError, match=message):
+            folders.read_config(changed_config(folder, tmp_path / str(number), **changes))
+
+
+def test_the_rotary_fields_are_read_in_every_form(tmp_path: Path) -> None:
+    folder = export(build(SHAPE, 0), tmp_path / "a")
+    old = {"rope_theta": 7e4, "rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    new = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7e4}, "rope_theta": None}
+    first = folders.read_config(changed_config(folder, tmp_path / "old", **old))
+    second = folders.read_config(changed_config(folder, tmp_path / "new", **new))
+    assert first == second
+    assert first.rope.base == 7e4
+    assert first.rope.scaling is not None
+
+
+def test_a_shape_that_transformers_refuses_is_not_exported(tmp_path: Path) -> None:
+    config = ModelConfig(vocab_size=50, hidden_size=18, num_layers=1, num_heads=4, head_dim=4, ffn_size=8)
+    with pytest.raises(WeightsError, match="not a multiple"):
+        export(build(config, 0), tmp_path / "a")
+
+
+def test_broken_folders_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"no config\.json"):
+        folders.load(tmp_path)
+    folder = export(build(SHAPE, 0), tmp_path / "a")
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(WeightsError, match="cannot be read"):
+        folders.load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="Only safetensors"):
+        folders.load(folder)
