@@ -3,9 +3,9 @@
     python benchmarks/decode_cpu.py                         # 134 M parameters, fp32, prompt 128 + 64 new, batch 1 and 8
     python benchmarks/decode_cpu.py --out results.json
 
-The two take turns, so that a busy machine slows both; the table shows medians. A run of one new token is the prefill, and
-is taken out of the decode speed. Greedy answers are compared token by token: random weights give nearly equal logits
-now and then, where the order of a sum decides, so a late difference is not a mistake.
+The two take turns, so that a busy machine slows both; the table shows medians. A run of one new token is the prefill,
+and is taken out of the decode speed. Greedy answers are compared token by token: random weights give nearly equal
+logits now and then, where the order of a sum decides, so a late difference is not a mistake.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     print(f"{'batch':>5} {'engine':14} {'prefill s':>9} {'decode tok/s':>12} {'':>18} {'equal tokens':>13}")
     for batch in arguments.batch:
-        ids = torch.randint(config.vocab_size, (batch, arguments.prompt), generator=torch.Generator().manual_seed(batch))
+        ids = torch.randint(
+            config.vocab_size, (batch, arguments.prompt), generator=torch.Generator().manual_seed(batch)
+        )
         prompts = ids.tolist()
 
         def ours(new: int, prompts: list[list[int]] = prompts) -> list[list[int]]:
@@ -89,7 +91,12 @@ def main() -> None:
         for name, figures in runs.items():
             prefill = statistics.median(figure[0] for figure in figures)
             speeds = sorted(figure[1] for figure in figures)
-            row = {"batch": batch, "engine": name, "prefill_s": prefill, "decode_tokens_per_s": statistics.median(speeds)}
+            row = {
+                "batch": batch,
+                "engine": name,
+                "prefill_s": prefill,
+                "decode_tokens_per_s": statistics.median(speeds),
+            }
             rows.append(row | {"slowest": speeds[0], "fastest": speeds[-1], "equal_ratio": sum(pairs) / len(pairs)})
             spread = f"[{speeds[0]:.1f} - {speeds[-1]:.1f}]"
             equal = f"{sum(pairs)}/{len(pairs)}"

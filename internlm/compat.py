@@ -82,7 +82,7 @@ def has_onednn_linear() -> bool:
     """Return whether torch's oneDNN product for fp32 linear layers can be called here (x86 and Arm CPU builds)."""
     if not torch.backends.mkldnn.is_available():
         return False
-    x, w = torch.ones(2, 4), torch.ones(3, 4)
+    x, w = torch.ones(2, 4, device="cpu"), torch.ones(3, 4, device="cpu")  # also when models are built on meta
     try:
         return torch.equal(onednn_linear(x, w), x @ w.t())
     except (RuntimeError, AttributeError, NotImplementedError):
@@ -90,10 +90,10 @@ def has_onednn_linear() -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x [..., K] · weight [N, K] transposed, plus bias [N], through oneDNN instead of MKL; fp32, CPU, no gradient.
+    """Return x [..., K] · weight [N, K] transposed + bias [N], through oneDNN instead of MKL; fp32, CPU, no gradient.
 
-    torch sends fp32 products to MKL, which does not use AVX-512 on AMD: 122-194 GFLOP/s there against 193-217 from oneDNN
-    (2 threads of a Zen 4, the forward shapes of `benchmarks/train_cpu.py`). The op is the one inductor calls; it takes plain
-    strided weights.
+    torch sends fp32 products to MKL, which does not use AVX-512 on AMD: 122-194 GFLOP/s there against 193-217 from
+    oneDNN (2 threads of a Zen 4, the shapes of `benchmarks/train_cpu.py`). The op is the one inductor calls; it takes
+    plain strided weights.
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

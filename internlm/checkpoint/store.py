@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from internlm import config as recipes
 from internlm import storage
@@ -98,7 +101,7 @@ class Checkpoint:
                 found = "is not in the checkpoint" if facts is None else f"has shape {tuple(facts.size)} there"
                 raise StorageError(f"tensor {name} {tuple(tensor.shape)} {found}", where=self.path)
         with _quiet():
-            dcp.load(into, storage_reader=dcp.FileSystemReader(self.path / "tensors"), no_dist=True)
+            load_tensors(into, storage_reader=FileSystemReader(self.path / "tensors"), no_dist=True)
 
     def tensors(self, prefix: str = "model.") -> Iterator[tuple[str, Tensor]]:
         """Yield (name without prefix, tensor) one at a time, so that only one is in memory."""
@@ -106,12 +109,12 @@ class Checkpoint:
             if name.startswith(prefix):
                 tensor = torch.empty(facts.size, dtype=facts.properties.dtype)
                 with _quiet():
-                    reader = dcp.FileSystemReader(self.path / "tensors")
-                    dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+                    reader = FileSystemReader(self.path / "tensors")
+                    load_tensors({name: tensor}, storage_reader=reader, no_dist=True)
                 yield name.removeprefix(prefix), tensor
 
     def _metadata(self) -> dict[str, TensorStorageMetadata]:
-        entries = dcp.FileSystemReader(self.path / "tensors").read_metadata().state_dict_metadata
+        entries = FileSystemReader(self.path / "tensors").read_metadata().state_dict_metadata
         return {name: facts for name, facts in entries.items() if isinstance(facts, TensorStorageMetadata)}
 
 
@@ -133,11 +136,11 @@ def save(
     needed = sum(t.numel() * t.element_size() for t in tensors.values())
     storage.require_space(path, needed + (1 << 20), f"checkpoint {path.name}")
     with storage.writing(path, KIND, replace=True) as folder:
-        writer = dcp.FileSystemWriter(folder.path / "tensors", sync_files=False)  # storage.writing syncs every file
+        writer = FileSystemWriter(folder.path / "tensors", sync_files=False)  # storage.writing syncs every file
         try:
             with _quiet():
-                dcp.save(tensors, storage_writer=writer, no_dist=True)
-        except dcp.CheckpointException as error:
+                save_tensors(tensors, storage_writer=writer, no_dist=True)
+        except CheckpointException as error:
             cause = next((e for e, _ in error.failures.values() if isinstance(e, OSError)), None)
             if cause is None:
                 # torch wraps what its writer threads raise: look for the system's own words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from typing import TYPE_CHECKING
@@ -49,7 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     if question is not None and not question.strip():
         raise UsageError("the question is empty", do="Give -p TEXT, or pipe a text in.")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
     chat = _open(arguments)
     if question is None:
         return _talk(chat)

@@ -43,24 +43,7 @@ MAX_NAMES = 600
 """How many names are asked about: few enough for a model of a few million weights to learn by heart in a minute."""
 
 # Importing these has no side effects, and they have no Python source.
-_C_MODULES = [
-    "array",
-    "atexit",
-    "binascii",
-    "builtins",
-    "cmath",
-    "errno",
-    "faulthandler",
-    "gc",
-    "itertools",
-    "marshal",
-    "math",
-    "select",
-    "sys",
-    "time",
-    "unicodedata",
-    "zlib",
-]
+_C_MODULES = ("array", "binascii", "builtins", "cmath", "errno", "gc", "itertools", "marshal", "math", "sys", "time")
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "turtledemo"}
 
 

@@ -59,8 +59,9 @@ class Packing:
 
     def row(self, index: int) -> PackedRow:
         """Return one row."""
-        row = PackedRow(*(np.zeros(self.seq_len, np.int64) for _ in range(4)), np.zeros(self.seq_len, np.float32))
-        row.documents.fill(-1)
+        tokens, labels, positions, documents = np.zeros((4, self.seq_len), np.int64)
+        row = PackedRow(tokens, labels, positions, documents, np.zeros(self.seq_len, np.float32))
+        documents.fill(-1)
         at = 0
         for number, (document, start, stop) in enumerate(self._pieces(index)):
             ids, mask = self.shards.document(document)

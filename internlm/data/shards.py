@@ -177,7 +177,7 @@ class Shards:
 
     @cached_property
     def _files(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        files = []
+        files: list[tuple[np.ndarray, np.ndarray | None]] = []
         for shard in self.shards:
             # numpy refuses to map an empty file
             tokens = np.memmap(self.path / f"{shard.name}.tokens", self.dtype, "r") if shard.tokens else np.zeros(0)

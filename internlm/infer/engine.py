@@ -221,7 +221,7 @@ class Engine:
         """
         limit = self._check(request)
         id_, self._next_id = self._next_id, self._next_id + 1
-        seed = request.seed if request.seed is not None else (self.seed << 32) + id_
+        seed = request.seed if request.seed is not None else ((self.seed << 32) + id_) % 2**63
         self._waiting.append(_Running(id_, request, limit, seed, self))
         return id_
 
@@ -327,6 +327,8 @@ class Engine:
         if not hidden:
             return
         logits = self.model.head.logits(torch.cat(hidden))  # [B, V], rows as in self._running
+        if self.tokenizer is not None:
+            logits[:, self.tokenizer.vocab_size :] = float("-inf")  # a padded vocabulary: ids without a token
         draws = torch.tensor([running.draw() for running in self._running], dtype=torch.float64, device=self.device)
         seen = [running.seen for running in self._running]
         chosen = choose(logits, [running.rules for running in self._running], draws, seen).tolist()

@@ -68,7 +68,7 @@ class Optimizer:
 
     def __init__(self, config: AdamWConfig | MuonConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         self.names: dict[Tensor, str] = {p: name for name, p in parameters if p.requires_grad}
-        by_role: dict[Role, list[nn.Parameter]] = {"matrix": [], "table": [], "vector": []}
+        by_role: dict[Role, list[Tensor]] = {"matrix": [], "table": [], "vector": []}
         for parameter, name in self.names.items():
             by_role[role(name, parameter)].append(parameter)
         self.parts: list[torch.optim.Optimizer] = []

@@ -28,8 +28,7 @@ HELP = """\
   /help    show this
   /exit    leave (also Ctrl-D)
   Ctrl-C stops an answer; what was said of it is kept."""
-_CONTROLS = dict.fromkeys([*range(0x20), 0x7F, *range(0x80, 0xA0)])
-_HIDDEN = {code: None for code in _CONTROLS if chr(code) not in "\n\t"}
+HIDDEN = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 """Control characters: a model must not be able to steer the terminal."""
 
 
@@ -182,7 +181,7 @@ def say(chat: Chat, question: str, out: TextIO) -> str:
     with _interruptible(chat):
         for piece in chat.answer(question):
             pieces.append(piece)
-            out.write(piece.translate(_HIDDEN))
+            out.write(piece.translate(HIDDEN))
             out.flush()
     out.write("\n")
     out.flush()

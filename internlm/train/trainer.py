@@ -240,7 +240,7 @@ class Trainer:
         logger.warning("warning: step %d skipped: %s", self.progress.step, why)
         if self.progress.skipped_in_a_row >= self.config.max_skipped_steps:
             raise TrainingError(
-                f"{self.progress.skipped_in_a_row} steps in a row were skipped, up to step {self.progress.step} ({why})",
+                f"{self.progress.skipped_in_a_row} steps in a row were skipped, up to {self.progress.step} ({why})",
                 where=self.run,
                 do="Lower optim.lr or lengthen schedule.warmup_ratio; checkpoints up to here are untouched.",
             )

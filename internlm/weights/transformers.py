@@ -304,7 +304,8 @@ def _card(config: ModelConfig, dtype: str, template: str | None, tokenizer: Toke
         ids = f'tokenizer({start}"Once", return_tensors="pt")'
         if template is not None:
             talk = '[{"role": "user", "content": "Hello"}]'
-            ids = f'tokenizer.apply_chat_template({talk}, add_generation_prompt=True, return_dict=True, return_tensors="pt")'
+            options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+            ids = f"tokenizer.apply_chat_template({talk}, {options})"
         lines += [f"inputs = {ids}", "print(tokenizer.decode(model.generate(**inputs)[0]))"]
     lines += ["```", "", "Or talk to it: `internlm chat .`", ""]
     return "\n".join(lines)

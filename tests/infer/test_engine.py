@@ -176,6 +176,22 @@ def test_a_character_cut_by_the_length_is_marked() -> None:
     assert deltas[-1].finished == "length"
 
 
+def test_ids_that_pad_the_vocabulary_are_never_written() -> None:
+    assert TOKENIZER.vocab_size < 300
+    engine = Engine(MODEL, TOKENIZER)
+    plain = engine.model.head.logits
+
+    def padded(hidden: torch.Tensor) -> torch.Tensor:
+        out = plain(hidden)
+        out[:, TOKENIZER.vocab_size :] = 1000.0
+        return out
+
+    engine.model.head.logits = padded  # type: ignore[method-assign]
+    for request in (Request(prompt(3), 20, temperature=0), Request(prompt(3), 20), Request(prompt(3), 20, top_p=0.9)):
+        (answer,) = engine.generate([request])
+        assert max(answer.tokens) < TOKENIZER.vocab_size
+
+
 def test_the_context_bounds_the_answer() -> None:
     engine = Engine(MODEL, max_length=30)
     (answer,) = engine.generate([Request(prompt(25), max_tokens=50, temperature=0)])

@@ -74,7 +74,7 @@ def test_a_nucleus_wider_than_the_sorted_prefix_is_exact(scale: float) -> None:
     logits = scale * torch.randn(5000, generator=torch.Generator().manual_seed(0))
     for rules in (Rules(top_p=0.9), Rules(top_k=3000), Rules(min_p=0.5), Rules(top_k=2000, top_p=0.5)):
         allowed = allowed_by_definition(logits, rules) > 0
-        counts = draw_many(logits, rules, 2000)
+        counts = draw_many(logits, rules, 400)
         if scale:  # with equal logits any choice of that many is right
             assert not counts[~allowed].any()
             assert counts[allowed].any()

@@ -192,6 +192,14 @@ def test_norm_statistics_are_fp32() -> None:
     torch.testing.assert_close(norm(x), wanted.bfloat16(), atol=0, rtol=0)
 
 
+def test_the_fast_product_is_used_where_torch_has_it() -> None:
+    layer = build(toy(), 0).blocks["0"].attention.wq
+    assert layer.onednn == torch.backends.mkldnn.is_available()
+    with torch.profiler.profile() as profile:
+        layer(torch.randn(2, 32))
+    assert any("mkldnn" in event.key for event in profile.key_averages()) == layer.onednn
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_and_its_gradients_are_those_of_torch(bias: bool) -> None:
     ours = Linear(24, 40, bias=bias)

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from internlm.checkpoint import store
+from internlm.cli import main
 from internlm.errors import TokenizerError, UsageError
 from internlm.infer.engine import Delta, Engine, Request
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
-from internlm.serve.terminal import Chat, Settings, converse, say
+from internlm.serve.terminal import HIDDEN, Chat, Settings, converse, say
 from internlm.text.chat import Message, render_prompt
 from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
@@ -165,32 +167,66 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def internlm(*words: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "internlm", *map(str, words)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=120)
+OPTIONS = ["--temperature", "0", "--max-tokens", "5"]
 
 
-def test_one_shot_and_piped_questions_are_answered_alike(exported: Path) -> None:
-    options = ["--temperature", 0, "--max-tokens", 5]
-    once = internlm("chat", exported, "-p", "What is\nthe sum?", *options)
-    piped = internlm("chat", exported, *options, stdin="What is\nthe sum?\n")
-    assert (once.returncode, piped.returncode) == (0, 0), once.stderr + piped.stderr
-    assert once.stdout == piped.stdout
-    facts = json.loads(internlm("chat", exported, "-p", "What is\nthe sum?", "--json", *options).stdout)
-    assert facts["answer"] + "\n" == once.stdout
+def test_a_piped_question_is_answered_like_one_given_with_p(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "internlm", "chat", str(exported), *OPTIONS]
+    piped = subprocess.run(command, input=b"What is\nthe sum?\n", capture_output=True, timeout=120)
+    assert piped.returncode == 0, piped.stderr.decode()
+    assert main(["chat", str(exported), "-p", "What is\nthe sum?", *OPTIONS]) == 0
+    answer = capsys.readouterr().out
+    assert piped.stdout.decode() == answer
+    assert main(["chat", str(exported), "-p", "What is\nthe sum?", "--json", *OPTIONS]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["answer"].translate(HIDDEN) + "\n" == answer
     assert (facts["tokens"], facts["finished"]) == (5, "length")
     prompt = render_prompt([Message("user", "What is\nthe sum?")], TEMPLATE, Tokenizer.load(exported))
     assert facts["prompt_tokens"] == len(prompt)
 
 
-def test_wrong_use_says_what_to_do(exported: Path, tmp_path: Path) -> None:
-    missing = internlm("chat", tmp_path / "nothing", "-p", "x")
-    assert missing.returncode == 1
-    assert "no such folder" in missing.stderr
-    assert "Traceback" not in missing.stderr
-    empty = internlm("chat", exported, stdin="")
-    assert empty.returncode == 2
-    assert "the question is empty" in empty.stderr
-    template = internlm("chat", exported, "-p", "x", "--template", "internln")
-    assert template.returncode == 1
-    assert "Did you mean 'internlm'?" in template.stderr
+def test_a_checkpoint_of_a_run_answers_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    TOKENIZER.save(tmp_path / "tokenizer")
+    tensors = {f"model.{name}": p.detach() for name, p in build(SHAPE, 0).named_parameters()}
+    for template in ("internlm", None):
+        run = tmp_path / str(template)
+        store.save(store.path_of(run, 3), tensors, SHAPE, tmp_path / "tokenizer", {"step": 3, "template": template})
+        assert main(["chat", str(run), "-p", "What?", *OPTIONS]) == 0
+        said = capsys.readouterr()
+        assert said.out
+        assert ("no chat format is recorded" in said.err) == (template is None)
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "code", "message"),
+    [
+        (["nothing", "-p", "x"], "", 1, "no such folder"),
+        (["MODEL"], "\n", 2, "the question is empty"),
+        (["MODEL", "-p", ""], "", 2, "the question is empty"),
+        (["MODEL", "-p", "x", "--template", "internln"], "", 1, "Did you mean 'internlm'?"),
+        (["MODEL", "-p", "x", "--temperature", "-1"], "", 1, "temperature: is out of range"),
+        (["MODEL", "-p", "x", "--template", "none", "--system", "y"], "", 2, "no place for a system message"),
+    ],
+)
+def test_wrong_use_says_what_is_wrong(
+    words: list[str],
+    stdin: str,
+    code: int,
+    message: str,
+    exported: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+    assert main(["chat", *(word.replace("MODEL", str(exported)) for word in words)]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_json_needs_a_question(exported: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    assert main(["chat", str(exported), "--json"]) == 2
+    assert "--json needs a question" in capsys.readouterr().err
