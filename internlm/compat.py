@@ -96,4 +96,17 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     oneDNN (2 threads of a Zen 4, the shapes of `benchmarks/train_cpu.py`). The op is the one inductor calls; it takes
     plain strided weights.
     """
+    if torch.compiler.is_compiling():
+        # inductor takes this op for frozen weights only; behind an op of our own it leaves it alone
+        return _opaque_linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("internlm::onednn_linear", mutates_args=())
+def _opaque_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@_opaque_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -1,4 +1,4 @@
-"""Fixtures that every room shares."""
+"""Fixtures that every room shares: a tiny corpus in shards, and recipes over it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,20 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["INTERNLM_ALLOCATOR"] = "off"  # tests measure nothing: no restarts
 
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+
+from internlm import config, storage
+from internlm.data import shards
+from internlm.recipe import Recipe
+from internlm.text.training import train_bpe
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,3 +30,67 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def texts(seed: int, count: int) -> list[str]:
+    """Sentences with a pattern that a small model can learn: every word is followed by its successor."""
+    generator = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        start = generator.randrange(len(WORDS))
+        lines.append(" ".join(WORDS[(start + i) % len(WORDS)] for i in range(generator.randrange(3, 40))) + ".")
+    return lines
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with shards `a`, `b` and `held`, all of one tokenizer."""
+    folder = tmp_path_factory.mktemp("corpus")
+    tokenizer = train_bpe(texts(0, 50), 280)
+    for name, seed, count in (("a", 1, 60), ("b", 2, 30), ("held", 3, 10)):
+        with storage.writing(folder / name, shards.KIND) as out:
+            writer = shards.ShardWriter(out.path, "00000", tokenizer.vocab_size)
+            for text in texts(seed, count):
+                ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+                writer.add(ids, None, len(text.encode()))
+            (out.path / "tokenizer").mkdir()
+            tokenizer.save(out.path / "tokenizer")
+            out.meta.update(
+                shards.meta(
+                    [writer.close()],
+                    vocab_size=tokenizer.vocab_size,
+                    fingerprint=tokenizer.fingerprint,
+                    bos_id=tokenizer.bos_id,
+                    eos_id=tokenizer.eos_id,
+                    template=None,
+                )
+            )
+    return folder
+
+
+@pytest.fixture
+def recipe(corpus: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """Return a function that makes recipes over the corpus, with dotted changes."""
+
+    def make(**changes: Any) -> Recipe:
+        tree: dict[str, Any] = {
+            "run": str(tmp_path / "run"),
+            "model": {"vocab_size": 280, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64},
+            "data": {
+                "seq_len": 32,
+                "train": {"a": {"path": str(corpus / "a"), "weight": 2}, "b": {"path": str(corpus / "b"), "weight": 1}},
+                "validation": {"held": {"path": str(corpus / "held")}},
+            },
+            "train": {"tokens": 20 * 256, "batch_tokens": 256, "log_every_steps": 1},
+            "optim": {"lr": 3e-3},
+            "runtime": {"device": "cpu"},
+        }
+        for key, value in changes.items():
+            at = tree
+            *path, last = key.split("__")
+            for part in path:
+                at = at.setdefault(part, {})
+            at[last] = value
+        return config.decode(Recipe, tree)
+
+    return make

@@ -141,11 +141,12 @@ def save(
             with _quiet():
                 save_tensors(tensors, storage_writer=writer, no_dist=True)
         except CheckpointException as error:
-            cause = next((e for e, _ in error.failures.values() if isinstance(e, OSError)), None)
-            if cause is None:
-                # torch wraps what its writer threads raise: look for the system's own words
-                raise StorageError(f"writing failed: {error}", where=path) from error
-            raise cause from error
+            # torch wraps what its writer threads raise, and reports a short write as a position that is off
+            cause = next(cause for cause, _ in error.failures.values())
+            if isinstance(cause, OSError):
+                raise cause from error
+            what = str(cause).splitlines()[0][:200]
+            raise StorageError(f"writing failed: {what}", where=path, do="Is the disk full?") from error
         (folder.path / "model.yaml").write_text(recipes.dump(model), encoding="utf-8")
         if tokenizer is not None:
             (folder.path / "tokenizer").mkdir()

@@ -230,7 +230,8 @@ def _lines(piece: Piece) -> Iterator[tuple[str, Any]]:
     path = Path(piece.path)
     at = piece.start
     with _open(path) as file:
-        file.seek(piece.start)
+        if piece.start:
+            file.seek(piece.start)
         for number, line in enumerate(file, piece.first_line):
             if piece.stop is not None and at >= piece.stop:
                 return

@@ -94,7 +94,7 @@ class Packing:
 
 
 def shuffled(count: int, seed: int, source: str, epoch: int) -> np.ndarray:
-    """Return a permutation of `count` documents that depends on (seed, source, epoch) alone."""
+    """Return a permutation of `count` things that depends on (seed, source, epoch) alone."""
     key = np.random.SeedSequence([seed, zlib.crc32(source.encode()), epoch])
     return np.random.Generator(np.random.Philox(key)).permutation(count)
 

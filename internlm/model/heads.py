@@ -75,7 +75,7 @@ class LanguageHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] in fp32, for decoding: only ever asked for a few tokens."""
-        return F.linear(hidden, self.weight).float()
+        return _product(hidden, self.weight)(hidden, self.weight).float()
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

@@ -31,7 +31,9 @@ def losses(run: Path) -> list[float]:
 
 
 def test_training_learns_the_pattern_and_writes_everything(recipe: Make, tmp_path: Path) -> None:
-    value = recipe(train__tokens=120 * 256, evaluate={"every_steps": 20}, checkpoint={"every_steps": 40, "keep_last": 2})
+    value = recipe(
+        train__tokens=120 * 256, evaluate={"every_steps": 20}, checkpoint={"every_steps": 40, "keep_last": 2}
+    )
     final = recipes.prepare(value).fit()
     run = tmp_path / "run"
     found = losses(run)

@@ -1,0 +1,97 @@
+"""The README's way, and every command of the README and the docs, run as a reader would."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from internlm import recipe as recipes
+from internlm.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = "train.tokens=20480 train.log_every_steps=5"
+
+
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OVERRIDES": SHORT}
+    command = f"set -euo pipefail\n{command}"
+    return subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder like a fresh clone in which the quickstart was run with short trainings."""
+    folder = tmp_path_factory.mktemp("house")
+    for name in ("recipes", "scripts", "docs", "internlm", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
+    done = shell("bash scripts/quickstart.sh", folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "quickstart.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_the_quickstart_ends_with_a_model_a_plot_and_answers(house: Path) -> None:
+    shown = (house / "quickstart.txt").read_text()
+    assert shown.count("\n> ") + shown.startswith("> ") == 3
+    run = house / "runs" / "quickstart"
+    for line in ("model ", "loss plot ", "metrics ", "go on "):
+        assert line in shown
+    assert (run / "pretrain" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    metrics = read_metrics(run / "pretrain" / "metrics.jsonl")
+    assert "valid/bits_per_byte/held_out" in metrics[-1]
+    assert re.search(r"gzip -9 \d\.\d+, xz -9e \d\.\d+", shown)
+    assert json.loads((run / "model" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_the_documentation_runs(page: Path, house: Path) -> None:
+    for block in blocks(page, "bash"):
+        for command in block.splitlines():
+            command = command.partition("  #")[0].strip()
+            if not command or command.startswith("make "):  # make is what runs this test
+                continue
+            done = shell(command, house)
+            assert done.returncode == 0, f"{command}\n{done.stderr}"
+    for block in blocks(page, "python"):
+        done = subprocess.run([sys.executable, "-c", block], cwd=house, capture_output=True, text=True)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+        assert done.stdout.strip()
+
+
+def test_every_link_between_pages_leads_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_make_command_of_the_documentation_exists() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for page in PAGES:
+        for name in re.findall(r"(?:^|`)make ([\w-]+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+            assert name in targets, f"{page.name}: make {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_recipe_is_valid_and_can_be_described(path: Path) -> None:
+    loaded = recipes.load(path)
+    if loaded.value.model is not None:
+        assert "parameters" in recipes.describe(loaded)
+
+
+def test_the_makefile_and_ci_run_the_same_tests() -> None:
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert (ROOT / "Makefile").read_text().count("-c constraints.txt") == 2
