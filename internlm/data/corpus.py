@@ -1,7 +1,8 @@
 """The embedded default corpus: the text of the Python standard library that is running.
 
 Real text, offline, on every machine: sources, docstrings of modules written in C, and the `pydoc` topics. Left out:
-tests, what was installed beside the library, and files over 500 kB, which are tables.
+tests, what was installed beside the library, the record of how this Python was built, and files over 500 kB, which are
+tables.
 
 Modules, never lines, are split into train and validation: they are ordered by a hash of (seed, name) and taken into the
 validation set as long as they fit into its share.
@@ -102,7 +103,9 @@ def library() -> Iterator[Document]:
     found = 0
     for path in sorted(root.rglob("*.py")) if root.is_dir() else []:
         relative = path.relative_to(root)
-        if _LEFT_OUT.intersection(relative.parts) or path.stat().st_size > MAX_BYTES:
+        if _LEFT_OUT.intersection(relative.parts) or path.name.startswith("_sysconfigdata"):
+            continue
+        if path.stat().st_size > MAX_BYTES:
             continue
         try:
             text = path.read_text(encoding="utf-8")

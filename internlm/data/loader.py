@@ -189,7 +189,7 @@ def stack(rows: list[tuple[int, PackedRow]], sources: tuple[str, ...]) -> Batch:
 
 
 def validation_batches(config: DataConfig, name: str, rows: int, limit_rows: int | None = None) -> Iterator[Batch]:
-    """Yield a validation source in order: every token is scored once, or those of the first `limit_rows` rows.
+    """Yield a validation source in order: every token is scored once, or those of `limit_rows` rows spread over it.
 
     Args:
         config: the recipe's data section.
@@ -200,8 +200,9 @@ def validation_batches(config: DataConfig, name: str, rows: int, limit_rows: int
     shards = Shards.open(config.validation[name].path)
     packing = Packing(shards, config.seq_len, config.pack, np.arange(shards.num_documents))
     count = min(packing.num_rows, limit_rows or packing.num_rows)
+    chosen = [i * packing.num_rows // count for i in range(count)]
     for first in range(0, count, rows):
-        yield stack([(0, packing.row(i)) for i in range(first, min(first + rows, count))], (name,))
+        yield stack([(0, packing.row(i)) for i in chosen[first : first + rows]], (name,))
 
 
 def label_bytes(tokenizer: Tokenizer) -> np.ndarray:

@@ -75,7 +75,8 @@ class LanguageHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] in fp32, for decoding: only ever asked for a few tokens."""
-        return _product(hidden, self.weight)(hidden, self.weight).float()
+        product = F.linear if torch.is_grad_enabled() else _product(hidden, self.weight)
+        return product(hidden, self.weight).float()
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
