@@ -318,7 +318,7 @@ def environment(threads: int, tuned: bool, cache: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
     }
     if tuned:
-        variables["GLIBC_TUNABLES"] = runtime._TUNABLES
+        variables["GLIBC_TUNABLES"] = runtime.ALLOCATOR_SETTINGS
     return variables
 
 

@@ -36,15 +36,17 @@ def loss_curve(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> Pa
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     axes.plot(*train, color="#9db8d9", linewidth=1, label="train")
     axes.plot(train[0], _smooth(train[1]), color="#1f5fa8", linewidth=2, label="train, smoothed")
+    axes.set_prop_cycle(color=["#d1622b", "#3a8f4d", "#8a4fa3", "#b08d1e"])
+    axes.xaxis.set_major_formatter(ticker.EngFormatter())
     names = sorted({key for line in lines for key in line if key.startswith("valid/loss/")})
     for name in names:
         axes.plot(
-            *_series(lines, name), marker="o", markersize=4, label=name.removeprefix("valid/loss/") + " (held out)"
+            *_series(lines, name), marker="o", markersize=4, label=name.removeprefix("valid/loss/") + " (validation)"
         )
     axes.set(xlabel="tokens", ylabel="loss, nats per token", title=title)
     low, high = min(train[1]), max(train[1][min(len(train[1]) - 1, max(1, len(train[1]) // 50)) :])
@@ -70,8 +72,9 @@ def _series(lines: list[Mapping[str, Any]], name: str) -> tuple[list[float], lis
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _smooth(values: list[float], share: float = 0.9) -> list[float]:
-    """Return the running average with bias correction (as Adam's)."""
+def _smooth(values: list[float]) -> list[float]:
+    """Return the running average over about a 25th of the points, with bias correction (as Adam's)."""
+    share = 1 - 1 / max(2.0, len(values) / 25)
     average, weight, smooth = 0.0, 0.0, []
     for value in values:
         average = share * average + (1 - share) * value

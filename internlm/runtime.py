@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TUNABLES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:glibc.malloc.hugetlb=1"
+ALLOCATOR_SETTINGS = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:glibc.malloc.hugetlb=1"
 _MARK = "INTERNLM_ALLOCATOR"
 
 
@@ -50,8 +50,8 @@ def tune_allocator(wanted: bool) -> None:
         return
     if platform.libc_ver()[0] != "glibc" or os.environ.get("RANK") is not None:
         return  # launchers of several ranks set the environment themselves
-    logger.info("allocator: restarting once with GLIBC_TUNABLES=%s (off: runtime.allocator=false)", _TUNABLES)
-    os.environ.update({"GLIBC_TUNABLES": _TUNABLES, _MARK: "tuned"})
+    logger.info("allocator: restarting once with GLIBC_TUNABLES=%s (off: runtime.allocator=false)", ALLOCATOR_SETTINGS)
+    os.environ.update({"GLIBC_TUNABLES": ALLOCATOR_SETTINGS, _MARK: "tuned"})
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -187,7 +187,7 @@ class Trainer:
         file.close()
         for tracker in self.trackers:
             tracker.close()
-        plot.loss_curve(read_metrics(file.path), self.run / "loss.png", self.run.name)
+        plot.loss_curve(read_metrics(file.path), self.run / "loss.png", str(self.run))
         return final
 
     def save(self) -> Path:
