@@ -3,9 +3,9 @@
     python benchmarks/quickstart.py                     run it in a fresh folder, then measure
     python benchmarks/quickstart.py --folder DIR        measure what a run has left in DIR
 
-Facts: of all "In which module is X?" questions it was tuned on, 300 are drawn by seed and answered greedily by the exported
-model; an answer is right when it is the module's name and nothing else. 50 of the answers are also made by transformers
-(when installed) from the same export, and must be the same ids.
+Facts: of all "In which module is X?" questions it was tuned on, 300 are drawn by seed and answered greedily by the
+exported model; an answer is right when it is the module's name and nothing else. 50 of the answers are also made by
+transformers (when installed) from the same export, and must be the same ids.
 """
 
 from __future__ import annotations

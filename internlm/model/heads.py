@@ -57,6 +57,14 @@ class LanguageHead(nn.Module):
             coefficients: [B, T] fp32, what each log-probability is multiplied by in the loss; tokens with 0 are not
                 computed at all on the CPU, and their outputs are 0 there.
         """
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            # Autocast reaches some of the products in the functions below and not others: cast here, once.
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return self._score(hidden, labels, coefficients)
+
+    def _score(self, hidden: Tensor, labels: Tensor, coefficients: Tensor | None) -> TokenOutputs:
         shape = labels.shape
         flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         if coefficients is None:
@@ -115,6 +123,7 @@ class _Foreseen(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted else None
+        ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         product = _product(hidden, weight)
         for part in _chunks(tokens, vocab):
             h, c = hidden[part], coefficients[part]
@@ -133,7 +142,6 @@ class _Foreseen(torch.autograd.Function):
                 grad_weight.add_(torch.mm(grad.t(), h))
         if wanted:
             ctx.save_for_backward(grad_hidden, grad_weight)
-            ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(logp, logz, correct)
         return (coefficients * logp).sum(), logp, logz, correct
 
@@ -152,6 +160,7 @@ class _Recomputed(torch.autograd.Function):
         tokens, vocab = hidden.shape[0], weight.shape[0]
         logp, logz = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
         correct = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
+        ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         product = _product(hidden, weight)
         for part in _chunks(tokens, vocab):
             logits = product(hidden[part], weight).float()
@@ -176,4 +185,4 @@ class _Recomputed(torch.autograd.Function):
             grad = p.to(hidden.dtype)
             grad_hidden[part] = product(grad, weight.t())
             grad_weight += torch.mm(grad.t(), h)
-        return grad_hidden, grad_weight.to(weight.dtype), None
+        return grad_hidden, grad_weight.to(ctx.weight_dtype), None

@@ -273,6 +273,22 @@ def test_the_head_never_holds_all_logits() -> None:
         assert largest.elements <= heads.CHUNK_LOGITS
 
 
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_the_head_under_autocast_multiplies_in_bf16_and_keeps_fp32_gradients(foreseen: bool) -> None:
+    head, hidden, labels, coefficients = head_case()
+    wanted = torch.autograd.grad((coefficients * head(hidden, labels).logp).sum(), [hidden, head.weight])
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.profiler.profile() as profile:
+        out = head(hidden, labels, coefficients if foreseen else None)
+        loss = out.weighted if foreseen else (coefficients * out.logp).sum()
+    assert loss is not None
+    assert loss.dtype == out.logz.dtype == torch.float32
+    got = torch.autograd.grad(loss, [hidden, head.weight])
+    assert got[1].dtype == torch.float32
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() / b.norm() < 0.02
+    assert not any("mkldnn::_linear" in event.key for event in profile.key_averages())  # the fp32 product
+
+
 def test_the_head_keeps_fp32_sums_for_bf16_states() -> None:
     head = LanguageHead(64, 500)
     torch.nn.init.normal_(head.weight, std=0.1)
