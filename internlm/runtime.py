@@ -59,6 +59,13 @@ def tune_allocator(wanted: bool) -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def available_cpus() -> int:
+    """Return the number of CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS has no affinity
+
+
 def resolve_device(config: RuntimeConfig) -> torch.device:
     """Return the device of this process.
 

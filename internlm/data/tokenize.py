@@ -11,6 +11,7 @@ depend on the number of workers.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from internlm import storage
+from internlm import runtime, storage
 from internlm.data import shards
 from internlm.data.formats import Document, OnError, Piece, Sample, cut_lines, find_files, read_piece
 from internlm.data.shards import ShardFacts, ShardWriter
@@ -60,7 +61,7 @@ def tokenize(
     options: Options,
     *,
     workers: int | None = None,
-    unit_bytes: int = 16 << 20,
+    unit_bytes: int | None = None,
     replace: bool = False,
 ) -> dict[str, Any]:
     """Write a folder of shards; return its facts.
@@ -72,7 +73,8 @@ def tokenize(
         out: the folder.
         options: tokenizer, format, template.
         workers: processes; None: one per core.
-        unit_bytes: input per unit of work, which is also what a killed run may lose per worker.
+        unit_bytes: input per unit of work, which is also what a killed run may lose per worker; None: a 16th of the
+            input, between 1 and 16 MiB.
         replace: whether an existing folder of shards may be replaced.
 
     Raises:
@@ -86,12 +88,15 @@ def tokenize(
     for role, found in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
         if found is None:
             logger.warning("warning: the tokenizer has no %s token: documents will not have one", role)
-    units = _cut(find_files(inputs), unit_bytes)
+    files = find_files(inputs)
+    if unit_bytes is None:
+        unit_bytes = min(max(sum(file.stat().st_size for file in files) // 16, 1 << 20), 16 << 20)
+    units = _cut(files, unit_bytes)
     unfinished = out.with_name(out.name + ".unfinished")
     with storage.explained(f"writing {unfinished}"):
         unfinished.mkdir(parents=True, exist_ok=True)
     cards = [_card(unit, options, tokenizer) for unit in units]
-    facts = _run(units, cards, unfinished, options, workers or len(os.sched_getaffinity(0)))
+    facts = _run(units, cards, unfinished, options, tokenizer.fingerprint, workers or runtime.available_cpus())
     if not any(shard.documents for shard in facts):
         raise DataError("the input holds no documents", where=", ".join(map(str, inputs)))
     meta = shards.meta(
@@ -114,7 +119,9 @@ def tokenize(
     return meta
 
 
-def _run(units: list[list[Piece]], cards: list[str], folder: Path, options: Options, workers: int) -> list[ShardFacts]:
+def _run(
+    units: list[list[Piece]], cards: list[str], folder: Path, options: Options, fingerprint: str, workers: int
+) -> list[ShardFacts]:
     """Tokenise what is not complete yet; return the facts of all units, in order."""
     facts: dict[int, ShardFacts] = {}
     todo = []
@@ -128,7 +135,7 @@ def _run(units: list[list[Piece]], cards: list[str], folder: Path, options: Opti
         logger.info("going on: %d of %d units are complete", len(facts), len(units))
     total = sum(piece.num_bytes for index in todo for piece in units[index]) / 1e6
     with Progress("tokenising", total, "MB") as shown:
-        jobs = [(units[index], index, cards[index], str(folder), options) for index in todo]
+        jobs = [(units[index], index, cards[index], str(folder), options, fingerprint) for index in todo]
         for index, done, size in _map(jobs, min(workers, len(todo))):
             facts[index] = done
             shown.advance(size / 1e6)
@@ -151,11 +158,17 @@ def _map(jobs: list[Any], workers: int) -> Iterator[tuple[int, ShardFacts, int]]
             raise
 
 
-def _tokenise_unit(job: tuple[list[Piece], int, str, str, Options]) -> tuple[int, ShardFacts, int]:
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: str, fingerprint: str) -> Tokenizer:
+    """Load the tokenizer once per worker, not once per unit; the fingerprint tells another file at the same path."""
+    return Tokenizer.load(path)
+
+
+def _tokenise_unit(job: tuple[list[Piece], int, str, str, Options, str]) -> tuple[int, ShardFacts, int]:
     """Write one unit's shard, then its card. Runs in a worker."""
-    pieces, index, card, folder_name, options = job
+    pieces, index, card, folder_name, options, fingerprint = job
     folder, name = Path(folder_name), f"{index:05d}"
-    tokenizer = Tokenizer.load(options.tokenizer)
+    tokenizer = _tokenizer(options.tokenizer, fingerprint)
     with storage.explained(f"writing {folder / name}"):
         writer = ShardWriter(folder, name, tokenizer.vocab_size)
         for piece in pieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import random
@@ -42,6 +43,8 @@ def test_training_learns_the_pattern_and_writes_everything(recipe: Make, tmp_pat
     assert final["valid/loss/held"] < 2.0
     assert [p.name for p in store.listed(run)] == ["step-00000080", "step-00000120"]
     assert {p.name for p in run.iterdir()} >= {"metrics.jsonl", "recipe.yaml", "versions.json", "loss.png"}
+    if importlib.util.find_spec("tensorboard"):
+        assert any("tfevents" in p.name for p in (run / "tensorboard").iterdir())
     keys = read_metrics(run / "metrics.jsonl")[0].keys()
     assert {"train/loss/a", "optim/lr", "optim/grad_norm", "perf/mfu", "mem/peak_gib", "progress/tokens"} <= keys
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
