@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -47,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from internlm import log
 
     log.setup()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of another encoding shows ? instead of an error
     try:
         return module.run(arguments)
     except InternLMError as error:
@@ -57,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `internlm … | head`
         sys.stderr.close()
+        return 1
+    except OSError as error:
+        print(f"internlm {verb}: error: {error.strerror or error} ({error.filename or 'output'})", file=sys.stderr)
         return 1
 
 

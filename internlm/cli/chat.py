@@ -79,6 +79,8 @@ def _open(arguments: argparse.Namespace) -> Chat:
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise UsageError("no such device here", where="--device", got=device, allowed=["auto", "cpu", "cuda"])
     source = open_source(arguments.model)
     name = arguments.template or source.template
     if name is None:

@@ -88,10 +88,7 @@ def tokenize(
     for role, found in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
         if found is None:
             logger.warning("warning: the tokenizer has no %s token: documents will not have one", role)
-    files = find_files(inputs)
-    if unit_bytes is None:
-        unit_bytes = min(max(sum(file.stat().st_size for file in files) // 16, 1 << 20), 16 << 20)
-    units = _cut(files, unit_bytes)
+    units = _cut(find_files(inputs), unit_bytes)
     unfinished = out.with_name(out.name + ".unfinished")
     with storage.explained(f"writing {unfinished}"):
         unfinished.mkdir(parents=True, exist_ok=True)
@@ -199,8 +196,10 @@ def _encode(batch: list[Sample], tokenizer: Tokenizer, options: Options, writer:
         writer.add(ids, mask, sample.num_bytes)
 
 
-def _cut(files: list[Path], unit_bytes: int) -> list[list[Piece]]:
+def _cut(files: list[Path], unit_bytes: int | None) -> list[list[Piece]]:
     """Gather pieces into units of about `unit_bytes`."""
+    if unit_bytes is None:
+        unit_bytes = min(max(sum(file.stat().st_size for file in files) // 16, 1 << 20), 16 << 20)
     units: list[list[Piece]] = []
     room = 0
     for file in files:

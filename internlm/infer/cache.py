@@ -139,16 +139,26 @@ class Cache:
         """Make room for so many slots of so many tokens, each at least doubled, and keep what is stored."""
         old_slots, old_length = self.slots, self.length
         if slots > old_slots:
-            self.slots = min(max(slots, 2 * old_slots), self.max_slots)
+            slots = min(max(slots, 2 * old_slots), self.max_slots)
         if length > old_length:
-            self.length = min(max(length, 2 * old_length, _FIRST_LENGTH), self.max_length)
-        for stored in (self.keys, self.values):
-            for layer, old in enumerate(stored):
-                stored[layer] = self._new(self.slots, self.length)
-                stored[layer][:old_slots, :, :old_length] = old
-        turns = torch.zeros(self.slots, self.config.head_dim // 2, device=self.device)
+            length = min(max(length, 2 * old_length, _FIRST_LENGTH), self.max_length)
+        slots, length = max(slots, old_slots), max(length, old_length)
+        grown = []
+        for old in (*self.keys, *self.values):
+            new = self._new(slots, length)
+            new[:old_slots, :, :old_length] = old
+            grown.append(new)
+        turns = torch.zeros(slots, self.config.head_dim // 2, device=self.device)
         turns[:old_slots] = self._turns
-        self._turns = turns
+        # Only now: an allocation that fails leaves the cache as it was.
+        self.keys[:], self.values[:] = grown[: len(self.keys)], grown[len(self.keys) :]
+        self._turns, self.slots, self.length = turns, slots, length
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Forget everything stored: a NaN that stays would reach later requests through masked positions."""
+        for tensor in (*self.keys, *self.values):
+            tensor.zero_()
 
     def _new(self, slots: int, length: int) -> Tensor:
         # Zeros, not empty: a masked position is multiplied by 0, and 0 · NaN is NaN.

@@ -303,12 +303,13 @@ class Engine:
         return [_join(id_, inboxes[id_]) for id_ in ids]
 
     def _advance(self) -> None:
-        """Take one step; one that fails ends the running requests, whose keys may be half written."""
+        """Take one step; one that fails ends the running requests, and nothing of what it stored stays."""
         try:
             self._step()
         except BaseException:
             while self._running:
                 self._deliver(Delta(self._running.pop().id, [], "", "abort"))
+            self.cache.clear()
             raise
 
     @torch.inference_mode()
@@ -321,9 +322,9 @@ class Engine:
         while self._waiting and len(self._running) < self.max_batch:
             entering = self._waiting.popleft()
             slot, prompt = len(self._running), list(entering.request.tokens)
+            self._running.append(entering)  # before its prompt is run: a failure there must end it too
             self.cache.admit(slot, len(prompt) + entering.limit)
             hidden.append(self.cache.prefill(slot, torch.tensor([prompt], device=self.device))[:, -1])
-            self._running.append(entering)
         if not hidden:
             return
         logits = self.model.head.logits(torch.cat(hidden))  # [B, V], rows as in self._running

@@ -76,6 +76,7 @@ def choose(logits: Tensor, rules: Sequence[Rules], draws: Tensor, seen: Sequence
             old, penalty = logits[row], rule.repetition_penalty
             logits[row] = torch.where(before, torch.where(old > 0, old / penalty, old * penalty), old)
     top, chosen = logits.max(-1)
+    logits = logits - top[:, None]  # so that a tiny temperature gives −inf for the others, and never inf − inf
     if not top.isfinite().all():
         raise EngineError("the model gives logits that are not finite", do="Its weights are damaged or overflow.")
     plain = [row for row, rule in enumerate(rules) if rule.temperature > 0 and not rule.is_filtered]

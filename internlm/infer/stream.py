@@ -48,9 +48,9 @@ class TextStream:
         """Return what was held back; an unfinished character becomes U+FFFD."""
         if self.stopped:
             return ""
-        text = self._release(self._decoder.decode(b"", final=True)) + self._held
-        self._held = ""
-        return text
+        text = self._release(self._decoder.decode(b"", final=True))
+        held, self._held = self._held, ""
+        return text if self.stopped else text + held
 
     def _release(self, text: str) -> str:
         """Return what of the held text and `text` cannot belong to a stop string."""

@@ -127,17 +127,19 @@ class Chat:
         if self.template is None:
             start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
             return start + self.tokenizer.encode(question)
-        if self.template.single_turn:
-            self.history.clear()
+        kept = [] if self.template.single_turn else list(self.history)
         system = [] if self.settings.system is None else [Message("system", self.settings.system)]
         room = self.engine.max_length - min(self.settings.max_tokens, self.engine.max_length // 4)
         dropped = 0
         while True:
-            prompt = render_prompt([*system, *self.history, Message("user", question)], self.template, self.tokenizer)
-            if len(prompt) <= room or not self.history:
+            prompt = render_prompt([*system, *kept, Message("user", question)], self.template, self.tokenizer)
+            if len(prompt) <= room or not kept:
                 break
-            del self.history[:2]
+            del kept[:2]
             dropped += 1
+        if len(prompt) >= self.engine.max_length:
+            return prompt  # the engine refuses it; the conversation stays as it was
+        self.history[:] = kept
         if dropped:
             self.note(f"the context is full: the oldest {dropped} turn{'s' if dropped > 1 else ''} dropped")
         return prompt

@@ -250,7 +250,11 @@ class Tokenizer:
                 ids += self._backend.encode([part])[0]
             else:
                 ids += self._backend.encode_inner(part)
-        return ids
+        if self.special_ids.isdisjoint(ids):
+            return ids
+        # A normaliser made a special name of other characters (＜eoa＞): alone, no character can become one.
+        alone = [self._backend.encode_inner(character) for character in text]
+        return [id_ for part in alone for id_ in part if id_ not in self.special_ids]
 
     def _byte_id(self, byte: int) -> int:
         found = self._backend.find(f"<0x{byte:02X}>")

@@ -1,7 +1,7 @@
 """Transformers folders, both ways: a plain `LlamaForCausalLM`, so that every other tool loads what we train.
 
     export(model.named_parameters(), config, Path("out"), tokenizer=tokenizer, template="chatml")
-    AutoModelForCausalLM.from_pretrained("out")            # no remote code; vLLM, LMDeploy, llama.cpp … read it too
+    AutoModelForCausalLM.from_pretrained("out")            # no remote code
     model = load("out")                                     # and back: the same bits
 
 Tensors pass one at a time: memory holds one shard, never a second model. `export(read_tensors(a), read_config(a), b)`
@@ -36,8 +36,8 @@ from internlm import storage
 from internlm.errors import StorageError, TokenizerError, WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import Transformer
-from internlm.text.chat import stop_ids
-from internlm.text.templates import get_template, jinja
+from internlm.text.chat import Message, render, stop_ids
+from internlm.text.templates import TEMPLATES, get_template, jinja
 from internlm.text.tokenizer import Tokenizer
 from internlm.weights.llama_config import from_llama, to_llama
 from internlm.weights.load import Check, empty, fill, shapes
@@ -83,6 +83,7 @@ def export(
     has_bias = config.qkv_bias or config.output_bias
     written = dataclasses.replace(config, qkv_bias=has_bias, output_bias=has_bias)
     described = to_llama(written)
+    _check_talk(config, tokenizer, template)
     storage.check_free(out, KIND, replace=replace)
     with storage.writing(out, KIND, replace=replace) as folder:
         shards = _Shards(folder.path, max_shard_bytes)
@@ -90,7 +91,14 @@ def export(
             if not shards.elements:
                 size = (dtype or tensor.dtype).itemsize
                 storage.require_space(out, config.num_parameters * size, f"export {out.name}")
-            shards.add(to_transformers(name), tensor.detach().to("cpu", dtype or tensor.dtype))
+            stored_tensor = tensor.detach().to("cpu", dtype or tensor.dtype)
+            if not stored_tensor.isfinite().all():
+                raise WeightsError(
+                    f"is not finite as {stored_tensor.dtype}",
+                    where=name,
+                    do="Export as float32 or bfloat16, or train anew.",
+                )
+            shards.add(to_transformers(name), stored_tensor)
         shards.close()
         stored = str(shards.main_dtype).removeprefix("torch.")
         tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad")}
@@ -102,11 +110,38 @@ def export(
         folder.meta.update({"internlm_template": template, "dtype": stored, **(notes or {})})
 
 
+def _check_talk(config: ModelConfig, tokenizer: Tokenizer | None, template: str | None) -> None:
+    """Check, before anything is written, that tokenizer and template can be used with the model.
+
+    Raises:
+        WeightsError: the tokenizer has more ids than the model, or there is a template and no tokenizer.
+        TokenizerError, DataError: the template is not known, or needs tokens that the tokenizer lacks.
+    """
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise WeightsError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+    if template is not None:
+        chosen = get_template(template)
+        if tokenizer is None:
+            raise WeightsError(f"the chat format {template!r} needs a tokenizer")
+        render([Message("user", "a"), Message("assistant", "a")], chosen, tokenizer)
+
+
 def template_of(folder: str | Path) -> str | None:
     """Return the name of the chat template that a folder was exported with, None where it is not known."""
-    if not storage.is_complete(folder, KIND):
+    try:
+        described = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return storage.read_manifest(folder, KIND).get("internlm_template")
+    name = described.get("internlm_template")
+    if name in TEMPLATES:
+        return name
+    text = described.get("chat_template")
+    known = next((t for t, template in TEMPLATES.items() if text is not None and text == jinja(template)), None)
+    if known is None and (text is not None or (Path(folder) / "chat_template.jinja").exists()):
+        logger.warning(
+            "warning: %s has a chat template that is not known here: it is not used, and not exported", folder
+        )
+    return known
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -253,7 +288,7 @@ def _write_tokenizer(tokenizer: Tokenizer | None, template: str | None, folder: 
     stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     if template is not None:
         chosen = get_template(template)
-        described["chat_template"] = jinja(chosen)
+        described |= {"chat_template": jinja(chosen), "internlm_template": template}
         stops += [id_ for id_ in stop_ids(chosen, tokenizer) if id_ not in stops]
     _write_json(folder / "tokenizer_config.json", described)
     return stops

@@ -352,3 +352,50 @@ def test_an_empty_stop_string_is_refused() -> None:
 def test_scoring_needs_two_tokens() -> None:
     with pytest.raises(EngineError, match="two tokens"):
         Engine(MODEL).score([1])
+
+
+def test_a_request_that_poisons_the_cache_leaves_nothing_behind() -> None:
+    """NaN keys of a failed request must not reach later ones through masked positions."""
+    model = build(SHAPE, 0)
+    with torch.no_grad():
+        model.embedding.weight[7] = float("nan")  # a damaged row: only prompts with token 7 fail
+    engine = Engine(model)
+    healthy = [[5], [6] * 40]
+    wanted = [r.tokens for r in engine.generate(healthy, max_tokens=4, temperature=0.0)]
+    with pytest.raises(EngineError, match="not finite"):
+        engine.generate([[7] * 30, [5, 7]], max_tokens=4, temperature=0.0)
+    assert [r.tokens for r in engine.generate(healthy, max_tokens=4, temperature=0.0)] == wanted
+
+
+@pytest.mark.parametrize("where", ["admit", "prefill"])
+def test_running_out_of_memory_on_a_prompt_ends_that_request_and_the_next_works(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(build(SHAPE, 0))
+
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(engine.cache, where, fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.generate([[1, 2]], max_tokens=2)
+    assert not engine.is_busy
+    monkeypatch.undo()
+    assert len(engine.generate([[1, 2]], max_tokens=2)[0].tokens) == 2
+
+
+def test_a_cache_that_could_not_grow_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(build(SHAPE, 0))
+    make = engine.cache._new
+    calls = iter(range(100))
+
+    def fail_late(slots: int, length: int) -> torch.Tensor:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return make(slots, length)
+
+    monkeypatch.setattr(engine.cache, "_new", fail_late)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.generate([[1, 2]], max_tokens=2)
+    monkeypatch.undo()
+    assert len(engine.generate([[1, 2]], max_tokens=2)[0].tokens) == 2

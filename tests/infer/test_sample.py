@@ -119,3 +119,9 @@ def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
     logits[0, 4] = bad
     with pytest.raises(EngineError, match="not finite"):
         choose(logits, [Rules()], torch.zeros(1, dtype=torch.float64), [None])
+
+
+@pytest.mark.parametrize("rules", [Rules(temperature=1e-40), Rules(temperature=1e-40, top_p=0.9)])
+def test_a_tiny_temperature_takes_the_most_probable_token(rules: Rules) -> None:
+    logits = torch.tensor([[1.0, 30.0, 2.0, 29.9] + [0.0] * 8])
+    assert choose(logits.clone(), [rules], torch.tensor([0.999], dtype=torch.float64), [None]).tolist() == [1]

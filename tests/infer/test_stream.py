@@ -73,3 +73,12 @@ def test_the_pieces_are_the_text_up_to_the_first_stop(text: str, stops: list[str
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30))
 def test_any_ids_give_what_decoding_them_at_once_gives(ids: list[int]) -> None:
     assert "".join(pieces(ids)) == TOKENIZER.decode(ids, skip_special=True)
+
+
+def test_a_stop_string_that_ends_with_a_cut_character_is_not_shown() -> None:
+    tokenizer = train_bpe(["a"], 270)
+    stream = TextStream(tokenizer, ("X\ufffd",))
+    half = next(i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) == b"\xe6")
+    shown = "".join(stream.add([id_]) for id_ in [*tokenizer.encode("aX"), half])
+    assert shown + stream.finish() == "a"
+    assert stream.stopped

@@ -15,7 +15,7 @@ import pytest
 
 from internlm.checkpoint import store
 from internlm.cli import main
-from internlm.errors import TokenizerError, UsageError
+from internlm.errors import EngineError, TokenizerError, UsageError
 from internlm.infer.engine import Delta, Engine, Request
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
@@ -109,6 +109,16 @@ def test_a_question_longer_than_the_context_is_refused_and_the_conversation_goes
     talk(chat, "What is the sum? " * 40, "What?")
     assert "tokens are too many" in notes[0]
     assert not any("too many" in note for note in notes[1:])
+
+
+def test_a_refused_question_leaves_the_conversation_as_it_was() -> None:
+    notes: list[str] = []
+    chat = Chat(Engine(build(SHAPE, 0), TOKENIZER), TEMPLATE, Settings(max_tokens=2, seed=0), notes.append)
+    chat.history = before = [Message("user", "a"), Message("assistant", "b")]
+    with pytest.raises(EngineError, match="too many"):
+        list(chat.answer("What is the sum? " * 40))
+    assert chat.history == before == [Message("user", "a"), Message("assistant", "b")]
+    assert not any("dropped" in note for note in notes)
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said() -> None:

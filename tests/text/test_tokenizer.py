@@ -334,3 +334,20 @@ def test_transformers_reads_what_save_writes(small, tmp_path):
     assert theirs.encode(text) == small.encode(text)
     assert theirs.decode(small.encode(text)) == text
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2)
+
+
+def test_characters_that_a_normaliser_turns_into_a_special_name_stay_text(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((chr(c), -3.0) for c in range(32, 127)), ("▁", -2.0)]
+    library = Library(models.Unigram(pieces, 0, byte_fallback=False))
+    library.normalizer = normalizers.NFKC()
+    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    library.decoder = decoders.Metaspace(prepend_scheme="never")
+    library.add_special_tokens(["</s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    for text in ("</s>", "＜/s＞", "a＜/s＞b", "＜／ｓ＞"):
+        assert tokenizer.special("</s>") not in tokenizer.encode(text), text
+        assert tokenizer.special("</s>") not in tokenizer.encode_batch([text])[0], text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from internlm import storage
-from internlm.errors import StorageError, WeightsError
+from internlm.errors import InternLMError, StorageError, WeightsError
 from internlm.model.config import DynamicScaling, ModelConfig, RopeConfig, YarnScaling
 from internlm.model.transformer import Transformer, build
+from internlm.text.templates import get_template, jinja
+from internlm.text.training import train_bpe
 from internlm.weights import transformers as folders
 from internlm.weights.load import empty, fill, shapes
 from internlm.weights.names import TRANSFORMERS, from_transformers, to_transformers
@@ -263,3 +266,45 @@ def test_broken_folders_are_explained(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match="Only safetensors"):
         folders.load(folder)
+
+
+def test_what_cannot_be_talked_to_or_is_not_finite_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    model = build(replace(SHAPE, vocab_size=300), 0)
+    tokenizer = train_bpe(["What is the sum?"], 300)
+    for options, match in (
+        ({"tokenizer": train_bpe([str(i) * 9 for i in range(999)], 309)}, "ids, the model"),
+        ({"template": "internlm"}, "needs a tokenizer"),
+        ({"tokenizer": train_bpe(["a"], 260, ["<|bos|>", "<|eos|>"]), "template": "internlm"}, "user"),
+        ({"tokenizer": tokenizer, "template": "nonsense"}, "nonsense"),
+    ):
+        with pytest.raises(InternLMError, match=match):
+            export(model, tmp_path / "out", **options)
+    with torch.no_grad():
+        model.norm.weight[0] = 1e6
+    export(model, tmp_path / "fine")
+    with pytest.raises(WeightsError, match=r"norm\.weight: is not finite as torch\.float16"):
+        export(model, tmp_path / "out", dtype=torch.float16)
+    assert [p.name for p in tmp_path.iterdir()] == ["fine"]
+
+
+def test_a_chat_model_stays_one_when_its_folder_is_edited(tmp_path: Path) -> None:
+    out = export(
+        build(replace(SHAPE, vocab_size=300), 0),
+        tmp_path / "out",
+        tokenizer=train_bpe(["a sum"], 290),
+        template="internlm",
+    )
+    (out / "README.md").write_text("my notes")
+    assert folders.template_of(out) == "internlm"
+
+
+def test_a_template_of_others_is_known_by_its_text_or_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": jinja(get_template("chatml"))}))
+    assert folders.template_of(tmp_path) == "chatml"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    logging.getLogger("internlm").propagate = True
+    with caplog.at_level("WARNING"):
+        assert folders.template_of(tmp_path) is None
+    assert "not known here" in caplog.text
