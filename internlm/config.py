@@ -27,7 +27,7 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, dataclass_transform
@@ -99,7 +99,14 @@ def decode(schema: type[T], tree: Mapping[str, Any], origins: Origins | None = N
 
     origins = origins or {}
     try:
-        return pydantic.TypeAdapter(schema).validate_python(tree)
+        value = pydantic.TypeAdapter(schema).validate_python(tree)
+        places = dict.fromkeys(_numbers_given_as_bools(schema, tree))
+        if not places:
+            return value
+        problems = [
+            f"{place}{f' ({origins[place]})' if place in origins else ''}: should be a number (got true or false)"
+            for place in places
+        ]
     except pydantic.ValidationError as error:
         problems = [_explain_problem(schema, dict(problem), origins) for problem in error.errors()]
     except ConfigError as error:  # raised by a __post_init__
@@ -304,6 +311,22 @@ def _fields_at(schema: Any, loc: list[str]) -> tuple[list[str], list[str]]:
     options = [o for option in options for o in _variants(option)]
     known = [f.name for o in options if dataclasses.is_dataclass(o) for f in dataclasses.fields(o) if f.init]
     return known, clean
+
+
+def _numbers_given_as_bools(hint: Any, value: Any, path: str = "") -> Iterator[str]:
+    """Yield the places where a bool stands for a number; pydantic would take true as 1."""
+    options = _variants(hint)
+    if isinstance(value, bool):
+        if bool not in options and (int in options or float in options):
+            yield path
+    elif isinstance(value, Mapping):
+        for option in options:
+            hints = typing.get_type_hints(option, include_extras=True) if dataclasses.is_dataclass(option) else {}
+            of_all = typing.get_args(option)[1] if typing.get_origin(option) in (dict, Mapping) else None
+            for key, item in value.items():
+                inner = hints.get(key, of_all)
+                if inner is not None:
+                    yield from _numbers_given_as_bools(inner, item, f"{path}.{key}" if path else str(key))
 
 
 def _variants(hint: Any) -> list[Any]:

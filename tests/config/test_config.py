@@ -109,6 +109,15 @@ def test_a_wrong_type_names_place_and_value(tmp_path: Path) -> None:
         config.load(Outer, path)
 
 
+def test_true_is_not_a_number(tmp_path: Path) -> None:
+    path = write(tmp_path, "r.yaml", "inner:\n  steps: true\nsources:\n  a: {path: p, weight: false}\n")
+    with pytest.raises(ConfigError) as caught:
+        config.load(Outer, path)
+    assert "inner.steps" in str(caught.value)
+    assert "r.yaml:2" in str(caught.value)
+    assert "sources.a.weight" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
