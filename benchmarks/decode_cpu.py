@@ -57,7 +57,7 @@ def main() -> None:
     config = ModelConfig(**SHAPE, context_length=2048)
     model = build(config, 0)
     with tempfile.TemporaryDirectory() as folder:
-        folders.export(model.named_parameters(), config, Path(folder) / "m", tokenizer=None, template=None)
+        folders.export(model.named_parameters(), config, Path(folder) / "m")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "m").eval()
     engine = Engine(model, max_batch=max(arguments.batch))
 

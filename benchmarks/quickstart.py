@@ -30,7 +30,7 @@ from internlm.recipe import versions
 from internlm.text.chat import Message, render_prompt, stop_ids
 from internlm.text.templates import get_template
 from internlm.train.metrics import read_metrics
-from internlm.weights.transformers import template_of
+from internlm.weights.talk import read_talk
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS, CHECKED = 300, 50
@@ -50,7 +50,7 @@ def ask(folder: Path, seed: int) -> dict[str, Any]:
     drawn = random.Random(seed).sample(facts, min(QUESTIONS, len(facts)))
     engine = Engine.from_folder(folder / "model")
     assert engine.tokenizer is not None, "the quickstart exports its tokenizer"
-    template = get_template(template_of(folder / "model") or "internlm")
+    template = get_template(read_talk(folder / "model").template or "internlm")
     stops = tuple(stop_ids(template, engine.tokenizer))
     prompts = [
         render_prompt([Message("user", f"In which module is {fact['name']}?")], template, engine.tokenizer)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from internlm import __version__
-from internlm.errors import InternLMError, did_you_mean
+from internlm.errors import InternLMError, UsageError, did_you_mean
 
 VERBS = {
     "data": "build, tokenise and look at training data",
@@ -28,17 +28,37 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the process's exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    name = f"internlm {words[0]}" if words and words[0] in VERBS else "internlm"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of another encoding shows ? instead of an error
+    try:
+        return _run(words)
+    except InternLMError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `internlm … | head`
+        sys.stderr.close()
+        return 1
+    except OSError as error:
+        print(f"{name}: error: {error.strerror or error} ({error.filename or 'output'})", file=sys.stderr)
+        return 1
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
+        print(_overview(), flush=True)
         return 0 if words else 2
     if words[0] in ("-V", "--version"):
-        print(f"internlm {__version__}")
+        print(f"internlm {__version__}", flush=True)
         return 0
     verb = words[0]
     if verb not in VERBS:
         advice = did_you_mean(verb, VERBS) or f"Verbs: {', '.join(VERBS)}"
-        print(f"internlm: unknown verb {verb!r}. {advice}", file=sys.stderr)
-        return 2
+        raise UsageError(f"unknown verb {verb!r}. {advice}")
     module = importlib.import_module(f"internlm.cli.{verb}")
     parser = argparse.ArgumentParser(
         prog=f"internlm {verb}", description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -48,23 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from internlm import log
 
     log.setup()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal of another encoding shows ? instead of an error
-    try:
-        return module.run(arguments)
-    except InternLMError as error:
-        print(f"internlm {verb}: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"\ninternlm {verb}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `internlm … | head`
-        sys.stderr.close()
-        return 1
-    except OSError as error:
-        print(f"internlm {verb}: error: {error.strerror or error} ({error.filename or 'output'})", file=sys.stderr)
-        return 1
+    code: int = module.run(arguments)
+    if sys.stdout is not None:
+        sys.stdout.flush()  # a disk that is full says so here, not after the exit code
+    return code
 
 
 def _overview() -> str:

@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     from internlm.serve import terminal
 
     question = arguments.prompt
+    if question is None and sys.stdin is None:
+        raise UsageError("there is no input to read a question from", do="Give -p TEXT.")
     if question is None and not sys.stdin.isatty():
         question = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
     if question is None and arguments.json:
@@ -71,7 +73,7 @@ def _open(arguments: argparse.Namespace) -> Chat:
 
     import torch
 
-    from internlm.cli.convert import open_source
+    from internlm.checkpoint.source import open_source
     from internlm.infer.engine import Engine
     from internlm.serve.terminal import Chat, Settings, note_to_stderr
     from internlm.text.templates import get_template
@@ -82,19 +84,20 @@ def _open(arguments: argparse.Namespace) -> Chat:
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise UsageError("no such device here", where="--device", got=device, allowed=["auto", "cpu", "cuda"])
     source = open_source(arguments.model)
-    name = arguments.template or source.template
+    name = arguments.template or source.talk.template
     if name is None:
         note_to_stderr("no chat format is recorded: the model goes on with your text; --template NAME chooses one")
     template = None if name in (None, "none") else get_template(name)
     # bf16 products are several times slower than fp32 on CPUs without AMX.
     model = source.model(torch.float32 if device == "cpu" else torch.bfloat16, device)
-    engine = Engine(model, source.tokenizer, max_batch=1, seed=secrets.randbits(30))
+    engine = Engine(model, source.talk.tokenizer, max_batch=1, seed=secrets.randbits(30))
     settings = Settings(
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         max_tokens=arguments.max_tokens,
         seed=arguments.seed,
         system=arguments.system,
+        stops=source.talk.stops,
     )
     return Chat(engine, template, settings, note_to_stderr)
 

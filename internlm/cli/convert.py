@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internlm.errors import StorageError, UsageError, WeightsError
+from internlm.errors import UsageError, WeightsError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
-    from internlm.model.config import ModelConfig
-    from internlm.model.transformer import Transformer
-    from internlm.text.tokenizer import Tokenizer
+    from internlm.checkpoint.source import Source
 
 DESCRIPTION = """\
 Convert weights between formats.
@@ -47,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, and say what was written."""
+    import dataclasses
+
     from internlm import storage
+    from internlm.checkpoint.source import open_source
     from internlm.log import quantity
     from internlm.weights import transformers
 
@@ -55,80 +53,29 @@ def run(arguments: argparse.Namespace) -> int:
     target = Path(arguments.target)
     storage.check_free(target, transformers.KIND, replace=arguments.force)
     source = open_source(arguments.source)
-    name = arguments.template or source.template
-    template = None if name == "none" else name
-    transformers.export(
-        source.tensors(),
-        source.config,
-        target,
-        tokenizer=source.tokenizer,
-        template=template,
+    talk = source.talk
+    if arguments.template is not None:
+        name = None if arguments.template == "none" else arguments.template
+        talk = dataclasses.replace(talk, template=name, foreign=None)
+    options = transformers.ExportOptions(
         dtype=dtype_of(arguments.dtype),
         max_shard_bytes=max_bytes,
         replace=arguments.force,
         notes={"source": str(source.path)},
     )
+    transformers.export(source.tensors(), source.config, target, talk, options)
     total = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    chat = f"chat format {template}" if template else "no chat format"
+    chat = f"chat format {talk.template}"
+    if talk.template is None:
+        chat = "no chat format" if talk.foreign is None else "its own chat format, carried along"
     print(f"{target}: {quantity(source.config.num_parameters)} parameters, {total / 2**20:.1f} MiB, {chat}")
     if arguments.verify:
         verify(source, target)
-    if source.tokenizer is None:
+    if talk.tokenizer is None:
         print(f"{source.path} has no tokenizer: none was written")
     else:
         print(f"talk to it:   internlm chat {target}")
     return 0
-
-
-@dataclass(frozen=True)
-class Source:
-    """Weights to read, whatever their format."""
-
-    path: Path
-    config: ModelConfig
-    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
-    """Reads them, one at a time, by our names."""
-    tokenizer: Tokenizer | None
-    template: str | None
-
-    def model(self, dtype: torch.dtype | None = None, device: str = "cpu") -> Transformer:
-        """Return the model with its weights; `dtype` None: as stored."""
-        from internlm.weights.load import empty, fill
-
-        model = empty(self.config)
-        fill(model, ((name, tensor.to(device, dtype, copy=True)) for name, tensor in self.tensors()))
-        return model
-
-
-def open_source(path: str | Path) -> Source:
-    """Open a run, a checkpoint or a Transformers folder.
-
-    Raises:
-        StorageError: it is none of these.
-    """
-    from internlm.checkpoint import store
-    from internlm.text.tokenizer import VOCABULARY_FILES, Tokenizer
-    from internlm.weights import transformers
-
-    path = Path(path)
-    if store.is_checkpoint(path) or store.newest(path) is not None:
-        found = store.open_checkpoint(path)
-        tokenizer = None if found.tokenizer_path is None else Tokenizer.load(found.tokenizer_path)
-        return Source(found.path, found.config, found.tensors, tokenizer, found.template)
-    if not (path / "config.json").is_file():
-        raise StorageError(
-            "is no model" if path.exists() else "no such folder",
-            where=path,
-            do="Give a run or a checkpoint of `internlm train`, or a Transformers folder.",
-        )
-    has_tokenizer = any((path / name).is_file() for name in VOCABULARY_FILES)
-    return Source(
-        path,
-        transformers.read_config(path),
-        lambda: transformers.read_tensors(path),
-        Tokenizer.load(path) if has_tokenizer else None,
-        transformers.template_of(path),
-    )
 
 
 def verify(source: Source, target: Path) -> float:

@@ -154,11 +154,16 @@ class Cache:
         self.keys[:], self.values[:] = grown[: len(self.keys)], grown[len(self.keys) :]
         self._turns, self.slots, self.length = turns, slots, length
 
-    @torch.inference_mode()
     def clear(self) -> None:
         """Forget everything stored: a NaN that stays would reach later requests through masked positions."""
+        for slot in range(self.slots):
+            self.wipe(slot)
+
+    @torch.inference_mode()
+    def wipe(self, slot: int) -> None:
+        """Forget what a slot holds."""
         for tensor in (*self.keys, *self.values):
-            tensor.zero_()
+            tensor[slot].zero_()
 
     def _new(self, slots: int, length: int) -> Tensor:
         # Zeros, not empty: a masked position is multiplied by 0, and 0 · NaN is NaN.

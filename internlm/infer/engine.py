@@ -16,6 +16,7 @@ Limits: one thread (call it from one place); a prompt is run in one piece; the m
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,14 +28,18 @@ from torch import Tensor
 
 from internlm.errors import EngineError
 from internlm.infer.cache import Cache
-from internlm.infer.sample import Rules, choose
+from internlm.infer.sample import NOT_FINITE, Rules, choose
 from internlm.infer.stream import TextStream
 from internlm.model.transformer import Transformer
-from internlm.text.tokenizer import VOCABULARY_FILES, Tokenizer
+from internlm.text.tokenizer import Tokenizer
 from internlm.weights import transformers
 from internlm.weights.load import empty, fill
 
-Finished = Literal["stop", "length", "abort"]
+logger = logging.getLogger(__name__)
+
+Finished = Literal["stop", "length", "abort", "error"]
+"""Why an answer ended: a stop token or string came, the length was reached, it was aborted, or the model's numbers were
+not finite."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Delta:
     tokens: list[int]
     text: str
     finished: Finished | None = None
-    """Set in the last delta of a request: a stop token or string came, the length was reached, or it was aborted."""
+    """Set in the last delta of a request."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,8 @@ class _Running:
 
     def take(self, token: int) -> Delta:
         """Add a token and return what that means."""
+        if token == NOT_FINITE:
+            return self.end("error")
         self.written.append(token)
         if self.seen is not None:
             self.seen[token] = True
@@ -134,6 +141,10 @@ class _Running:
         if finished and self.stream is not None:
             text += self.stream.finish()
         return Delta(self.id, [token], text, finished)
+
+    def end(self, why: Finished) -> Delta:
+        """Return the last delta of an answer that ends without a further token."""
+        return Delta(self.id, [], self.stream.finish() if self.stream is not None else "", why)
 
 
 class Engine:
@@ -189,9 +200,7 @@ class Engine:
             max_batch, max_length, seed: as of the class.
         """
         model = transformers.load(folder, dtype=dtype, device=device)
-        has_tokenizer = any((Path(folder) / name).is_file() for name in VOCABULARY_FILES)
-        tokenizer = Tokenizer.load(folder) if has_tokenizer else None
-        return cls(model, tokenizer, max_batch=max_batch, max_length=max_length, seed=seed)
+        return cls(model, Tokenizer.find(folder), max_batch=max_batch, max_length=max_length, seed=seed)
 
     @property
     def device(self) -> torch.device:
@@ -235,7 +244,7 @@ class Engine:
         for slot, running in enumerate(self._running):
             if running.id == id:
                 self._leave(slot)
-                self._deliver(Delta(id, [], running.stream.finish() if running.stream else "", "abort"))
+                self._deliver(running.end("abort"))
                 return
 
     @property
@@ -337,6 +346,9 @@ class Engine:
         for delta in deltas:
             self._deliver(delta)
         for slot in reversed(range(len(deltas))):
+            if deltas[slot].finished == "error":
+                logger.warning("warning: request %d ended: the model gives logits that are not finite", deltas[slot].id)
+                self.cache.wipe(slot)
             if deltas[slot].finished:
                 self._leave(slot)
 

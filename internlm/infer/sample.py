@@ -18,6 +18,8 @@ from torch import Tensor
 
 from internlm.errors import EngineError
 
+NOT_FINITE = -1
+"""What `choose` gives for a row whose logits are not finite."""
 _PREFIX = 1024
 """Candidates sorted at first. A nucleus nearly always lies inside; a row whose does not is sorted whole."""
 
@@ -60,16 +62,13 @@ class Rules:
 
 
 def choose(logits: Tensor, rules: Sequence[Rules], draws: Tensor, seen: Sequence[Tensor | None]) -> Tensor:
-    """Return the next token of each row [B].
+    """Return the next token of each row [B]; NOT_FINITE for a row whose logits are not, which leaves the others alone.
 
     Args:
         logits: [B, V] fp32; changed in place.
         rules: of each row.
         draws: [B] fp64 in [0, 1), from the request's own stream; greedy rows ignore theirs.
         seen: [V] booleans for rows with a repetition penalty: the tokens of prompt and answer so far.
-
-    Raises:
-        EngineError: the model gives logits that are not finite.
     """
     for row, (rule, before) in enumerate(zip(rules, seen, strict=True)):
         if before is not None:
@@ -77,8 +76,9 @@ def choose(logits: Tensor, rules: Sequence[Rules], draws: Tensor, seen: Sequence
             logits[row] = torch.where(before, torch.where(old > 0, old / penalty, old * penalty), old)
     top, chosen = logits.max(-1)
     logits = logits - top[:, None]  # so that a tiny temperature gives −inf for the others, and never inf − inf
-    if not top.isfinite().all():
-        raise EngineError("the model gives logits that are not finite", do="Its weights are damaged or overflow.")
+    broken = ~top.isfinite()
+    if broken.any():
+        logits = logits.masked_fill_(broken[:, None], 0.0)
     plain = [row for row, rule in enumerate(rules) if rule.temperature > 0 and not rule.is_filtered]
     if plain:
         warm = torch.tensor([rules[row].temperature for row in plain], device=logits.device)
@@ -88,7 +88,7 @@ def choose(logits: Tensor, rules: Sequence[Rules], draws: Tensor, seen: Sequence
         warm = torch.tensor([rules[row].temperature for row in filtered], device=logits.device)
         picked = [rules[row] for row in filtered]
         chosen[filtered] = _filtered(logits[filtered] / warm[:, None], picked, draws[filtered], _PREFIX)
-    return chosen
+    return chosen.masked_fill_(broken, NOT_FINITE)
 
 
 def _filtered(logits: Tensor, rules: Sequence[Rules], draws: Tensor, width: int) -> Tensor:

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
-from internlm.errors import InternLMError, UsageError
+from internlm.errors import EngineError, InternLMError, UsageError
 from internlm.infer.engine import Engine, Finished, Request
-from internlm.text.chat import Message, render_prompt, stop_ids
+from internlm.text.chat import Message, render_prompt
 from internlm.text.templates import Template
+from internlm.weights.talk import Talk
 
 HELP = """\
   /clear   forget the conversation
@@ -46,6 +47,8 @@ class Settings:
     """The n-th answer is drawn with seed + n; None: from the engine's seed."""
     system: str | None = None
     """System message; None: the template's own, if it has one."""
+    stops: tuple[int, ...] = ()
+    """Ids that end an answer, beside eos and those of the template."""
 
 
 class Chat:
@@ -79,15 +82,16 @@ class Chat:
         if settings.system and (template is None or template.system is None):
             name = "plain continuation" if template is None else f"template {template.name}"
             raise UsageError(f"{name} has no place for a system message", where="--system")
-        eos = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
-        self.stops = eos if template is None else tuple(stop_ids(template, self.tokenizer))
+        known = None if template is None else template.name
+        self.stops = tuple(Talk(self.tokenizer, known, stops=settings.stops).stop_ids())
         self._prompt("a")  # a template that does not fit says so now, not after the first question
 
     def answer(self, question: str) -> Iterator[str]:
         """Yield the pieces of an answer; then the turn belongs to the conversation.
 
         Raises:
-            EngineError: the question alone is longer than the context; the conversation is as before.
+            EngineError: the question alone is longer than the context, or the model's numbers are not finite; the
+                conversation is as before.
         """
         prompt = self._prompt(question)
         settings = self.settings
@@ -109,6 +113,8 @@ class Chat:
                     yield delta.text
                 if self.interrupted:
                     break
+        if finished == "error":
+            raise EngineError("the model gives logits that are not finite", do="Its weights are damaged or overflow.")
         self.answers += 1
         self.last = len(prompt), count, finished or "abort"
         if self.template is not None and text:

@@ -46,8 +46,11 @@ class Backend(Protocol):
     def table(self) -> list[bytes]:
         """Return the UTF-8 bytes of every id; those of special tokens are the bytes of their name."""
 
+    def identity(self) -> bytes:
+        """Return what decides ids: equal for files that give equal ids to every text."""
+
     def to_json(self) -> str:
-        """Return the content of an equivalent `tokenizer.json`."""
+        """Return the content of an equivalent `tokenizer.json`, which adds no special tokens by itself."""
 
 
 def load_backend(data: bytes, *, is_json: bool, path: Path | None) -> Backend:
@@ -119,6 +122,10 @@ class SentencePieceBackend:
     def table(self) -> list[bytes]:
         """Return the UTF-8 bytes of every id."""
         return [_piece_bytes(piece, kind == self.BYTE) for piece, kind in zip(self._pieces, self._types, strict=True)]
+
+    def identity(self) -> bytes:
+        """Return the file."""
+        return self._data
 
     def to_json(self) -> str:
         """Return a BPE `tokenizer.json` that gives the same ids.
@@ -201,7 +208,7 @@ class JsonBackend:
             raise TokenizerError(
                 f"is no tokenizer.json, or is damaged: {str(error)[:200]}", where=path, do="Copy the file again."
             ) from error
-        self._text = text
+        self._text, self._spec = text, spec
         parts = list(_parts(spec, ("normalizer", "pre_tokenizer", "decoder")))
         kinds = {part["type"] for part in parts}
         self._is_byte_level = "ByteLevel" in {part["type"] for part in _parts(spec, ("decoder",))}
@@ -262,9 +269,15 @@ class JsonBackend:
             entries[id_] = content.encode()
         return entries
 
+    def identity(self) -> bytes:
+        """Return the file without its layout and without what is added around a text: `encode` adds nothing."""
+        around = ("post_processor", "truncation", "padding")
+        return json.dumps({k: v for k, v in self._spec.items() if k not in around}, sort_keys=True).encode()
+
     def to_json(self) -> str:
-        """Return the file as it was read."""
-        return self._text
+        """Return the file, without a post-processor that puts special tokens around a text."""
+        adds = self._library.encode("a").ids != self._library.encode("a", add_special_tokens=False).ids
+        return json.dumps({**self._spec, "post_processor": None}, ensure_ascii=False) if adds else self._text
 
 
 def _import_tokenizers() -> Any:

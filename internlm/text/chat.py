@@ -5,11 +5,13 @@ r"""Conversations → ids. The one renderer: training, chat, serving and evaluat
     # <|bos|> <|user|> hello <|end|> <|assistant|> Hi. <|end|>
     #    0       0       0      0         0         1     1      mask: what the model learns to write
 
-Special tokens are appended by id; every content and every text part of the structure is encoded by itself. So content
-cannot become structure, and no token reaches over a border: `render(conversation)` begins with the ids of
-`render_prompt(conversation[:-1])`, and an answer is trained on just the ids after which it will be generated.
+Special tokens are appended by id; the text between two of them, structure and content, is encoded as one string, which
+is what every program does that renders the Jinja template of an export. Encoding gives no special token, so content
+cannot become one. The one border inside text is the beginning of an answer, where generation begins: no token reaches
+over it, `render(conversation)` begins with the ids of `render_prompt(conversation[:-1])`, and an answer is trained on
+just the ids after which it will be generated.
 
-Limit: with a vocabulary that puts a space before every text (Llama 1 and 2) each part gets one.
+Limit: with a vocabulary that puts a space before every text (Llama 1 and 2) each stretch of text gets one.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 
 from internlm.errors import DataError, TokenizerError
 from internlm.log import warn_once
-from internlm.text.templates import EndOfText, Part, Special, Template
+from internlm.text.templates import Part, Special, Template
 from internlm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,13 +61,9 @@ def render(messages: Conversation, template: Template, tokenizer: Tokenizer) -> 
     for number, message in enumerate(messages, 1):
         if message.role == "assistant" and not message.content:
             raise DataError("an assistant message is empty", where=f"message {number}", do="Drop the conversation.")
-    ids = _opening(messages, template, tokenizer)
-    mask = [False] * len(ids)
-    for message in _turns(messages):
-        for piece, trained in _pieces(message, template, tokenizer):
-            ids += piece
-            mask += [trained] * len(piece)
-    return ids, mask
+    writer = _Writer(tokenizer)
+    writer.conversation(messages, template)
+    return writer.ids, writer.mask
 
 
 def render_prompt(messages: Conversation, template: Template, tokenizer: Tokenizer) -> list[int]:
@@ -81,11 +79,9 @@ def render_prompt(messages: Conversation, template: Template, tokenizer: Tokeniz
             "a prompt ends with a user message", where=f"message {len(messages)}", got=messages[-1].role,
             do="Take off the answer, or add the next question.",
         )  # fmt: skip
-    ids = _opening(messages, template, tokenizer)
-    for message in _turns(messages):
-        for piece, _ in _pieces(message, template, tokenizer):
-            ids += piece
-    return ids + _flat(template.assistant.prefix, tokenizer)
+    writer = _Writer(tokenizer)
+    writer.conversation(messages, template, answer_follows=True)
+    return writer.ids
 
 
 def stop_ids(template: Template, tokenizer: Tokenizer) -> list[int]:
@@ -129,42 +125,62 @@ def _turns(messages: Conversation) -> Conversation:
     return messages[1:] if messages[0].role == "system" else messages
 
 
-def _opening(messages: Conversation, template: Template, tokenizer: Tokenizer) -> list[int]:
-    """Return bos and the system message, the conversation's own or the default one."""
-    ids: list[int] = []
-    if template.bos:
-        if tokenizer.bos_id is None:
-            problem = f"has no bos token, with which template {template.name} begins"
-            raise TokenizerError(problem, where=tokenizer.path or "tokenizer", do="Choose another template.")
-        ids.append(tokenizer.bos_id)
-    content = messages[0].content if messages[0].role == "system" else template.default_system
-    if template.system is not None and content:
-        ids += _flat(template.system.prefix, tokenizer) + tokenizer.encode(content)
-        ids += _flat(template.system.suffix, tokenizer)
-    return ids
+class _Writer:
+    """Ids in the making."""
 
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.mask: list[bool] = []
+        self._text = ""
 
-def _pieces(message: Message, template: Template, tokenizer: Tokenizer) -> Iterable[tuple[list[int], bool]]:
-    """Yield the ids of prefix, content and suffix of a message, each with whether it is trained."""
-    is_answer = message.role == "assistant"
-    prefix, suffix = template.assistant if is_answer else template.user
-    yield _flat(prefix, tokenizer), False
-    yield tokenizer.encode(message.content), is_answer
-    end = max((index + 1 for index, part in enumerate(suffix) if not isinstance(part, str)), default=0)
-    yield _flat(suffix[:end], tokenizer), is_answer
-    yield _flat(suffix[end:], tokenizer), False
+    def conversation(self, messages: Conversation, template: Template, *, answer_follows: bool = False) -> None:
+        """Write messages that have been checked; with `answer_follows`, what stands before the next answer too."""
+        if template.bos:
+            self._role("bos", self.tokenizer.bos_id)
+        content = messages[0].content if messages[0].role == "system" else template.default_system
+        if template.system is not None and content:
+            self._parts((*template.system.prefix, content, *template.system.suffix))
+        for message in _turns(messages):
+            if message.role == "user":
+                self._parts((*template.user.prefix, message.content, *template.user.suffix))
+                continue
+            suffix = template.assistant.suffix
+            end = max((index + 1 for index, part in enumerate(suffix) if not isinstance(part, str)), default=0)
+            self._parts(template.assistant.prefix)
+            self._cut()
+            self._parts((message.content, *suffix[:end]))
+            self._cut(trained=True)
+            self._parts(suffix[end:])
+        if answer_follows:
+            self._parts(template.assistant.prefix)
+        self._cut()
 
+    def _parts(self, parts: Iterable[Part]) -> None:
+        for part in parts:
+            if isinstance(part, str):
+                self._text += part
+            elif isinstance(part, Special):
+                self._id(self.tokenizer.special(part.name))
+            else:
+                self._role("eos", self.tokenizer.eos_id)
 
-def _flat(parts: Iterable[Part], tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of parts of the structure, each encoded by itself."""
-    ids: list[int] = []
-    for part in parts:
-        if isinstance(part, Special):
-            ids.append(tokenizer.special(part.name))
-        elif isinstance(part, EndOfText):
-            if tokenizer.eos_id is None:
-                raise TokenizerError("has no eos token, which ends an answer", where=tokenizer.path or "tokenizer")
-            ids.append(tokenizer.eos_id)
-        else:
-            ids += tokenizer.encode(part)
-    return ids
+    def _role(self, role: str, id_: int | None) -> None:
+        if id_ is None:
+            problem = f"has no {role} token, which the template needs"
+            raise TokenizerError(problem, where=self.tokenizer.path or "tokenizer", do="Choose another template.")
+        self._id(id_)
+
+    def _id(self, id_: int) -> None:
+        self._flush()
+        self.ids.append(id_)
+
+    def _flush(self) -> None:
+        if self._text:
+            self.ids += self.tokenizer.encode(self._text)
+            self._text = ""
+
+    def _cut(self, *, trained: bool = False) -> None:
+        """End the text here, and say whether the model learns what came since the last cut."""
+        self._flush()
+        self.mask += [trained] * (len(self.ids) - len(self.mask))

@@ -1,18 +1,16 @@
 r"""Chat formats as data: what stands around the messages of each role.
 
 A message is written as prefix + content + suffix of its role. Prefix and suffix are parts: plain text, a special token
-by name, or the tokenizer's own end of text. `chat.render` appends special tokens by id and encodes every text part and
-every content by itself; `jinja` writes the same text as a Jinja template for other libraries.
+by name, or the tokenizer's own end of text. `chat.render` appends special tokens by id and encodes the text between
+them; `jinja` writes the same text as a Jinja template for other libraries.
 
     internlm-v1.1:  bos <|System|>:…\n <|User|>:hello\n <|Bot|>:Hi.<eoa>\n
                                                                 ^^^^^^^^  trained
 
-What other libraries make of `jinja(template)`: the text is always the same. They encode it as one string, so a token
-can reach over the border between plain structure and content. Equal ids for every content are therefore promised only
-where special tokens stand on both sides of it (`internlm`). In `chatml`, `internlm2` and `llama3` content follows a
-line break: equal ids for contents that do not begin with white space, where no token joins a line break and a word.
-For `internlm-v1.0`, `internlm-v1.1` and `alpaca` only the text is promised. Content that holds the name of a special
-token becomes structure in those libraries; here it stays text.
+What other libraries make of `jinja(template)`: the same text, and the same ids of every prompt whose answers so far do
+not begin with something that joins a token with what stands before them (a line break after `<|Bot|>:`; white space in
+chatml, internlm2, llama3, alpaca). In `internlm` a special token stands there, and the ids are always equal. Content
+that holds the name of a special token becomes structure in those libraries; here it stays text.
 """
 
 from __future__ import annotations

@@ -14,9 +14,11 @@ keeps a typed `▁` (U+2581, SentencePiece's mark of a space) apart from a space
 
 Limits: `decode(encode(text)) == text` is exact for vocabularies that cover every byte and do not normalise (InternLM's,
 our own, GPT's, Llama's). A file that normalises (NFC, lower case, collapsed spaces) or knows no bytes loses what it
-does not keep, and its unknown token can come from text. Unpaired surrogates are no characters and become U+FFFD. Where
-the file puts a space before a text (Llama 1 and 2), `encode` does too and `decode` takes it off again, so the token
-bytes of a text begin with it. A special token of one character, or of white space only, is treated as text.
+does not keep, and its unknown token can come from text. Added tokens that a tokenizer.json itself calls not special
+(`<think>`, `<tool_call>` of some chat models) are text, typed and shown as such. Unpaired surrogates are no characters
+and become U+FFFD. Where the file puts a space before a text (Llama 1 and 2), `encode` does too and `decode` takes it
+off again, so the token bytes of a text begin with it. A special token of one character, or of white space only, is
+treated as text.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "tokenizer_config.json"
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
+VOCABULARY_KEY = "internlm_vocabulary"
+"""In tokenizer_config.json: which of both files is the vocabulary, where the other was made from it."""
 CONVENTIONAL = {
     "bos": ("<|bos|>", "<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>"),
     "eos": ("<|eos|>", "</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>"),
@@ -71,23 +75,36 @@ class Tokenizer:
         """Written form → id of every special token, by id."""
         self.special_ids: frozenset[int] = frozenset(kept.values())
         """The ids that `encode` never gives."""
-        self.fingerprint: str = hashlib.sha256(data).hexdigest()
-        """SHA-256 of the vocabulary file, in hexadecimal."""
+        self.fingerprint: str = hashlib.sha256(self._backend.identity()).hexdigest()
+        """SHA-256, in hexadecimal, of what decides ids in the vocabulary file (all of a `.model`)."""
         longest_first = sorted(map(re.escape, kept), key=len, reverse=True)
         self._name_starts = re.compile(f"(?={'|'.join(longest_first)})" if kept else "(?!)")
         self._tables: tuple[list[bytes], list[bytes]] | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Return the tokenizer in a `.model` file, a `tokenizer.json`, or a folder that holds one (JSON preferred).
+        """Return the tokenizer in a `.model` file, a `tokenizer.json`, or a folder that holds one.
+
+        Of both in a folder it is the one that `tokenizer_config.json` names, else the JSON.
 
         Raises:
             TokenizerError: nothing is there, or it is damaged or of a kind that is not known.
         """
-        file = _vocabulary_file(Path(path))
+        path = Path(path)
+        beside = _read_configs(path if path.is_dir() else path.parent)
+        file = _vocabulary_file(path, beside)
         with storage.explained(f"reading {file}"):
             data = file.read_bytes()
-        return cls(data, is_json=file.suffix == ".json", roles=_read_roles(file.parent), path=file)
+        return cls(data, is_json=file.suffix == ".json", roles=_roles(beside), path=file)
+
+    @classmethod
+    def find(cls, folder: str | Path) -> Tokenizer | None:
+        """Return the tokenizer of a folder, None if it holds none.
+
+        Raises:
+            TokenizerError: there is one, and it is damaged or of a kind that is not known.
+        """
+        return cls.load(folder) if any((Path(folder) / name).is_file() for name in VOCABULARY_FILES) else None
 
     @classmethod
     def from_json(cls, text: str, roles: Mapping[str, str] | None = None) -> Tokenizer:
@@ -170,7 +187,8 @@ class Tokenizer:
         """Return the content of a `tokenizer_config.json`: what the vocabulary file does not say by itself."""
         names = {f"{role}_token": name for role, (name, _) in self._roles.items()}
         # The chat template writes bos; a tokenizer that added another would double it.
-        return {**names, "add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+        own = {VOCABULARY_KEY: self._backend.file_name}
+        return {**names, "add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False, **own}
 
     def save(self, folder: str | Path) -> list[Path]:
         """Copy the vocabulary file and the roles of its tokens into a folder, and return the paths.
@@ -199,7 +217,7 @@ class Tokenizer:
         return [vocabulary, folder / CONFIG_FILE]
 
     def write_tokenizer_json(self, path: str | Path) -> None:
-        """Write an equivalent `tokenizer.json`, for programs that read no other vocabulary.
+        """Write an equivalent `tokenizer.json` that adds no bos or eos by itself, for other programs.
 
         Raises:
             TokenizerError: the SentencePiece model is not BPE, or normalises its text.
@@ -286,10 +304,11 @@ def _rebuild(data: bytes, is_json: bool, roles: dict[str, str], path: Path | Non
     return Tokenizer(data, is_json=is_json, roles=roles, path=path)
 
 
-def _vocabulary_file(path: Path) -> Path:
-    """Return the vocabulary file that `path` is or holds."""
+def _vocabulary_file(path: Path, beside: Sequence[dict[str, Any]]) -> Path:
+    """Return the vocabulary file that `path` is or holds; `beside` are the JSON files beside it."""
     if path.is_dir():
-        found = next((path / name for name in VOCABULARY_FILES if (path / name).is_file()), None)
+        named = [content[VOCABULARY_KEY] for content in beside if content.get(VOCABULARY_KEY) in VOCABULARY_FILES]
+        found = next((path / name for name in (*named, *VOCABULARY_FILES) if (path / name).is_file()), None)
         if found is None:
             raise TokenizerError(f"holds neither {' nor '.join(VOCABULARY_FILES)}", where=path)
         return found
@@ -300,9 +319,9 @@ def _vocabulary_file(path: Path) -> Path:
     return path
 
 
-def _read_roles(folder: Path) -> dict[str, str]:
-    """Return bos, eos, pad → token name from the JSON files beside a vocabulary; the first that says it counts."""
-    roles: dict[str, str] = {}
+def _read_configs(folder: Path) -> list[dict[str, Any]]:
+    """Return the content of the JSON files beside a vocabulary, the one that counts most first."""
+    found = []
     for file in (folder / CONFIG_FILE, folder / "special_tokens_map.json"):
         if not file.is_file():
             continue
@@ -311,6 +330,14 @@ def _read_roles(folder: Path) -> dict[str, str]:
             assert isinstance(content, dict)
         except (ValueError, AssertionError) as error:
             raise TokenizerError("is no JSON object", where=file, do="Copy the file again.") from error
+        found.append(content)
+    return found
+
+
+def _roles(beside: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return bos, eos, pad → token name; the first file that says it counts."""
+    roles: dict[str, str] = {}
+    for content in beside:
         for role in CONVENTIONAL:
             value = content.get(f"{role}_token")
             name = value.get("content") if isinstance(value, dict) else value

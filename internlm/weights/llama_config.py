@@ -9,16 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from internlm.errors import WeightsError
-from internlm.model.config import (
-    DynamicScaling,
-    LinearScaling,
-    Llama3Scaling,
-    ModelConfig,
-    RopeConfig,
-    Scaling,
-    YarnScaling,
-)
+from internlm.config import decode
+from internlm.errors import ConfigError, WeightsError
+from internlm.model.config import DynamicScaling, Llama3Scaling, ModelConfig, Scaling, YarnScaling
 
 FAMILIES = ("llama", "mistral", "qwen2")
 """`model_type` of the configs that can be read."""
@@ -65,7 +58,7 @@ def to_llama(config: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def from_llama(fields: dict[str, Any], path: Path) -> ModelConfig:
+def from_llama(fields: Any, path: Path) -> ModelConfig:
     """Return the shape that a config.json describes.
 
     Args:
@@ -75,6 +68,8 @@ def from_llama(fields: dict[str, Any], path: Path) -> ModelConfig:
     Raises:
         WeightsError: it is of another family, or has a part that this decoder has not.
     """
+    if not isinstance(fields, dict):
+        raise WeightsError("is no JSON object", where=path)
     family = fields.get("model_type")
     if family not in FAMILIES:
         raise WeightsError("this model_type cannot be read", where=path, got=family, allowed=FAMILIES)
@@ -90,23 +85,28 @@ def from_llama(fields: dict[str, Any], path: Path) -> ModelConfig:
     bias = bool(fields.get("attention_bias"))
     try:
         positions = fields.get("max_position_embeddings", 2048)
-        return ModelConfig(
-            vocab_size=fields["vocab_size"],
-            hidden_size=fields["hidden_size"],
-            num_layers=fields["num_hidden_layers"],
-            num_heads=fields["num_attention_heads"],
-            num_kv_heads=fields.get("num_key_value_heads") or fields["num_attention_heads"],
-            head_dim=fields.get("head_dim") or 0,
-            ffn_size=fields["intermediate_size"],
-            context_length=fields.get("internlm_context_length", positions),
-            norm_eps=fields.get("rms_norm_eps", 1e-6),
-            qkv_bias=bias or family == "qwen2",
-            output_bias=bias and family == "llama",
-            tie_embeddings=bool(fields.get("tie_word_embeddings")),
-            rope=_rope(fields, positions, path),
-        )
+        tree = {
+            "vocab_size": fields["vocab_size"],
+            "hidden_size": fields["hidden_size"],
+            "num_layers": fields["num_hidden_layers"],
+            "num_heads": fields["num_attention_heads"],
+            "num_kv_heads": fields.get("num_key_value_heads") or fields["num_attention_heads"],
+            "head_dim": fields.get("head_dim") or 0,
+            "ffn_size": fields["intermediate_size"],
+            "context_length": fields.get("internlm_context_length", positions),
+            "norm_eps": fields.get("rms_norm_eps", 1e-6),
+            "qkv_bias": bias or family == "qwen2",
+            "output_bias": bias and family == "llama",
+            "tie_embeddings": bool(fields.get("tie_word_embeddings")),
+            "rope": _rope(fields, positions, path),
+        }
     except KeyError as error:
         raise WeightsError(f"lacks {error}", where=path) from None
+    try:
+        return decode(ModelConfig, tree)
+    except ConfigError as error:
+        problems = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise WeightsError(f"describes no model: {problems}", where=path) from None
 
 
 def _rope_fields(scaling: Scaling | None) -> dict[str, Any] | None:
@@ -126,10 +126,15 @@ def _rope_fields(scaling: Scaling | None) -> dict[str, Any] | None:
     return fields
 
 
-def _rope(fields: dict[str, Any], positions: int, path: Path) -> RopeConfig:
-    """Return the rotary positions that a config.json describes, in the old form or the new."""
-    found = {**(fields.get("rope_parameters") or {}), **(fields.get("rope_scaling") or {})}
-    base = float(found.get("rope_theta") or fields.get("rope_theta") or 10000.0)
+def _rope(fields: dict[str, Any], positions: Any, path: Path) -> dict[str, Any]:
+    """Return the rotary positions that a config.json describes, in the old form or the new, as a tree."""
+    found: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        part = fields.get(name) or {}
+        if not isinstance(part, dict):
+            raise WeightsError(f"{name} is no JSON object", where=path, got=part)
+        found |= part
+    base = found.get("rope_theta") or fields.get("rope_theta") or 10000.0
     kind = found.get("rope_type", found.get("type", "default"))
     changed = [name for name in ("mscale", "mscale_all_dim", "truncate") if found.get(name) not in (None, True)]
     if found.get("partial_rotary_factor", fields.get("partial_rotary_factor")) not in (None, 1.0):
@@ -137,27 +142,26 @@ def _rope(fields: dict[str, Any], positions: int, path: Path) -> RopeConfig:
     if changed:
         raise WeightsError(f"rotary option {changed[0]} is not supported", where=path)
     original = found.get("original_max_position_embeddings") or positions
-    scaling: Scaling | None = None
+    if kind == "default":
+        return {"base": base}
     if kind == "linear":
-        scaling = LinearScaling(factor=found["factor"])
+        options = {}
     elif kind == "dynamic":
-        scaling = DynamicScaling(factor=found["factor"], original_length=positions)
+        options = {"original_length": positions}
     elif kind == "yarn":
-        scaling = YarnScaling(
-            factor=found["factor"],
-            original_length=original,
-            beta_fast=found.get("beta_fast") or 32.0,
-            beta_slow=found.get("beta_slow") or 1.0,
-            attention_factor=found.get("attention_factor"),
-        )
+        options = {
+            "original_length": original,
+            "beta_fast": found.get("beta_fast") or 32.0,
+            "beta_slow": found.get("beta_slow") or 1.0,
+            "attention_factor": found.get("attention_factor"),
+        }
     elif kind == "llama3":
-        scaling = Llama3Scaling(
-            factor=found["factor"],
-            original_length=original,
-            low_frequency_factor=found["low_freq_factor"],
-            high_frequency_factor=found["high_freq_factor"],
-        )
-    elif kind != "default":
+        options = {
+            "original_length": original,
+            "low_frequency_factor": found["low_freq_factor"],
+            "high_frequency_factor": found["high_freq_factor"],
+        }
+    else:
         allowed = ["default", "linear", "dynamic", "yarn", "llama3"]
         raise WeightsError("this rotary scaling cannot be read", where=path, got=kind, allowed=allowed)
-    return RopeConfig(base=base, scaling=scaling)
+    return {"base": base, "scaling": {"kind": kind, "factor": found["factor"], **options}}

@@ -30,17 +30,40 @@ def shapes(config: ModelConfig) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in empty(config).named_parameters()}
 
 
+def load_model(
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> Transformer:
+    """Return a model with its weights, brought to the device one by one.
+
+    Args:
+        config: shape of the model.
+        tensors: names as in the model.
+        dtype: of the weights; None: as they come.
+        device: where they go.
+
+    Raises:
+        WeightsError: as `fill`.
+    """
+    model = empty(config)
+    # A copy: what is read may map a file, which must stay replaceable under a running process.
+    fill(model, ((name, tensor.to(device, dtype, copy=True)) for name, tensor in tensors))
+    return model
+
+
 @torch.no_grad()
-def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype | None = None) -> None:
+def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Give every parameter its value, in place.
 
-    A parameter on the meta device takes the tensor itself where the dtype fits (no copy); any other is copied into.
+    A parameter on the meta device takes the tensor itself, without a copy; any other is copied into.
     The head of a tied model may be in the stream or not; it is the embedding either way.
 
     Args:
         model: built by `empty`, or one that has weights already.
         tensors: names as in the model.
-        dtype: of the parameters that are on the meta device; None: as they come.
 
     Raises:
         WeightsError: tensors are missing, left over, given twice or of another shape; what came before is filled.
@@ -53,8 +76,7 @@ def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]], *, dtype: to
         key = name.rpartition(".")[2]
         parameter = module.get_parameter(key)
         if parameter.is_meta:
-            value = tensor.detach().to(dtype or tensor.dtype)
-            setattr(module, key, nn.Parameter(value, requires_grad=parameter.requires_grad))
+            setattr(module, key, nn.Parameter(tensor.detach(), requires_grad=parameter.requires_grad))
         else:
             parameter.copy_(tensor)
         if name == "embedding.weight" and model.config.tie_embeddings:

@@ -1,6 +1,6 @@
 """Transformers folders, both ways: a plain `LlamaForCausalLM`, so that every other tool loads what we train.
 
-    export(model.named_parameters(), config, Path("out"), tokenizer=tokenizer, template="chatml")
+    export(model.named_parameters(), config, Path("out"), Talk(tokenizer, "chatml"))
     AutoModelForCausalLM.from_pretrained("out")            # no remote code
     model = load("out")                                     # and back: the same bits
 
@@ -13,8 +13,7 @@ Where the formats differ:
 - Transformers measures dynamic NTK from `max_position_embeddings`, so that is our `original_length`; the context goes
   into `internlm_context_length`. Early 4.x measures YaRN from there too: exact only where both lengths are equal.
 - BOS is written by the chat template, and by nothing else: `tokenizer(text)` gives the ids of `Tokenizer.encode`, so no
-  path adds it twice. A base model is asked with `tokenizer(tokenizer.bos_token + text)`. (A foreign tokenizer.json that
-  adds BOS by itself is copied as it is: its fingerprint says what the model was trained with.)
+  path adds it twice. A base model is asked with `tokenizer(tokenizer.bos_token + text)`.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from internlm import storage
-from internlm.errors import StorageError, TokenizerError, WeightsError
+from internlm.errors import StorageError, WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import Transformer
-from internlm.text.chat import Message, render, stop_ids
-from internlm.text.templates import TEMPLATES, get_template, jinja
-from internlm.text.tokenizer import Tokenizer
 from internlm.weights.llama_config import from_llama, to_llama
-from internlm.weights.load import Check, empty, fill, shapes
+from internlm.weights.load import Check, load_model, shapes
 from internlm.weights.names import from_transformers, to_transformers
+from internlm.weights.talk import Talk, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +48,26 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a folder is written."""
+
+    dtype: torch.dtype | None = None
+    """Of the written tensors; None: as they come."""
+    max_shard_bytes: int = 5 * 2**30
+    """A file that would grow over this is followed by another."""
+    replace: bool = False
+    """Whether an earlier export may be replaced."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """JSON-able facts for the manifest."""
+
+
 def export(
     tensors: Iterable[tuple[str, Tensor]],
     config: ModelConfig,
     out: str | Path,
-    *,
-    tokenizer: Tokenizer | None,
-    template: str | None,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 * 2**30,
-    replace: bool = False,
-    notes: dict[str, Any] | None = None,
+    talk: Talk = Talk(),  # noqa: B008 (frozen)
+    options: ExportOptions = ExportOptions(),
 ) -> None:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load without remote code.
 
@@ -68,30 +75,27 @@ def export(
         tensors: our names; every weight once, a tied head may be left out.
         config: shape of the model.
         out: the folder; complete or absent.
-        tokenizer: written along; None: weights only.
-        template: name of the chat template, None for a base model. Its stop tokens go into `generation_config.json`.
-        dtype: of the written tensors; None: as they come.
-        max_shard_bytes: a file that would grow over this is followed by another.
-        replace: whether an earlier export may be replaced.
-        notes: JSON-able facts for the manifest.
+        talk: tokenizer and chat format, written along.
+        options: how the folder is written.
 
     Raises:
         WeightsError: tensors are missing, left over or of another shape, or Llama cannot express the shape.
+        TokenizerError, DataError: tokenizer and chat format do not belong together.
         StorageError: the folder exists, or could not be written.
     """
     out = Path(out)
     has_bias = config.qkv_bias or config.output_bias
     written = dataclasses.replace(config, qkv_bias=has_bias, output_bias=has_bias)
     described = to_llama(written)
-    _check_talk(config, tokenizer, template)
-    storage.check_free(out, KIND, replace=replace)
-    with storage.writing(out, KIND, replace=replace) as folder:
-        shards = _Shards(folder.path, max_shard_bytes)
+    talk.check(config.vocab_size)
+    storage.check_free(out, KIND, replace=options.replace)
+    with storage.writing(out, KIND, replace=options.replace) as folder:
+        shards = _Shards(folder.path, options.max_shard_bytes)
         for name, tensor in _checked(tensors, config):
             if not shards.elements:
-                size = (dtype or tensor.dtype).itemsize
+                size = (options.dtype or tensor.dtype).itemsize
                 storage.require_space(out, config.num_parameters * size, f"export {out.name}")
-            stored_tensor = tensor.detach().to("cpu", dtype or tensor.dtype)
+            stored_tensor = tensor.detach().to("cpu", options.dtype or tensor.dtype)
             if not stored_tensor.isfinite().all():
                 raise WeightsError(
                     f"is not finite as {stored_tensor.dtype}",
@@ -101,47 +105,11 @@ def export(
             shards.add(to_transformers(name), stored_tensor)
         shards.close()
         stored = str(shards.main_dtype).removeprefix("torch.")
-        tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad")}
         # Transformers 4 reads `torch_dtype`, 5 writes `dtype` and reads both.
-        _write_json(folder.path / "config.json", described | tokens | {"torch_dtype": stored, "dtype": stored})
-        stops = _write_tokenizer(tokenizer, template, folder.path)
-        _write_json(folder.path / "generation_config.json", tokens | {"eos_token_id": stops or None})
-        storage.write_text(folder.path / "README.md", _card(written, stored, template, tokenizer))
-        folder.meta.update({"internlm_template": template, "dtype": stored, **(notes or {})})
-
-
-def _check_talk(config: ModelConfig, tokenizer: Tokenizer | None, template: str | None) -> None:
-    """Check, before anything is written, that tokenizer and template can be used with the model.
-
-    Raises:
-        WeightsError: the tokenizer has more ids than the model, or there is a template and no tokenizer.
-        TokenizerError, DataError: the template is not known, or needs tokens that the tokenizer lacks.
-    """
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise WeightsError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
-    if template is not None:
-        chosen = get_template(template)
-        if tokenizer is None:
-            raise WeightsError(f"the chat format {template!r} needs a tokenizer")
-        render([Message("user", "a"), Message("assistant", "a")], chosen, tokenizer)
-
-
-def template_of(folder: str | Path) -> str | None:
-    """Return the name of the chat template that a folder was exported with, None where it is not known."""
-    try:
-        described = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    name = described.get("internlm_template")
-    if name in TEMPLATES:
-        return name
-    text = described.get("chat_template")
-    known = next((t for t, template in TEMPLATES.items() if text is not None and text == jinja(template)), None)
-    if known is None and (text is not None or (Path(folder) / "chat_template.jinja").exists()):
-        logger.warning(
-            "warning: %s has a chat template that is not known here: it is not used, and not exported", folder
-        )
-    return known
+        write_json(folder.path / "config.json", described | talk.role_ids() | {"torch_dtype": stored, "dtype": stored})
+        talk.write(folder.path)
+        storage.write_text(folder.path / "README.md", _card(written, stored, talk))
+        folder.meta.update({"internlm_template": talk.template, "dtype": stored, **options.notes})
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -196,10 +164,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | 
     Raises:
         WeightsError: as `read_config`, `read_tensors` and `fill`.
     """
-    model = empty(read_config(folder))
-    # safe_open maps the file: a clone keeps the weights when the folder is replaced under a running process.
-    fill(model, ((name, tensor.to(device, copy=True)) for name, tensor in read_tensors(folder)), dtype=dtype)
-    return model
+    return load_model(read_config(folder), read_tensors(folder), dtype=dtype, device=device)
 
 
 def _checked(tensors: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -257,7 +222,7 @@ class _Shards:
             final = f"model-{number + 1:05d}-of-{len(self.files):05d}.safetensors"
             self._path(number).rename(self.folder / final)
             where.update(dict.fromkeys(names, final))
-        _write_json(self.folder / INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": where})
+        write_json(self.folder / INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": where})
 
     def _flush(self) -> None:
         # safetensors refuses tensors that share memory, as a view of a larger one does.
@@ -272,26 +237,6 @@ class _Shards:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"model-{number + 1:05d}.safetensors"
-
-
-def _write_tokenizer(tokenizer: Tokenizer | None, template: str | None, folder: Path) -> list[int]:
-    """Write the tokenizer's files and return the ids that end an answer."""
-    if tokenizer is None:
-        return []
-    tokenizer.save(folder)
-    if not (folder / "tokenizer.json").exists():
-        try:
-            tokenizer.write_tokenizer_json(folder / "tokenizer.json")
-        except TokenizerError as error:
-            logger.warning("warning: only tokenizer.model is written, AutoTokenizer may not load it: %s", error)
-    described = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.config()}
-    stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    if template is not None:
-        chosen = get_template(template)
-        described |= {"chat_template": jinja(chosen), "internlm_template": template}
-        stops += [id_ for id_ in stop_ids(chosen, tokenizer) if id_ not in stops]
-    _write_json(folder / "tokenizer_config.json", described)
-    return stops
 
 
 def _locate(folder: Path) -> dict[str, Path]:
@@ -312,13 +257,12 @@ def _locate(folder: Path) -> dict[str, Path]:
         raise WeightsError(f"cannot be read: {error}", where=single, do="Copy the file again.") from error
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    storage.write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _card(config: ModelConfig, dtype: str, template: str | None, tokenizer: Tokenizer | None) -> str:
+def _card(config: ModelConfig, dtype: str, talk: Talk) -> str:
     """Return the README.md of an export."""
-    kind = f"a chat model (format `{template}`)" if template else "a base model (plain continuation, no chat format)"
+    can_chat = talk.template is not None or talk.foreign is not None
+    kind = "a base model (plain continuation, no chat format)"
+    if can_chat:
+        kind = f"a chat model (format `{talk.template}`)" if talk.template else "a chat model (its own format)"
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", "# Model", "",
         f"A `LlamaForCausalLM` with {config.num_parameters:,} parameters, {kind}.", "",
@@ -333,14 +277,14 @@ def _card(config: ModelConfig, dtype: str, template: str | None, tokenizer: Toke
         "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'model = AutoModelForCausalLM.from_pretrained(".")',
     ]  # fmt: skip
-    if tokenizer is not None:
+    if talk.tokenizer is not None:
         lines.append('tokenizer = AutoTokenizer.from_pretrained(".")')
-        start = "tokenizer.bos_token + " if tokenizer.bos_id is not None else ""
+        start = "tokenizer.bos_token + " if talk.tokenizer.bos_id is not None else ""
         ids = f'tokenizer({start}"Once", return_tensors="pt")'
-        if template is not None:
-            talk = '[{"role": "user", "content": "Hello"}]'
+        if can_chat:
+            question = '[{"role": "user", "content": "Hello"}]'
             options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
-            ids = f"tokenizer.apply_chat_template({talk}, {options})"
+            ids = f"tokenizer.apply_chat_template({question}, {options})"
         lines += [f"inputs = {ids}", "print(tokenizer.decode(model.generate(**inputs)[0]))"]
     lines += ["```", "", "Or talk to it: `internlm chat .`", ""]
     return "\n".join(lines)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from internlm.errors import EngineError
-from internlm.infer.sample import Rules, choose
+from internlm.infer.sample import NOT_FINITE, Rules, choose
 
 VOCAB = 12
 
@@ -113,12 +112,14 @@ def test_the_ends_of_the_draw_give_tokens_with_probability(draw: float) -> None:
         assert token in (1, 2)
 
 
+@pytest.mark.parametrize("rules", [Rules(), Rules(temperature=0), Rules(top_p=0.5)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
-    logits = torch.zeros(1, VOCAB)
-    logits[0, 4] = bad
-    with pytest.raises(EngineError, match="not finite"):
-        choose(logits, [Rules()], torch.zeros(1, dtype=torch.float64), [None])
+def test_a_row_that_is_not_finite_is_told_apart_and_leaves_the_others_alone(bad: float, rules: Rules) -> None:
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
+    draws = torch.full((3,), 0.4, dtype=torch.float64)
+    wanted = choose(logits.clone(), [rules] * 3, draws, [None] * 3)
+    logits[1, 4] = bad
+    assert choose(logits, [rules] * 3, draws, [None] * 3).tolist() == [wanted[0], NOT_FINITE, wanted[2]]
 
 
 @pytest.mark.parametrize("rules", [Rules(temperature=1e-40), Rules(temperature=1e-40, top_p=0.9)])

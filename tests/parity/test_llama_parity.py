@@ -75,7 +75,7 @@ def random_ids(length: int) -> torch.Tensor:
 
 
 def exported(model: Transformer, folder: Path) -> Any:
-    folders.export(model.named_parameters(), model.config, folder, tokenizer=None, template=None)
+    folders.export(model.named_parameters(), model.config, folder)
     return reference.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from internlm.cli import main
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
 from internlm.text.chat import Message, render_prompt, stop_ids
@@ -14,6 +15,7 @@ from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import train_bpe
 from internlm.weights import transformers as folders
+from internlm.weights.talk import Talk, read_talk
 
 reference = pytest.importorskip("transformers")
 reference.utils.logging.disable_progress_bar()
@@ -34,7 +36,7 @@ def tokenizer() -> Tokenizer:
 def export(folder: Path, tokenizer: Tokenizer, template: str | None) -> None:
     shape = ModelConfig(vocab_size=300, hidden_size=16, num_layers=1, num_heads=2, ffn_size=16)
     model = build(shape, 0)
-    folders.export(model.named_parameters(), shape, folder, tokenizer=tokenizer, template=template)
+    folders.export(model.named_parameters(), shape, folder, Talk(tokenizer, template))
 
 
 def test_the_chat_template_gives_our_ids_with_one_bos(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -83,4 +85,55 @@ def test_every_stop_is_in_the_generation_config(tokenizer: Tokenizer, tmp_path: 
 def test_our_own_tokenizer_is_read_back_unchanged(tokenizer: Tokenizer, tmp_path: Path) -> None:
     export(tmp_path / "out", tokenizer, "internlm")
     assert Tokenizer.load(tmp_path / "out") == tokenizer
-    assert folders.template_of(tmp_path / "out") == "internlm"
+    assert read_talk(tmp_path / "out").template == "internlm"
+
+
+def foreign_folder(folder: Path, tokenizer: Tokenizer, **described: object) -> Path:
+    """Write a chat model as others do: its own template, several ends, a tokenizer that puts bos before every text."""
+    export(folder, tokenizer, None)
+    (folder / "manifest.json").unlink()
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    sequence = [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    spec["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": sequence,
+        "pair": [*sequence, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [tokenizer.bos_id], "tokens": ["<|bos|>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": "<|eos|>", **described}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 6]}))
+    return folder
+
+
+FOREIGN = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_chat_format_of_others_and_its_ends_are_carried_along(
+    tokenizer: Tokenizer, tmp_path: Path, in_file: bool
+) -> None:
+    source = foreign_folder(tmp_path / "a", tokenizer, chat_template="old" if in_file else FOREIGN)
+    if in_file:
+        (source / "chat_template.jinja").write_text(FOREIGN)
+    assert main(["convert", str(source), str(tmp_path / "b")]) == 0
+    messages = [{"role": "user", "content": "say 4"}]
+    before, after = (reference.AutoTokenizer.from_pretrained(tmp_path / name) for name in "ab")
+    assert after.apply_chat_template(messages, tokenize=False) == "<|bos|>[user]say 4<|end|>"
+    assert after("say 4").input_ids == before("say 4").input_ids == [tokenizer.bos_id, *tokenizer.encode("say 4")]
+    assert reference.GenerationConfig.from_pretrained(tmp_path / "b").eos_token_id == [1, 6]
+    assert "a chat model (its own format)" in (tmp_path / "b" / "README.md").read_text()
+    assert Tokenizer.load(tmp_path / "b") == Tokenizer.load(source) == tokenizer
+
+
+def test_our_format_with_a_tokenizer_that_adds_bos_has_it_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = foreign_folder(tmp_path / "a", tokenizer, chat_template=FOREIGN)
+    assert main(["convert", str(source), str(tmp_path / "b"), "--template", "internlm"]) == 0
+    theirs = reference.AutoTokenizer.from_pretrained(tmp_path / "b")
+    messages = [{"role": "user", "content": "say 4"}]
+    ours = render_prompt([Message("user", "say 4")], get_template("internlm"), tokenizer)
+    text = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert theirs(text).input_ids == ours
+    assert ours.count(tokenizer.bos_id) == 1
+    assert Tokenizer.load(tmp_path / "b") == Tokenizer.load(source), "what is added around a text decides no id"

@@ -203,7 +203,7 @@ def test_saving_and_loading_gives_an_equal_tokenizer(tokenizer, tmp_path):
     assert {path.name for path in paths} <= {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
     again = Tokenizer.load(tmp_path / "copy")
     assert again == tokenizer
-    assert again.fingerprint == tokenizer.fingerprint == hashlib.sha256(paths[0].read_bytes()).hexdigest()
+    assert again.fingerprint == tokenizer.fingerprint
     assert again.special_tokens == tokenizer.special_tokens
     assert (again.bos_id, again.eos_id, again.pad_id) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     again.save(tmp_path / "copy")  # once more over itself
@@ -257,6 +257,15 @@ def test_a_folder_with_both_files_gives_the_json_one(small, tmp_path):
     small.save(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"never read")
     assert Tokenizer.load(tmp_path) == small
+
+
+def test_a_vocabulary_stays_the_one_when_another_form_lies_beside_it(prefixed, tmp_path):
+    prefixed.save(tmp_path)
+    prefixed.write_tokenizer_json(tmp_path / "tokenizer.json")
+    assert Tokenizer.load(tmp_path) == prefixed
+    (tmp_path / "tokenizer.model").unlink()
+    assert Tokenizer.load(tmp_path).encode("as good") == prefixed.encode("as good")
+    assert Tokenizer.find(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize(
@@ -314,7 +323,19 @@ def test_truncation_and_padding_in_the_file_have_no_effect(small):
         "pad_token": "<|pad|>",
     }  # fmt: skip
     text = "def f(x): return x"
-    assert Tokenizer.from_json(json.dumps(spec)).encode(text) == small.encode(text)
+    other = Tokenizer.from_json(json.dumps(spec))
+    assert other.encode(text) == small.encode(text)
+    assert other.fingerprint == small.fingerprint, "it names what decides ids"
+
+
+def test_an_added_token_that_is_not_special_is_text(small):
+    spec = json.loads(small._data)
+    token = {"id": small.vocab_size, "content": "<think>", "special": False, "normalized": False}
+    spec["added_tokens"].append({**token, "single_word": False, "lstrip": False, "rstrip": False})
+    tokenizer = Tokenizer.from_json(json.dumps(spec))
+    assert tokenizer.encode("<think>") == [small.vocab_size]
+    assert tokenizer.decode([small.vocab_size], skip_special=True) == "<think>"
+    assert tokenizer.fingerprint != small.fingerprint
 
 
 def test_importing_the_room_loads_neither_torch_nor_a_tokenizer_library():

@@ -9,14 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from internlm.checkpoint import store
+from internlm.checkpoint.source import open_source
 from internlm.cli import main
-from internlm.cli.convert import open_source, size_in_bytes, verify
+from internlm.cli.convert import size_in_bytes, verify
 from internlm.errors import UsageError, WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
 from internlm.text.training import train_bpe
 from internlm.weights import transformers as folders
 from internlm.weights.names import to_transformers
+from internlm.weights.talk import read_talk
 
 SHAPE = ModelConfig(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, ffn_size=40, qkv_bias=True)
 
@@ -43,7 +45,7 @@ def test_a_run_becomes_a_verified_transformers_folder(
     assert f"internlm chat {tmp_path / 'out'}" in said
     loaded = folders.load(tmp_path / "out")
     assert torch.equal(loaded.embedding.weight, build(SHAPE, 10).embedding.weight), "the newest checkpoint"
-    assert folders.template_of(tmp_path / "out") == "internlm"
+    assert read_talk(tmp_path / "out").template == "internlm"
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
 
@@ -53,7 +55,7 @@ def test_a_folder_is_converted_again_with_another_dtype(run: Path, tmp_path: Pat
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--dtype", "bfloat16", "--verify"]) == 0
     written = load_file(tmp_path / "b" / "model.safetensors")
     assert torch.equal(written["lm_head.weight"], build(SHAPE, 5).head.weight.to(torch.bfloat16))
-    assert folders.template_of(tmp_path / "b") == "internlm"
+    assert read_talk(tmp_path / "b").template == "internlm"
 
 
 def test_an_existing_target_needs_force(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +63,7 @@ def test_an_existing_target_needs_force(run: Path, tmp_path: Path, capsys: pytes
     assert main(["convert", str(run), str(tmp_path / "out")]) == 1
     assert "--force" in capsys.readouterr().err
     assert main(["convert", str(run), str(tmp_path / "out"), "--force", "--template", "none"]) == 0
-    assert folders.template_of(tmp_path / "out") is None
+    assert read_talk(tmp_path / "out").template is None
 
 
 def test_verifying_finds_weights_under_the_wrong_name(
@@ -74,7 +76,7 @@ def test_verifying_finds_weights_under_the_wrong_name(
 
     monkeypatch.setattr(folders, "to_transformers", swapped)
     model = build(SHAPE, 10)
-    folders.export(model.named_parameters(), SHAPE, tmp_path / "out", tokenizer=None, template=None)
+    folders.export(model.named_parameters(), SHAPE, tmp_path / "out")
     monkeypatch.undo()
     with pytest.raises(WeightsError, match="other logits"):
         verify(open_source(run), tmp_path / "out")

@@ -22,15 +22,19 @@ from internlm.model.transformer import Transformer, build
 from internlm.text.templates import get_template, jinja
 from internlm.text.training import train_bpe
 from internlm.weights import transformers as folders
+from internlm.weights.llama_config import to_llama
 from internlm.weights.load import empty, fill, shapes
 from internlm.weights.names import TRANSFORMERS, from_transformers, to_transformers
+from internlm.weights.talk import Talk, read_talk
+from internlm.weights.transformers import ExportOptions
 
 SHAPE = ModelConfig(vocab_size=50, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=24)
 
 
 def export(model: Transformer, folder: Path, **options: object) -> Path:
-    defaults: dict[str, object] = {"tokenizer": None, "template": None}
-    folders.export(model.named_parameters(), model.config, folder, **defaults | options)  # type: ignore[arg-type]
+    talk = Talk(options.pop("tokenizer", None), options.pop("template", None))  # type: ignore[arg-type]
+    chosen = ExportOptions(**options)  # type: ignore[arg-type]
+    folders.export(model.named_parameters(), model.config, folder, talk, chosen)
     return folder
 
 
@@ -65,9 +69,7 @@ def test_save_load_save_gives_the_same_bytes(dtype: torch.dtype, tmp_path: Path)
         folders.read_tensors(first),
         folders.read_config(first),
         tmp_path / "c",
-        tokenizer=None,
-        template=None,
-        max_shard_bytes=4000,
+        options=ExportOptions(max_shard_bytes=4000),
     )
     assert len(list(first.glob("*.safetensors"))) > 2
     assert weight_files(first) == weight_files(second) == weight_files(tmp_path / "c")
@@ -97,7 +99,7 @@ def test_the_config_comes_back_equal(changes: dict[str, object], tmp_path: Path)
 
 def test_a_tied_head_is_one_tensor_and_may_come_along(tmp_path: Path) -> None:
     model = build(replace(SHAPE, tie_embeddings=True), 0)
-    folders.export(model.state_dict().items(), model.config, tmp_path / "a", tokenizer=None, template=None)
+    folders.export(model.state_dict().items(), model.config, tmp_path / "a")
     assert "lm_head.weight" not in load_file(tmp_path / "a" / "model.safetensors")
     loaded = folders.load(tmp_path / "a")
     assert loaded.head.weight is loaded.embedding.weight
@@ -149,7 +151,7 @@ def test_an_export_holds_one_shard_in_memory_not_the_model(tmp_path: Path) -> No
             held = sum(t.nbytes for ref in alive if (t := ref()) is not None)
             most = max(most, held)
 
-    folders.export(tensors(), SHAPE, tmp_path / "a", tokenizer=None, template=None, max_shard_bytes=4000)
+    folders.export(tensors(), SHAPE, tmp_path / "a", options=ExportOptions(max_shard_bytes=4000))
     assert 0 < most <= 4000 + 4 * max(shape.numel() for shape in shapes(SHAPE).values())
     assert most < 4 * SHAPE.num_parameters / 3
 
@@ -166,7 +168,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(change, message: str,
     tensors = dict(build(SHAPE, 0).state_dict())
     change(tensors)
     with pytest.raises(WeightsError, match=message):
-        folders.export(tensors.items(), SHAPE, tmp_path / "a", tokenizer=None, template=None)
+        folders.export(tensors.items(), SHAPE, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(WeightsError, match=message):
         fill(empty(SHAPE), tensors.items())
@@ -238,6 +240,29 @@ def test_what_this_decoder_does_not_have_is_refused_by_name(tmp_path: Path) -> N
             folders.read_config(changed_config(folder, tmp_path / str(number), **changes))
 
 
+def test_odd_values_in_a_foreign_config_are_errors_of_the_user(tmp_path: Path) -> None:
+    """Every field of a config.json, given every odd value, is read or refused in a sentence."""
+    scalings = (None, YarnScaling(factor=4.0, original_length=64), DynamicScaling(original_length=64))
+    odd = [None, "abc", -1, 0, 1.5, [], {"a": 1}, True, 10**30]
+    refused = 0
+    for scaling in scalings:
+        good = to_llama(replace(SHAPE, rope=RopeConfig(scaling=scaling)))
+        changes = [{key: value} for key in good for value in odd]
+        if isinstance(good["rope_scaling"], dict):
+            rope = good["rope_scaling"]
+            changes += [{"rope_scaling": rope | {key: value}, "rope_parameters": {}} for key in rope for value in odd]
+        for change in changes:
+            (tmp_path / "config.json").write_text(json.dumps(good | change))
+            try:
+                folders.read_config(tmp_path)
+            except WeightsError as error:
+                refused += "config.json" in str(error)
+    assert refused > 100
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(WeightsError, match="no JSON object"):
+        folders.read_config(tmp_path)
+
+
 def test_the_rotary_fields_are_read_in_every_form(tmp_path: Path) -> None:
     folder = export(build(SHAPE, 0), tmp_path / "a")
     old = {"rope_theta": 7e4, "rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -295,16 +320,16 @@ def test_a_chat_model_stays_one_when_its_folder_is_edited(tmp_path: Path) -> Non
         template="internlm",
     )
     (out / "README.md").write_text("my notes")
-    assert folders.template_of(out) == "internlm"
+    assert read_talk(out).template == "internlm"
 
 
 def test_a_template_of_others_is_known_by_its_text_or_warned_about(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": jinja(get_template("chatml"))}))
-    assert folders.template_of(tmp_path) == "chatml"
+    assert read_talk(tmp_path).template == "chatml"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     logging.getLogger("internlm").propagate = True
     with caplog.at_level("WARNING"):
-        assert folders.template_of(tmp_path) is None
+        assert read_talk(tmp_path).template is None
     assert "not known here" in caplog.text

@@ -1,0 +1,124 @@
+"""How a model is talked to: the files that lie beside the weights in a Transformers folder.
+
+    talk = read_talk("llama-folder")        # tokenizer, chat format, ids that end an answer
+    talk.write(folder)                      # tokenizer.json, tokenizer_config.json, generation_config.json
+
+A chat format that is known here goes by its name and is written by us. One that is not is carried along as the Jinja
+text it is, and so is the tokenizer.json it was written for. Where our template begins with bos, a tokenizer.json that
+adds one too is written without that: no path to the model has bos twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internlm import storage
+from internlm.errors import TokenizerError, WeightsError
+from internlm.text.chat import Message, render, stop_ids
+from internlm.text.templates import TEMPLATES, get_template, jinja
+from internlm.text.tokenizer import CONFIG_FILE, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE_KEY = "internlm_template"
+TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_FILE = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Talk:
+    """How a model is talked to."""
+
+    tokenizer: Tokenizer | None = None
+    template: str | None = None
+    """Name of the chat format; None for a base model, and for a format that is not known here."""
+    foreign: Any = None
+    """A chat format that is not known here, as `chat_template` of a tokenizer_config.json."""
+    stops: tuple[int, ...] = ()
+    """Ids that end an answer, beside eos and those of the template."""
+
+    def stop_ids(self) -> list[int]:
+        """Return every id that ends an answer."""
+        if self.tokenizer is None:
+            return list(self.stops)
+        eos = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        of_template = stop_ids(get_template(self.template), self.tokenizer) if self.template is not None else eos
+        return list(dict.fromkeys([*of_template, *self.stops]))
+
+    def check(self, vocab_size: int) -> None:
+        """Check that tokenizer and template can be used with a model of so many ids.
+
+        Raises:
+            WeightsError: the tokenizer has more ids than the model, or there is a template and no tokenizer.
+            TokenizerError, DataError: the template is not known, or needs tokens that the tokenizer lacks.
+        """
+        if self.tokenizer is not None and self.tokenizer.vocab_size > vocab_size:
+            raise WeightsError(f"the tokenizer has {self.tokenizer.vocab_size} ids, the model {vocab_size}")
+        if self.template is not None:
+            chosen = get_template(self.template)
+            if self.tokenizer is None:
+                raise WeightsError(f"the chat format {self.template!r} needs a tokenizer")
+            render([Message("user", "a"), Message("assistant", "a")], chosen, self.tokenizer)
+
+    def role_ids(self) -> dict[str, int | None]:
+        """Return the ids of bos, eos and pad under the names of a config.json."""
+        return {f"{role}_token_id": getattr(self.tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad")}
+
+    def write(self, folder: Path) -> None:
+        """Write the files into a folder."""
+        stops = self.stop_ids()
+        write_json(folder / GENERATION_FILE, self.role_ids() | {"eos_token_id": stops or None})
+        if self.tokenizer is None:
+            return
+        self.tokenizer.save(folder)
+        begins_with_bos = self.template is not None and get_template(self.template).bos
+        if begins_with_bos or not (folder / "tokenizer.json").exists():
+            try:
+                self.tokenizer.write_tokenizer_json(folder / "tokenizer.json")
+            except TokenizerError as error:
+                logger.warning("warning: only tokenizer.model is written, AutoTokenizer may not load it: %s", error)
+        described = {"tokenizer_class": "PreTrainedTokenizerFast", **self.tokenizer.config()}
+        if self.template is not None:
+            described |= {"chat_template": jinja(get_template(self.template)), TEMPLATE_KEY: self.template}
+        elif self.foreign is not None:
+            described["chat_template"] = self.foreign
+        write_json(folder / CONFIG_FILE, described)
+
+
+def read_talk(folder: str | Path) -> Talk:
+    """Return how the model of a Transformers folder is talked to.
+
+    Raises:
+        TokenizerError: the tokenizer is damaged, or of a kind that is not known.
+    """
+    folder = Path(folder)
+    described = _read_json(folder / CONFIG_FILE)
+    found = described.get("chat_template")
+    if (folder / TEMPLATE_FILE).is_file():  # Transformers 5 writes it here, and it counts more
+        found = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    name = described.get(TEMPLATE_KEY)
+    if name not in TEMPLATES:
+        name = next((name for name, template in TEMPLATES.items() if found == jinja(template)), None)
+    if name is None and found is not None:
+        logger.warning("warning: the chat template of %s is not known here: it is carried along, not used", folder)
+    eos = _read_json(folder / GENERATION_FILE).get("eos_token_id")
+    stops = tuple(id_ for id_ in (eos if isinstance(eos, list) else [eos]) if isinstance(id_, int))
+    return Talk(Tokenizer.find(folder), name, None if name else found, stops)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file as people read it."""
+    storage.write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON object's file; nothing where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,63 @@
+"""The command line as a whole: exit codes, streams that are closed or full, and how long it takes to start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from internlm.cli import VERBS, main
+
+COMMAND = f"{sys.executable} -m internlm"
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_every_verb_fits_a_screen(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([verb, "--help"])
+    assert left.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) <= 45
+
+
+def test_wrong_usage_exits_with_2_and_names_the_nearest_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert main(["trian"]) == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("doctor >&-", 0, ""),
+        ("--help 2>&-", 0, "usage: internlm"),
+        ("--help > /dev/full", 1, "No space left on device"),
+        ("tokenizer --help | true; exit ${PIPESTATUS[0]}", 0, ""),
+        ("chat none <&-", 2, "Give -p TEXT"),
+        ("chat none -p hi >&- 2>&-", 1, ""),
+    ],
+)
+def test_closed_and_full_streams_end_without_a_traceback(command: str, code: int, said: str) -> None:
+    if "/dev/full" in command and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    done = shell(f"{COMMAND} {command}")
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert said in done.stdout + done.stderr
+
+
+def test_importing_and_asking_for_help_take_under_half_a_second() -> None:
+    """The best of several: the machine may be busy."""
+    for arguments in (["-c", "import internlm"], ["-m", "internlm", "--help"], ["-m", "internlm", "train", "--help"]):
+        best = float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+            best = min(best, time.perf_counter() - start)
+        assert best < 0.5, arguments
