@@ -38,12 +38,27 @@ T = TypeVar("T")
 Tree = dict[str, Any]
 Origins = dict[str, str]
 
+_DECIMAL = re.compile(r"[-+]?(0|[1-9]\d*)$")
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def section(cls: type[T]) -> type[T]:
     """Make a frozen, keyword-only dataclass whose unknown keys are errors when it is read from a recipe."""
     cls.__pydantic_config__ = {"extra": "forbid", "coerce_numbers_to_str": True}  # type: ignore[attr-defined]
     return dataclass(frozen=True, kw_only=True)(cls)
+
+
+def require_positive(value: Any, place: str, *names: str) -> None:
+    """Check that the named fields of a section are at least 1, where they are given at all.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
+    for name in names:
+        number = getattr(value, name)
+        if number is not None and number < 1:
+            raise ConfigError("must be at least 1", where=f"{place}.{name}", got=number)
 
 
 @dataclass(frozen=True)
@@ -100,19 +115,19 @@ def decode(schema: type[T], tree: Mapping[str, Any], origins: Origins | None = N
     origins = origins or {}
     try:
         value = pydantic.TypeAdapter(schema).validate_python(tree)
-        places = dict.fromkeys(_numbers_given_as_bools(schema, tree))
-        if not places:
-            return value
         problems = [
-            f"{place}{f' ({origins[place]})' if place in origins else ''}: should be a number (got true or false)"
-            for place in places
+            f"{place}{f' ({origins[place]})' if place in origins else ''}: {what}"
+            for place, what in _misread(schema, tree)
         ]
+        if not problems:
+            return value
     except pydantic.ValidationError as error:
         problems = [_explain_problem(schema, dict(problem), origins) for problem in error.errors()]
     except ConfigError as error:  # raised by a __post_init__
         problems = [str(error)]
+    problems = list(dict.fromkeys(problems))
     head = "the recipe has a mistake" if len(problems) == 1 else f"the recipe has {len(problems)} mistakes"
-    raise ConfigError(head + "\n  " + "\n  ".join(dict.fromkeys(problems)))
+    raise ConfigError(head + "\n  " + "\n  ".join(problems))
 
 
 def encode(value: Any) -> Any:
@@ -130,7 +145,11 @@ def dump(value: Any) -> str:
     """Return a section as YAML that loads to an equal one."""
     import yaml
 
-    return yaml.safe_dump(encode(value), sort_keys=False, allow_unicode=True, width=120)
+    class Dumper(yaml.SafeDumper):
+        """Quotes the text that our loader would take for a number too."""
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+    return yaml.dump(encode(value), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def explain(loaded: Loaded[Any]) -> str:
@@ -172,7 +191,7 @@ def parse_override(text: str) -> tuple[Tree, Origins]:
         raise ConfigError("not an override", got=text, do="Write dotted.key=value.")
     try:
         value = yaml.load(raw, Loader=_yaml_loader())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"the value is not YAML: {error}", where=f"override {key}", got=raw) from error
     origins = {".".join(parts): "command line"}
     origins.update({f"{key}.{leaf}": "command line" for leaf, _ in _leaves(value)} if isinstance(value, dict) else {})
@@ -187,8 +206,11 @@ def _layers(path: str | Path | None, overrides: Iterable[str]) -> tuple[Tree, Or
     origins: Origins = {}
     if path is not None:
         tree, origins = _read(Path(path), ())
+    given: Tree = {}  # one layer, so that `optim.lr=1 optim.kind=muon` means the same in either order
+    given_origins: Origins = {}
     for override in overrides:
-        merge(tree, origins, *parse_override(override))
+        merge(given, given_origins, *parse_override(override))
+    merge(tree, origins, given, given_origins)
     return tree, origins
 
 
@@ -204,20 +226,23 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[Tree, Origins]:
         raise ConfigError("no such recipe", where=path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot be read: {error}", where=path) from error
+    origins: Origins = {}
     try:
         node = yaml.compose(text, Loader=_yaml_loader())
-    except yaml.YAMLError as error:
+        own = {} if node is None else _construct(node, str(path), "", origins)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"is not YAML: {error}", where=path) from error
-    origins: Origins = {}
-    own = {} if node is None else _construct(node, str(path), "", origins)
     if not isinstance(own, dict):
         raise ConfigError("a recipe is a mapping of keys to values", where=path, got=own)
     bases = own.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise ConfigError("is a path or a list of paths", where=origins.get("base", path), got=bases)
     origins = {key: value for key, value in origins.items() if key != "base"}
     tree: Tree = {}
     merged: Origins = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        below, below_origins = _read(path.parent / str(base), (*seen, path.resolve()))
+    for base in bases:
+        below, below_origins = _read(path.parent / base, (*seen, path.resolve()))
         merge(tree, merged, below, below_origins)
     merge(tree, merged, own, origins)
     return tree, merged
@@ -225,14 +250,21 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[Tree, Origins]:
 
 @functools.cache
 def _yaml_loader() -> Any:
-    """Return YAML's safe loader, taught that `1e9` and `3e-4` are numbers, as in YAML 1.2."""
+    """Return YAML's safe loader with the scalars of YAML 1.2.
+
+    `1e9` and `3e-4` are numbers; `007`, `12:30`, `1_000` and `2024-01-01` stay text, so that a path may look like them.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
         pass
 
-    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for tag, pattern in (("int", _DECIMAL), ("float", _EXPONENT)):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", pattern, list("-+0123456789"))
     return Loader
 
 
@@ -313,12 +345,15 @@ def _fields_at(schema: Any, loc: list[str]) -> tuple[list[str], list[str]]:
     return known, clean
 
 
-def _numbers_given_as_bools(hint: Any, value: Any, path: str = "") -> Iterator[str]:
-    """Yield the places where a bool stands for a number; pydantic would take true as 1."""
+def _misread(hint: Any, value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (place, complaint) where pydantic would take true as 1, or the number 1.10 as the text "1.1"."""
     options = _variants(hint)
     if isinstance(value, bool):
         if bool not in options and (int in options or float in options):
-            yield path
+            yield path, "should be a number (got true or false)"
+    elif isinstance(value, float):
+        if str in options and float not in options:
+            yield path, f"should be text: put it in quotes (got the number {value})"
     elif isinstance(value, Mapping):
         for option in options:
             hints = typing.get_type_hints(option, include_extras=True) if dataclasses.is_dataclass(option) else {}
@@ -326,7 +361,11 @@ def _numbers_given_as_bools(hint: Any, value: Any, path: str = "") -> Iterator[s
             for key, item in value.items():
                 inner = hints.get(key, of_all)
                 if inner is not None:
-                    yield from _numbers_given_as_bools(inner, item, f"{path}.{key}" if path else str(key))
+                    yield from _misread(inner, item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        inner = [typing.get_args(o)[0] for o in options if typing.get_origin(o) in (list, tuple)]
+        for item in value if inner else ():
+            yield from _misread(inner[0], item, path)
 
 
 def _variants(hint: Any) -> list[Any]:

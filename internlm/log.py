@@ -51,7 +51,7 @@ def duration(seconds: float) -> str:
 def quantity(value: float) -> str:
     """Return a count with three significant digits and k/M/B/T: `41.2k`, `7.32B`."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
+        if abs(value) >= 0.9995 * size:  # what rounds up to the next unit is written in it
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
 

@@ -30,14 +30,20 @@ def loss_curve(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> Pa
         warn_once(logger, f"no plot {path}: matplotlib is missing (pip install 'internlm[plot]')")
         return None
     lines = list(lines)
-    train = _series(lines, "train/loss")
-    if len(train[0]) < 2:
+    if len(_series(lines, "train/loss")[0]) < 2:
         return None
     import matplotlib as mpl
 
     mpl.use("Agg")
+    with mpl.rc_context({"text.parse_math": False}):  # a folder or a source may have a $ in its name
+        _draw(lines, path, title)
+    return path
+
+
+def _draw(lines: list[Mapping[str, Any]], path: Path, title: str) -> None:
     from matplotlib import pyplot, ticker
 
+    train = _series(lines, "train/loss")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     axes.plot(*train, color="#9db8d9", linewidth=1, label="train")
     axes.plot(train[0], _smooth(train[1]), color="#1f5fa8", linewidth=2, label="train, smoothed")
@@ -63,12 +69,12 @@ def loss_curve(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> Pa
         figure.savefig(beside)
         beside.replace(path)
     pyplot.close(figure)
-    return path
 
 
 def _series(lines: list[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
     """Return (tokens, values) of a metric, leaving out what is not finite."""
-    points = [(line["progress/tokens"], line[name]) for line in lines if name in line and math.isfinite(line[name])]
+    values = [(line["progress/tokens"], line.get(name)) for line in lines]
+    points = [(x, y) for x, y in values if y is not None and math.isfinite(y)]
     return [x for x, _ in points], [y for _, y in points]
 
 

@@ -20,16 +20,17 @@ import torch
 
 from internlm import __version__, config, runtime, storage
 from internlm.checkpoint import store
-from internlm.checkpoint.store import CheckpointConfig
+from internlm.checkpoint.source import Source, open_source
+from internlm.checkpoint.store import Checkpoint, CheckpointConfig
 from internlm.config import Loaded, Origins, Tree, section
 from internlm.cost import hardware
 from internlm.cost.flops import causal_pairs, training_flops
 from internlm.data.loader import DataConfig, Loader
-from internlm.errors import ConfigError
+from internlm.errors import ConfigError, StorageError
 from internlm.log import quantity
 from internlm.model.config import ModelConfig
 from internlm.model.presets import preset
-from internlm.model.transformer import Transformer, build
+from internlm.model.transformer import build
 from internlm.optim.optimizer import AdamWConfig, OptimConfig, Optimizer
 from internlm.optim.schedule import ScheduleConfig
 from internlm.runtime import RuntimeConfig
@@ -39,7 +40,7 @@ from internlm.train.objective import Objectives
 from internlm.train.objectives.lm import LanguageModeling
 from internlm.train.trackers import open_trackers
 from internlm.train.trainer import TrainConfig, Trainer
-from internlm.weights import transformers
+from internlm.weights.load import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.model is None and self.init_from is None:
             raise ConfigError("is required unless init_from is given", where="model")
+        if not self.run:
+            raise ConfigError("must name a folder", where="run", got=self.run)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("must lie in [0, 2^63)", where="seed", got=self.seed)
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Loaded[Recipe]:
@@ -90,7 +95,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Loaded[Recipe]:
 def describe(loaded: Loaded[Recipe]) -> str:
     """Return what `--dry-run` prints: every value with its origin, and the sizes that follow from them."""
     recipe = loaded.value
-    shape = recipe.model or _initial_config(Path(str(recipe.init_from)))
+    shape = recipe.model or _source(recipe.init_from).config
     train = recipe.train
     per_token = training_flops(shape, 1, causal_pairs(recipe.data.seq_len) / recipe.data.seq_len)
     lines = [
@@ -112,20 +117,31 @@ def prepare(recipe: Recipe) -> Trainer:
     Precedence of the start: the newest complete checkpoint of the run; else `init_from`; else random weights.
 
     Raises:
-        InternLMError: a path is missing, parts do not fit each other, or the folder holds another run.
+        InternLMError: a path is missing, parts do not fit each other, or the folder holds another run, or another
+            process works in it.
     """
     device = runtime.resolve_device(recipe.runtime)
     dtype = runtime.resolve_dtype(recipe.runtime, device)
     run = Path(recipe.run)
     loader = Loader(recipe.data)
+    storage.hold(run)
     begun = _newest_of(run, recipe)
-    shape = recipe.model or _initial_config(Path(str(recipe.init_from)))
+    start = _source(recipe.init_from) if begun is None and recipe.init_from is not None else None
+    shape = recipe.model or (begun or start or _source(recipe.init_from)).config
     _check_fit(recipe, shape, loader)
-    model = _initial_model(recipe, shape, begun is not None).to(device)
+    _check_memory(shape, device)
+    if start is not None:
+        _check_start(start, shape, loader)
+        model = load_model(shape, start.tensors(), dtype=torch.float32, device=device)
+        model.attention_path = recipe.runtime.attention
+        logger.info("weights from %s", start.path)
+    else:
+        model = build(shape, recipe.seed, path=recipe.runtime.attention).to(device)
     if recipe.runtime.compile:
         for block in model.blocks.values():
             block.compile()
     peak = hardware.peak_flops(runtime.device_name(device), str(dtype).removeprefix("torch."))
+    facts = {"recipe": config.encode(recipe), "versions": versions()}
     trainer = Trainer(
         run=run,
         config=recipe.train,
@@ -136,18 +152,19 @@ def prepare(recipe: Recipe) -> Trainer:
         objective=recipe.objective,
         optimizer=Optimizer(recipe.optim, model.named_parameters()),
         loader=loader,
-        evaluator=Evaluator(recipe.evaluate, recipe.data, Tokenizer.load(loader.tokenizer_path)),
+        evaluator=Evaluator(recipe.evaluate, recipe.data, Tokenizer.load(loader.tokenizer_path), dtype),
         device=device,
         dtype=dtype,
         peak_flops=peak or runtime.measure_peak(device, dtype),
-        facts={"recipe": config.encode(recipe), "versions": versions()},
+        facts=facts,
     )
     runtime.seed(recipe.seed)
     if begun is not None:
-        trainer.resume(store.open_checkpoint(begun))
-        logger.info("resuming %s at step %d of %d", begun, trainer.progress.step, recipe.train.total_steps)
-    _write_facts(run, recipe)
-    trainer.trackers = open_trackers(run)
+        trainer.resume(begun)
+        logger.info("resuming %s at step %d of %d", begun.path, begun.step, recipe.train.total_steps)
+    storage.write_text(run / "recipe.yaml", config.dump(recipe))
+    storage.write_text(run / "versions.json", json.dumps(facts["versions"], indent=1) + "\n")
+    trainer.trackers = open_trackers(run, trainer.progress.step)
     _announce(trainer, "measured" if peak is None else "data sheet")
     return trainer
 
@@ -155,8 +172,10 @@ def prepare(recipe: Recipe) -> Trainer:
 def versions() -> dict[str, str]:
     """Return the versions a run depends on, and the commit of the code when it runs from a checkout."""
     found = {"internlm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    where = Path(__file__).parents[1]
+    if not (where / ".git").exists():
+        return found  # installed: a repository further up is someone else's
     try:
-        where = Path(__file__).parent
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, timeout=5)
         if commit.returncode == 0:
             found["commit"] = commit.stdout.strip()
@@ -173,8 +192,7 @@ def _expand_preset(tree: Tree, origins: Origins) -> None:
     origin = f"preset {name}"
     origins.pop("model.preset", None)
     base: Tree = json.loads(json.dumps(preset(str(name))))
-    base_origins: Origins = {}
-    config.merge(base, base_origins, model, {k.removeprefix("model."): v for k, v in origins.items()})
+    config.merge(base, {}, model, {})
     tree["model"] = base
     for key in preset(str(name)):
         for path in [f"model.{key}", *(f"model.{key}.{sub}" for sub in _keys(base[key]))]:
@@ -185,9 +203,17 @@ def _keys(value: Any) -> list[str]:
     return list(value) if isinstance(value, dict) else []
 
 
-def _newest_of(run: Path, recipe: Recipe) -> Path | None:
+def _newest_of(run: Path, recipe: Recipe) -> Checkpoint | None:
     """Return the checkpoint this run goes on from, or None for a fresh folder."""
-    begun = store.newest(run)
+    begun, damaged = store.newest(run), store.damaged(run)
+    if begun is None and damaged:
+        raise StorageError(
+            "the run's checkpoints are damaged, all of them",
+            where=damaged[0].parent,
+            do="Copy them again, or remove the folder to start over.",
+        )
+    for path in damaged:
+        logger.warning("warning: %s is damaged and passed over", path)
     if begun is None:
         return None
     if not recipe.checkpoint.resume:
@@ -204,40 +230,21 @@ def _newest_of(run: Path, recipe: Recipe) -> Path | None:
             where=recipe.run,
             do="Choose another `run`, or give the old values back.",
         )
-    return begun
+    return before
 
 
-def _initial_config(source: Path) -> ModelConfig:
-    if not source.is_dir():
-        raise ConfigError("no such folder", where="init_from", got=str(source))
-    if store.newest(source) or store.is_checkpoint(source):
-        return store.open_checkpoint(source).config
-    return transformers.read_config(source)
-
-
-def _initial_model(recipe: Recipe, shape: ModelConfig, resumed: bool) -> Transformer:
-    """Return the model before training; a run that is resumed will be filled from its checkpoint."""
-    path = recipe.runtime.attention
-    if resumed or recipe.init_from is None:
-        return build(shape, recipe.seed, path=path)
-    source = Path(recipe.init_from)
-    if store.newest(source) or store.is_checkpoint(source):
-        checkpoint = store.open_checkpoint(source)
-        model = build(shape, recipe.seed, path=path)
-        checkpoint.load({f"model.{name}": p.detach() for name, p in model.named_parameters()})
-        logger.info("weights from %s (step %d)", checkpoint.path, checkpoint.step)
-        return model
-    model = transformers.load(source, dtype=torch.float32)
-    model.attention_path = path
-    logger.info("weights from %s", source)
-    return model
+def _source(init_from: str | None) -> Source:
+    """Open the weights that a run starts from."""
+    if init_from is None or not Path(init_from).is_dir():
+        raise ConfigError("no such folder", where="init_from", got=init_from)
+    return open_source(init_from)
 
 
 def _check_fit(recipe: Recipe, shape: ModelConfig, loader: Loader) -> None:
-    """Check that data, model and start belong together.
+    """Check that data and model belong together.
 
     Raises:
-        ConfigError: naming the numbers or the tokenizers that differ.
+        ConfigError: naming the numbers that differ.
     """
     if loader.vocab_size > shape.vocab_size:
         raise ConfigError(
@@ -250,29 +257,42 @@ def _check_fit(recipe: Recipe, shape: ModelConfig, loader: Loader) -> None:
             got=recipe.data.seq_len,
             do="Raise model.context_length or shorten the rows.",
         )
-    if recipe.init_from is None:
-        return
-    source = Path(recipe.init_from)
-    known = store.open_checkpoint(source).config if store.newest(source) else _initial_config(source)
+
+
+def _check_memory(shape: ModelConfig, device: torch.device) -> None:
+    """Check that a model can be trained on this device at all: weights, gradients and one moment, in float32.
+
+    Raises:
+        ConfigError: naming both sizes.
+    """
+    needed, there = 12 * shape.num_parameters, runtime.peak_memory_bytes(device)[1]
+    if there and needed > there:
+        raise ConfigError(
+            f"training {quantity(shape.num_parameters)} parameters takes more than {needed / 2**30:.0f} GiB and "
+            f"{device} has {there / 2**30:.0f} GiB",
+            where="model",
+        )
+
+
+def _check_start(source: Source, shape: ModelConfig, loader: Loader) -> None:
+    """Check that the weights of `init_from` belong to model and data.
+
+    Raises:
+        ConfigError: naming the numbers or the tokenizers that differ.
+    """
+    known = source.config
     if replace(known, init=shape.init, context_length=shape.context_length) != shape:
         old, new = config.encode(known), config.encode(shape)
         differing = [f"{key}: {old[key]} there, {new[key]} here" for key in new if old[key] != new[key]]
-        raise ConfigError("has another shape than `model`: " + "; ".join(differing), where=f"init_from {source}")
-    folder = store.open_checkpoint(source).tokenizer_path if store.newest(source) else source
-    if folder is not None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        there = Tokenizer.load(folder).fingerprint
-        if there != loader.fingerprint:
-            raise ConfigError(
-                f"was trained with another tokenizer ({there[:12]}) than the data ({loader.fingerprint[:12]})",
-                where=f"init_from {source}",
-                do="Tokenise the data with the tokenizer of those weights.",
-            )
-
-
-def _write_facts(run: Path, recipe: Recipe) -> None:
-    """Write the resolved recipe and the versions into the run folder."""
-    storage.write_text(run / "recipe.yaml", config.dump(recipe))
-    storage.write_text(run / "versions.json", json.dumps(versions(), indent=1) + "\n")
+        raise ConfigError("has another shape than `model`: " + "; ".join(differing), where=f"init_from {source.path}")
+    tokenizer = source.talk.tokenizer
+    if tokenizer is not None and tokenizer.fingerprint != loader.fingerprint:
+        raise ConfigError(
+            f"was trained with another tokenizer ({tokenizer.fingerprint[:12]}) than the data "
+            f"({loader.fingerprint[:12]})",
+            where=f"init_from {source.path}",
+            do="Tokenise the data with the tokenizer of those weights.",
+        )
 
 
 def _announce(trainer: Trainer, peak_origin: str) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 from typing import TYPE_CHECKING, Literal
 
-from internlm.config import section
+from internlm.config import require_positive, section
 from internlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class RuntimeConfig:
     allocator: bool = True
     """On Linux CPUs: restart once with allocator settings that keep pages (also INTERNLM_ALLOCATOR=off)."""
 
+    def __post_init__(self) -> None:
+        require_positive(self, "runtime", "threads")
+
 
 def tune_allocator(wanted: bool) -> None:
     """Restart this process with tuned allocator settings, once, unless that is off, done, or of no use here."""
@@ -66,18 +70,27 @@ def available_cpus() -> int:
     return os.cpu_count() or 1  # macOS has no affinity
 
 
+def cpp_compiler() -> str | None:
+    """Return the compiler that torch.compile uses on CPUs, or None when it is missing."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+
+
 def resolve_device(config: RuntimeConfig) -> torch.device:
     """Return the device of this process.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none.
+        ConfigError: a GPU is asked for and there is none, or compilation without a compiler.
     """
     import torch
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device here", where="runtime.device", got="cuda", do="Use device: cpu.")
     name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cpu" and config.threads:
+    if config.compile and name == "cpu" and cpp_compiler() is None:
+        raise ConfigError(
+            "needs a C++ compiler", where="runtime.compile", got=True, do="Install g++ (or set CXX), or leave it off."
+        )
+    if config.threads:
         torch.set_num_threads(config.threads)
     return torch.device(name)
 

@@ -10,6 +10,8 @@ absent:
 A crash before the rename leaves a `.partial-*` folder that nobody reads and the next writer of the same name removes.
 Readers call `read_manifest`, which refuses a folder without a manifest or with a file of another size.
 
+A folder that one process works in for long (a run) is claimed by `hold` until that process ends.
+
 Limits: local file systems with atomic rename. A rename over an existing folder is not atomic on POSIX, so `replace`
 moves the old one aside first; a crash between the two renames leaves the old one under `.replaced-<pid>`.
 """
@@ -18,19 +20,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from internlm.errors import StorageError
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
+LOCK = "lock"
 FORMAT_VERSION = 1
+
+_held: dict[Path, IO[str]] = {}
+"""Lock files of the folders this process holds."""
 
 
 @dataclass
@@ -53,7 +64,7 @@ def writing(target: str | Path, kind: str, *, replace: bool = False) -> Iterator
     Raises:
         StorageError: the target exists, or the disk is full (nothing complete was touched then).
     """
-    target = Path(target)
+    target = Path(os.path.abspath(target))  # `.` has a name then
     check_free(target, kind, replace=replace)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     with explained(f"writing {target}"):
@@ -99,7 +110,12 @@ def commit(partial: Path, target: Path, kind: str, meta: dict[str, Any]) -> None
     if target.exists():
         aside = target.with_name(f"{target.name}.replaced-{os.getpid()}")
         os.rename(target, aside)
-    os.rename(partial, target)
+    try:
+        os.rename(partial, target)
+    except BaseException:
+        if aside is not None:
+            os.rename(aside, target)
+        raise
     _fsync(target.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
@@ -154,6 +170,41 @@ def is_complete(path: str | Path, kind: str) -> bool:
     return True
 
 
+def hold(folder: str | Path) -> None:
+    """Claim `folder` for this process until it ends, however it ends.
+
+    Raises:
+        StorageError: another process holds it.
+    """
+    path = Path(folder).resolve() / LOCK
+    if path in _held:
+        return
+    try:
+        import fcntl
+    except ImportError:
+        return  # Windows has no flock
+    with explained(f"opening {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  open as long as the process lives
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise StorageError(
+            f"another process works in this folder ({holder or 'it just started'})",
+            where=folder,
+            do="Wait for it, stop it, or choose another folder.",
+        ) from None
+    except OSError as error:
+        logger.warning("warning: %s cannot be locked (%s): start no second process in it", folder, error.strerror)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _held[path] = file
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a small file so that readers see the old content or the new, never a part."""
     path = Path(path)
@@ -189,10 +240,10 @@ def require_space(path: str | Path, needed_bytes: int, what: str) -> None:
 
 def remove_leftovers(target: Path) -> None:
     """Delete what crashed writers of `target` left beside it."""
-    for pattern in (f"{target.name}.partial-*", f"{target.name}.replaced-*"):
-        for path in target.parent.glob(pattern):
+    for state in ("partial", "replaced"):
+        for path in target.parent.glob(f"{glob.escape(target.name)}.{state}-*"):
             pid = path.name.rpartition("-")[2]
-            if target.exists() or "replaced" not in path.name:
+            if target.exists() or state == "partial":
                 if pid.isdigit() and int(pid) != os.getpid() and _is_alive(int(pid)):
                     continue  # another process is writing the same name right now; the later rename will lose
                 shutil.rmtree(path, ignore_errors=True)
@@ -232,6 +283,8 @@ def _load_manifest(path: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise StorageError(f"manifest.json cannot be read: {error}", where=path, do="Write it again.") from error
+    if not isinstance(manifest, dict):
+        raise StorageError("holds something else: its manifest.json is not ours", where=path)
     return manifest
 
 

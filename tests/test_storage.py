@@ -71,6 +71,54 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, damage: str) -> None:
         storage.read_manifest(tmp_path / "x", "thing")
 
 
+def test_a_manifest_of_someone_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(StorageError, match="something else"):
+        storage.read_manifest(tmp_path, "thing")
+
+
+def test_the_present_folder_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path / "x")
+    make(Path("."))
+    assert storage.is_complete(tmp_path / "x", "thing")
+
+
+def test_leftovers_are_found_whatever_the_name(tmp_path: Path) -> None:
+    (tmp_path / "run[1].partial-999999999").mkdir()
+    make(tmp_path / "run[1]")
+    assert [p.name for p in tmp_path.iterdir()] == ["run[1]"]
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "x", "old")
+    rename = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if ".partial-" in str(source):
+            raise OSError(errno.EIO, "no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(StorageError):
+        make(tmp_path / "x", "new", replace=True)
+    assert (tmp_path / "x" / "a.txt").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_held_folder_is_refused_to_other_processes_until_its_holder_dies(tmp_path: Path) -> None:
+    code = f"from internlm import storage; storage.hold({str(tmp_path)!r}); print('held', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(StorageError, match=rf"another process works in this folder \(process {holder.pid} on "):
+        storage.hold(tmp_path)
+    holder.kill()
+    holder.communicate()
+    storage.hold(tmp_path)
+    storage.hold(tmp_path)  # the holder may claim it again
+
+
 def test_flipped_bits_are_found_by_verify(tmp_path: Path) -> None:
     make(tmp_path / "x")
     (tmp_path / "x" / "a.txt").write_text("jello")

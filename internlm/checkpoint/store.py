@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from internlm import config as recipes
 from internlm import storage
-from internlm.config import section
-from internlm.errors import ConfigError, StorageError
+from internlm.config import require_positive, section
+from internlm.errors import StorageError
 from internlm.model.config import ModelConfig
 from internlm.text.tokenizer import Tokenizer
 
@@ -54,10 +54,7 @@ class CheckpointConfig:
     """Whether a run folder with a checkpoint is continued; false: such a folder is an error."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "keep_last"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError("must be at least 1", where=f"checkpoint.{name}", got=value)
+        require_positive(self, "checkpoint", "every_steps", "keep_last")
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,9 @@ class Checkpoint:
         """Fill the given tensors, in place.
 
         Raises:
-            StorageError: a name is not in the checkpoint, or has another shape.
+            StorageError: a name is not in the checkpoint, or has another shape; or a file is damaged.
         """
+        storage.verify(self.path)
         known = self._metadata()
         for name, tensor in into.items():
             facts = known.get(name)
@@ -104,7 +102,12 @@ class Checkpoint:
             load_tensors(into, storage_reader=FileSystemReader(self.path / "tensors"), no_dist=True)
 
     def tensors(self, prefix: str = "model.") -> Iterator[tuple[str, Tensor]]:
-        """Yield (name without prefix, tensor) one at a time, so that only one is in memory."""
+        """Yield (name without prefix, tensor) one at a time, so that only one is in memory.
+
+        Raises:
+            StorageError: a file is damaged.
+        """
+        storage.verify(self.path)
         for name, facts in self._metadata().items():
             if name.startswith(prefix):
                 tensor = torch.empty(facts.size, dtype=facts.properties.dtype)
@@ -112,6 +115,10 @@ class Checkpoint:
                     reader = FileSystemReader(self.path / "tensors")
                     load_tensors({name: tensor}, storage_reader=reader, no_dist=True)
                 yield name.removeprefix(prefix), tensor
+
+    def holds(self, name: str) -> bool:
+        """Return whether there is a tensor of this name."""
+        return name in self._metadata()
 
     def _metadata(self) -> dict[str, TensorStorageMetadata]:
         entries = FileSystemReader(self.path / "tensors").read_metadata().state_dict_metadata
@@ -135,6 +142,8 @@ def save(
     """
     needed = sum(t.numel() * t.element_size() for t in tensors.values())
     storage.require_space(path, needed + (1 << 20), f"checkpoint {path.name}")
+    if path.is_dir() and not is_checkpoint(path):
+        shutil.rmtree(path)  # damaged: the run went back to an earlier one and is here again
     with storage.writing(path, KIND, replace=True) as folder:
         writer = FileSystemWriter(folder.path / "tensors", sync_files=False)  # storage.writing syncs every file
         try:
@@ -185,12 +194,25 @@ def newest(run: str | Path) -> Path | None:
 
 def listed(run: str | Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
+    return [path for path in _steps(run) if is_checkpoint(path)]
+
+
+def damaged(run: str | Path) -> list[Path]:
+    """Return the checkpoints of a run that are newer than the newest complete one, oldest first."""
+    damaged: list[Path] = []
+    for path in _steps(run):
+        damaged = [] if is_checkpoint(path) else [*damaged, path]
+    return damaged
+
+
+def _steps(run: str | Path) -> list[Path]:
+    """Return the checkpoint folders of a run, complete or not, oldest first."""
     run = Path(run)
     folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     if not folder.is_dir():
         return []
     found = {int(match[1]): path for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))}
-    return [found[step] for step in sorted(found) if is_checkpoint(found[step])]
+    return [found[step] for step in sorted(found)]
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -199,8 +221,13 @@ def path_of(run: Path, step: int) -> Path:
 
 
 def retain(run: Path, keep_last: int) -> None:
-    """Remove all complete checkpoints but the newest `keep_last`; unfinished ones are not touched."""
-    for path in listed(run)[: -max(1, keep_last)]:
+    """Remove everything older than the newest `keep_last` complete checkpoints; what is newer is not touched."""
+    kept = listed(run)[-max(1, keep_last) :]
+    if not kept:
+        return
+    for path in _steps(run):
+        if path == kept[0]:
+            return
         # The manifest goes first: a removal that is cut short leaves something nobody reads.
         (path / storage.MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)

@@ -64,7 +64,7 @@ def _run(words: list[str]) -> int:
         prog=f"internlm {verb}", description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    arguments = parser.parse_args(words[1:])
+    arguments = parse(parser, words[1:])
     from internlm import log
 
     log.setup()
@@ -72,6 +72,14 @@ def _run(words: list[str]) -> int:
     if sys.stdout is not None:
         sys.stdout.flush()  # a disk that is full says so here, not after the exit code
     return code
+
+
+def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """Return the arguments; `key=value` may stand before and after options."""
+    try:
+        return parser.parse_intermixed_args(words)
+    except TypeError:  # argparse knows no mixture where there are verbs below the verb
+        return parser.parse_args(words)
 
 
 def _overview() -> str:

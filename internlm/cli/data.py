@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from internlm.text.tokenizer import Tokenizer
 
 DESCRIPTION = """Build, tokenise and look at training data.
 
@@ -30,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokenize.add_argument("--format", choices=("text", "document", "messages"), help="told from the files by default")
     tokenize.add_argument("--text-key", default="text", help="key of a document's text (text)")
     tokenize.add_argument("--template", help="chat template for conversations")
-    tokenize.add_argument("--workers", type=int, help="processes (one per core)")
+    tokenize.add_argument("--workers", type=_positive, help="processes (one per core)")
     tokenize.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what becomes of bad records")
     tokenize.add_argument("--force", action="store_true", help="replace existing shards")
     inspect = verbs.add_parser("inspect", help="show facts of shards, and one document with what is trained on")
@@ -39,6 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export = verbs.add_parser("export", help="turn shards back into text")
     export.add_argument("shards", help="folder of shards")
     export.add_argument("--out", required=True, help=".jsonl file to write")
+
+
+def _positive(text: str) -> int:
+    """Return a number of at least 1; argparse says what is wrong with any other."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -77,6 +91,8 @@ def _tokenize(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
     from internlm.data.shards import Shards
     from internlm.errors import DataError
     from internlm.text.tokenizer import Tokenizer
@@ -87,7 +103,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     print(f"documents    {shards.num_documents:,}")
     print(f"tokens       {shards.num_tokens:,}, of them trained on {trained:,} ({trained / shards.num_tokens:.1%})")
     print(f"bytes        {shards.num_bytes:,} ({shards.num_bytes / shards.num_tokens:.3f} per token)")
-    print(f"lengths      median {sorted(lengths)[len(lengths) // 2]}, longest {max(lengths)}")
+    print(f"lengths      median {np.sort(lengths)[len(lengths) // 2]}, longest {lengths.max()}")
     print(f"tokenizer    {shards.vocab_size} ids, {shards.fingerprint[:12]}, in {shards.tokenizer_path}")
     print(f"template     {shards.template or 'none: plain documents'}")
     if arguments.document is None:
@@ -100,14 +116,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _marked(tokenizer: object, ids: list[int], mask: object) -> str:
+def _marked(tokenizer: Tokenizer, ids: list[int], mask: Iterable[int] | None) -> str:
     """Return a document's text with its trained stretches marked, in green on a terminal."""
     before, after = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    trained = [True] * len(ids) if mask is None else [bool(m) for m in mask]  # type: ignore[attr-defined]
+    trained = [True] * len(ids) if mask is None else [bool(m) for m in mask]
     text, start = "", 0
     for i in range(1, len(ids) + 1):
         if i == len(ids) or trained[i] != trained[start]:
-            part = tokenizer.decode(ids[start:i])  # type: ignore[attr-defined]
+            part = tokenizer.decode(ids[start:i])
             text += f"{before}⟦{part}⟧{after}" if trained[start] else part
             start = i
     return text
@@ -116,17 +132,28 @@ def _marked(tokenizer: object, ids: list[int], mask: object) -> str:
 def _export(arguments: argparse.Namespace) -> int:
     from internlm import storage
     from internlm.data.shards import Shards
+    from internlm.log import progress
     from internlm.text.tokenizer import Tokenizer
 
     shards = Shards.open(arguments.shards)
     tokenizer = Tokenizer.load(shards.tokenizer_path)
-    ends = {tokenizer.bos_id, tokenizer.eos_id}
-    lines = []
-    for index in range(shards.num_documents):
-        ids = shards.document(index)[0].tolist()
-        if shards.template is None:  # the ends that tokenisation added
-            ids = ids[ids[0] in ends : len(ids) - (ids[-1] in ends)]
-        lines.append(json.dumps({"text": tokenizer.decode(ids)}, ensure_ascii=False) + "\n")
-    storage.write_text(arguments.out, "".join(lines))
-    print(f"{arguments.out}: {len(lines):,} documents")
+    added = (0, 0)  # the ends that tokenisation put around documents
+    if shards.template is None:
+        added = (shards.facts["bos_id"] is not None, shards.facts["eos_id"] is not None)
+    out = Path(arguments.out)
+    beside = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    with storage.explained(f"writing {out}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(beside, "w", encoding="utf-8") as file:
+                for index in progress(range(shards.num_documents), "exporting", unit="documents"):
+                    ids = shards.document(index)[0].tolist()
+                    text = tokenizer.decode(ids[added[0] : len(ids) - added[1]])
+                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, out)
+        finally:
+            beside.unlink(missing_ok=True)
+    print(f"{out}: {shards.num_documents:,} documents")
     return 0

@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
 import sys
 
 DESCRIPTION = """Show versions, devices, which attention and compile paths are active, and what is missing.
@@ -70,7 +69,7 @@ def _devices() -> None:
 def _paths() -> None:
     import torch
 
-    from internlm import compat
+    from internlm import compat, runtime
     from internlm.model import attention
 
     ids = torch.tensor([[0, 0, 1, 1]])
@@ -82,7 +81,7 @@ def _paths() -> None:
         "linear cpu",
         "oneDNN" if compat.has_onednn_linear() else "default: torch has no oneDNN here, products are slower",
     )
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    compiler = runtime.cpp_compiler()
     if compiler:
         _row("compile", f"available (runtime.compile=true; off by default), {compiler}")
     else:

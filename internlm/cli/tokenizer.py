@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vocab-size", required=True, type=int, metavar="N", help="ids in all, bytes and special tokens too"
     )
     train.add_argument("--text-key", default="text", metavar="KEY", help="the text's key in .jsonl (default: text)")
+    train.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what becomes of bad records")
     train.add_argument("--force", action="store_true", help="replace a tokenizer that is there already")
     inspect = actions.add_parser("inspect", help="show a tokenizer, and what it makes of a text")
     inspect.add_argument("tokenizer", help="a .model file, a tokenizer.json, or a folder with one of them")
@@ -38,10 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from internlm.text import training
 
-    made = training.train_to_folder(
-        _texts(arguments.input, arguments.text_key), arguments.out, arguments.vocab_size, replace=arguments.force
-    )
-    facts = training.report(made, _texts(arguments.input, arguments.text_key))
+    made = training.train_to_folder(_texts(arguments), arguments.out, arguments.vocab_size, replace=arguments.force)
+    facts = training.report(made, _texts(arguments))
     print(
         f"{arguments.out}: {made.vocab_size:,} ids; {facts['bytes']:,} bytes of training text give "
         f"{facts['tokens']:,} tokens ({facts['bytes_per_token']:.2f} bytes per token, "
@@ -50,13 +49,13 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _texts(paths: list[str], text_key: str) -> Iterator[str]:
+def _texts(arguments: argparse.Namespace) -> Iterator[str]:
     from internlm.data.formats import read_documents
     from internlm.log import Progress
 
     with Progress("reading", None, "documents") as shown:
-        for path in paths:
-            for document in read_documents(path, format=None, text_key=text_key):
+        for path in arguments.input:
+            for document in read_documents(path, None, arguments.text_key, arguments.on_error):
                 yield document.text
                 shown.advance()
 

@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         runtime.tune_allocator(_wants_allocator(arguments))
     from internlm import recipe as recipes
+    from internlm.checkpoint import store
 
     loaded = recipes.load(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
@@ -43,7 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         trainer.fit()
     except KeyboardInterrupt:
-        logger.info("stopped at step %d; the same command goes on from the newest checkpoint", trainer.progress.step)
+        newest = store.newest(trainer.run)
+        goes_on = "starts over: no checkpoint yet" if newest is None else f"goes on from {newest}"
+        logger.info("stopped at step %d; the same command %s", trainer.progress.step, goes_on)
         raise
     folder = Path(loaded.value.run)
     logger.info("done: %s (checkpoints/, metrics.jsonl, loss.png, recipe.yaml)", folder)
@@ -60,4 +63,6 @@ def _wants_allocator(arguments: argparse.Namespace) -> bool:
     except InternLMError:
         return False  # the full load will say what is wrong, without a restart
     section = tree.get("runtime") or {}
+    if not isinstance(section, dict):
+        return False
     return not (section.get("allocator") is False or section.get("device") == "cuda")

@@ -36,7 +36,7 @@ from typing import Any
 
 from internlm import storage
 from internlm.data.formats import Document
-from internlm.errors import DataError
+from internlm.errors import ConfigError, DataError
 
 KIND = "corpus"
 MAX_BYTES = 500_000
@@ -65,19 +65,25 @@ def build(out: str | Path, *, validation_ratio: float = 0.05, seed: int = 1, rep
 
     Args:
         out: the folder.
-        validation_ratio: share of the bytes that is held out.
+        validation_ratio: share of the bytes that is held out, between 0 and 1.
         seed: decides which modules are held out.
         replace: whether an existing corpus may be replaced.
 
     Raises:
-        DataError: this Python has no sources of its library. StorageError: the folder exists, or the disk is full.
+        ConfigError: the share leaves no text on one side. DataError: this Python has no sources of its library.
+        StorageError: the folder exists, or the disk is full.
     """
+    if not 0 < validation_ratio < 1:
+        raise ConfigError("must lie between 0 and 1", where="validation ratio", got=validation_ratio)
     storage.check_free(out, KIND, replace=replace)
     documents = list(library())
     held_out = choose_modules(documents, validation_ratio, seed)
     sides: dict[str, list[Document]] = {"train": [], "validation": []}
     for document in documents:
         sides["validation" if module_of(document) in held_out else "train"].append(document)
+    for side, members in sides.items():
+        if not members:
+            raise ConfigError(f"leaves no module for {side}", where="validation ratio", got=validation_ratio)
     definitions = unambiguous(documents, held_out)
     questions = ask(definitions)
     with storage.writing(out, KIND, replace=replace) as folder:
@@ -105,9 +111,9 @@ def library() -> Iterator[Document]:
         relative = path.relative_to(root)
         if _LEFT_OUT.intersection(relative.parts) or path.name.startswith("_sysconfigdata"):
             continue
-        if path.stat().st_size > MAX_BYTES:
-            continue
         try:
+            if path.stat().st_size > MAX_BYTES:
+                continue
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue  # a broken link of the distribution, or a source in another encoding

@@ -5,21 +5,25 @@
     corpus.json                          a list of JSON objects
 
 A record is told by its keys: `messages` makes a conversation (OpenAI's form), anything else a document under
-`text_key`. Every complaint names file and line. Nothing is passed over in silence.
+`text_key`. A file of another ending is one document, unless the format of its records is given: then it holds lines.
+Every complaint names file and line. Nothing is passed over in silence. A byte order mark is no part of a text.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
 import logging
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from internlm.errors import DataError
+from internlm.log import warn_once
 from internlm.text.chat import Message
 
 logger = logging.getLogger(__name__)
@@ -49,6 +53,8 @@ class Conversation:
     """Messages, of which the assistant's are learned."""
 
     messages: tuple[Message, ...]
+    source: str = field(default="", compare=False)
+    """Its file and line, for error messages."""
 
     @property
     def num_bytes(self) -> int:
@@ -58,6 +64,29 @@ class Conversation:
 
 Sample = Document | Conversation
 Record = dict[str, Any]
+
+
+@dataclass
+class BadRecords:
+    """What becomes of the bad records of one file: an error, or left out and counted."""
+
+    path: str
+    on_error: OnError = "raise"
+    count: int = 0
+    """How many were left out."""
+
+    def add(self, error: DataError) -> None:
+        """Raise the error, or count one record more as left out."""
+        if self.on_error == "raise":
+            raise error
+        if not self.count:
+            logger.warning("warning: skipping: %s", error)
+        self.count += 1
+
+    def report(self) -> None:
+        """Say how many records were left out, if any."""
+        if self.count:
+            logger.warning("warning: %s: %d bad records left out", self.path, self.count)
 
 
 @dataclass(frozen=True)
@@ -90,17 +119,19 @@ def _document(record: Record, text_key: str, where: str) -> Document:
 def _messages(record: Record, text_key: str, where: str) -> Conversation:
     turns = record.get("messages")
     if not isinstance(turns, list) or not turns:
-        raise DataError("'messages' is not a list of at least one message", where=where, got=turns)
+        raise DataError("'messages' is not a list of at least one message", where=where, got=type(turns).__name__)
     messages = []
     for number, turn in enumerate(turns):
         place = f"{where}, message {number}"
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise DataError("a message is an object with 'role' and 'content'", where=place, got=turn)
+            raise DataError("a message is an object with 'role' and 'content'", where=place, got=_shown(turn))
         for key in ("role", "content"):
             if not isinstance(turn[key], str):
                 raise DataError(f"{key!r} is {type(turn[key]).__name__}, not a string", where=place)
+        for key in turn.keys() - {"role", "content"}:
+            warn_once(logger, f"{place}: {key!r} of a message has no effect")
         messages.append(Message(turn["role"], turn["content"]))
-    return Conversation(tuple(messages))
+    return Conversation(tuple(messages), where)
 
 
 RECORDS: dict[str, Callable[[Record, str, str], Sample]] = {"document": _document, "messages": _messages}
@@ -108,7 +139,7 @@ FORMATS = ("text", *RECORDS)
 
 
 def find_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """Return the input files; folders are searched through, in order of name.
+    """Return the input files, each once; folders are searched through, in order of name.
 
     Raises:
         DataError: an input does not exist, or a folder holds nothing readable.
@@ -116,69 +147,86 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for given in map(Path, inputs):
         if given.is_dir():
-            found = sorted(p for p in given.rglob("*") if p.is_file() and _is_readable(p))
-            if not found:
+            found = sorted(p for p in given.rglob("*") if p.is_file())
+            readable = [p for p in found if _ending(p) in (*_LINES, ".json", *_TEXT)]
+            if not readable:
                 raise DataError("holds no text or JSON files", where=given, do="Endings: .jsonl .json .txt .md .py …")
-            files += found
+            others = sorted(set(found) - set(readable))
+            if others:
+                logger.warning("warning: %d files of other kinds are left out, such as %s", len(others), others[0])
+            files += readable
         elif given.is_file():
             files.append(given)
         else:
             raise DataError("no such file or folder", where=given)
-    return files
+    unique = {file.resolve(): file for file in files}
+    if len(unique) < len(files):
+        logger.warning("warning: %d files were given more than once; each is read once", len(files) - len(unique))
+    return list(unique.values())
 
 
 def read_samples(
     path: str | Path, format: str | None = None, text_key: str = "text", on_error: OnError = "raise"
 ) -> Iterator[Sample]:
-    """Yield every sample of a file or folder; arguments as for `read_piece`.
+    """Yield every sample of a file or folder.
+
+    Args:
+        path: file or folder.
+        format, text_key: as for `read_piece`.
+        on_error: "skip" leaves bad records out, counts them, and says so at the end of each file.
 
     Raises:
         DataError: something is missing, damaged or of a wrong type; with its place.
     """
     for file in find_files([path]):
-        yield from read_piece(Piece(str(file)), format, text_key, on_error)
+        bad = BadRecords(str(file), on_error)
+        yield from read_piece(Piece(str(file)), format, text_key, bad)
+        bad.report()
 
 
-def read_documents(path: str | Path, format: str | None = None, text_key: str = "text") -> Iterator[Document]:
-    """Yield every document of a file or folder; a conversation gives one document per message."""
-    for sample in read_samples(path, format, text_key):
+def read_documents(
+    path: str | Path, format: str | None = None, text_key: str = "text", on_error: OnError = "raise"
+) -> Iterator[Document]:
+    """Yield every document of a file or folder; a conversation gives one document per message. See `read_samples`."""
+    for sample in read_samples(path, format, text_key, on_error):
         if isinstance(sample, Document):
             yield sample
         else:
             yield from (Document(message.content) for message in sample.messages)
 
 
-def read_piece(piece: Piece, format: str | None, text_key: str, on_error: OnError = "raise") -> Iterator[Sample]:
+def read_piece(
+    piece: Piece, format: str | None = None, text_key: str = "text", bad: BadRecords | None = None
+) -> Iterator[Sample]:
     """Yield the samples of one piece.
 
     Args:
         piece: what to read.
         format: one of FORMATS, or None to tell it from the file's ending and each record's keys.
         text_key: key of a document's text.
-        on_error: "skip" leaves bad records out, counts them, and says so at the end.
+        bad: where bad records go; None: the first ends the reading.
+
+    Raises:
+        DataError: the file is damaged, or a record is bad and not to be left out.
     """
     if format is not None and format not in FORMATS:
         raise DataError("no such format", got=format, allowed=FORMATS)
-    skipped = 0
+    bad = bad or BadRecords(piece.path)
     for where, record in _records(piece, format):
         try:
             if isinstance(record, DataError):
                 raise record
-            yield record if isinstance(record, Document) else _to_sample(record, format, text_key, where)
+            sample = record if isinstance(record, Document) else _to_sample(record, format, text_key, where)
         except DataError as error:
-            if on_error == "raise":
-                raise
-            if not skipped:
-                logger.warning("warning: skipping: %s", error)
-            skipped += 1
-    if skipped:
-        logger.warning("warning: %s: %d bad records left out", piece.path, skipped)
+            bad.add(error)
+        else:
+            yield sample
 
 
-def cut_lines(path: Path, target_bytes: int) -> list[Piece]:
-    """Cut a file of JSON lines into pieces of about `target_bytes`, on line ends. Packed files stay whole."""
+def cut(path: Path, format: str | None, target_bytes: int) -> list[Piece]:
+    """Cut a file of JSON lines into pieces of about `target_bytes`, on line ends. Other and packed files stay whole."""
     size = path.stat().st_size
-    if path.suffix not in _LINES or size <= target_bytes:
+    if _layout(path, format) != "lines" or path.suffix.lower() in _PACKED or size <= target_bytes:
         return [Piece(str(path))]
     pieces, start, line = [], 0, 1
     with open(path, "rb") as file:
@@ -192,9 +240,26 @@ def cut_lines(path: Path, target_bytes: int) -> list[Piece]:
     return pieces
 
 
-def _is_readable(path: Path) -> bool:
-    name = path.with_suffix("") if path.suffix in _PACKED else path
-    return name.suffix in (*_LINES, ".json", *_TEXT)
+def _ending(path: Path) -> str:
+    """Return the ending that tells what a file holds, in lower case, whether it is packed or not."""
+    inner = path.with_suffix("") if path.suffix.lower() in _PACKED else path
+    return inner.suffix.lower()
+
+
+def _layout(path: Path, format: str | None) -> Literal["text", "list", "lines"]:
+    """Return how the records of a file are laid out."""
+    ending = _ending(path)
+    if format == "text":
+        return "text"
+    if ending == ".json":
+        return "list"
+    return "lines" if ending in _LINES or format is not None else "text"
+
+
+def _shown(value: Any) -> str:
+    """Return a JSON value in at most 80 characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def _to_sample(record: Any, format: str | None, text_key: str, where: str) -> Sample:
@@ -207,60 +272,118 @@ def _to_sample(record: Any, format: str | None, text_key: str, where: str) -> Sa
 def _records(piece: Piece, format: str | None) -> Iterator[tuple[str, Any]]:
     """Yield (place, record); a record that cannot be parsed comes as the error it raises."""
     path = Path(piece.path)
-    inner = path.with_suffix("") if path.suffix in _PACKED else path
-    if format == "text" or inner.suffix not in (*_LINES, ".json"):
-        with _open(path) as file:
-            data = file.read()
+    layout = _layout(path, format)
+    with _opened(path) as file:
+        if layout == "lines":
+            yield from _lines(piece, file)
+            return
+        data = file.read()
+    if layout == "text":
         yield str(path), _decode(data, str(path), lambda text: Document(text, str(path)))
-    elif inner.suffix == ".json":
-        with _open(path) as file:
-            data = file.read()
-        records = _decode(data, str(path), json.loads)
-        if isinstance(records, DataError):
-            yield str(path), records
-        elif not isinstance(records, list):
-            raise DataError("a .json file holds a list of records", where=path, do="For one record a line use .jsonl.")
-        else:
-            yield from ((f"{path}: record {i}", record) for i, record in enumerate(records, 1))
+        return
+    records = _decode(data, str(path), json.loads)
+    if isinstance(records, list):
+        yield from ((f"{path}: record {i}", record) for i, record in enumerate(records, 1))
+    elif isinstance(records, DataError):
+        yield str(path), records
     else:
-        yield from _lines(piece)
+        yield str(path), DataError("a .json file holds a list of records", where=path, do="One a line goes in .jsonl.")
 
 
-def _lines(piece: Piece) -> Iterator[tuple[str, Any]]:
-    path = Path(piece.path)
+def _lines(piece: Piece, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     at = piece.start
-    with _open(path) as file:
-        if piece.start:
-            file.seek(piece.start)
-        for number, line in enumerate(file, piece.first_line):
-            if piece.stop is not None and at >= piece.stop:
-                return
-            at += len(line)
-            if line.strip():
-                where = f"{path}:{number}"
-                yield where, _decode(line, where, json.loads)
+    if piece.start:
+        file.seek(piece.start)
+    for number, line in enumerate(file, piece.first_line):
+        if piece.stop is not None and at >= piece.stop:
+            return
+        at += len(line)
+        if line.strip():
+            where = f"{piece.path}:{number}"
+            yield where, _decode(line, where, json.loads)
 
 
 def _decode(data: bytes, where: str, parse: Callable[[str], Any]) -> Any:
     """Return what `parse` makes of the bytes, or the error that says why not."""
     try:
-        return parse(data.decode("utf-8"))
+        return parse(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return DataError(f"is not UTF-8: {error.reason} at byte {error.start}", where=where)
     except json.JSONDecodeError as error:
-        cut = error.pos >= len(error.doc.rstrip()) - 1 or "Unterminated" in error.msg
-        what = "the JSON is cut short" if cut else f"is not JSON: {error.msg} at column {error.pos + 1}"
+        at_end = error.pos >= len(error.doc.rstrip()) - 1 and not error.msg.startswith("Extra data")
+        cut = at_end or "Unterminated" in error.msg
+        what = "the JSON is cut short" if cut else f"is not JSON: {error.msg} at column {error.colno}"
         return DataError(what, where=where, got=error.doc.strip()[-40:], do="Mend the line, or pass --on-error skip.")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        return DataError(f"is JSON that cannot be read: {error}", where=where, do="Mend it, or pass --on-error skip.")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file, unpacking it by its ending; whatever is wrong with it names it.
+
+    Raises:
+        DataError: it cannot be read, or a packed file is damaged or ends too early.
+    """
+    try:
+        with _open(path) as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"is damaged: {error}", where=path, do="Copy or download it again.") from error
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", where=path) from error
 
 
 def _open(path: Path) -> IO[bytes]:
-    """Open a file, unpacking it by its ending."""
-    if path.suffix == ".gz":
+    packing = path.suffix.lower()
+    if packing == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
+    if packing == ".zst":
+        return io.BufferedReader(_Zstandard(path), 1 << 17)
+    return open(path, "rb")
+
+
+class _Zstandard(io.RawIOBase):
+    """The unpacked bytes of a .zst file of any number of frames.
+
+    The library's own reader takes a file that ends inside a frame for a whole one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115  closed by close()
         try:
             import zstandard
         except ImportError:
             raise DataError("zstandard is needed to read it", where=path, do="pip install 'internlm[data]'") from None
-        return io.BufferedReader(zstandard.open(path, "rb"))
-    return open(path, "rb")
+        self._library = zstandard
+        self._frame: Any = None
+        self._packed, self._unpacked = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        """Return that it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer; return how many bytes went in, 0 at the end."""
+        while not self._unpacked:
+            self._packed = self._packed or self._file.read(1 << 14)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            try:
+                self._unpacked = memoryview(self._frame.decompress(self._packed))
+            except self._library.ZstdError as error:
+                raise EOFError(str(error)) from error
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._unpacked))
+        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
+        return size
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()

@@ -21,6 +21,7 @@ from internlm.data.mixture import Mixture, SourceConfig
 from internlm.data.pack import PackedRow, Packing, PackKind, shuffled
 from internlm.data.shards import Shards
 from internlm.errors import ConfigError, DataError
+from internlm.log import warn_once
 from internlm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class DataConfig:
             raise ConfigError("needs at least one source", where="data.train")
         if self.seq_len < 2:
             raise ConfigError("must be at least 2", where="data.seq_len", got=self.seq_len)
+        if self.seed < 0:
+            raise ConfigError("must be 0 or more", where="data.seed", got=self.seed)
         given = [source.weight is not None for source in self.train.values()]
         if any(given) and not all(given):
             raise ConfigError("give every source a weight, or none", where="data.train")
@@ -58,11 +61,7 @@ class Source:
         self.name, self.data = name, data
         self.shards = Shards.open(config.path)
         self.rewind()
-        if self.packing.truncated_tokens:
-            logger.warning(
-                "warning: source %s: %d tokens beyond data.seq_len %d are cut off",
-                name, self.packing.truncated_tokens, data.seq_len,
-            )  # fmt: skip
+        _tell_truncated(name, self.packing)
 
     def row(self, number: int) -> PackedRow:
         """Return the row with this number, counted from the start of the run; numbers must not fall below an epoch."""
@@ -110,6 +109,9 @@ class Loader:
                     where="data",
                     do="Tokenise all sources with the same tokenizer.",
                 )
+        templates = {source.name: source.shards.template for source in self._sources if source.shards.template}
+        if len(set(templates.values())) > 1:
+            logger.warning("warning: chat templates differ between sources: %s; the first is kept", templates)
         self._mixture = self._fresh_mixture()
 
     @property
@@ -152,6 +154,8 @@ class Loader:
         """Return where the data is, as plain values that fit any number of ranks."""
         return {
             "taken": dict(zip(self.sources, self._mixture.taken, strict=True)),
+            # With other shares the mixture would first make up for all rows drawn before: many of one source alone.
+            "shares": dict(zip(self.sources, self._mixture.shares, strict=True)),
             "seed": self.config.seed,
             "seq_len": self.config.seq_len,
             "pack": self.config.pack,
@@ -199,10 +203,17 @@ def validation_batches(config: DataConfig, name: str, rows: int, limit_rows: int
     """
     shards = Shards.open(config.validation[name].path)
     packing = Packing(shards, config.seq_len, config.pack, np.arange(shards.num_documents))
+    _tell_truncated(name, packing)
     count = min(packing.num_rows, limit_rows or packing.num_rows)
     chosen = [i * packing.num_rows // count for i in range(count)]
     for first in range(0, count, rows):
         yield stack([(0, packing.row(i)) for i in chosen[first : first + rows]], (name,))
+
+
+def _tell_truncated(name: str, packing: Packing) -> None:
+    if packing.truncated_tokens:
+        lost, length = packing.truncated_tokens, packing.seq_len
+        warn_once(logger, f"source {name}: {lost} tokens beyond data.seq_len {length} are cut off")
 
 
 def label_bytes(tokenizer: Tokenizer) -> np.ndarray:

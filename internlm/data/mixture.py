@@ -6,6 +6,7 @@ every source is near its share. The whole state is how many rows each source has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from internlm.config import section
@@ -22,8 +23,8 @@ class SourceConfig:
     """Share of the rows, relative to the other sources' weights. None for all: in proportion to their tokens."""
 
     def __post_init__(self) -> None:
-        if self.weight is not None and self.weight <= 0:
-            raise ConfigError("must be positive", where=f"weight of {self.path}", got=self.weight)
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise ConfigError("must be a positive number", where=f"weight of {self.path}", got=self.weight)
 
 
 class Mixture:

@@ -81,7 +81,7 @@ class Packing:
         if self.starts is None:
             # The last token of a document is a label only; a document of one token still needs its place.
             sizes = [(int(self.order[i]), int(self.shards.lengths[self.order[i]])) for i in self.rows[index]]
-            return [(document, 0, max(1, min(length - 1, self.seq_len))) for document, length in sizes]
+            return [(document, 0, min(length, max(1, length - 1), self.seq_len)) for document, length in sizes]
         begin, end = index * self.seq_len, min((index + 1) * self.seq_len, int(self.starts[-1]))
         first = int(np.searchsorted(self.starts, begin, side="right")) - 1
         last = int(np.searchsorted(self.starts, end, side="left"))

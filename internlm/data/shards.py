@@ -11,11 +11,12 @@ How documents are spread over shard files is of no consequence to readers: `docu
 
 from __future__ import annotations
 
-import json
+import os
+from array import array
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from internlm.errors import DataError
 
 KIND = "shards"
 FORMAT = 1
+_MAX_OPEN_SHARDS = 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,16 @@ class ShardFacts:
     """UTF-8 bytes of the text."""
     trained_tokens: int
 
+    def files(self, dtype: np.dtype[Any]) -> dict[str, int]:
+        """Return the names of the shard's files and their sizes in bytes."""
+        files = {f"{self.name}.tokens": self.tokens * dtype.itemsize, f"{self.name}.offsets": 8 * (self.documents + 1)}
+        return files if self.trained_tokens == self.tokens else {**files, f"{self.name}.mask": self.tokens}
+
+    def are_whole(self, folder: Path, dtype: np.dtype[Any]) -> bool:
+        """Return whether all files are there in full length."""
+        paths = [(folder / name, size) for name, size in self.files(dtype).items()]
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
     """Return the narrowest type that holds every id."""
@@ -44,14 +56,14 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
 
 
 class ShardWriter:
-    """Writes one shard's files; `close` says what went in."""
+    """Writes one shard's files, over those of a writer that did not finish; `close` says what went in."""
 
     def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype_for(vocab_size)
-        self.file = open(folder / f"{name}.tokens", "wb")  # noqa: SIM115  closed by close()
-        self.offsets = [0]
-        self.masks: list[np.ndarray] = []
-        self.bytes = 0
+        self._tokens = open(folder / f"{name}.tokens", "wb")  # noqa: SIM115  closed by close()
+        self._mask = open(folder / f"{name}.mask", "wb")  # noqa: SIM115
+        self._offsets = array("q", [0])
+        self._trained_tokens = self._bytes = 0
 
     def add(self, ids: list[int], mask: list[bool] | None, text_bytes: int) -> None:
         """Append one document.
@@ -61,20 +73,25 @@ class ShardWriter:
             mask: which of them are trained on; None: all.
             text_bytes: UTF-8 bytes of its text.
         """
-        self.file.write(np.asarray(ids, dtype=self.dtype).tobytes())
-        self.offsets.append(self.offsets[-1] + len(ids))
-        self.masks.append(np.ones(len(ids), np.uint8) if mask is None else np.asarray(mask, np.uint8))
-        self.bytes += text_bytes
+        self._tokens.write(np.asarray(ids, dtype=self.dtype).tobytes())
+        self._mask.write(b"\1" * len(ids) if mask is None else bytes(mask))
+        self._offsets.append(self._offsets[-1] + len(ids))
+        self._trained_tokens += len(ids) if mask is None else sum(mask)
+        self._bytes += text_bytes
 
     def close(self) -> ShardFacts:
-        """Finish the files."""
-        self.file.close()
-        np.asarray(self.offsets, dtype="<i8").tofile(self.folder / f"{self.name}.offsets")
-        mask = np.concatenate(self.masks) if self.masks else np.zeros(0, np.uint8)
-        trained = int(mask.sum())
-        if trained != len(mask):
-            mask.tofile(self.folder / f"{self.name}.mask")
-        return ShardFacts(self.name, self.offsets[-1], len(self.offsets) - 1, self.bytes, trained)
+        """Finish the files and see them onto the disk."""
+        with open(self.folder / f"{self.name}.offsets", "wb") as file:
+            file.write(np.asarray(self._offsets, dtype="<i8").tobytes())
+            _finish(file)
+        facts = ShardFacts(
+            self.name, self._offsets[-1], len(self._offsets) - 1, self._bytes, trained_tokens=self._trained_tokens
+        )
+        _finish(self._tokens)
+        _finish(self._mask)
+        if facts.trained_tokens == facts.tokens:
+            (self.folder / f"{self.name}.mask").unlink()
+        return facts
 
 
 def meta(
@@ -103,6 +120,8 @@ class Shards:
         self.dtype = np.dtype(facts["dtype"])
         ends = np.cumsum([0] + [shard.documents for shard in self.shards])
         self._first_document = ends
+        # A map keeps its file open, and a process may open 1,024: a corpus of more shards is opened as it is needed.
+        self._files = lru_cache(_MAX_OPEN_SHARDS)(self._open_files)
 
     @classmethod
     def open(cls, path: str | Path) -> Shards:
@@ -117,9 +136,8 @@ class Shards:
             raise DataError("is of another shard format", where=path, got=facts.get("format"), allowed=[FORMAT])
         shards = cls(path, facts)
         for shard in shards.shards:
-            size = (path / f"{shard.name}.tokens").stat().st_size
-            if size != shard.tokens * shards.dtype.itemsize:
-                raise DataError(f"shard {shard.name} has {size} bytes for {shard.tokens} tokens", where=path)
+            if not shard.are_whole(path, shards.dtype):
+                raise DataError(f"shard {shard.name} has not the files of {shard.tokens} tokens", where=path)
         if not shards.num_tokens:
             raise DataError("holds no tokens", where=path)
         return shards
@@ -168,25 +186,24 @@ class Shards:
         """Return (ids [n], mask [n] or None) of a document, as views of the files."""
         shard = int(np.searchsorted(self._first_document, index, side="right")) - 1
         start, stop = self._offsets[shard][index - self._first_document[shard] :][:2]
-        tokens, mask = self._files[shard]
+        tokens, mask = self._files(shard)
         return tokens[start:stop], None if mask is None else mask[start:stop]
 
     @cached_property
     def _offsets(self) -> list[np.ndarray]:
         return [np.fromfile(self.path / f"{shard.name}.offsets", dtype="<i8") for shard in self.shards]
 
-    @cached_property
-    def _files(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        files: list[tuple[np.ndarray, np.ndarray | None]] = []
-        for shard in self.shards:
-            # numpy refuses to map an empty file
-            tokens = np.memmap(self.path / f"{shard.name}.tokens", self.dtype, "r") if shard.tokens else np.zeros(0)
-            mask_path = self.path / f"{shard.name}.mask"
-            mask = np.memmap(mask_path, np.uint8, "r") if mask_path.exists() else None
-            files.append((tokens, mask))
-        return files
+    def _open_files(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        shard = self.shards[index]
+        if not shard.tokens:
+            return np.zeros(0, self.dtype), None  # numpy refuses to map an empty file
+        tokens = np.memmap(self.path / f"{shard.name}.tokens", self.dtype, "r")
+        is_masked = shard.trained_tokens != shard.tokens
+        return tokens, np.memmap(self.path / f"{shard.name}.mask", np.uint8, "r") if is_masked else None
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """Return a small JSON file written beside a shard."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def _finish(file: IO[bytes]) -> None:
+    """Close a file when its content is on the disk, so that what is written later cannot outlive it in a crash."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

@@ -11,27 +11,28 @@ depend on the number of workers.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from internlm import runtime, storage
 from internlm.data import shards
-from internlm.data.formats import Document, OnError, Piece, Sample, cut_lines, find_files, read_piece
+from internlm.data.formats import BadRecords, Document, OnError, Piece, Sample, cut, find_files, read_piece
 from internlm.data.shards import ShardFacts, ShardWriter
 from internlm.errors import DataError
 from internlm.log import Progress
 from internlm.text.chat import render
-from internlm.text.templates import get_template
+from internlm.text.templates import Template, get_template
 from internlm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -78,132 +79,176 @@ def tokenize(
         replace: whether an existing folder of shards may be replaced.
 
     Raises:
-        DataError: an input is missing, empty or damaged. StorageError: the output exists, or the disk is full.
+        DataError: an input is missing, empty or damaged. StorageError: the output exists, another process is
+            writing it, or the disk is full.
     """
     out = Path(out)
     storage.check_free(out, shards.KIND, replace=replace)
     tokenizer = Tokenizer.load(options.tokenizer)
-    if options.template is not None:
-        get_template(options.template)  # a misspelt name fails now, not in a worker
+    template = None if options.template is None else get_template(options.template)
     for role, found in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
         if found is None:
             logger.warning("warning: the tokenizer has no %s token: documents will not have one", role)
-    units = _cut(find_files(inputs), unit_bytes)
-    unfinished = out.with_name(out.name + ".unfinished")
-    with storage.explained(f"writing {unfinished}"):
-        unfinished.mkdir(parents=True, exist_ok=True)
-    cards = [_card(unit, options, tokenizer) for unit in units]
-    facts = _run(units, cards, unfinished, options, tokenizer.fingerprint, workers or runtime.available_cpus())
+    units = _cut(_without_output(find_files(inputs), out), options.format, unit_bytes)
+    work = _Work(out.with_name(out.name + ".unfinished"), options, tokenizer, template)
+    with storage.explained(f"writing {work.folder}"):
+        work.folder.mkdir(parents=True, exist_ok=True)
+    storage.hold(work.folder)
+    facts = _run(units, work, workers or runtime.available_cpus())
     if not any(shard.documents for shard in facts):
         raise DataError("the input holds no documents", where=", ".join(map(str, inputs)))
+    if template is not None and all(shard.trained_tokens == shard.tokens for shard in facts):
+        logger.warning("warning: template %s has no effect: the input holds no conversations", template.name)
+        template = None
     meta = shards.meta(
         facts,
         vocab_size=tokenizer.vocab_size,
         fingerprint=tokenizer.fingerprint,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
-        template=options.template,
+        template=None if template is None else template.name,
     )
     with storage.writing(out, shards.KIND, replace=replace) as folder:
-        for shard in facts:
-            for path in unfinished.glob(f"{shard.name}.*"):
-                if path.suffix != ".json":
-                    _link(path, folder.path / path.name)
+        for name in (name for shard in facts for name in shard.files(shards.dtype_for(tokenizer.vocab_size))):
+            _link(work.folder / name, folder.path / name)
         (folder.path / "tokenizer").mkdir()
         tokenizer.save(folder.path / "tokenizer")
         folder.meta.update(meta)
-    shutil.rmtree(unfinished)
+    shutil.rmtree(work.folder)
     return meta
 
 
-def _run(
-    units: list[list[Piece]], cards: list[str], folder: Path, options: Options, fingerprint: str, workers: int
-) -> list[ShardFacts]:
+@dataclass(frozen=True)
+class _Work:
+    """What all units share; sent to each worker once."""
+
+    folder: Path
+    """Where their shards are written."""
+    options: Options
+    tokenizer: Tokenizer
+    template: Template | None
+
+    def card(self, unit: list[Piece]) -> str:
+        """Return a hash of a unit's input and of everything that decides its tokens."""
+        inputs = [(asdict(piece), os.stat(piece.path).st_size, os.stat(piece.path).st_mtime_ns) for piece in unit]
+        options = {**asdict(self.options), "tokenizer": self.tokenizer.fingerprint, "template": repr(self.template)}
+        ends = [self.tokenizer.bos_id, self.tokenizer.eos_id]  # not in the vocabulary file, so not in its fingerprint
+        return hashlib.sha256(json.dumps([inputs, options, ends, shards.FORMAT]).encode()).hexdigest()
+
+
+_Job = tuple[int, list[Piece], str]  # number of the unit, its input, its name card
+
+
+def _run(units: list[list[Piece]], work: _Work, workers: int) -> list[ShardFacts]:
     """Tokenise what is not complete yet; return the facts of all units, in order."""
     facts: dict[int, ShardFacts] = {}
-    todo = []
-    for index, card in enumerate(cards):
-        done = _complete(folder, index, card)
+    todo: list[_Job] = []
+    for index, unit in enumerate(units):
+        card = work.card(unit)
+        done = _complete(work, index, card)
         if done is None:
-            todo.append(index)
+            todo.append((index, unit, card))
         else:
             facts[index] = done
     if facts:
         logger.info("going on: %d of %d units are complete", len(facts), len(units))
-    total = sum(piece.num_bytes for index in todo for piece in units[index]) / 1e6
+    total = sum(piece.num_bytes for _, unit, _ in todo for piece in unit) / 1e6
     with Progress("tokenising", total, "MB") as shown:
-        jobs = [(units[index], index, cards[index], str(folder), options, fingerprint) for index in todo]
-        for index, done, size in _map(jobs, min(workers, len(todo))):
+        for index, done in _map(todo, work, min(workers, len(todo))):
             facts[index] = done
-            shown.advance(size / 1e6)
+            shown.advance(sum(piece.num_bytes for piece in units[index]) / 1e6)
     return [facts[index] for index in range(len(units))]
 
 
-def _map(jobs: list[Any], workers: int) -> Iterator[tuple[int, ShardFacts, int]]:
+def _map(jobs: list[_Job], work: _Work, workers: int) -> Iterator[tuple[int, ShardFacts]]:
     """Run the jobs, in this process or in several; the first error ends them all."""
     if workers <= 1:
-        yield from map(_tokenise_unit, jobs)
+        yield from (_tokenise_unit(work, *job) for job in jobs)
         return
     # spawn: a fork of a process that has threads may hang
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_tokenise_unit, job) for job in jobs]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work,)) as pool:
+        futures = [pool.submit(_work_on, job) for job in jobs]
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process was killed, perhaps because memory ran out",
+                do="Give the same command again with fewer --workers: what is complete is kept.",
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-@functools.lru_cache(maxsize=1)
-def _tokenizer(path: str, fingerprint: str) -> Tokenizer:
-    """Load the tokenizer once per worker, not once per unit; the fingerprint tells another file at the same path."""
-    return Tokenizer.load(path)
+_work: _Work | None = None  # of a worker process
 
 
-def _tokenise_unit(job: tuple[list[Piece], int, str, str, Options, str]) -> tuple[int, ShardFacts, int]:
+def _start_worker(work: _Work) -> None:
+    global _work
+    _work = work
+
+
+def _work_on(job: _Job) -> tuple[int, ShardFacts]:
+    assert _work is not None, "the pool starts every worker with its work"
+    return _tokenise_unit(_work, *job)
+
+
+def _tokenise_unit(work: _Work, index: int, pieces: list[Piece], card: str) -> tuple[int, ShardFacts]:
     """Write one unit's shard, then its card. Runs in a worker."""
-    pieces, index, card, folder_name, options, fingerprint = job
-    folder, name = Path(folder_name), f"{index:05d}"
-    tokenizer = _tokenizer(options.tokenizer, fingerprint)
-    with storage.explained(f"writing {folder / name}"):
-        writer = ShardWriter(folder, name, tokenizer.vocab_size)
+    name, options = f"{index:05d}", work.options
+    with storage.explained(f"writing {work.folder / name}"):
+        writer = ShardWriter(work.folder, name, work.tokenizer.vocab_size)
         for piece in pieces:
+            bad = BadRecords(piece.path, options.on_error)
             batch: list[Sample] = []
-            for sample in read_piece(piece, options.format, options.text_key, options.on_error):
+            for sample in read_piece(piece, options.format, options.text_key, bad):
                 batch.append(sample)
                 if len(batch) == _BATCH:
-                    _encode(batch, tokenizer, options, writer, piece)
+                    _encode(batch, work, writer, bad)
                     batch = []
-            _encode(batch, tokenizer, options, writer, piece)
+            _encode(batch, work, writer, bad)
+            bad.report()
         facts = writer.close()
-        storage.write_text(folder / f"{name}.json", json.dumps({"card": card, "facts": asdict(facts)}))
-    return index, facts, sum(piece.num_bytes for piece in pieces)
+        storage.write_text(work.folder / f"{name}.json", json.dumps({"card": card, "facts": asdict(facts)}))
+    return index, facts
 
 
-def _encode(batch: list[Sample], tokenizer: Tokenizer, options: Options, writer: ShardWriter, piece: Piece) -> None:
-    documents = [sample for sample in batch if isinstance(sample, Document)]
-    encoded = iter(tokenizer.encode_batch([document.text for document in documents]))
+def _encode(batch: list[Sample], work: _Work, writer: ShardWriter, bad: BadRecords) -> None:
+    tokenizer = work.tokenizer
+    encoded = iter(tokenizer.encode_batch([sample.text for sample in batch if isinstance(sample, Document)]))
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     last = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     for sample in batch:
         if isinstance(sample, Document):
-            ids, mask = [*first, *next(encoded), *last], None
+            writer.add([*first, *next(encoded), *last], None, sample.num_bytes)
+        elif work.template is None:
+            raise DataError("holds conversations", where=sample.source, do="Name a chat template with --template.")
         else:
-            if options.template is None:
-                raise DataError("holds conversations", where=piece.path, do="Name a chat template with --template.")
-            ids, mask = render(sample.messages, get_template(options.template), tokenizer)
-        writer.add(ids, mask, sample.num_bytes)
+            try:
+                ids, mask = render(sample.messages, work.template, tokenizer)
+            except DataError as error:
+                bad.add(DataError(str(error), where=sample.source))
+            else:
+                writer.add(ids, mask, sample.num_bytes)
 
 
-def _cut(files: list[Path], unit_bytes: int | None) -> list[list[Piece]]:
+def _without_output(files: list[Path], out: Path) -> list[Path]:
+    """Leave out what belongs to the output, finished or not, which may lie inside an input folder."""
+    out = out.resolve()
+    own = re.compile(re.escape(str(out)) + r"(\.unfinished|\.(partial|replaced)-\d+)?/")
+    return [file for file in files if not own.match(str(file.resolve()))]
+
+
+def _cut(files: list[Path], format: str | None, unit_bytes: int | None) -> list[list[Piece]]:
     """Gather pieces into units of about `unit_bytes`."""
     if unit_bytes is None:
         unit_bytes = min(max(sum(file.stat().st_size for file in files) // 16, 1 << 20), 16 << 20)
     units: list[list[Piece]] = []
     room = 0
     for file in files:
-        for piece in cut_lines(file, unit_bytes):
+        for piece in cut(file, format, unit_bytes):
             size = piece.num_bytes
             if not units or size > room:
                 units.append([])
@@ -213,20 +258,15 @@ def _cut(files: list[Path], unit_bytes: int | None) -> list[list[Piece]]:
     return units
 
 
-def _card(unit: list[Piece], options: Options, tokenizer: Tokenizer) -> str:
-    """Return a hash of a unit's input and of everything that decides its tokens."""
-    inputs = [(asdict(piece), os.stat(piece.path).st_size, os.stat(piece.path).st_mtime_ns) for piece in unit]
-    facts = [inputs, {**asdict(options), "tokenizer": tokenizer.fingerprint}, shards.FORMAT]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _complete(folder: Path, index: int, card: str) -> ShardFacts | None:
+def _complete(work: _Work, index: int, card: str) -> ShardFacts | None:
     """Return the facts of a unit that an earlier run completed with the same input and options."""
     try:
-        found = shards.read_facts(folder / f"{index:05d}.json")
-        return ShardFacts(**found["facts"]) if found["card"] == card else None
-    except (OSError, ValueError, KeyError):
+        found = json.loads((work.folder / f"{index:05d}.json").read_text(encoding="utf-8"))
+        facts = ShardFacts(**found["facts"]) if found["card"] == card else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    dtype = shards.dtype_for(work.tokenizer.vocab_size)
+    return facts if facts is not None and facts.are_whole(work.folder, dtype) else None
 
 
 def _link(source: Path, target: Path) -> None:

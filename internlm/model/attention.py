@@ -96,6 +96,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     return _sdpa(q, k, v, documents.mask)
 
 
+def attend_from(q: Tensor, k: Tensor, v: Tensor, documents: Documents, first: int) -> Tensor:
+    """Return the attention output of a stretch of queries over all keys; otherwise as `attend`.
+
+    Args:
+        q: [B, Q, H, E], the tokens first … first + Q − 1.
+        k, v: [B, T, K, E].
+        documents: of all T tokens.
+        first: place of the first query.
+    """
+    place = torch.arange(k.shape[1], device=q.device)
+    queries = slice(first, first + q.shape[1])
+    mask = place[queries, None] >= place  # [Q, T]
+    if documents.ids is not None:
+        mask = mask & (documents.ids[:, None, queries, None] == documents.ids[:, None, None, :])  # [B, 1, Q, T]
+    return _sdpa(q, k, v, mask)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return SDPA over [B, T, heads, E] tensors; causal without a mask."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

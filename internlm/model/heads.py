@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,12 +41,30 @@ class TokenOutputs:
     """Σ coefficients · logp, a scalar: set when coefficients were given, and then the only field with a gradient."""
 
 
+@dataclass(frozen=True)
+class Slice:
+    """The ids that a head has logits for, when others hold the rest of the vocabulary."""
+
+    first: int
+    """Its first id."""
+    reduce: Callable[[Tensor, Literal["max", "sum"]], Tensor]
+    """Combines a tensor over all holders."""
+
+
 class LanguageHead(nn.Module):
-    """Hidden states and labels → TokenOutputs. Its weight [V, D] may be the embedding's."""
+    """Hidden states and labels → TokenOutputs. Its weight [V, D] may be the embedding's.
+
+    `part` is a seam: None here, set from outside where the vocabulary is spread over devices.
+    """
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.part: Slice | None = None
+
+    def table(self) -> Tensor:
+        """Return the weight that products are made with."""
+        return self.weight
 
     def forward(self, hidden: Tensor, labels: Tensor, coefficients: Tensor | None = None) -> TokenOutputs:
         """Score the labels.
@@ -68,14 +86,14 @@ class LanguageHead(nn.Module):
         shape = labels.shape
         flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         if coefficients is None:
-            logp, logz, correct = _Recomputed.apply(flat, self.weight, labels)
+            logp, logz, correct = _Recomputed.apply(flat, self.table(), labels, self.part)
             return TokenOutputs(logp.view(shape), logz.view(shape), correct.view(shape))
         coefficients = coefficients.reshape(-1)
         chosen = None
         if hidden.device.type == "cpu" and not coefficients.all():
             chosen = coefficients.nonzero().squeeze(1)
             flat, labels, coefficients = flat[chosen], labels[chosen], coefficients[chosen]
-        weighted, logp, logz, correct = _Foreseen.apply(flat, self.weight, labels, coefficients)
+        weighted, logp, logz, correct = _Foreseen.apply(flat, self.table(), labels, coefficients, self.part)
         if chosen is not None:
             size = shape.numel()
             logp, logz, correct = (x.new_zeros(size).index_copy_(0, chosen, x) for x in (logp, logz, correct))
@@ -99,24 +117,45 @@ def _chunks(tokens: int, vocab: int) -> list[slice]:
     return [slice(i, min(i + rows, tokens)) for i in range(0, tokens, rows)]
 
 
-def _score(logits: Tensor, labels: Tensor, out: tuple[Tensor, Tensor, Tensor], part: slice) -> None:
+def _score(logits: Tensor, labels: Tensor, held: Slice | None, out: tuple[Tensor, Tensor, Tensor], rows: slice) -> None:
     """Write logp, logz and correct of one chunk [C, V] into `out`, and turn the logits into probabilities in place."""
     logp, logz, correct = out
-    label_logit = logits.gather(1, labels[:, None]).squeeze(1)
+    at, inside = _locate(labels, logits.shape[1], held)
+    label_logit = logits.gather(1, at[:, None]).squeeze(1)
     top = logits.amax(1)
-    correct[part] = label_logit == top
+    if held is not None:
+        top = held.reduce(top, "max")
     logits.sub_(top[:, None]).exp_()
     total = logits.sum(1)
+    if held is not None:
+        total, label_logit = held.reduce(torch.stack([total, label_logit * inside]), "sum").unbind()
+    correct[rows] = label_logit == top
     logits.div_(total[:, None])
-    logz[part] = total.log().add_(top)
-    logp[part] = label_logit - logz[part]
+    logz[rows] = total.log().add_(top)
+    logp[rows] = label_logit - logz[rows]
+
+
+def _locate(labels: Tensor, vocab: int, held: Slice | None) -> tuple[Tensor, Tensor | float]:
+    """Return the column of each label, and 1 where it is held here, else 0."""
+    if held is None:
+        return labels, 1.0
+    at = labels - held.first
+    inside = (at >= 0) & (at < vocab)
+    return at.clamp(0, vocab - 1), inside.float()
+
+
+def _add_at_labels(grad: Tensor, labels: Tensor, values: Tensor, held: Slice | None) -> None:
+    at, inside = _locate(labels, grad.shape[1], held)
+    grad.scatter_add_(1, at[:, None], (values * inside)[:, None])
 
 
 class _Foreseen(torch.autograd.Function):
     """Σ c·logp with the gradients made in forward: backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, coefficients: Tensor, held: Slice | None
+    ) -> tuple[Tensor, ...]:
         tokens, vocab = hidden.shape[0], weight.shape[0]
         logp, logz = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
         correct = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
@@ -128,12 +167,12 @@ class _Foreseen(torch.autograd.Function):
         for part in _chunks(tokens, vocab):
             h, c = hidden[part], coefficients[part]
             logits = product(h, weight).float()
-            _score(logits, labels[part], (logp, logz, correct), part)
+            _score(logits, labels[part], held, (logp, logz, correct), part)
             if grad_hidden is None or grad_weight is None:
                 continue
             # d(c·logp)/d logits = c (onehot − p)
             logits.mul_(-c[:, None])
-            logits.scatter_add_(1, labels[part][:, None], c[:, None])
+            _add_at_labels(logits, labels[part], c, held)
             grad = logits.to(hidden.dtype)
             grad_hidden[part] = product(grad, weight.t())
             if weight.dtype == torch.float32:
@@ -149,14 +188,14 @@ class _Foreseen(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scale, *_) = grads
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(scale), grad_weight.mul_(scale).to(ctx.weight_dtype), None, None
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale).to(ctx.weight_dtype), None, None, None
 
 
 class _Recomputed(torch.autograd.Function):
     """logp and logz with any gradient: backward computes the logits of each chunk again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, held: Slice | None) -> tuple[Tensor, ...]:
         tokens, vocab = hidden.shape[0], weight.shape[0]
         logp, logz = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
         correct = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
@@ -164,7 +203,8 @@ class _Recomputed(torch.autograd.Function):
         product = _product(hidden, weight)
         for part in _chunks(tokens, vocab):
             logits = product(hidden[part], weight).float()
-            _score(logits, labels[part], (logp, logz, correct), part)
+            _score(logits, labels[part], held, (logp, logz, correct), part)
+        ctx.held = held
         ctx.save_for_backward(hidden, weight, labels, logz)
         ctx.mark_non_differentiable(correct)
         return logp, logz, correct
@@ -181,8 +221,8 @@ class _Recomputed(torch.autograd.Function):
             p = product(h, weight).float().sub_(logz[part][:, None]).exp_()
             # d logp = onehot − p, d logz = p
             p.mul_((grad_logz[part] - grad_logp[part])[:, None])
-            p.scatter_add_(1, labels[part][:, None], grad_logp[part][:, None])
+            _add_at_labels(p, labels[part], grad_logp[part], ctx.held)
             grad = p.to(hidden.dtype)
             grad_hidden[part] = product(grad, weight.t())
             grad_weight += torch.mm(grad.t(), h)
-        return grad_hidden, grad_weight.to(ctx.weight_dtype), None
+        return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None

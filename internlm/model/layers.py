@@ -26,7 +26,11 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x [..., D] in the dtype of x."""
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+        return self.normalise(x, self.weight)
+
+    def normalise(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the normalised x [..., D], multiplied by `weight`."""
+        return F.rms_norm(x.float(), self.normalized_shape, weight.float(), self.eps).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -38,9 +42,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in]."""
-        if self.onednn and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
-            return _CpuLinear.apply(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x [..., in] · weight [out, in] transposed + bias."""
+        if self.onednn and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+            return _CpuLinear.apply(x, weight, bias)
+        return F.linear(x, weight, bias)
 
 
 class _CpuLinear(torch.autograd.Function):

@@ -51,7 +51,7 @@ class Transformer(nn.Module):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(1, -1)
-        x = F.embedding(tokens, self.embedding.weight)
+        x = self.embedding(tokens)
         layout = attention.arrange(documents, x.device, x.dtype, self.attention_path)
         rotation = self.rope(positions, x.dtype)
         for block in self.blocks.values():

@@ -11,6 +11,7 @@ Groups by role, decided by name and shape (`role`):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from internlm.config import default_kind, section
-from internlm.errors import WeightsError
+from internlm.errors import ConfigError, WeightsError
 from internlm.optim.muon import Muon
 
 Role = Literal["matrix", "table", "vector"]
@@ -43,6 +44,13 @@ class AdamWConfig:
     table_lr_ratio: float = 1.0
     """Learning rate of embedding and head, as a multiple of `lr`."""
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "table_lr_ratio"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError("must be finite and not negative", where=f"optim.{name}", got=getattr(self, name))
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError("must lie in [0, 1)", where="optim.betas", got=self.betas)
+
 
 @section
 class MuonConfig(AdamWConfig):
@@ -51,6 +59,11 @@ class MuonConfig(AdamWConfig):
     kind: Literal["muon"] = "muon"  # type: ignore[assignment]
     momentum: float = 0.95
     """Decay of Muon's momentum."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ConfigError("must lie in [0, 1)", where="optim.momentum", got=self.momentum)
 
 
 OptimConfig = Annotated[AdamWConfig | MuonConfig, pydantic.Field(discriminator="kind"), default_kind("adamw")]
@@ -87,6 +100,7 @@ class Optimizer:
         if groups:
             rest = list(groups.values())
             self.parts.append(torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+        self._allocate_state()
 
     def step(self, rate: float) -> None:
         """Update the parameters with `rate` times each group's peak learning rate."""
@@ -101,7 +115,7 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def named_state(self) -> dict[str, Tensor]:
-        """Return every state tensor as `<parameter name>.<slot>`; empty before the first step."""
+        """Return every state tensor as `<parameter name>.<slot>`."""
         return {
             f"{self.names[parameter]}.{slot}": value
             for part in self.parts
@@ -109,8 +123,8 @@ class Optimizer:
             for slot, value in slots.items()
         }
 
-    def allocate_state(self) -> None:
-        """Create zero state tensors, as the first step would, so that `named_state` can be filled from disk."""
+    def _allocate_state(self) -> None:
+        """Create zero state tensors, as the first step would: a checkpoint holds all of them, whenever it is made."""
         for part in self.parts:
             for group in part.param_groups:
                 for p in group["params"]:

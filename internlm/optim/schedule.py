@@ -7,11 +7,15 @@ r"""How the learning rate moves: warm-up, then one of four courses; a pure funct
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Literal
 
 from internlm.config import section
 from internlm.errors import ConfigError
+from internlm.log import warn_once
+
+logger = logging.getLogger(__name__)
 
 
 @section
@@ -31,6 +35,8 @@ class ScheduleConfig:
         for name in ("warmup_ratio", "final_ratio", "decay_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError("must lie between 0 and 1", where=f"schedule.{name}", got=getattr(self, name))
+        if self.kind != "wsd" and self.decay_ratio != ScheduleConfig.decay_ratio:
+            warn_once(logger, f"schedule.decay_ratio has no effect with schedule.kind {self.kind}")
 
 
 def rate(config: ScheduleConfig, step: int, total_steps: int) -> float:

@@ -39,6 +39,7 @@ PATTERN = (
 )
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 KIND = "tokenizer"
+_MAX_VOCAB_SIZE = 1 << 24  # the library reserves memory for all ids at once, and ends the process where there is none
 
 
 def train_bpe(
@@ -59,8 +60,8 @@ def train_bpe(
         min_frequency: a pair must be seen this often to be merged.
 
     Raises:
-        ConfigError: `vocab_size` has no room for bytes and special tokens, or a special token comes twice or is a
-            single character.
+        ConfigError: `vocab_size` has no room for bytes and special tokens or is over 16 million, or a special token
+            comes twice or is a single character.
         DataError: there is no text.
     """
     _check(vocab_size, special_tokens)
@@ -152,11 +153,10 @@ class _Counted:
 
 def _check(vocab_size: int, special_tokens: Sequence[str]) -> None:
     least = 256 + len(special_tokens)
-    if vocab_size < least:
-        raise ConfigError(
-            "has no room for 256 bytes and the special tokens", where="vocab_size", got=vocab_size,
-            allowed=[f"{least} or more"],
-        )  # fmt: skip
+    if not least <= vocab_size <= _MAX_VOCAB_SIZE:
+        problem = "has no room for 256 bytes and the special tokens" if vocab_size < least else "is too large"
+        allowed = [f"{least} or more", f"{_MAX_VOCAB_SIZE} or less"]
+        raise ConfigError(problem, where="vocab_size", got=vocab_size, allowed=allowed)
     for name in special_tokens:
         if len(name) < 2 or name.isspace() or list(special_tokens).count(name) > 1:
             raise ConfigError("must be two characters or longer, and each different", where="special_tokens", got=name)

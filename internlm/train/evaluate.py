@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from internlm.config import section
+from internlm.config import require_positive, section
 from internlm.data import loader as data
 from internlm.data.batch import Batch
 from internlm.data.loader import DataConfig
@@ -36,12 +36,15 @@ class EvaluateConfig:
     limit_rows: int | None = None
     """Rows per source during training; None: all. The validation at the end always takes all."""
 
+    def __post_init__(self) -> None:
+        require_positive(self, "evaluate", "every_steps", "rows", "limit_rows")
+
 
 class Evaluator:
-    """Scores the validation sources of a run."""
+    """Scores the validation sources of a run, with matrix products in `dtype`."""
 
-    def __init__(self, config: EvaluateConfig, source: DataConfig, tokenizer: Tokenizer) -> None:
-        self.config, self.data = config, source
+    def __init__(self, config: EvaluateConfig, source: DataConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+        self.config, self.data, self.dtype = config, source, dtype
         self.label_bytes = torch.from_numpy(data.label_bytes(tokenizer))
 
     def __call__(self, model: Transformer, *, final: bool) -> Metrics:
@@ -51,7 +54,7 @@ class Evaluator:
         for name in self.data.validation:
             started = time.monotonic()
             batches = data.validation_batches(self.data, name, self.config.rows, limit)
-            loss, bits = score(model, batches, self.label_bytes)
+            loss, bits = score(model, batches, self.label_bytes, self.dtype)
             metrics |= {f"valid/loss/{name}": loss, f"valid/bits_per_byte/{name}": bits}
             spent = duration(time.monotonic() - started)
             logger.info("validation %s | loss %.4f | %.4f bits per byte | took %s", name, loss, bits, spent)
@@ -59,13 +62,16 @@ class Evaluator:
 
 
 @torch.no_grad()
-def score(model: Transformer, batches: Iterator[Batch], label_bytes: torch.Tensor) -> tuple[float, float]:
-    """Return (nats per token, bits per byte) over all batches.
+def score(
+    model: Transformer, batches: Iterator[Batch], label_bytes: torch.Tensor, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Return (nats per token, bits per byte) over all batches; NaN where there is nothing to score.
 
     Args:
-        model: scored as it is; a device's autocast applies.
+        model: scored as it is.
         batches: every label with weight > 0 counts once, whatever its weight.
         label_bytes: [V] UTF-8 bytes that each token stands for.
+        dtype: of the matrix products, as in training.
     """
     nats, tokens, size = 0.0, 0, 0
     device = model.embedding.weight.device
@@ -76,7 +82,7 @@ def score(model: Transformer, batches: Iterator[Batch], label_bytes: torch.Tenso
             scored = batch.weights > 0
             size += int(label_bytes[batch.labels[scored]].sum())
             there = batch.to(device)
-            with autocast(device):
+            with autocast(device, dtype):
                 hidden = model(there.tokens, there.positions, there.documents)
                 outputs = model.head(hidden, there.labels, (there.weights > 0).float())
             assert outputs.weighted is not None, "the head was given coefficients"
@@ -84,10 +90,9 @@ def score(model: Transformer, batches: Iterator[Batch], label_bytes: torch.Tenso
             tokens += int(scored.sum())
     finally:
         model.train(was_training)
-    return nats / max(1, tokens), nats / math.log(2) / max(1, size)
+    return nats / tokens if tokens else math.nan, nats / math.log(2) / size if size else math.nan
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None = None) -> torch.autocast:
-    """Return the mixed-precision context of a device: matrix products in bf16 on GPUs, none on CPUs."""
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the context in which matrix products are in `dtype`: bf16, or as the weights are."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)

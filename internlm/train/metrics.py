@@ -9,6 +9,7 @@ probable token, `optim/lr`, `optim/grad_norm`, `optim/skipped_steps`, `perf/toke
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,10 @@ class Meter:
 
     @torch.no_grad()
     def add(self, outputs: TokenOutputs, batch: Batch) -> None:
-        """Count one micro-batch."""
+        """Count one micro-batch. Rows that are not finite are left out: their step is skipped and hides no other."""
         weights = batch.weights
         rows = torch.stack([-outputs.logp * weights, weights, outputs.correct * weights], -1).sum(1)  # [B, 3]
+        rows = rows.where(rows.isfinite().all(-1, keepdim=True), 0.0)
         self.sums.index_add_(0, batch.source, rows.double())
         self.tokens += batch.tokens.numel()
 
@@ -100,14 +102,16 @@ class MetricsFile:
             self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed with the run
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Append one line."""
+        """Append one line; what is not finite becomes null, as JSON has no word for it."""
+        line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in metrics.items()}
         with storage.explained(f"writing {self.path}"):
-            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.file.write(json.dumps({"step": step, **line}) + "\n")
             self.file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
+        with storage.explained(f"writing {self.path}"):
+            self.file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

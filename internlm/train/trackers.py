@@ -25,12 +25,12 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files under RUN/tensorboard."""
+    """Event files under RUN/tensorboard; points of steps after `resumed_step`, which come again, are taken back."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run / "tensorboard"))
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Write one point per metric."""
@@ -42,8 +42,8 @@ class TensorBoard:
         self.writer.close()
 
 
-def open_trackers(run: Path) -> list[Tracker]:
+def open_trackers(run: Path, resumed_step: int) -> list[Tracker]:
     """Return a sink for each tracking library that is installed."""
     if importlib.util.find_spec("tensorboard") is None:
         return []
-    return [TensorBoard(run)]
+    return [TensorBoard(run, resumed_step)]

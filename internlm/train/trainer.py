@@ -23,7 +23,7 @@ from torch import Tensor
 from internlm import plot, runtime
 from internlm.checkpoint import store
 from internlm.checkpoint.store import Checkpoint, CheckpointConfig
-from internlm.config import section
+from internlm.config import require_positive, section
 from internlm.data.loader import Loader
 from internlm.errors import ConfigError, TrainingError
 from internlm.log import duration, quantity
@@ -56,9 +56,10 @@ class TrainConfig:
     """Steps between two logged lines."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_tokens", "log_every_steps", "max_skipped_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError("must be at least 1", where=f"train.{name}", got=getattr(self, name))
+        names = ("tokens", "batch_tokens", "micro_batch_rows", "max_skipped_steps", "log_every_steps")
+        require_positive(self, "train", *names)
+        if not self.max_grad_norm >= 0:
+            raise ConfigError("must not be negative", where="train.max_grad_norm", got=self.max_grad_norm)
 
     @property
     def total_steps(self) -> int:
@@ -155,11 +156,29 @@ class Trainer:
         """Train to the end of the budget, with logs, validations and checkpoints; return the last validation.
 
         Raises:
-            TrainingError: too many steps in a row were not finite.
+            TrainingError: too many steps in a row were not finite, or the device's memory is full.
             StorageError: a checkpoint could not be written; earlier ones are untouched.
         """
-        total = self.config.total_steps
         file = MetricsFile(self.run / "metrics.jsonl", self.progress.step)
+        try:
+            final = self._fit(file)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise TrainingError(
+                f"the memory of {self.device} is full: {str(error).splitlines()[0]}",
+                where=f"step {self.progress.step}",
+                do="Lower train.micro_batch_rows, evaluate.rows or data.seq_len.",
+            ) from error
+        finally:
+            file.close()
+            for tracker in self.trackers:
+                tracker.close()
+        plot.loss_curve(read_metrics(file.path), self.run / "loss.png", str(self.run))
+        return final
+
+    def _fit(self, file: MetricsFile) -> Metrics:
+        total = self.config.total_steps
         self.model.train()
         self.meter.clear()
         paces: list[float] = []
@@ -184,10 +203,6 @@ class Trainer:
             if last or self._due(self.checkpoints.every_steps):
                 self.save()
                 self.meter.clear()
-        file.close()
-        for tracker in self.trackers:
-            tracker.close()
-        plot.loss_curve(read_metrics(file.path), self.run / "loss.png", str(self.run))
         return final
 
     def save(self) -> Path:
@@ -211,13 +226,23 @@ class Trainer:
         """Continue from a checkpoint of the same model and data, exactly where it stopped.
 
         Raises:
-            StorageError: tensors are missing or of another shape. DataError: the data is another.
+            StorageError: tensors are missing, damaged or of another shape. DataError: the data is another.
+            ConfigError: steps had another size.
         """
-        self.optimizer.allocate_state()
+        step, tokens = checkpoint.meta["step"], checkpoint.meta["tokens"]
+        if tokens != step * self.config.batch_tokens:
+            raise ConfigError(
+                f"the run was begun with {tokens // step} tokens a step",
+                where="train.batch_tokens",
+                got=self.config.batch_tokens,
+                do="Choose another `run`, or give the old value back.",
+            )
         state = self._state()
+        if not checkpoint.holds("random.cuda"):  # it was made on a CPU: the GPU's stream starts at the seed
+            state.pop("random.cuda", None)
         checkpoint.load(state)
         torch.set_rng_state(state["random.cpu"])
-        if self.device.type == "cuda":
+        if "random.cuda" in state:
             torch.cuda.set_rng_state(state["random.cuda"], self.device)
         version, words, gauss = checkpoint.meta["random"]["python"]
         random.setstate((version, tuple(words), gauss))

@@ -61,3 +61,10 @@ def test_importing_and_asking_for_help_take_under_half_a_second() -> None:
             subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
             best = min(best, time.perf_counter() - start)
         assert best < 0.5, arguments
+
+
+def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart" / "pretrain.yaml"
+    assert main(["train", str(recipe), "--dry-run", "optim.lr=7e-3"]) == 0
+    assert "0.007" in capsys.readouterr().out
+    assert main(["train", "optim.lr=7e-3"]) != 0

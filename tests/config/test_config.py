@@ -12,6 +12,7 @@ import pytest
 from internlm import config
 from internlm.config import section
 from internlm.errors import ConfigError
+from internlm.optim.optimizer import AdamWConfig, MuonConfig
 
 
 @section
@@ -44,6 +45,7 @@ class Outer:
     way: Annotated[Slow | Fast, pydantic.Field(discriminator="kind")] = Slow()
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
     name: str = "x"
+    pair: tuple[float, float] = (0.0, 1.0)
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -79,6 +81,25 @@ def test_a_new_kind_drops_the_keys_of_the_old_one(tmp_path: Path) -> None:
     assert config.load(Outer, path, ["way.kind=slow"]).value.way == Slow()
 
 
+def test_overrides_mean_the_same_in_any_order(tmp_path: Path) -> None:
+    path = write(tmp_path, "r.yaml", "way: {kind: slow, patience: 9}")
+    for overrides in (["way.speed=4", "way.kind=fast"], ["way.kind=fast", "way.speed=4"]):
+        assert config.load(Outer, path, overrides).value.way == Fast(speed=4.0)
+
+
+@pytest.mark.parametrize("text", ["1.10", "1e3"])
+def test_a_name_that_would_change_as_a_number_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"name \(.*r\.yaml:1\): should be text: put it in quotes"):
+        config.load(Outer, write(tmp_path, "r.yaml", f"name: {text}"))
+    assert config.load(Outer, write(tmp_path, "r.yaml", f"name: '{text}'")).value.name == text
+
+
+@pytest.mark.parametrize("text", ["007", "12:30", "1_000", "2024-01-01", "2024-13-45", "20240101"])
+def test_a_name_that_looks_like_a_number_or_a_date_stays_as_written(tmp_path: Path, text: str) -> None:
+    assert config.load(Outer, write(tmp_path, "r.yaml", f"name: {text}")).value.name == text
+    assert config.load(Outer, None, [f"name={text}"]).value.name == text
+
+
 def test_an_unknown_key_is_an_error_with_a_suggestion(tmp_path: Path) -> None:
     path = write(tmp_path, "r.yaml", "inner:\n  stpes: 3\n")
     with pytest.raises(ConfigError, match=r"inner\.stpes \(.*r\.yaml:2\): unknown key 'stpes'\. Did you mean 'steps'"):
@@ -110,12 +131,23 @@ def test_a_wrong_type_names_place_and_value(tmp_path: Path) -> None:
 
 
 def test_true_is_not_a_number(tmp_path: Path) -> None:
-    path = write(tmp_path, "r.yaml", "inner:\n  steps: true\nsources:\n  a: {path: p, weight: false}\n")
+    text = "inner:\n  steps: true\nsources:\n  a: {path: p, weight: false}\npair: [0.5, true]\n"
     with pytest.raises(ConfigError) as caught:
-        config.load(Outer, path)
+        config.load(Outer, write(tmp_path, "r.yaml", text))
     assert "inner.steps" in str(caught.value)
     assert "r.yaml:2" in str(caught.value)
     assert "sources.a.weight" in str(caught.value)
+    assert "pair" in str(caught.value)
+    assert "3 mistakes" in str(caught.value)
+
+
+def test_a_mistake_in_a_variant_is_counted_once() -> None:
+    @section
+    class Run:
+        optim: Annotated[AdamWConfig | MuonConfig, pydantic.Field(discriminator="kind")] = AdamWConfig()
+
+    with pytest.raises(ConfigError, match="a mistake"):
+        config.load(Run, None, ["optim={kind: muon, lr: true}"])
 
 
 @pytest.mark.parametrize(
@@ -126,6 +158,11 @@ def test_true_is_not_a_number(tmp_path: Path) -> None:
         ("name: a\nname: b", r"r\.yaml:2: the key stands twice"),
         ("base: r.yaml", "its own base"),
         ("base: gone.yaml", r"gone\.yaml: no such recipe"),
+        ("base: 3", r"r\.yaml:1: is a path or a list of paths \(got 3\)"),
+        ("base:", "is a path or a list of paths"),
+        ("name: !odd x", "is not YAML"),
+        ("inner: {steps: !!int many}", "is not YAML"),
+        ("inner: &a {steps: *a}", "is not YAML"),
     ],
 )
 def test_a_damaged_file_is_explained(tmp_path: Path, text: str, match: str) -> None:
@@ -139,12 +176,16 @@ def test_a_missing_file_and_a_bad_override_are_explained(tmp_path: Path) -> None
         config.load(Outer, tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="not an override"):
         config.load(Outer, None, ["inner.lr"])
+    with pytest.raises(ConfigError, match="not YAML"):
+        config.load(Outer, None, ["inner.steps=!!int many"])
 
 
 def test_a_dump_loads_to_an_equal_recipe(tmp_path: Path) -> None:
     value = Outer(inner=Inner(lr=3e-5), way=Fast(speed=0.5), sources={"a": Source(path="p", weight=2.0)}, name="ü")
-    path = write(tmp_path, "dump.yaml", config.dump(value))
-    assert config.load(Outer, path).value == value
+    for name in ("ü", "007", "1e9", "true", "2024-01-01"):
+        value = dataclasses.replace(value, name=name)
+        path = write(tmp_path, "dump.yaml", config.dump(value))
+        assert config.load(Outer, path).value == value
 
 
 def test_recipes_are_frozen() -> None:

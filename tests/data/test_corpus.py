@@ -11,7 +11,7 @@ import pytest
 
 from internlm.data import corpus
 from internlm.data.formats import Document
-from internlm.errors import DataError
+from internlm.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +124,19 @@ def test_compression_is_bits_per_byte(tmp_path: Path) -> None:
     found = corpus.compression(path)
     assert set(found) == {"gzip -9", "xz -9e"}
     assert all(0 < bits < 0.2 for bits in found.values())
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.1, 2, float("nan"), 1e-9])
+def test_a_share_that_leaves_a_side_empty_is_refused(ratio: float, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="validation ratio"):
+        corpus.build(tmp_path / "out", validation_ratio=ratio)
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_links_of_a_distribution_are_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for i in range(100):
+        (tmp_path / f"m{i}.py").write_text("x = 1\n")
+    (tmp_path / "gone.py").symlink_to(tmp_path / "nowhere.py")
+    monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    sources = [document.source for document in corpus.library() if document.source.endswith(".py")]
+    assert len(sources) == 100

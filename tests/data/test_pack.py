@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import resource
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from internlm import storage
 from internlm.data.batch import Batch
 from internlm.data.loader import DataConfig, Loader, validation_batches
 from internlm.data.mixture import Mixture, SourceConfig
@@ -85,6 +89,12 @@ def test_whole_packing_keeps_documents_whole_and_cuts_only_what_is_too_long(leng
     assert labels == Counter(t for d in documents for t in d[1 : length + 1])
     pieces = sum(len(set(row.documents[row.documents >= 0].tolist())) for row in rows)
     assert pieces == len(documents)
+
+
+@pytest.mark.parametrize("kind", ["split", "whole"])
+def test_documents_without_a_token_take_part_in_nothing(kind: str) -> None:
+    rows = pack([[], [1, 2, 3], [], [4, 5], []], 8, kind)
+    assert Counter(int(t) for row in rows for t in row.labels[row.weights > 0]) == Counter([2, 3, 5])
 
 
 def test_what_is_cut_off_is_counted() -> None:
@@ -213,6 +223,41 @@ def test_sources_of_different_tokenizers_are_refused(two: Any, make_shards: Any)
         Loader(config(two, validation={"v": SourceConfig(path=str(other.path))}))
 
 
+def test_changed_weights_are_refused_and_not_made_up_for(two: Any) -> None:
+    state = Loader(config(two)).state_dict()
+    with pytest.raises(DataError, match="shares was"):
+        Loader(config({"a": (two["a"][0], 1.0), "b": two["b"]})).load_state_dict(state)
+    Loader(config({name: (shards, weight * 5) for name, (shards, weight) in two.items()})).load_state_dict(state)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_weights_that_are_no_share_are_refused(weight: float) -> None:
+    with pytest.raises(ConfigError, match="must be a positive number"):
+        SourceConfig(path="x", weight=weight)
+
+
+def test_a_negative_seed_is_refused(two: Any) -> None:
+    with pytest.raises(ConfigError, match=r"data\.seed"):
+        config(two, seed=-1)
+
+
+def test_sources_of_different_templates_are_told(two: Any, caplog: pytest.LogCaptureFixture) -> None:
+    for name, template in (("a", "chatml"), ("b", "internlm")):
+        manifest = two[name][0].path / storage.MANIFEST
+        content = json.loads(manifest.read_text())
+        content["meta"]["template"] = template
+        manifest.write_text(json.dumps(content))
+    assert Loader(config(two)).template == "chatml"
+    assert "chat templates differ between sources" in caplog.text
+
+
+def test_what_validation_cuts_off_is_told(make_shards: Any, caplog: pytest.LogCaptureFixture) -> None:
+    shards = make_shards(numbered([7, 30]))
+    source = {"cut_off": SourceConfig(path=str(shards.path))}
+    list(validation_batches(config({"a": (shards, 1.0)}, validation=source, pack="whole"), "cut_off", rows=2))
+    assert "source cut_off: 21 tokens beyond data.seq_len 8 are cut off" in caplog.text
+
+
 def test_weights_default_to_the_number_of_tokens(two: Any) -> None:
     train = {name: SourceConfig(path=str(s.path)) for name, (s, _) in two.items()}
     loader = Loader(DataConfig(train=train, seq_len=8))
@@ -256,6 +301,16 @@ def test_shards_give_documents_and_masks_back(make_shards: Any) -> None:
         assert ids.tolist() == wanted
         assert found is not None
         assert found.astype(bool).tolist() == mask
+
+
+def test_a_corpus_of_more_shards_than_a_process_may_open_is_read(make_shards: Any) -> None:
+    shards = make_shards([[i + 1, 2] for i in range(300)], [[False, True]] * 300, per_shard=1)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 200, before[1]))
+    try:
+        assert [int(shards.document(i)[0][0]) for i in range(300)] == list(range(1, 301))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_truncated_shards_are_refused(make_shards: Any) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +20,23 @@ from typing import Any
 import pytest
 
 from internlm.data import formats
-from internlm.data.formats import Conversation, Document, Piece, cut_lines, read_documents, read_piece, read_samples
+from internlm.data.formats import (
+    Conversation,
+    Document,
+    Piece,
+    cut,
+    find_files,
+    read_documents,
+    read_piece,
+    read_samples,
+)
 from internlm.data.shards import Shards
 from internlm.data.tokenize import Options, tokenize
 from internlm.errors import DataError, StorageError
 from internlm.text.chat import Message, render
 from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
+from internlm.text.training import SPECIAL_TOKENS, train_bpe
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "the quick brown fox", "naïve café 東京 🎉", "a", "x = [1, 2, 3]\n" * 40]
 TALK = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
@@ -63,6 +75,9 @@ def test_every_container_gives_its_samples(tmp_path: Path) -> None:
         ("a.jsonl", '{"messages": []}\n', r"a\.jsonl:1: 'messages' is not a list of at least one"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"a\.jsonl:1, message 0: a message is an object with"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": [1]}]}\n', r"message 0: 'content' is list"),
+        ("a.jsonl", '{"text": "x"}}\n', r"a\.jsonl:1: is not JSON: Extra data at column 14"),
+        ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: is JSON that cannot be read: maximum recursion depth"),
+        ("a.jsonl", '{"text": "x", "n": ' + "1" * 5000 + "}", r"a\.jsonl:1: is JSON that cannot be read: Exceeds"),
         ("a.json", '{"text": "x"}', r"a\.json: a \.json file holds a list"),
         ("a.json", '[{"text": "x"}, ', r"a\.json: the JSON is cut short"),
     ],
@@ -91,8 +106,8 @@ def test_skipping_bad_records_is_asked_for_and_reported(tmp_path: Path, caplog: 
 def test_pieces_of_a_file_hold_every_line_once_and_know_their_line_numbers(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i} " + "x" * (i % 37)} for i in range(300)])
     for target in (1, 50, 500, 10_000_000):
-        pieces = cut_lines(path, target)
-        texts = [s.text.split()[0] for p in pieces for s in read_piece(p, None, "text") if isinstance(s, Document)]
+        pieces = cut(path, None, target)
+        texts = [s.text.split()[0] for p in pieces for s in read_piece(p) if isinstance(s, Document)]
         assert texts == [str(i) for i in range(300)]
         lines = path.read_bytes().split(b"\n")
         for piece in pieces:
@@ -155,10 +170,10 @@ def test_a_killed_run_goes_on_with_what_was_complete(corpus: Path, tokenizer_pat
         import os, signal
         from internlm.data import tokenize as t
         made = t._tokenise_unit
-        def dying(job):
-            if job[1] == 4:
+        def dying(work, index, *rest):
+            if index == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return made(job)
+            return made(work, index, *rest)
         t._tokenise_unit = dying
         t.tokenize([{str(corpus)!r}], {str(tmp_path / "out")!r}, t.Options({str(tokenizer_path)!r}), workers=1,
                    unit_bytes=3000)
@@ -176,7 +191,7 @@ def test_a_killed_run_goes_on_with_what_was_complete(corpus: Path, tokenizer_pat
     assert not (tmp_path / "out.unfinished").exists()
 
 
-def test_changed_options_do_not_reuse_old_units(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+def test_changed_input_is_not_taken_from_old_units(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "x"}, {"txt": "y"}])
     with pytest.raises(DataError, match="has no key 'text'"):
         tokenize([corpus, bad], tmp_path / "out", Options(str(tokenizer_path)), workers=1, unit_bytes=3000)
@@ -260,7 +275,7 @@ def test_a_new_format_is_one_function(tmp_path: Path, monkeypatch: pytest.Monkey
     path = write_jsonl(tmp_path / "a.jsonl", [{"x": "abc"}])
     assert list(read_samples(path, "upper")) == [Document("ABC")]
     with pytest.raises(DataError, match="no such format"):
-        list(read_piece(Piece(str(path)), "nonsense", "text"))
+        list(read_piece(Piece(str(path)), "nonsense"))
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -277,8 +292,234 @@ def test_the_command_line_tokenises_inspects_and_exports(corpus: Path, tokenizer
     assert "documents    400" in shown.stdout
     assert "⟦<|bos|>1: the quick brown fox<|eos|>⟧" in shown.stdout
     assert run("data", "inspect", out, "--document", "400").returncode == 1
-    back = str(tmp_path / "back.jsonl")
+    wrong = run("data", "tokenize", str(corpus), "--tokenizer", str(tokenizer_path), "--out", out, "--workers", "-3")
+    assert (wrong.returncode, "-3 is not 1 or more" in wrong.stderr) == (2, True)
+    back = str(tmp_path / "deeper" / "back.jsonl")
     assert run("data", "export", out, "--out", back).returncode == 0
     assert Path(back).read_text() == "".join(
         json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in corpus.open()
     )
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "two"}\r\n{"text": "three"}\r\n')
+    (tmp_path / "c.json").write_bytes(b'\xef\xbb\xbf[{"text": "four"}]')
+    assert [document.text for document in read_documents(tmp_path)] == ["one\r\n", "two", "three", "four"]
+
+
+def test_endings_in_capitals_are_known(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "A.JSONL", [{"text": "x"}])
+    (tmp_path / "B.JSONL.GZ").write_bytes(gzip.compress((tmp_path / "A.JSONL").read_bytes()))
+    assert list(read_samples(tmp_path)) == [Document("x")] * 2
+
+
+def test_damaged_packed_files_are_named(tmp_path: Path, tokenizer_path: Path) -> None:
+    lines = "".join(f'{{"text": "{i * 7919}"}}\n' for i in range(9000)).encode()
+    whole = gzip.compress(lines)
+    for name, content in (("cut", whole[:-20]), ("garbled", whole[:900] + b"\xff" * 900), ("none", b"no gzip")):
+        path = tmp_path / f"{name}.jsonl.gz"
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"{name}\.jsonl\.gz: is damaged"):
+            list(read_samples(path, on_error="skip"))
+        with pytest.raises(DataError, match=rf"{name}\.jsonl\.gz: is damaged"):
+            tokenize([path], tmp_path / "out", Options(str(tokenizer_path)), workers=1)
+
+
+def test_zstandard_files_are_read_to_their_end_and_refused_when_they_are_cut_short(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    text = "".join(f"{i * 7919}\n" for i in range(60_000))
+    frames = [zstandard.compress(part.encode()) for part in (text[:100_000], "", text[100_000:])]
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(skippable + b"".join(frames))
+    assert [d.text for d in read_documents(path)] == [text]
+    for content in (b"".join(frames)[:-1], frames[0][:-30_000], frames[0] + b"\x28\xb5"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.txt\.zst: is damaged"):
+            list(read_documents(path))
+    path.write_bytes(b"no zstandard")
+    with pytest.raises(DataError, match=r"a\.txt\.zst: is damaged"):
+        list(read_documents(path))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.txt: cannot be read: No such file"):
+        list(read_piece(Piece(str(tmp_path / "gone.txt"))))
+
+
+def test_a_given_format_is_followed_whatever_the_ending(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.txt", [{"text": "x"}, {"text": "y"}])
+    assert list(read_samples(path, "document")) == [Document("x"), Document("y")]
+    path.write_text("plain")
+    with pytest.raises(DataError, match=r"a\.txt:1: is not JSON"):
+        list(read_samples(path, "messages"))
+
+
+def test_files_given_twice_are_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    assert find_files([tmp_path / "b.txt", tmp_path]) == [tmp_path / "b.txt", tmp_path / "a.txt"]
+    assert "1 files were given more than once" in caplog.text
+
+
+def test_files_left_out_of_a_folder_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.txt", "b.parquet", "c.parquet"):
+        (tmp_path / name).write_text(name)
+    assert find_files([tmp_path]) == [tmp_path / "a.txt"]
+    assert "2 files of other kinds are left out, such as" in caplog.text
+
+
+def test_keys_of_a_message_without_effect_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    turn = {"role": "assistant", "content": "no", "weight": 0}
+    list(read_samples(write_jsonl(tmp_path / "a.jsonl", [{"messages": [turn]}])))
+    assert "a.jsonl:1, message 0: 'weight' of a message has no effect" in caplog.text
+
+
+def test_a_file_read_as_text_is_one_document_however_long(tokenizer_path: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "abc"}] * 900)
+    meta = tokenize([path], tmp_path / "out", Options(str(tokenizer_path), format="text"), workers=1, unit_bytes=5000)
+    assert sum(shard["documents"] for shard in meta["shards"]) == 1
+
+
+def test_a_conversation_that_cannot_be_rendered_is_named_or_skipped(
+    tokenizer_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = {"messages": TALK["messages"][:1]}
+    path = write_jsonl(tmp_path / "a.jsonl", [TALK, half, TALK])
+    options = Options(str(tokenizer_path), template="internlm")
+    with pytest.raises(DataError, match=r"a\.jsonl:2: message 1: a conversation to train on ends with"):
+        tokenize([path], tmp_path / "out", options, workers=1)
+    write_jsonl(path, [TALK, half, {"messages": 3}, TALK])
+    tokenize([path], tmp_path / "out", dataclasses.replace(options, on_error="skip"), workers=1)
+    assert Shards.open(tmp_path / "out").num_documents == 2
+    assert "a.jsonl: 2 bad records left out" in caplog.text
+
+
+def test_a_template_without_a_conversation_is_told_and_not_recorded(
+    tokenizer_path: Path, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenize([corpus], tmp_path / "out", Options(str(tokenizer_path), template="internlm"), workers=1)
+    assert "template internlm has no effect" in caplog.text
+    assert Shards.open(tmp_path / "out").template is None
+
+
+def fail_at_the_end(inputs: list[Path], out: Path, options: Options, unit_bytes: int = 1) -> None:
+    """Leave finished units behind: those of the inputs."""
+    bad = out.parent / "bad.jsonl"
+    bad.write_text("{")
+    with pytest.raises(DataError, match=r"bad\.jsonl:1"):
+        tokenize([*inputs, bad], out, options, workers=1, unit_bytes=unit_bytes)
+    assert list(out.with_name(out.name + ".unfinished").glob("*.json"))
+
+
+@pytest.mark.parametrize(("name", "keep_bytes"), [("00000.mask", None), ("00000.tokens", 4), ("00000.offsets", 8)])
+def test_a_unit_whose_files_are_gone_or_short_is_made_again(
+    name: str, keep_bytes: int | None, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    talk = write_jsonl(tmp_path / "talk.jsonl", [TALK] * 3)
+    options = Options(str(tokenizer_path), template="internlm")
+    tokenize([talk], tmp_path / "whole", options, workers=1, unit_bytes=1)
+    fail_at_the_end([talk], tmp_path / "out", options)
+    file = tmp_path / "out.unfinished" / name
+    if keep_bytes is None:
+        file.unlink()
+    else:
+        os.truncate(file, keep_bytes)
+    tokenize([talk], tmp_path / "out", options, workers=1, unit_bytes=1)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_nothing_of_an_older_run_gets_into_new_units(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    talk = write_jsonl(tmp_path / "talk.jsonl", [TALK] * 3)
+    fail_at_the_end([talk], tmp_path / "out", Options(str(tokenizer_path), template="internlm"))
+    unfinished = tmp_path / "out.unfinished"
+    assert (unfinished / "00000.mask").exists()
+    (unfinished / "00000.json.partial-1").write_text("of a killed writer")
+    tokenize([corpus], tmp_path / "out", Options(str(tokenizer_path)), workers=1)
+    tokenize([corpus], tmp_path / "fresh", Options(str(tokenizer_path)), workers=1)
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+    assert Shards.open(tmp_path / "out").document(0)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [({"text_key": "a"}, {"text_key": "b"}), ({"template": "internlm"}, {"template": "chatml"})]
+)
+def test_changed_options_do_not_reuse_old_units(before: Any, after: Any, tmp_path: Path) -> None:
+    names = [*SPECIAL_TOKENS, "<eoh>", "<eoa>", "<|im_start|>", "<|im_end|>"]
+    train_bpe(TEXTS, 310, names).save(tmp_path / "t")
+    records = [{"a": "one", "b": "two"}] if "text_key" in before else [TALK]
+    path = write_jsonl(tmp_path / "x.jsonl", records)
+    fail_at_the_end([path], tmp_path / "out", Options(str(tmp_path / "t"), **before))
+    for name in ("out", "fresh"):
+        tokenize([path], tmp_path / name, Options(str(tmp_path / "t"), **after), workers=1, unit_bytes=1)
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+def test_other_roles_of_the_same_vocabulary_do_not_reuse_old_units(
+    tokenizer_path: Path, corpus: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tokenizer_path, tmp_path / "t")
+    fail_at_the_end([corpus], tmp_path / "out", Options(str(folder)), 5000)
+    roles = folder / "tokenizer_config.json"
+    roles.write_text(json.dumps(json.loads(roles.read_text()) | {"eos_token": "<|end|>"}))
+    tokenize([corpus], tmp_path / "out", Options(str(folder)), workers=1, unit_bytes=5000)
+    tokenizer = Tokenizer.load(folder)
+    assert Shards.open(tmp_path / "out").document(0)[0][-1] == tokenizer.special("<|end|>") == tokenizer.eos_id
+
+
+def test_the_output_may_lie_inside_the_input(tokenizer_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "out.raw").mkdir(parents=True)
+    for kept in (folder / "a.txt", folder / "out.raw" / "b.txt"):
+        kept.write_text("kept")
+    options = Options(str(tokenizer_path))
+    fail_at_the_end([folder], folder / "out", options)
+    (folder / "bad.jsonl").unlink()
+    for _ in range(2):
+        tokenize([folder], folder / "out", options, workers=1, replace=True)
+        assert Shards.open(folder / "out").num_documents == 2
+
+
+def test_a_killed_worker_is_explained(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    code = f"""
+        import os, signal
+        from internlm.data import tokenize as t
+        if __name__ == "__mp_main__":
+            t._work_on = lambda job: os.kill(os.getpid(), signal.SIGKILL)
+        if __name__ == "__main__":
+            from internlm.errors import DataError
+            try:
+                t.tokenize([{str(corpus)!r}], {str(tmp_path / "out")!r}, t.Options({str(tokenizer_path)!r}), workers=2,
+                           unit_bytes=9000)
+            except DataError as error:
+                print(error)
+    """
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(code))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert "a worker process was killed" in done.stdout, done.stderr
+    assert "fewer --workers" in done.stdout
+
+
+def test_documents_without_a_token_are_exported_and_shown(tokenizer_path: Path, tmp_path: Path) -> None:
+    """A vocabulary without bos and eos gives nothing for an empty text."""
+    train_bpe(TEXTS, 300, ["<unused>"]).save(tmp_path / "t")
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}, {"text": ""}])
+    out, back = str(tmp_path / "out"), tmp_path / "back.jsonl"
+    tokenize([path], out, Options(str(tmp_path / "t")), workers=1)
+    assert run("data", "export", out, "--out", str(back)).returncode == 0
+    assert back.read_text() == path.read_text()
+    assert run("data", "inspect", out, "--document", "1").returncode == 0
+    assert [p.name for p in tmp_path.glob("back*")] == ["back.jsonl"]
+
+
+def test_two_runs_do_not_write_the_same_output(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    code = "import sys; from internlm import storage; storage.hold(sys.argv[1]); print(); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "out.unfinished")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(StorageError, match="another process works in this folder"):
+            tokenize([corpus], tmp_path / "out", Options(str(tokenizer_path)), workers=1)
+    tokenize([corpus], tmp_path / "out", Options(str(tokenizer_path)), workers=1)

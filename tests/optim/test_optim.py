@@ -85,13 +85,12 @@ def test_muon_takes_matrices_and_adamw_the_rest() -> None:
 
 
 @pytest.mark.parametrize("config", [AdamWConfig(), MuonConfig()])
-def test_allocated_state_has_the_names_and_shapes_of_a_real_step(config: AdamWConfig) -> None:
+def test_state_before_the_first_step_has_the_names_and_shapes_of_later(config: AdamWConfig) -> None:
     model, other = build(SHAPE, 0), build(SHAPE, 0)
     first, second = Optimizer(config, model.named_parameters()), Optimizer(config, other.named_parameters())
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     first.step(1.0)
-    second.allocate_state()
     shapes = [{n: (v.shape, v.dtype) for n, v in o.named_state().items()} for o in (first, second)]
     assert shapes[0] == shapes[1]
 
@@ -142,3 +141,20 @@ def test_schedules_take_the_courses_they_draw() -> None:
 def test_a_ratio_outside_zero_to_one_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"schedule\.warmup_ratio"):
         ScheduleConfig(warmup_ratio=2000)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", -1.0),
+        ("lr", math.nan),
+        ("eps", -1.0),
+        ("weight_decay", math.inf),
+        ("table_lr_ratio", -1.0),
+        ("betas", (0.9, 1.0)),
+        ("momentum", 2.0),
+    ],
+)
+def test_a_number_that_no_optimizer_can_use_is_an_error(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"optim\.{key}"):
+        MuonConfig(**{key: value})  # type: ignore[arg-type]

@@ -58,6 +58,11 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused():
     assert train_bpe(["a"], 263).vocab_size == 263
 
 
+def test_a_vocabulary_too_large_for_memory_is_refused():
+    with pytest.raises(ConfigError, match="is too large"):
+        train_bpe(["a"], 10**10)
+
+
 @pytest.mark.parametrize("names", [["<a>", "<a>"], ["x"], ["  "]])
 def test_special_tokens_that_cannot_be_told_from_text_are_refused(names):
     with pytest.raises(ConfigError, match="special_tokens"):
@@ -111,6 +116,16 @@ def test_the_command_line_trains_and_inspects(sources, tmp_path, capsys):
     assert cli.main(again) == 1
     assert cli.main([*again, "--force"]) == 0
     assert Tokenizer.load(out).vocab_size == 410
+
+
+def test_the_command_line_leaves_bad_records_out_when_asked(sources, tmp_path, capsys):
+    rows = tmp_path / "a.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in sources) + '{"te', encoding="utf-8")
+    words = ["tokenizer", "train", str(rows), "--out", str(tmp_path / "t"), "--vocab-size", "400"]
+    assert cli.main(words) == 1
+    assert f"a.jsonl:{len(sources) + 1}: the JSON is cut short" in capsys.readouterr().err
+    assert cli.main([*words, "--on-error", "skip"]) == 0
+    assert "1 bad records left out" in capsys.readouterr().err
 
 
 def test_the_command_line_shows_a_tokenizer_and_a_text(small, tmp_path, capsys):

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from internlm import plot, storage
 from internlm import recipe as recipes
-from internlm import storage
 from internlm.checkpoint import store
 from internlm.errors import ConfigError, DataError, StorageError, TrainingError
 from internlm.recipe import Recipe
-from internlm.train.metrics import read_metrics
+from internlm.train.evaluate import score
+from internlm.train.metrics import MetricsFile, read_metrics
 from internlm.train.trainer import Trainer
 
 Make = Callable[..., Recipe]
@@ -181,6 +182,19 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run(recipe: Make, tmp_
     assert all(torch.equal(v, state[n]) for n, v in trainer.optimizer.named_state().items())
 
 
+def test_a_skipped_step_does_not_hide_the_loss_of_the_others(recipe: Make, tmp_path: Path) -> None:
+    trainer = recipes.prepare(recipe(train__tokens=3 * 256, train__log_every_steps=3))
+    embed = trainer.model.embedding.forward
+
+    def broken(tokens: torch.Tensor) -> torch.Tensor:
+        return embed(tokens) * (math.nan if trainer.progress.step == 1 else 1.0)
+
+    trainer.model.embedding.forward = broken  # type: ignore[method-assign]
+    trainer.fit()
+    assert trainer.progress.skipped_steps == 1
+    assert losses(tmp_path / "run")[-1] == pytest.approx(math.log(280), abs=0.5)
+
+
 def test_a_step_with_nothing_to_train_on_is_skipped(recipe: Make) -> None:
     trainer = recipes.prepare(recipe())
     draw = trainer.loader.next_batch
@@ -208,6 +222,17 @@ def test_a_step_with_nothing_to_train_on_is_skipped(recipe: Make) -> None:
         ({"runtime__device": "cuda"}, "no CUDA device"),
         ({"train__tokens": 0}, "at least 1"),
         ({"model": None}, "required unless init_from"),
+        ({"run": ""}, "run: must name a folder"),
+        ({"seed": 2**63}, "seed: must lie"),
+        ({"train__micro_batch_rows": 0}, "micro_batch_rows: must be at least 1"),
+        ({"train__micro_batch_rows": -1}, "micro_batch_rows: must be at least 1"),
+        ({"train__max_grad_norm": -1.0}, "must not be negative"),
+        ({"train__max_grad_norm": math.nan}, "must not be negative"),
+        ({"evaluate": {"every_steps": 0}}, "evaluate.every_steps: must be at least 1"),
+        ({"evaluate": {"rows": 0}}, "evaluate.rows: must be at least 1"),
+        ({"evaluate": {"limit_rows": 0}}, "evaluate.limit_rows: must be at least 1"),
+        ({"runtime__threads": 0}, "runtime.threads: must be at least 1"),
+        ({"objective": {"z_loss": -1.0}}, "objective.z_loss"),
     ],
 )
 def test_parts_that_do_not_fit_are_named(recipe: Make, changes: dict[str, object], match: str) -> None:
@@ -251,7 +276,11 @@ def test_a_damaged_checkpoint_is_passed_over(recipe: Make, tmp_path: Path) -> No
     assert newest.name == "step-00000004"
     victim = max((newest / "tensors").iterdir(), key=lambda p: p.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-100])
-    assert recipes.prepare(value).progress.step == 2
+    again = recipes.prepare(value)
+    assert again.progress.step == 2
+    again.fit()  # and written again
+    assert store.newest(tmp_path / "run") == newest
+    store.open_checkpoint(newest).load({"random.cpu": torch.get_rng_state()})
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(
@@ -264,6 +293,90 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     with pytest.raises(StorageError, match="MiB left"):
         trainer.fit()
     assert store.listed(tmp_path / "run") == [kept]
+
+
+def test_validation_computes_in_the_data_type_of_the_run(recipe: Make) -> None:
+    for dtype in ("bfloat16", "float32"):
+        trainer = recipes.prepare(recipe(runtime__dtype=dtype))
+        seen: list[bool] = []
+        trainer.model.norm.register_forward_hook(lambda *_, seen=seen: seen.append(torch.is_autocast_enabled("cpu")))
+        trainer.evaluator(trainer.model, final=True)
+        assert set(seen) == {dtype == "bfloat16"}
+
+
+def test_nothing_to_score_is_no_loss_of_zero(recipe: Make) -> None:
+    trainer = recipes.prepare(recipe())
+    assert all(map(math.isnan, score(trainer.model, iter([]), trainer.evaluator.label_bytes, torch.float32)))
+
+
+def test_metrics_are_json_whatever_the_numbers(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "m.jsonl", 0)
+    file.write(1, {"train/loss": math.nan, "optim/grad_norm": math.inf, "progress/tokens": 1})
+    file.close()
+    assert "NaN" not in (tmp_path / "m.jsonl").read_text()
+    wanted = {"step": 1, "train/loss": None, "optim/grad_norm": None, "progress/tokens": 1}
+    assert read_metrics(tmp_path / "m.jsonl") == [wanted]
+
+
+def test_a_plot_leaves_out_what_is_not_finite_and_takes_any_title(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    lines = [{"progress/tokens": n, "train/loss": 3.0 - n if n else None, "optim/lr": 1.0} for n in range(4)]
+    path = plot.loss_curve(lines, tmp_path / "loss.png", r"runs/$\nothing$")
+    assert path is not None
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_trackers_are_closed_however_a_run_ends(recipe: Make) -> None:
+    class Recorder:
+        closed = False
+
+        def write(self, step: int, metrics: dict[str, float]) -> None:
+            pass
+
+        def close(self) -> None:
+            self.closed = True
+
+    trainer = recipes.prepare(recipe())
+    recorder = Recorder()
+    trainer.trackers = [recorder]
+    trainer.step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert recorder.closed
+
+
+def interrupted() -> dict[str, float]:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_full_device_memory_is_explained(recipe: Make, error: RuntimeError) -> None:
+    trainer = recipes.prepare(recipe())
+
+    def full(*inputs: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    trainer.model.forward = full  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"memory of cpu is full: .*micro_batch_rows"):
+        trainer.fit()
+
+
+def test_a_model_beyond_the_memory_is_refused_before_it_is_built(recipe: Make) -> None:
+    shape = {"model__vocab_size": 10**9, "model__hidden_size": 10**5, "model__num_heads": 1000, "model__head_dim": 100}
+    with pytest.raises(ConfigError, match=r"model: training 200T parameters takes more than .* GiB and cpu has"):
+        recipes.prepare(recipe(**shape))
+
+
+def test_compiling_without_a_compiler_is_refused(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent")
+    with pytest.raises(ConfigError, match=r"runtime\.compile: needs a C\+\+ compiler"):
+        recipes.prepare(recipe(runtime__compile=True))
 
 
 def test_compiled_blocks_take_the_same_steps(recipe: Make) -> None:

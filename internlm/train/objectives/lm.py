@@ -7,12 +7,14 @@ Serves pre-training and tuning on conversations alike: what is trained is what h
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from torch import Tensor
 
 from internlm.config import section
 from internlm.data.batch import Batch
+from internlm.errors import ConfigError
 from internlm.model.heads import TokenOutputs
 
 
@@ -24,6 +26,10 @@ class LanguageModeling:
     z_loss: float = 0.0
     """Weight of logz², which keeps logits from drifting (PaLM, Chowdhery et al. 2022, §5). Not 0 costs one more matrix
     product in the head, because the loss is then no longer linear in log-probabilities."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.z_loss < math.inf:
+            raise ConfigError("must be finite and not negative", where="objective.z_loss", got=self.z_loss)
 
     def count(self, batch: Batch) -> Tensor:
         """Return the denominator: the sum of weights, a scalar known before forward."""

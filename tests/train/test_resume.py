@@ -1,0 +1,203 @@
+"""Starting and going on: what a run folder holds decides, and what cannot be gone on from is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from internlm import config, storage
+from internlm import recipe as recipes
+from internlm.checkpoint import store
+from internlm.cli import main, train
+from internlm.errors import ConfigError, StorageError
+from internlm.recipe import Recipe
+from internlm.text.training import train_bpe
+from internlm.train.metrics import Metrics
+from internlm.train.trainer import Trainer
+from internlm.weights import transformers
+
+Make = Callable[..., Recipe]
+
+
+def test_a_second_process_in_a_run_folder_is_refused(recipe: Make, tmp_path: Path) -> None:
+    value = recipe()
+    recipes.prepare(value)  # this process holds the folder now
+    (tmp_path / "r.yaml").write_text(config.dump(value))
+    words = [sys.executable, "-m", "internlm", "train", str(tmp_path / "r.yaml")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "another process works in this folder" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(recipe: Make, tmp_path: Path) -> None:
+    value = recipe(train__tokens=2 * 256)
+    recipes.prepare(value).fit()
+    newest = store.newest(tmp_path / "run")
+    assert newest is not None
+    (newest / storage.MANIFEST).write_text("{")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(StorageError, match="damaged, all of them"):
+        recipes.prepare(value)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_flipped_bits_are_not_trained_on(recipe: Make, tmp_path: Path) -> None:
+    value = recipe(train__tokens=2 * 256)
+    recipes.prepare(value).fit()
+    newest = store.newest(tmp_path / "run")
+    assert newest is not None
+    victim = max((newest / "tensors").iterdir(), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 64
+    victim.write_bytes(content)
+    with pytest.raises(StorageError, match="is damaged"):
+        recipes.prepare(value)
+    with pytest.raises(StorageError, match="is damaged"):
+        list(store.open_checkpoint(newest).tensors())
+
+
+def test_a_run_can_go_on_from_before_its_first_update(recipe: Make) -> None:
+    trainer = recipes.prepare(recipe())
+    draw = trainer.loader.next_batch
+
+    def masked(rows: int):  # type: ignore[no-untyped-def]
+        batch = draw(rows)
+        batch.weights.zero_()
+        return batch
+
+    trainer.loader.next_batch = masked  # type: ignore[method-assign]
+    trainer.step()
+    trainer.save()
+    again = recipes.prepare(recipe())
+    assert (again.progress.step, again.progress.skipped_steps) == (1, 1)
+    again.step()
+
+
+def test_another_step_size_is_refused_on_resume(recipe: Make) -> None:
+    recipes.prepare(recipe(train__tokens=2 * 256)).fit()
+    with pytest.raises(ConfigError, match=r"train\.batch_tokens: the run was begun with 256 tokens a step"):
+        recipes.prepare(recipe(train__batch_tokens=512))
+
+
+def test_a_removal_that_was_cut_short_is_finished(recipe: Make, tmp_path: Path) -> None:
+    trainer = recipes.prepare(recipe(train__tokens=4 * 256, checkpoint={"every_steps": 2, "keep_last": 1}))
+    left = store.path_of(tmp_path / "run", 1)
+    left.mkdir(parents=True)
+    (left / "model.yaml").write_text("x")
+    trainer.fit()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_a_checkpoint_made_on_a_cpu_goes_on_on_a_gpu(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes.prepare(recipe(train__tokens=256)).fit()
+    trainer = recipes.prepare(recipe(train__tokens=512, run=recipe().run + "2"))
+    checkpoint = store.open_checkpoint(recipe().run)
+    trainer.device = torch.device("cuda")  # only its random stream is looked at here
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
+    trainer.resume(checkpoint)
+    assert trainer.progress.step == 1
+
+
+def test_a_begun_run_needs_its_start_no_more(recipe: Make, tmp_path: Path) -> None:
+    recipes.prepare(recipe(run=str(tmp_path / "first"), train__tokens=256)).fit()
+    value = recipe(init_from=str(tmp_path / "first"), model=None, train__tokens=256)
+    recipes.prepare(value).fit()
+    shutil.rmtree(tmp_path / "first")
+    assert recipes.prepare(value).progress.step == 1
+
+
+def test_a_start_from_a_transformers_folder_has_the_shape_of_the_recipe_and_goes_on(
+    recipe: Make, tmp_path: Path
+) -> None:
+    first = recipes.prepare(recipe(run=str(tmp_path / "first"), train__tokens=256))
+    first.fit()
+    transformers.export(store.open_checkpoint(tmp_path / "first").tensors(), first.model.config, tmp_path / "hf")
+    value = recipe(
+        init_from=str(tmp_path / "hf"), model__init={"std": 0.01}, model__context_length=4096, train__tokens=256
+    )
+    trainer = recipes.prepare(value)
+    assert trainer.model.config == value.model
+    for name, parameter in first.model.named_parameters():
+        assert torch.equal(parameter, trainer.model.get_parameter(name))
+    trainer.fit()
+    assert recipes.prepare(value).progress.step == 1
+
+
+@pytest.mark.parametrize("step_folder", [False, True])
+def test_weights_of_another_tokenizer_are_refused(recipe: Make, tmp_path: Path, step_folder: bool) -> None:
+    trainer = recipes.prepare(recipe(run=str(tmp_path / "first"), train__tokens=256))
+    other = tmp_path / "other"
+    other.mkdir()
+    train_bpe(["another text than that of the corpus"] * 9, 270).save(other)
+    source = store.path_of(tmp_path / "first", 1)
+    state = {f"model.{name}": p.detach() for name, p in trainer.model.named_parameters()}
+    store.save(source, state, trainer.model.config, other, {"step": 1})
+    with pytest.raises(ConfigError, match="trained with another tokenizer"):
+        recipes.prepare(recipe(init_from=str(source if step_folder else tmp_path / "first")))
+
+
+def test_points_of_steps_that_come_again_are_taken_back_from_tensorboard(recipe: Make, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging.getLogger("tensorboard").setLevel("ERROR")
+    value = recipe(train__tokens=4 * 256)
+    trainer = recipes.prepare(value)
+    trainer.step()
+    trainer.save()
+    trainer.save = lambda: Path()  # type: ignore[method-assign]  # stopped after step 4, before it was saved
+    trainer.fit()
+    recipes.prepare(value).fit()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("train/loss")] == [2, 3, 4]
+
+
+def test_the_commit_is_that_of_this_code_and_of_no_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    commit = ["git", "-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"]
+    subprocess.run(commit, check=True, cwd=tmp_path)
+    package = tmp_path / "site-packages" / "internlm"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(recipes, "__file__", str(package / "recipe.py"))
+    assert "commit" not in recipes.versions()
+
+
+@pytest.mark.parametrize(("every_steps", "advice"), [(None, "starts over"), (2, r"goes on from .*step-00000002")])
+def test_an_interrupted_run_says_what_the_same_command_will_do(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_steps: int | None, advice: str
+) -> None:
+    (tmp_path / "r.yaml").write_text(config.dump(recipe(checkpoint={"every_steps": every_steps})))
+    step = Trainer.step
+
+    def stopped(trainer: Trainer) -> Metrics:
+        if trainer.progress.step == 3:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    said: list[str] = []
+    monkeypatch.setattr(Trainer, "step", stopped)
+    monkeypatch.setattr(train.logger, "info", lambda text, *values: said.append(text % values))
+    assert main(["train", str(tmp_path / "r.yaml")]) == 130
+    assert re.fullmatch(f"stopped at step 3; the same command {advice}.*", said[-1])
+
+
+def test_the_runtime_section_may_be_wrong_too(recipe: Make, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(json.dumps(config.encode(recipe())))
+    words = [sys.executable, "-m", "internlm", "train", str(tmp_path / "r.yaml"), "runtime=3"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
