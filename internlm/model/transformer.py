@@ -12,7 +12,6 @@ from __future__ import annotations
 import zlib
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from internlm.model import attention
