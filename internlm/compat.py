@@ -110,3 +110,40 @@ def _opaque_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @_opaque_linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@functools.cache
+def expensive_operators() -> frozenset[Any]:
+    """Return the operators whose results selective recomputation keeps: matrix products and attention."""
+    names = [
+        "aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.linear.default",
+        "aten._scaled_mm.default",
+        "aten._scaled_dot_product_flash_attention.default", "aten._scaled_dot_product_efficient_attention.default",
+        "aten._scaled_dot_product_cudnn_attention.default",
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        "torch_attn._varlen_attn.default", "internlm.onednn_linear.default", "mkldnn._linear_pointwise.default",
+    ]  # fmt: skip
+    found = []
+    for name in names:
+        operator: Any = torch.ops
+        try:
+            for part in name.split("."):
+                operator = getattr(operator, part)
+        except (AttributeError, RuntimeError):
+            continue  # this build has no such kernel
+        found.append(operator)
+    return frozenset(found)
+
+
+def all_gather(out: Tensor, x: Tensor, group: Any) -> None:
+    """Fill `out` with the x of all ranks of a group, one after the other along dim 0. Renamed in 2.13."""
+    import torch.distributed as dist
+
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, x, group=group)
+
+
+def reduce_scatter(out: Tensor, x: Tensor, group: Any) -> None:
+    """Fill `out` with this rank's part along dim 0 of the sum of x over a group. Renamed in 2.13."""
+    import torch.distributed as dist
+
+    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, x, group=group)

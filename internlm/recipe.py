@@ -30,9 +30,10 @@ from internlm.errors import ConfigError, StorageError
 from internlm.log import quantity
 from internlm.model.config import ModelConfig
 from internlm.model.presets import preset
-from internlm.model.transformer import build
 from internlm.optim.optimizer import AdamWConfig, OptimConfig, Optimizer
 from internlm.optim.schedule import ScheduleConfig
+from internlm.parallel.apply import Parallel, Setting
+from internlm.parallel.mesh import Layout, ParallelConfig
 from internlm.runtime import RuntimeConfig
 from internlm.text.tokenizer import Tokenizer
 from internlm.train.evaluate import EvaluateConfig, Evaluator
@@ -40,7 +41,6 @@ from internlm.train.objective import Objectives
 from internlm.train.objectives.lm import LanguageModeling
 from internlm.train.trackers import open_trackers
 from internlm.train.trainer import TrainConfig, Trainer
-from internlm.weights.load import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,8 @@ class Recipe:
     """Optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Course of the learning rate."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the run is spread over ranks."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Validation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -123,23 +125,23 @@ def prepare(recipe: Recipe) -> Trainer:
     device = runtime.resolve_device(recipe.runtime)
     dtype = runtime.resolve_dtype(recipe.runtime, device)
     run = Path(recipe.run)
-    loader = Loader(recipe.data)
-    storage.hold(run)
+    rank, world_size = runtime.rank(), runtime.world_size()
+    layout = Layout.of(recipe.parallel, world_size)
+    loader = Loader(recipe.data, layout.data_rank(rank), layout.data)
+    if rank == 0:
+        storage.hold(run)
     begun = _newest_of(run, recipe)
     start = _source(recipe.init_from) if begun is None and recipe.init_from is not None else None
     shape = recipe.model or (begun or start or _source(recipe.init_from)).config
     _check_fit(recipe, shape, loader)
-    _check_memory(shape, device)
     if start is not None:
         _check_start(start, shape, loader)
-        model = load_model(shape, start.tensors(), dtype=torch.float32, device=device)
-        model.attention_path = recipe.runtime.attention
+    parallel = _spread(recipe, shape, device, dtype)
+    if start is not None:
+        parallel.load(start.tensors())
         logger.info("weights from %s", start.path)
-    else:
-        model = build(shape, recipe.seed, path=recipe.runtime.attention).to(device)
-    if recipe.runtime.compile:
-        for block in model.blocks.values():
-            block.compile()
+    elif begun is None:
+        parallel.initialize(recipe.seed)
     peak = hardware.peak_flops(runtime.device_name(device), str(dtype).removeprefix("torch."))
     facts = {"recipe": config.encode(recipe), "versions": versions()}
     trainer = Trainer(
@@ -148,13 +150,12 @@ def prepare(recipe: Recipe) -> Trainer:
         schedule=recipe.schedule,
         checkpoints=recipe.checkpoint,
         evaluation=recipe.evaluate,
-        model=model,
+        parallel=parallel,
         objective=recipe.objective,
-        optimizer=Optimizer(recipe.optim, model.named_parameters()),
+        optimizer=Optimizer(recipe.optim, parallel.named_parameters()),
         loader=loader,
-        evaluator=Evaluator(recipe.evaluate, recipe.data, Tokenizer.load(loader.tokenizer_path), dtype),
+        evaluator=Evaluator(recipe.evaluate, recipe.data, Tokenizer.load(loader.tokenizer_path)),
         device=device,
-        dtype=dtype,
         peak_flops=peak or runtime.measure_peak(device, dtype),
         facts=facts,
     )
@@ -162,11 +163,35 @@ def prepare(recipe: Recipe) -> Trainer:
     if begun is not None:
         trainer.resume(begun)
         logger.info("resuming %s at step %d of %d", begun.path, begun.step, recipe.train.total_steps)
-    storage.write_text(run / "recipe.yaml", config.dump(recipe))
-    storage.write_text(run / "versions.json", json.dumps(facts["versions"], indent=1) + "\n")
-    trainer.trackers = open_trackers(run, trainer.progress.step)
-    _announce(trainer, "measured" if peak is None else "data sheet")
+    if rank == 0:
+        storage.write_text(run / "recipe.yaml", config.dump(recipe))
+        storage.write_text(run / "versions.json", json.dumps(facts["versions"], indent=1) + "\n")
+        trainer.trackers = open_trackers(run, trainer.progress.step)
+    _announce(trainer, dtype, "measured" if peak is None else "data sheet")
     return trainer
+
+
+def _spread(recipe: Recipe, shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> Parallel:
+    """Return this rank's part of the model, with memory and no values.
+
+    Raises:
+        ConfigError: the layout, the batch and the model do not fit each other, or the device is too small.
+    """
+    layout, length = Layout.of(recipe.parallel, runtime.world_size()), recipe.data.seq_len
+    micro_rows = recipe.train.micro_rows(length, layout.data)
+    rows = recipe.train.batch_tokens // length
+    layout.check(recipe.parallel, shape, length, rows, micro_rows)
+    _check_memory(shape, device, layout.world_size // layout.replicate)
+    setting = Setting(
+        device=device,
+        dtype=dtype,
+        attention=recipe.runtime.attention,
+        compile=recipe.runtime.compile,
+        seq_len=length,
+        micro_rows=micro_rows,
+        micro_batches=rows // layout.data // micro_rows,
+    )
+    return Parallel(shape, recipe.parallel, setting)
 
 
 def versions() -> dict[str, str]:
@@ -259,13 +284,18 @@ def _check_fit(recipe: Recipe, shape: ModelConfig, loader: Loader) -> None:
         )
 
 
-def _check_memory(shape: ModelConfig, device: torch.device) -> None:
+def _check_memory(shape: ModelConfig, device: torch.device, parts: int) -> None:
     """Check that a model can be trained on this device at all: weights, gradients and one moment, in float32.
+
+    Args:
+        shape: of the model.
+        device: of this rank.
+        parts: ranks that share one copy.
 
     Raises:
         ConfigError: naming both sizes.
     """
-    needed, there = 12 * shape.num_parameters, runtime.peak_memory_bytes(device)[1]
+    needed, there = 12 * shape.num_parameters // parts, runtime.peak_memory_bytes(device)[1]
     if there and needed > there:
         raise ConfigError(
             f"training {quantity(shape.num_parameters)} parameters takes more than {needed / 2**30:.0f} GiB and "
@@ -295,16 +325,19 @@ def _check_start(source: Source, shape: ModelConfig, loader: Loader) -> None:
         )
 
 
-def _announce(trainer: Trainer, peak_origin: str) -> None:
-    model, recipe = trainer.model.config, trainer.config
+def _announce(trainer: Trainer, dtype: torch.dtype, peak_origin: str) -> None:
+    model, recipe = trainer.parallel.shape, trainer.config
+    if trainer.parallel.mesh is not None:
+        sizes = vars(trainer.parallel.layout).items()
+        logger.info("%d ranks: %s", runtime.world_size(), " × ".join(f"{name} {n}" for name, n in sizes if n > 1))
     logger.info(
         "model %s parameters | %d steps of %s tokens | %s, %s, dense peak %.3g TFLOPS (%s) | attention %s",
         quantity(model.num_parameters),
         recipe.total_steps,
         quantity(recipe.batch_tokens),
         runtime.device_name(trainer.device),
-        str(trainer.dtype).removeprefix("torch."),
+        str(dtype).removeprefix("torch."),
         trainer.peak_flops / 1e12,
         peak_origin,
-        trainer.model.attention_path,
+        trainer.parallel.parts[0].attention_path,
     )

@@ -6,21 +6,26 @@
         model.yaml        the ModelConfig
         tokenizer/        the vocabulary the model was trained with
 
-Limits: one process writes; several ranks, asynchronous writing and remote storage come with `parallel`.
+Every rank writes and reads its parts; rank 0 makes the folder visible when all have written. Tensors are named and
+whole, so another number of ranks, or another layout, reads them as well.
+
+Limits: the folder must be one that all ranks see; the run waits while a checkpoint is written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -32,11 +37,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from internlm import config as recipes
 from internlm import storage
 from internlm.config import require_positive, section
-from internlm.errors import StorageError
+from internlm.errors import InternLMError, StorageError
 from internlm.model.config import ModelConfig
 from internlm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 KIND = "checkpoint"
 _STEP = re.compile(r"step-(\d+)$")
@@ -91,7 +97,7 @@ class Checkpoint:
         Raises:
             StorageError: a name is not in the checkpoint, or has another shape; or a file is damaged.
         """
-        storage.verify(self.path)
+        on_first(lambda: storage.verify(self.path))
         known = self._metadata()
         for name, tensor in into.items():
             facts = known.get(name)
@@ -99,7 +105,7 @@ class Checkpoint:
                 found = "is not in the checkpoint" if facts is None else f"has shape {tuple(facts.size)} there"
                 raise StorageError(f"tensor {name} {tuple(tensor.shape)} {found}", where=self.path)
         with _quiet():
-            load_tensors(into, storage_reader=FileSystemReader(self.path / "tensors"), no_dist=True)
+            load_tensors(into, storage_reader=FileSystemReader(self.path / "tensors"), no_dist=_is_alone())
 
     def tensors(self, prefix: str = "model.") -> Iterator[tuple[str, Tensor]]:
         """Yield (name without prefix, tensor) one at a time, so that only one is in memory.
@@ -128,11 +134,11 @@ class Checkpoint:
 def save(
     path: Path, tensors: dict[str, Tensor], model: ModelConfig, tokenizer: Path | None, meta: dict[str, Any]
 ) -> None:
-    """Write a checkpoint folder that is complete or absent.
+    """Write a checkpoint folder that is complete or absent. Every rank must call it.
 
     Args:
         path: the folder, `…/step-<n>`.
-        tensors: by logical name.
+        tensors: by logical name; of a DTensor each rank writes its part.
         model: shape of the model.
         tokenizer: folder of the tokenizer's files, copied in.
         meta: JSON-able facts; must have `step`.
@@ -140,27 +146,70 @@ def save(
     Raises:
         StorageError: the disk is full (checked before anything is written), or writing failed.
     """
-    needed = sum(t.numel() * t.element_size() for t in tensors.values())
-    storage.require_space(path, needed + (1 << 20), f"checkpoint {path.name}")
-    if path.is_dir() and not is_checkpoint(path):
-        shutil.rmtree(path)  # damaged: the run went back to an earlier one and is here again
-    with storage.writing(path, KIND, replace=True) as folder:
-        writer = FileSystemWriter(folder.path / "tensors", sync_files=False)  # storage.writing syncs every file
+    with contextlib.ExitStack() as stack:
+        needed = sum(t.numel() * t.element_size() for t in tensors.values())
+        opened: list[storage.Writing] = []  # on rank 0
+
+        def begin() -> Path:
+            storage.require_space(path, needed + (1 << 20), f"checkpoint {path.name}")
+            if path.is_dir() and not is_checkpoint(path):
+                shutil.rmtree(path)  # damaged: the run went back to an earlier one and is here again
+            opened.append(stack.enter_context(storage.writing(path, KIND, replace=True)))
+            return opened[0].path
+
+        def finish() -> None:
+            (partial / "model.yaml").write_text(recipes.dump(model), encoding="utf-8")
+            if tokenizer is not None:
+                (partial / "tokenizer").mkdir()
+                Tokenizer.load(tokenizer).save(partial / "tokenizer")
+            opened[0].meta.update(meta)
+            stack.close()
+
+        partial = on_first(begin)
+        with storage.explained(f"writing {path}"):
+            _write_tensors(tensors, partial / "tensors", path)
+        on_first(finish)
+
+
+def _write_tensors(tensors: dict[str, Tensor], folder: Path, target: Path) -> None:
+    writer = FileSystemWriter(folder, sync_files=False)  # storage.writing syncs every file
+    try:
+        with _quiet():
+            save_tensors(tensors, storage_writer=writer, no_dist=_is_alone())
+    except CheckpointException as error:
+        # torch wraps what its writer threads raise, and reports a short write as a position that is off
+        cause = next(cause for cause, _ in error.failures.values())
+        if isinstance(cause, OSError):
+            raise cause from error
+        what = str(cause).splitlines()[0][:200]
+        raise StorageError(f"writing failed: {what}", where=target, do="Is the disk full?") from error
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """Return what `work` returns on rank 0, on every rank. Every rank must call it.
+
+    Raises:
+        StorageError: on every rank, what it raised on rank 0.
+    """
+    if _is_alone():
+        return work()
+    said: list[Any] = [None, None]
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
         try:
-            with _quiet():
-                save_tensors(tensors, storage_writer=writer, no_dist=True)
-        except CheckpointException as error:
-            # torch wraps what its writer threads raise, and reports a short write as a position that is off
-            cause = next(cause for cause, _ in error.failures.values())
-            if isinstance(cause, OSError):
-                raise cause from error
-            what = str(cause).splitlines()[0][:200]
-            raise StorageError(f"writing failed: {what}", where=path, do="Is the disk full?") from error
-        (folder.path / "model.yaml").write_text(recipes.dump(model), encoding="utf-8")
-        if tokenizer is not None:
-            (folder.path / "tokenizer").mkdir()
-            Tokenizer.load(tokenizer).save(folder.path / "tokenizer")
-        folder.meta.update(meta)
+            said[0] = work()
+        except (InternLMError, OSError) as error:
+            failure, said[1] = error, str(error)
+    dist.broadcast_object_list(said, src=0)
+    if failure is not None:
+        raise failure
+    if said[1] is not None:
+        raise StorageError(said[1])
+    return said[0]
+
+
+def _is_alone() -> bool:
+    return not dist.is_initialized()
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -192,22 +192,31 @@ def stack(rows: list[tuple[int, PackedRow]], sources: tuple[str, ...]) -> Batch:
     return Batch(tokens, labels, positions, documents, weights, source, sources)
 
 
-def validation_batches(config: DataConfig, name: str, rows: int, limit_rows: int | None = None) -> Iterator[Batch]:
-    """Yield a validation source in order: every token is scored once, or those of `limit_rows` rows spread over it.
+def validation_batches(
+    config: DataConfig, name: str, rows: int, limit_rows: int | None = None, share: tuple[int, int] | None = None
+) -> Iterator[Batch]:
+    """Yield one rank's part of a validation source: every token is scored once, by one of the ranks.
 
     Args:
         config: the recipe's data section.
         name: of the validation source.
-        rows: per batch; the last batch may have fewer.
-        limit_rows: None for all.
+        rows: per batch.
+        limit_rows: so many rows, spread over the source; None: all.
+        share: (rank, ranks): all ranks get equally many batches of equally many rows, of which those that are too
+            many have nothing to score. None: everything, and the last batch may have fewer rows.
     """
+    rank, ranks = share or (0, 1)
     shards = Shards.open(config.validation[name].path)
     packing = Packing(shards, config.seq_len, config.pack, np.arange(shards.num_documents))
     _tell_truncated(name, packing)
     count = min(packing.num_rows, limit_rows or packing.num_rows)
     chosen = [i * packing.num_rows // count for i in range(count)]
-    for first in range(0, count, rows):
-        yield stack([(0, packing.row(i)) for i in chosen[first : first + rows]], (name,))
+    for first in range(0, count, rows * ranks):
+        mine = chosen[first : first + rows * ranks][rank::ranks]
+        extra = 0 if share is None else rows - len(mine)
+        batch = stack([(0, packing.row(i)) for i in (*mine, *[chosen[0]] * extra)], (name,))
+        batch.weights[len(mine) :] = 0
+        yield batch
 
 
 def _tell_truncated(name: str, packing: Packing) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,8 @@ CHUNK_LOGITS = 1 << 22
 """Logits per chunk (16 MiB in fp32). On the CPU a chunk then stays in cache between product, softmax and gradient."""
 
 
-@dataclass
-class TokenOutputs:
-    """What the model thinks of each label; every field [B, T] but `weighted`."""
+class TokenOutputs(NamedTuple):
+    """What the model thinks of each label; every field [B, T] but `weighted`. A tuple: hooks find its tensors."""
 
     logp: Tensor
     """Log-probability of the label, in nats, fp32."""
@@ -84,10 +83,10 @@ class LanguageHead(nn.Module):
 
     def _score(self, hidden: Tensor, labels: Tensor, coefficients: Tensor | None) -> TokenOutputs:
         shape = labels.shape
-        flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        flat = hidden.reshape(-1, hidden.shape[-1])
         if coefficients is None:
-            logp, logz, correct = _Recomputed.apply(flat, self.table(), labels, self.part)
-            return TokenOutputs(logp.view(shape), logz.view(shape), correct.view(shape))
+            return TokenOutputs(*_Recomputed.apply(flat, self.table(), labels, self.part))
+        labels = labels.reshape(-1)
         coefficients = coefficients.reshape(-1)
         chosen = None
         if hidden.device.type == "cpu" and not coefficients.all():
@@ -197,13 +196,14 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, held: Slice | None) -> tuple[Tensor, ...]:
         tokens, vocab = hidden.shape[0], weight.shape[0]
-        logp, logz = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
-        correct = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
+        logp, logz = (torch.empty(labels.shape, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        correct = torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
+        labels, out = labels.reshape(-1), (logp.view(-1), logz.view(-1), correct.view(-1))
         ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         product = _product(hidden, weight)
         for part in _chunks(tokens, vocab):
             logits = product(hidden[part], weight).float()
-            _score(logits, labels[part], held, (logp, logz, correct), part)
+            _score(logits, labels[part], held, out, part)
         ctx.held = held
         ctx.save_for_backward(hidden, weight, labels, logz)
         ctx.mark_non_differentiable(correct)
@@ -211,8 +211,9 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logp, grad_logz, _ = grads
+        grad_logp, grad_logz = (grad.reshape(-1) for grad in grads[:2])
         hidden, weight, labels, logz = ctx.saved_tensors
+        logz = logz.view(-1)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         product = _product(hidden, weight)

@@ -43,6 +43,8 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """Return the normalised hidden states [B, T, D].
 
+        A part of a model (`embedding` or `norm` is None) takes and gives the stream between its blocks instead.
+
         Args:
             tokens: [B, T] ids.
             positions: [B, T], each token's place in its document; None: 0 … T−1.
@@ -50,12 +52,12 @@ class Transformer(nn.Module):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(1, -1)
-        x = self.embedding(tokens)
+        x = tokens if self.embedding is None else self.embedding(tokens)
         layout = attention.arrange(documents, x.device, x.dtype, self.attention_path)
         rotation = self.rope(positions, x.dtype)
         for block in self.blocks.values():
             x = block(x, rotation, layout)
-        return self.norm(x)
+        return x if self.norm is None else self.norm(x)
 
 
 def build(config: ModelConfig, seed: int, *, dtype: torch.dtype = torch.float32, path: str = "auto") -> Transformer:
@@ -73,13 +75,17 @@ def build(config: ModelConfig, seed: int, *, dtype: torch.dtype = torch.float32,
 def initialize(model: Transformer, seed: int) -> None:
     """Fill every parameter, in place, from its name and the seed alone: the same start in any order and layout."""
     for name, parameter in model.named_parameters():
-        std = init_std(model.config, name)
-        if std is None:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        # The CPU generator looks at 32 bits of its seed: name and seed are hashed into them together.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        parameter.copy_(initial(model.config, name, parameter.shape, seed))
+
+
+def initial(config: ModelConfig, name: str, shape: torch.Size, seed: int) -> Tensor:
+    """Return the start of a parameter, on the CPU in float32, from its name and the seed alone."""
+    std = init_std(config, name)
+    if std is None:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+    # The CPU generator looks at 32 bits of its seed: name and seed are hashed into them together.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 def init_std(config: ModelConfig, name: str) -> float | None:

@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import pydantic
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from internlm.config import default_kind, section
 from internlm.errors import ConfigError, WeightsError
@@ -109,11 +110,6 @@ class Optimizer:
                 group["lr"] = group["peak_lr"] * rate
             part.step()
 
-    def zero_grad(self) -> None:
-        """Drop the gradients."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
-
     def named_state(self) -> dict[str, Tensor]:
         """Return every state tensor as `<parameter name>.<slot>`."""
         return {
@@ -139,16 +135,46 @@ class Optimizer:
 
 
 @torch.no_grad()
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale all gradients, in place, so that their one global L2 norm is at most `limit`; return the norm before.
+def squared_norm(parameters: Iterable[nn.Parameter], ranks: int = 1) -> Tensor:
+    """Return this rank's share of the squared L2 norm of all gradients, fp64: summed over all ranks it is the square.
 
-    The norm is always computed; a limit of 0 or infinity only measures. A non-finite norm leaves the gradients alone.
+    What several ranks hold alike is shared between them.
+
+    Args:
+        parameters: those of this rank.
+        ranks: how many hold a parameter that is a plain tensor.
+
+    Raises:
+        WeightsError: no parameter has a gradient.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         raise WeightsError("no parameter has a gradient", do="Check that something in the batch is trained on.")
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=torch.float32)))
+    shares = [1 / (_copies(grad) if isinstance(grad, DTensor) else ranks) for grad in grads]
+    norms = torch.stack(torch._foreach_norm(local(grads), dtype=torch.float32)).double()
+    return (norms.square() * norms.new_tensor(shares)).sum()
+
+
+@torch.no_grad()
+def scale_to_norm(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:
+    """Scale all gradients, in place, so that their global norm is at most `limit`; not if the norm is not finite.
+
+    Args:
+        parameters: those of this rank.
+        norm: of all gradients of all ranks.
+        limit: 0 or infinity leave the gradients alone.
+    """
     if limit > 0:
         scale = torch.where(norm.isfinite(), (limit / (norm + 1e-6)).clamp(max=1.0), torch.ones_like(norm))
-        torch._foreach_mul_(grads, scale)
-    return norm
+        torch._foreach_mul_(local([p.grad for p in parameters if p.grad is not None]), scale.float())
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return this rank's parts of tensors; they share memory with them."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def _copies(tensor: DTensor) -> int:
+    """Return how many ranks hold the same part of a tensor."""
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if placement.is_replicate())

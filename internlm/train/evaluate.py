@@ -18,7 +18,7 @@ from internlm.data import loader as data
 from internlm.data.batch import Batch
 from internlm.data.loader import DataConfig
 from internlm.log import duration
-from internlm.model.transformer import Transformer
+from internlm.parallel.apply import Parallel
 from internlm.text.tokenizer import Tokenizer
 from internlm.train.metrics import Metrics
 
@@ -43,18 +43,23 @@ class EvaluateConfig:
 class Evaluator:
     """Scores the validation sources of a run, with matrix products in `dtype`."""
 
-    def __init__(self, config: EvaluateConfig, source: DataConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-        self.config, self.data, self.dtype = config, source, dtype
+    def __init__(self, config: EvaluateConfig, source: DataConfig, tokenizer: Tokenizer) -> None:
+        self.config, self.data = config, source
         self.label_bytes = torch.from_numpy(data.label_bytes(tokenizer))
 
-    def __call__(self, model: Transformer, *, final: bool) -> Metrics:
-        """Return loss and bits per byte of every validation source; the last validation of a run takes all rows."""
+    def __call__(self, parallel: Parallel, *, final: bool) -> Metrics:
+        """Return loss and bits per byte of every validation source; the last validation of a run takes all rows.
+
+        Every rank must call it; each scores its share of the rows.
+        """
         metrics: Metrics = {}
         limit = None if final else self.config.limit_rows
         for name in self.data.validation:
             started = time.monotonic()
-            batches = data.validation_batches(self.data, name, self.config.rows, limit)
-            loss, bits = score(model, batches, self.label_bytes, self.dtype)
+            rows = parallel.run.rows_together or self.config.rows
+            share = None if parallel.mesh is None else (parallel.data_rank, parallel.layout.data)
+            batches = data.validation_batches(self.data, name, rows, limit, share)
+            loss, bits = score(parallel, batches, self.label_bytes)
             metrics |= {f"valid/loss/{name}": loss, f"valid/bits_per_byte/{name}": bits}
             spent = duration(time.monotonic() - started)
             logger.info("validation %s | loss %.4f | %.4f bits per byte | took %s", name, loss, bits, spent)
@@ -62,37 +67,27 @@ class Evaluator:
 
 
 @torch.no_grad()
-def score(
-    model: Transformer, batches: Iterator[Batch], label_bytes: torch.Tensor, dtype: torch.dtype
-) -> tuple[float, float]:
-    """Return (nats per token, bits per byte) over all batches; NaN where there is nothing to score.
+def score(parallel: Parallel, batches: Iterator[Batch], label_bytes: torch.Tensor) -> tuple[float, float]:
+    """Return (nats per token, bits per byte) over all batches of all ranks; NaN where there is nothing to score.
 
     Args:
-        model: scored as it is.
-        batches: every label with weight > 0 counts once, whatever its weight.
+        parallel: the model, scored as it is.
+        batches: this rank's; every label with weight > 0 counts once, whatever its weight.
         label_bytes: [V] UTF-8 bytes that each token stands for.
-        dtype: of the matrix products, as in training.
     """
-    nats, tokens, size = 0.0, 0, 0
-    device = model.embedding.weight.device
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in batches:
-            scored = batch.weights > 0
-            size += int(label_bytes[batch.labels[scored]].sum())
-            there = batch.to(device)
-            with autocast(device, dtype):
-                hidden = model(there.tokens, there.positions, there.documents)
-                outputs = model.head(hidden, there.labels, (there.weights > 0).float())
-            assert outputs.weighted is not None, "the head was given coefficients"
-            nats -= float(outputs.weighted)
-            tokens += int(scored.sum())
-    finally:
-        model.train(was_training)
+    sums = torch.zeros(3, dtype=torch.float64, device=parallel.device)  # nats, tokens, bytes
+
+    def count(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        scored = batch.weights > 0
+        outputs = parallel.run.score(hidden, batch.labels, scored.float())
+        assert outputs.weighted is not None, "the head was given coefficients"
+        sums[0] -= outputs.weighted
+        sums[1] += scored.sum()
+        sums[2] += label_bytes.to(parallel.device)[batch.labels[scored]].sum()
+        return outputs.weighted
+
+    for batch in batches:
+        there = batch.to(parallel.device)
+        parallel.run.forward(there.micro_batches(parallel.run.micro_rows or len(there.tokens)), count)
+    nats, tokens, size = parallel.total(sums, counted=parallel.counts).tolist()
     return nats / tokens if tokens else math.nan, nats / math.log(2) / size if size else math.nan
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return the context in which matrix products are in `dtype`: bf16, or as the weights are."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)

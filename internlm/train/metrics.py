@@ -22,8 +22,8 @@ from internlm import storage
 from internlm.cost import flops
 from internlm.data.batch import Batch
 from internlm.log import duration, quantity
-from internlm.model.config import ModelConfig
 from internlm.model.heads import TokenOutputs
+from internlm.parallel.apply import Parallel
 
 Metrics = dict[str, float]
 
@@ -31,14 +31,14 @@ Metrics = dict[str, float]
 class Meter:
     """Adds up a window of steps. Tensors stay on the device until `read`, which waits for it once."""
 
-    def __init__(self, model: ModelConfig, sources: tuple[str, ...], device: torch.device, peak_flops: float) -> None:
-        self.model, self.sources, self.device, self.peak_flops = model, sources, device, peak_flops
+    def __init__(self, parallel: Parallel, sources: tuple[str, ...], peak_flops: float) -> None:
+        self.parallel, self.sources, self.peak_flops = parallel, sources, peak_flops
         self.clear()
 
     def clear(self) -> None:
         """Start a new window."""
         # Columns: Σ −logp·weight, Σ weight, Σ correct·weight; one row per source.
-        self.sums = torch.zeros(len(self.sources), 3, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(len(self.sources), 3, dtype=torch.float64, device=self.parallel.device)
         self.tokens = 0
         self.flops = 0.0
         self.steps = 0
@@ -48,28 +48,35 @@ class Meter:
     @torch.no_grad()
     def add(self, outputs: TokenOutputs, batch: Batch) -> None:
         """Count one micro-batch. Rows that are not finite are left out: their step is skipped and hides no other."""
+        if not self.parallel.counts:
+            return
         weights = batch.weights
         rows = torch.stack([-outputs.logp * weights, weights, outputs.correct * weights], -1).sum(1)  # [B, 3]
         rows = rows.where(rows.isfinite().all(-1, keepdim=True), 0.0)
         self.sums.index_add_(0, batch.source, rows.double())
-        self.tokens += batch.tokens.numel()
 
-    def add_flops(self, batch: Batch) -> None:
-        """Count the useful arithmetic of a batch that is still on the CPU."""
+    def add_batch(self, batch: Batch) -> None:
+        """Count tokens and useful arithmetic of a step's batch that is still on the CPU."""
+        if not self.parallel.leads:
+            return
+        self.tokens += batch.tokens.numel()
         pairs = sum(flops.causal_pairs(n) for n in document_lengths(batch.documents.numpy()))
-        self.flops += flops.training_flops(self.model, batch.tokens.numel() - batch.num_padding, pairs)
+        self.flops += flops.training_flops(self.parallel.shape, batch.tokens.numel() - batch.num_padding, pairs)
 
     def read(self) -> Metrics:
-        """Return the window's figures."""
+        """Return the window's figures, over all ranks. Every rank must call it."""
+        own = torch.cat([self.sums.flatten(), self.sums.new_tensor([self.tokens, self.flops])])
+        totals = self.parallel.total(own, counted=True).cpu()  # waits for the device
         spent = max(time.perf_counter() - self.started, 1e-9)
-        sums = self.sums.cpu()
+        sums = totals[:-2].view(self.sums.shape)
+        tokens, operations = (totals[-2:] / self.parallel.layout.world_size).tolist()
         loss, weight, correct = sums.sum(0).tolist()
         metrics = {
             "train/loss": loss / weight if weight else float("nan"),
             "train/accuracy": correct / weight if weight else float("nan"),
-            "perf/tokens_per_s_per_device": self.tokens / spent,
-            "perf/tflops": self.flops / spent / 1e12,
-            "perf/mfu": self.flops / spent / self.peak_flops if self.peak_flops else float("nan"),
+            "perf/tokens_per_s_per_device": tokens / spent,
+            "perf/tflops": operations / spent / 1e12,
+            "perf/mfu": operations / spent / self.peak_flops if self.peak_flops else float("nan"),
             "perf/step_s": spent / max(1, self.steps),
             "perf/data_wait_s": self.data_wait_s / max(1, self.steps),
         }

@@ -5,7 +5,8 @@ clips by one global norm, updates, and measures:
 
     loss of a step = Σ over all micro-batches of objective.loss / Σ of objective.count
 
-so neither loss nor gradient depends on how the step was cut.
+so neither loss nor gradient depends on how the step was cut, into micro-batches or over ranks. Every rank runs this
+loop; what they sum is the count before the step, and the squared norm and the loss after it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from internlm import plot, runtime
 from internlm.checkpoint import store
 from internlm.checkpoint.store import Checkpoint, CheckpointConfig
 from internlm.config import require_positive, section
+from internlm.data.batch import Batch
 from internlm.data.loader import Loader
 from internlm.errors import ConfigError, TrainingError
 from internlm.log import duration, quantity
 from internlm.model.transformer import Transformer
-from internlm.optim.optimizer import Optimizer, clip_by_global_norm
+from internlm.optim.optimizer import Optimizer, scale_to_norm, squared_norm
 from internlm.optim.schedule import ScheduleConfig, rate
-from internlm.train.evaluate import EvaluateConfig, Evaluator, autocast
+from internlm.parallel.apply import Parallel
+from internlm.train.evaluate import EvaluateConfig, Evaluator
 from internlm.train.metrics import Meter, Metrics, MetricsFile, is_finite, read_metrics, step_line
 from internlm.train.objective import Objective
 from internlm.train.trackers import Tracker
@@ -61,6 +64,32 @@ class TrainConfig:
         if not self.max_grad_norm >= 0:
             raise ConfigError("must not be negative", where="train.max_grad_norm", got=self.max_grad_norm)
 
+    def micro_rows(self, seq_len: int, data_ranks: int) -> int:
+        """Return the rows of a micro-batch on one rank.
+
+        Args:
+            seq_len: tokens per row.
+            data_ranks: ranks that see different rows.
+
+        Raises:
+            ConfigError: the rows of a step cannot be cut so.
+        """
+        rows = self.batch_tokens // seq_len
+        if rows < 1 or self.batch_tokens % seq_len:
+            raise ConfigError(
+                f"is not a multiple of data.seq_len {seq_len}", where="train.batch_tokens", got=self.batch_tokens
+            )
+        if rows % data_ranks:
+            raise ConfigError(
+                f"{self.batch_tokens} tokens are {rows} rows, which do not divide over {data_ranks} ranks",
+                where="train.batch_tokens",
+            )
+        micro = self.micro_batch_rows or rows // data_ranks
+        if rows // data_ranks % micro:
+            what = f"does not divide the {rows // data_ranks} rows of a step on each rank"
+            raise ConfigError(what, where="train.micro_batch_rows", got=micro)
+        return micro
+
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -86,13 +115,12 @@ class Trainer:
     schedule: ScheduleConfig
     checkpoints: CheckpointConfig
     evaluation: EvaluateConfig
-    model: Transformer
+    parallel: Parallel
     objective: Objective
     optimizer: Optimizer
     loader: Loader
     evaluator: Evaluator
     device: torch.device
-    dtype: torch.dtype
     peak_flops: float
     trackers: list[Tracker] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -101,17 +129,15 @@ class Trainer:
 
     def __post_init__(self) -> None:
         length = self.loader.config.seq_len
-        rows = self.config.batch_tokens // length
-        if rows < 1 or self.config.batch_tokens % length:
-            raise ConfigError(
-                f"is not a multiple of data.seq_len {length}", where="train.batch_tokens", got=self.config.batch_tokens
-            )
-        micro = self.config.micro_batch_rows or rows
-        if rows % micro:
-            raise ConfigError(f"does not divide the {rows} rows of a step", where="train.micro_batch_rows", got=micro)
-        self.rows, self.micro_rows = rows, micro
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.meter = Meter(self.model.config, self.loader.sources, self.device, self.peak_flops)
+        self.rows = self.config.batch_tokens // length
+        self.micro_rows = self.config.micro_rows(length, self.parallel.layout.data)
+        self.parameters = [p for _, p in self.parallel.named_parameters() if p.requires_grad]
+        self.meter = Meter(self.parallel, self.loader.sources, self.peak_flops)
+
+    @property
+    def model(self) -> Transformer:
+        """This rank's model, or its first pipeline stage."""
+        return self.parallel.parts[0]
 
     def step(self) -> Metrics:
         """Take one optimizer step; return what only this step knows (learning rate, gradient norm)."""
@@ -119,36 +145,38 @@ class Trainer:
         started = time.perf_counter()
         batch = self.loader.next_batch(self.rows)
         self.meter.data_wait_s += time.perf_counter() - started
-        self.meter.add_flops(batch)
+        self.meter.add_batch(batch)
         micro_batches = [part.to(self.device) for part in batch.micro_batches(self.micro_rows)]
 
         # 2. Know the denominator before anything is computed.
-        count = torch.stack([self.objective.count(part) for part in micro_batches]).sum()
+        shares = torch.stack([self.objective.count(part) for part in micro_batches]).double()
+        count = self.parallel.total(shares.sum(), counted=self.parallel.leads)
 
         # 3. Forward and backward, one micro-batch after the other.
-        loss = torch.zeros((), device=self.device)
+        loss = norm = torch.zeros((), device=self.device)
         if count > 0:
-            for part in micro_batches:
-                loss += self._forward_backward(part, count)
+            loss = self.parallel.run.train(micro_batches, lambda hidden, part: self._loss(hidden, part, count.float()))
+            loss, norm = self._sums(loss)
 
         # 4. Clip by the one global norm; 5. update, unless a number is not finite.
         self.meter.steps += 1
         lr_share = rate(self.schedule, self.progress.step, self.config.total_steps)
         self.progress.step += 1
-        self.progress.tokens += batch.tokens.numel()
-        norm = clip_by_global_norm(self.parameters, self.config.max_grad_norm) if count > 0 else loss
+        self.progress.tokens += self.config.batch_tokens
         if count > 0 and is_finite(norm + loss):
+            scale_to_norm(self.parameters, norm, self.config.max_grad_norm)
             self.optimizer.step(lr_share)
             self.progress.skipped_in_a_row = 0
         else:
             self._skip(loss, norm, count)
-        self.optimizer.zero_grad()
+        self.parallel.zero_grad()
 
         # 6. Report.
         return {
             "optim/lr": lr_share * self.optimizer.parts[0].param_groups[0]["peak_lr"],
             "optim/grad_norm": float(norm),
             "optim/skipped_steps": self.progress.skipped_steps,
+            "train/step_loss": float(loss),
             "progress/tokens": self.progress.tokens,
         }
 
@@ -159,7 +187,8 @@ class Trainer:
             TrainingError: too many steps in a row were not finite, or the device's memory is full.
             StorageError: a checkpoint could not be written; earlier ones are untouched.
         """
-        file = MetricsFile(self.run / "metrics.jsonl", self.progress.step)
+        path = self.run / "metrics.jsonl"
+        file = MetricsFile(path, self.progress.step) if self.parallel.rank == 0 else None
         try:
             final = self._fit(file)
         except RuntimeError as error:
@@ -171,15 +200,16 @@ class Trainer:
                 do="Lower train.micro_batch_rows, evaluate.rows or data.seq_len.",
             ) from error
         finally:
-            file.close()
+            if file is not None:
+                file.close()
             for tracker in self.trackers:
                 tracker.close()
-        plot.loss_curve(read_metrics(file.path), self.run / "loss.png", str(self.run))
+        if file is not None:
+            plot.loss_curve(read_metrics(path), self.run / "loss.png", str(self.run))
         return final
 
-    def _fit(self, file: MetricsFile) -> Metrics:
+    def _fit(self, file: MetricsFile | None) -> Metrics:
         total = self.config.total_steps
-        self.model.train()
         self.meter.clear()
         paces: list[float] = []
         final: Metrics = {}
@@ -196,7 +226,7 @@ class Trainer:
                 self._record(file, metrics)
                 self.meter.clear()
             if last or self._due(self.evaluation.every_steps):
-                final = self.evaluator(self.model, final=last)
+                final = self.evaluator(self.parallel, final=last)
                 if final:
                     self._record(file, final | {"progress/tokens": self.progress.tokens})
                 self.meter.clear()
@@ -216,8 +246,9 @@ class Trainer:
             "template": self.loader.template,
             "random": {"python": _python_random_state()},
         }
-        store.save(path, self._state(), self.model.config, self.loader.tokenizer_path, meta)
-        store.retain(self.run, self.checkpoints.keep_last)
+        store.save(path, self._state(), self.parallel.shape, self.loader.tokenizer_path, meta)
+        if self.parallel.rank == 0:
+            store.retain(self.run, self.checkpoints.keep_last)
         size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
         logger.info("checkpoint %s | %sB | took %s", path, quantity(size), duration(time.monotonic() - started))
         return path
@@ -249,14 +280,17 @@ class Trainer:
         self.loader.load_state_dict(checkpoint.meta["loader"])
         self.progress = Progress(**{name: checkpoint.meta[name] for name in vars(self.progress)})
 
-    def _forward_backward(self, batch: Any, count: Tensor) -> Tensor:
-        with autocast(self.device, self.dtype):
-            hidden = self.model(batch.tokens, batch.positions, batch.documents)
-            outputs = self.model.head(hidden, batch.labels, self.objective.coefficients(batch))
-        loss = self.objective.loss(outputs, batch) / count
-        loss.backward()
+    def _loss(self, hidden: Tensor, batch: Batch, count: Tensor) -> Tensor:
+        outputs = self.parallel.run.score(hidden, batch.labels, self.objective.coefficients(batch))
         self.meter.add(outputs, batch)
-        return loss.detach()
+        return self.objective.loss(outputs, batch) / count
+
+    def _sums(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Return loss and gradient norm of the whole step, in one collective."""
+        mine = loss.double() if self.parallel.counts else torch.zeros_like(loss, dtype=torch.float64)
+        squares = squared_norm(self.parameters, self.parallel.layout.world_size)
+        loss, squares = self.parallel.total(torch.stack([mine, squares.to(mine.device)]), counted=True).unbind()
+        return loss, squares.sqrt()
 
     def _skip(self, loss: Tensor, norm: Tensor, count: Tensor) -> None:
         self.progress.skipped_steps += 1
@@ -273,14 +307,16 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0
 
-    def _record(self, file: MetricsFile, metrics: Metrics) -> None:
+    def _record(self, file: MetricsFile | None, metrics: Metrics) -> None:
+        if file is None:
+            return
         file.write(self.progress.step, metrics)
         for tracker in self.trackers:
             tracker.write(self.progress.step, metrics)
 
     def _state(self) -> dict[str, Tensor]:
         """Return every tensor of the run's state by its logical name."""
-        state = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        state = {f"model.{name}": p.detach() for name, p in self.parallel.named_parameters()}
         state |= {f"optim.{name}": value for name, value in self.optimizer.named_state().items()}
         state["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":

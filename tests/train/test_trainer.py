@@ -244,7 +244,7 @@ def test_parts_that_do_not_fit_are_named(recipe: Make, changes: dict[str, object
 
 def test_bits_per_byte_is_the_code_length_over_the_bytes_of_the_text(recipe: Make, corpus: Path) -> None:
     trainer = recipes.prepare(recipe())
-    metrics = trainer.evaluator(trainer.model, final=True)
+    metrics = trainer.evaluator(trainer.parallel, final=True)
     from internlm.data.shards import Shards
 
     shards = Shards.open(corpus / "held")
@@ -300,13 +300,13 @@ def test_validation_computes_in_the_data_type_of_the_run(recipe: Make) -> None:
         trainer = recipes.prepare(recipe(runtime__dtype=dtype))
         seen: list[bool] = []
         trainer.model.norm.register_forward_hook(lambda *_, seen=seen: seen.append(torch.is_autocast_enabled("cpu")))
-        trainer.evaluator(trainer.model, final=True)
+        trainer.evaluator(trainer.parallel, final=True)
         assert set(seen) == {dtype == "bfloat16"}
 
 
 def test_nothing_to_score_is_no_loss_of_zero(recipe: Make) -> None:
     trainer = recipes.prepare(recipe())
-    assert all(map(math.isnan, score(trainer.model, iter([]), trainer.evaluator.label_bytes, torch.float32)))
+    assert all(map(math.isnan, score(trainer.parallel, iter([]), trainer.evaluator.label_bytes)))
 
 
 def test_metrics_are_json_whatever_the_numbers(tmp_path: Path) -> None:

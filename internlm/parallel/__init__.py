@@ -1,0 +1,1 @@
+"""Distribution, applied from outside to a plain model."""

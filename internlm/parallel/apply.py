@@ -1,0 +1,187 @@
+"""From a shape to this rank's part of a model: every transformation, in the one order in which they compose.
+
+    pipeline split → tensor → context → recompute → compile → shard → memory and weights
+
+Without a process group nothing is done and the model is a plain one. Whole copies alone (`replicate`, nothing else)
+stay plain models whose gradients are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from internlm.cost.split import stage_layers
+from internlm.model.config import ModelConfig
+from internlm.model.transformer import Transformer, initial
+from internlm.parallel import context, pipeline, tensor
+from internlm.parallel.mesh import Layout, Mesh, ParallelConfig
+from internlm.parallel.microbatch import Runner
+from internlm.parallel.recompute import recompute
+from internlm.parallel.replicate import Replicas
+from internlm.parallel.shard import shard
+from internlm.weights.load import Check, shapes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a model is made for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of matrix products."""
+    attention: str
+    """Path of attention, see `model.attention`."""
+    compile: bool
+    """Whether blocks are compiled."""
+    seq_len: int
+    """Tokens per row."""
+    micro_rows: int
+    """Rows of a micro-batch."""
+    micro_batches: int
+    """Per step."""
+
+
+class Parallel:
+    """This rank's part of a model, and what it needs to run with the others.
+
+    Args:
+        shape: of the whole model.
+        config: how it is spread.
+        setting: what it is made for.
+
+    `parts` have memory, and no values until `initialize` or `load`.
+    """
+
+    def __init__(self, shape: ModelConfig, config: ParallelConfig, setting: Setting) -> None:
+        self.shape, self.config, self.device = shape, config, setting.device
+        is_alone = not dist.is_initialized()
+        self.layout = Layout.of(config, 1 if is_alone else dist.get_world_size())
+        self.mesh = None if is_alone else Mesh(self.layout, setting.device.type)
+        self.parts = self._split(setting)
+        copies_only = self.layout.replicate == self.layout.world_size and not config.offload
+        for part in self.parts:
+            if self.mesh is not None and self.layout.tensor > 1:
+                tensor.cut(part, self.mesh.world["tensor"], sequence=config.sequence)
+            if self.mesh is not None and self.layout.context > 1:
+                context.spread(part, self.mesh.group("context"))
+            recompute(part, config.recompute)
+            if setting.compile:
+                for block in part.blocks.values():
+                    block.compile()
+            if self.mesh is not None and not copies_only:
+                shard(part, self.mesh, config, setting.dtype)
+            part.to_empty(device="cpu" if config.offload and not is_alone else setting.device)
+            if shape.tie_embeddings:
+                part.tie()  # to_empty makes two tensors of the shared one
+        replicas = None
+        if self.mesh is not None and copies_only:
+            replicas = Replicas(self.parts[0], self.mesh.group("replicate"))
+        # A sharded model gathers its weights in `dtype`; a plain one keeps them in fp32.
+        is_plain = self.mesh is None or copies_only
+        low = is_plain and setting.dtype != torch.float32
+        autocast = torch.autocast(setting.device.type, setting.dtype) if low else None
+        self.run = Runner(self.parts, config, self.mesh, replicas, self._pipeline(setting), autocast)
+
+    def named_parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        """Yield the parameters of all parts; names are those of the whole model."""
+        for part in self.parts:
+            yield from part.named_parameters()
+
+    def initialize(self, seed: int) -> None:
+        """Fill every parameter from its name and the seed: the same start in any layout."""
+        for name, parameter in self.named_parameters():
+            place(parameter, initial(self.shape, name, parameter.shape, seed))
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Fill every parameter from a stream of whole tensors, of which each rank takes its part.
+
+        Raises:
+            WeightsError: tensors are missing, left over, given twice or of another shape.
+        """
+        own = dict(self.named_parameters())
+        check = Check(shapes(self.shape), self.shape.tie_embeddings)
+        for name, value in tensors:
+            if check.accepts(name, value.shape) and name in own:  # others are another stage's
+                place(own[name], value)
+        check.finish()
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank."""
+        return 0 if self.mesh is None else self.mesh.rank
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the rows this rank sees."""
+        return self.layout.data_rank(self.rank)
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank is the one of those that compute the same losses whose numbers count."""
+        return self.run.has_loss and (self.mesh is None or self.mesh.reports)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the one of those that see the same rows that counts them."""
+        return self.mesh is None or (self.mesh.reports and self.mesh.at.pipeline == 0)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        if self.run.replicas is not None:
+            self.run.replicas.zero()
+            return
+        for _, parameter in self.named_parameters():
+            parameter.grad = None
+
+    def total(self, values: Tensor, *, counted: bool) -> Tensor:
+        """Return the sum of `values` over all ranks that count; others give nothing. Every rank must call it."""
+        if self.mesh is None:
+            return values
+        values = values.clone() if counted else torch.zeros_like(values)
+        dist.all_reduce(values)
+        return values
+
+    def _split(self, setting: Setting) -> list[Transformer]:
+        """Return this rank's stages, on the meta device."""
+
+        def whole() -> Transformer:
+            with torch.device("meta"):
+                return Transformer(self.shape, setting.attention)
+
+        if self.layout.pipeline == 1 or self.mesh is None:
+            return [whole()]
+        count = self.layout.pipeline * self.config.stages_per_rank
+        layers = stage_layers(self.shape, count, setting.seq_len)
+        parts = []
+        for stage in pipeline.stages_of(self.config, self.mesh.at.pipeline):
+            parts.append(whole())
+            pipeline.take(parts[-1], stage, layers)
+        return parts
+
+    def _pipeline(self, setting: Setting) -> pipeline.Pipeline | None:
+        if self.layout.pipeline == 1 or self.mesh is None:
+            return None
+        tokens = setting.seq_len // self.layout.context
+        apart = self.layout.tensor if self.config.sequence else 1
+        shapes = pipeline.Shapes(setting.micro_rows, tokens, tokens // apart, self.shape.hidden_size, setting.dtype)
+        group = self.mesh.group("pipeline")
+        return pipeline.Pipeline(self.parts, self.config, group, shapes, setting.micro_batches, setting.device)
+
+
+@torch.no_grad()
+def place(parameter: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor, or this rank's part of it, into a parameter. No rank talks to another."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(value)
+        return
+    own = parameter.to_local()
+    spread = distribute_tensor(
+        value.to(own.device, own.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+    own.copy_(spread.to_local())

@@ -1,0 +1,247 @@
+"""The axes of a run: which rank holds what, and which groups it talks to.
+
+Ranks are counted with the pipeline outermost and tensor innermost, so that the axes that talk most are neighbours:
+
+    rank = (((pipeline · R + replicate) · S + shard) · C + context) · T + tensor
+
+    pipeline    blocks are split over stages
+    replicate   whole copies of what the other axes hold; gradients are summed over them
+    shard       weights, gradients and optimizer states are cut in S · C parts (context ranks hold parts too)
+    context     a row's tokens are split; the ranks of one row see the same rows
+    tensor      matrices are split; the ranks of one row see the same tokens
+
+    8 GPUs, replicate 2, shard 4:   rows go to 8 ranks; weights are gathered inside {0..3} and {4..7}; gradients are
+                                    reduced inside those, and then over {0,4} {1,5} {2,6} {3,7}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from internlm.config import section
+from internlm.errors import ConfigError
+from internlm.model.config import ModelConfig
+from internlm.parallel.recompute import RecomputeConfig
+
+Zero = Literal["1", "2", "2-gather", "3"]
+Schedule = Literal["1f1b", "gpipe", "interleaved", "zero-bubble", "zbv"]
+
+
+@section
+class ParallelConfig:
+    """How a run is spread over ranks. Sizes multiply to the number of ranks."""
+
+    pipeline: int = 1
+    """Stages that the blocks are split into."""
+    replicate: int = 1
+    """Copies of the sharded model; one per node is usual (Hybrid Zero). Gradients cross them once per step."""
+    shard: int = 0
+    """Ranks that weights, gradients and optimizer states are cut over; 0 takes all ranks that are left."""
+    context: int = 1
+    """Ranks that a row's tokens are split over."""
+    tensor: int = 1
+    """Ranks that each matrix is split over."""
+    sequence: bool = True
+    """With tensor > 1: between the matrices, tokens are split over the tensor ranks instead of repeated."""
+    zero: Zero = "2"
+    """What is kept between uses, from least traffic to least memory. 1: gathered weights and whole gradients, for the
+    whole step. 2: gathered weights for the whole step, gradients in parts. 2-gather: weights are gathered once per
+    micro-batch. 3: weights are gathered for each use."""
+    prefetch: int = 1
+    """Blocks whose weights are gathered ahead of their use."""
+    optimizer: Literal["shard", "all"] = "shard"
+    """Ranks that optimizer states are cut over: as the weights, or over all replicas too."""
+    offload: bool = False
+    """Keep weights, gradients and optimizer states in the memory of the CPU, and update there."""
+    schedule: Schedule = "1f1b"
+    """Order of the micro-batches in the pipeline."""
+    stages_per_rank: int = 1
+    """Stages of each pipeline rank: at least 2 for interleaved, 2 for zbv, 1 for the others."""
+    recompute: RecomputeConfig = RecomputeConfig()
+    """What is computed again in backward instead of kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("pipeline", "replicate", "context", "tensor", "stages_per_rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError("must be at least 1", where=f"parallel.{name}", got=getattr(self, name))
+        for name in ("shard", "prefetch"):
+            if getattr(self, name) < 0:
+                raise ConfigError("must be 0 or more", where=f"parallel.{name}", got=getattr(self, name))
+        least, most = {"interleaved": (2, 99), "zbv": (2, 2), "zero-bubble": (1, 99)}.get(self.schedule, (1, 1))
+        if not least <= self.stages_per_rank <= most:
+            raise ConfigError(
+                f"does not fit parallel.schedule {self.schedule}",
+                where="parallel.stages_per_rank",
+                got=self.stages_per_rank,
+                allowed=[str(least) if least == most else f"{least} or more"],
+            )
+
+
+class Coordinates(NamedTuple):
+    """Where a rank stands on each axis."""
+
+    pipeline: int
+    replicate: int
+    shard: int
+    context: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of the axes, checked against a number of ranks."""
+
+    pipeline: int = 1
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    @classmethod
+    def of(cls, config: ParallelConfig, world_size: int) -> Layout:
+        """Return the sizes for a number of ranks; `shard` 0 becomes what is left.
+
+        Raises:
+            ConfigError: they do not multiply to `world_size`.
+        """
+        others = config.pipeline * config.replicate * config.context * config.tensor
+        named = " × ".join(
+            f"{name} {getattr(config, name)}"
+            for name in ("pipeline", "replicate", "shard", "context", "tensor")
+            if getattr(config, name) != 1 and (name != "shard" or config.shard)
+        )
+        if config.shard:
+            if others * config.shard != world_size:
+                raise ConfigError(
+                    f"{named} = {others * config.shard} ranks, and there are {world_size}",
+                    where="parallel",
+                    do="Start that many ranks, or leave parallel.shard at 0 to take what is left.",
+                )
+            shard = config.shard
+        else:
+            if world_size % others:
+                raise ConfigError(f"{named} = {others} does not divide the {world_size} ranks", where="parallel")
+            shard = world_size // others
+        return cls(config.pipeline, config.replicate, shard, config.context, config.tensor)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.pipeline * self.replicate * self.shard * self.context * self.tensor
+
+    @property
+    def data(self) -> int:
+        """Number of ranks that see different rows."""
+        return self.replicate * self.shard
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Return where a rank stands."""
+        places = []
+        for size in (self.tensor, self.context, self.shard, self.replicate, self.pipeline):
+            rank, place = divmod(rank, size)
+            places.append(place)
+        return Coordinates(*reversed(places))
+
+    def data_rank(self, rank: int) -> int:
+        """Return which share of the rows a rank sees, 0 … data − 1."""
+        at = self.coordinates(rank)
+        return at.replicate * self.shard + at.shard
+
+    def check(self, config: ParallelConfig, model: ModelConfig, seq_len: int, rows: int, micro_rows: int) -> None:
+        """Check that a model and its batches can be cut so, before anything is allocated.
+
+        Args:
+            config: the section this layout is of.
+            model: shape of the model.
+            seq_len: tokens per row.
+            rows: rows of a step, over all ranks.
+            micro_rows: rows of a micro-batch on one rank.
+
+        Raises:
+            ConfigError: every reason why not, with the numbers.
+        """
+        problems = []
+
+        def divides(axis: str, size: int, what: str, number: int) -> None:
+            if number % size:
+                problems.append(f"parallel.{axis} {size} does not divide {what} {number}")
+
+        divides("tensor", self.tensor, "model.num_heads", model.num_heads)
+        divides("tensor", self.tensor, "model.num_kv_heads", model.num_kv_heads)
+        divides("tensor", self.tensor, "model.ffn_size", model.ffn_size)
+        divides("tensor", self.tensor, "model.vocab_size", model.vocab_size)
+        divides("context", self.context, "data.seq_len", seq_len)
+        if config.sequence and not seq_len % self.context:
+            divides("tensor", self.tensor, "the tokens of a context rank", seq_len // self.context)
+        if rows % (self.data * micro_rows):
+            problems.append(
+                f"{rows} rows of a step do not divide over replicate {self.replicate} × shard {self.shard} ranks "
+                f"× train.micro_batch_rows {micro_rows}"
+            )
+        problems += self._pipeline_problems(config, model, rows // max(1, self.data * micro_rows))
+        if problems:
+            raise ConfigError("; ".join(problems), where="layout")
+
+    def _pipeline_problems(self, config: ParallelConfig, model: ModelConfig, micro_batches: int) -> list[str]:
+        if self.pipeline == 1:
+            return []
+        problems = []
+        stages = self.pipeline * config.stages_per_rank
+        if model.num_layers < stages:
+            problems.append(f"{stages} pipeline stages have only {model.num_layers} layers (model.num_layers)")
+        if model.tie_embeddings:
+            problems.append("model.tie_embeddings needs the first and the last stage to be one: parallel.pipeline is 1")
+        if micro_batches < self.pipeline:
+            problems.append(
+                f"a pipeline of {self.pipeline} needs as many micro-batches per step, and there are {micro_batches}"
+            )
+        if config.schedule == "interleaved" and micro_batches % self.pipeline:
+            problems.append(f"interleaved: {micro_batches} micro-batches are no multiple of pipeline {self.pipeline}")
+        return problems
+
+
+class Mesh:
+    """The groups of this rank, for one layout. Every rank must build it, in the same order.
+
+    Args:
+        layout: sizes; their product is the size of the process group.
+        device_type: "cpu" or "cuda".
+    """
+
+    def __init__(self, layout: Layout, device_type: str) -> None:
+        assert dist.get_world_size() == layout.world_size, "the layout was made for this world"
+        self.layout, self.rank = layout, dist.get_rank()
+        self.at = layout.coordinates(self.rank)
+        sizes = (layout.pipeline, layout.replicate, layout.shard * layout.context, layout.tensor)
+        self.world = init_device_mesh(device_type, sizes, mesh_dim_names=("pipeline", "replicate", "shard", "tensor"))
+        """Weights live on ["replicate", "shard"], and on "tensor"."""
+        rows = (layout.pipeline, layout.data, layout.context, layout.tensor)
+        self._rows: DeviceMesh | None = None
+        if layout.context > 1:
+            self._rows = init_device_mesh(device_type, rows, mesh_dim_names=("pipeline", "data", "context", "tensor"))
+
+    @property
+    def weights(self) -> DeviceMesh:
+        """The two axes over which a stage's weights are replicated and cut."""
+        return self.world["replicate", "shard"]
+
+    def group(self, axis: Literal["pipeline", "replicate", "shard", "context", "tensor"]) -> dist.ProcessGroup:
+        """Return this rank's group on an axis; "shard" has the context ranks in it."""
+        if axis == "context":
+            assert self._rows is not None, "there is a context axis only where it is longer than 1"
+            return self._rows.get_group("context")
+        return self.world.get_group(axis)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.at.pipeline == 0
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank is the one of those with equal outputs whose numbers count: context and tensor 0."""
+        return self.at.context == 0 and self.at.tensor == 0

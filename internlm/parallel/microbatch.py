@@ -1,0 +1,142 @@
+"""Run the micro-batches of a step: one after the other, or through a pipeline; and what crosses ranks in doing so."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from internlm.data.batch import Batch
+from internlm.model.heads import TokenOutputs
+from internlm.model.transformer import Transformer
+from internlm.parallel import collectives, shard
+from internlm.parallel.context import own_tokens
+from internlm.parallel.mesh import Mesh, ParallelConfig
+from internlm.parallel.pipeline import Pipeline
+from internlm.parallel.replicate import Replicas
+
+Loss = Callable[[Tensor, Batch], Tensor]
+"""Hidden states and their micro-batch → a scalar; with a gradient, to train."""
+
+
+class Runner:
+    """Runs micro-batches through this rank's part of a model.
+
+    Args:
+        parts: the model, or this rank's pipeline stages.
+        config: how it is spread.
+        mesh: None in a single process.
+        replicas: sums the gradients of whole copies.
+        pipeline: passes micro-batches between stages.
+        autocast: in which matrix products are made, where the weights are not in it already.
+    """
+
+    def __init__(
+        self,
+        parts: list[Transformer],
+        config: ParallelConfig,
+        mesh: Mesh | None = None,
+        replicas: Replicas | None = None,
+        pipeline: Pipeline | None = None,
+        autocast: torch.autocast | None = None,
+    ) -> None:
+        self.parts, self.config, self.mesh, self.replicas, self.pipeline = parts, config, mesh, replicas, pipeline
+        self.autocast = autocast or contextlib.nullcontext()
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether this rank computes losses: it has the last stage."""
+        return self.pipeline is None or self.pipeline.has_last
+
+    @property
+    def micro_rows(self) -> int | None:
+        """Rows that every micro-batch must have, None for any number."""
+        return None if self.pipeline is None else self.pipeline.shapes.rows
+
+    @property
+    def rows_together(self) -> int | None:
+        """Rows that `forward` must get in all, None for any number."""
+        return None if self.pipeline is None else self.pipeline.shapes.rows * self.pipeline.micro_batches
+
+    def train(self, batches: Sequence[Batch], loss: Loss) -> Tensor:
+        """Run forward and backward; gradients are then complete on every rank.
+
+        Args:
+            batches: the micro-batches of the step, equally large.
+            loss: divided by the count of the whole step already.
+
+        Returns:
+            The sum of this rank's losses, without a gradient; 0 where it computes none.
+        """
+        total = torch.zeros((), device=batches[0].tokens.device)
+
+        def counted(hidden: Tensor, batch: Batch) -> Tensor:
+            value = loss(hidden, batch)
+            total.add_(value.detach())
+            return value
+
+        if self.pipeline is not None:
+            self._pass(batches, counted, train=True)
+        else:
+            (model,) = self.parts
+            for number, batch in enumerate(batches):
+                is_last = number == len(batches) - 1
+                shard.begin_backward(model, self.config, is_last=is_last)
+                if self.replicas is not None:
+                    self.replicas.begin_backward(is_last=is_last)
+                counted(self._hidden(model, batch), batch).backward()
+        if self.replicas is not None:
+            self.replicas.finish()
+        return total
+
+    def forward(self, batches: Sequence[Batch], loss: Loss) -> None:
+        """Run forward only; `loss` is called where the hidden states are, for what it does with them."""
+        if self.pipeline is not None:
+            self._pass(batches, loss, train=False)
+        else:
+            for batch in batches:
+                loss(self._hidden(self.parts[0], batch), batch)
+
+    def score(self, hidden: Tensor, labels: Tensor, coefficients: Tensor | None) -> TokenOutputs:
+        """Return what the head says of all tokens of each row, whichever ranks hold them.
+
+        Args:
+            hidden: this rank's hidden states.
+            labels, coefficients: [B, T], as for the head.
+        """
+        with self.autocast:
+            out = self.parts[-1].head(
+                hidden, self._own(labels), None if coefficients is None else self._own(coefficients)
+            )
+        if self.mesh is None or self.mesh.layout.context == 1:
+            return out
+        group = self.mesh.group("context")
+        logp, logz = (collectives.collect(x, group, 1) for x in (out.logp, out.logz))
+        correct = collectives.collect(out.correct.to(torch.uint8), group, 1).bool()
+        weighted = None if out.weighted is None else collectives.total(out.weighted, group)
+        return TokenOutputs(logp, logz, correct, weighted)
+
+    def _hidden(self, model: Transformer, batch: Batch) -> Tensor:
+        with self.autocast:
+            return model(self._own(batch.tokens), self._own(batch.positions), batch.documents)
+
+    def _own(self, x: Tensor) -> Tensor:
+        """Return this rank's tokens of [B, T]."""
+        if self.mesh is None or self.mesh.layout.context == 1:
+            return x
+        return own_tokens(x, self.mesh.at.context, self.mesh.layout.context)
+
+    def _pass(self, batches: Sequence[Batch], loss: Loss, *, train: bool) -> None:
+        assert self.pipeline is not None, "only then"
+        tokens, positions, documents = (
+            torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "positions", "documents")
+        )
+        self.pipeline.run(
+            self._own(tokens),
+            self._own(positions),
+            documents,
+            lambda hidden, number: loss(hidden, batches[number]),
+            train=train,
+        )

@@ -1,0 +1,139 @@
+"""Blocks over stages, and the order in which micro-batches pass through them, on torch.distributed.pipelining.
+
+    4 stages, 4 micro-batches, 1f1b        rank 0   F0 F1 F2 F3 .  .  .  B0 .  B1 .  B2 .  B3
+                                           rank 3   .  .  .  F0 B0 F1 B1 F2 B2 F3 B3
+
+A stage is the same Transformer with some of its blocks, and with no embedding or head where it is not the first or
+last; names stay what they were. The loss is computed in the last stage, where the number of the micro-batch, which is
+all that the schedule hands over, finds its Batch. With interleaved, zero-bubble and zbv a rank has several stages.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+
+from internlm.model.transformer import Transformer
+from internlm.parallel.mesh import ParallelConfig
+
+_SINGLE = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+_SEVERAL = {
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero-bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+}
+Loss = Callable[[Tensor, int], Tensor]
+"""The hidden states of the last stage and the number of their micro-batch → a scalar with a gradient."""
+
+
+def stages_of(config: ParallelConfig, place: int) -> list[int]:
+    """Return the stages of a pipeline rank: every P-th, or for zbv the two arms of a V."""
+    count, per_rank = config.pipeline, config.stages_per_rank
+    if config.schedule == "zbv":
+        return [place, 2 * count - 1 - place]
+    return [place + turn * count for turn in range(per_rank)]
+
+
+def take(model: Transformer, stage: int, layers: list[int]) -> None:
+    """Leave only one stage of a model, in place.
+
+    Args:
+        model: on the meta device.
+        stage: which.
+        layers: blocks of every stage.
+    """
+    bounds = list(itertools.accumulate(layers, initial=0))
+    kept = range(bounds[stage], bounds[stage + 1])
+    model.blocks = nn.ModuleDict({name: block for name, block in model.blocks.items() if int(name) in kept})
+    if stage > 0:
+        model.embedding = None  # type: ignore[assignment]
+    if stage < len(layers) - 1:
+        model.norm = model.head = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What passes between stages."""
+
+    rows: int
+    """Of a micro-batch."""
+    tokens: int
+    """Of a row, as the first stage is given them."""
+    hidden_tokens: int
+    """Of a row, as they pass between stages."""
+    hidden_size: int
+    dtype: torch.dtype
+
+
+class Pipeline:
+    """The stages of this rank and their schedule.
+
+    Args:
+        parts: this rank's stages, in the order of `stages_of`.
+        config: sizes and schedule.
+        group: this rank's pipeline.
+        shapes: of what passes.
+        micro_batches: per step.
+        device: of the rank.
+    """
+
+    def __init__(
+        self,
+        parts: list[Transformer],
+        config: ParallelConfig,
+        group: dist.ProcessGroup,
+        shapes: Shapes,
+        micro_batches: int,
+        device: torch.device,
+    ) -> None:
+        self.micro_batches, self.shapes = micro_batches, shapes
+        numbers = stages_of(config, dist.get_rank(group))
+        total = config.pipeline * config.stages_per_rank
+        self.has_first, self.has_last = 0 in numbers, total - 1 in numbers
+        hidden = torch.empty(
+            shapes.rows, shapes.hidden_tokens, shapes.hidden_size, dtype=shapes.dtype, device="meta", requires_grad=True
+        )
+        tokens = torch.empty(shapes.rows, shapes.tokens, dtype=torch.int64, device="meta")
+        stages = [
+            PipelineStage(part, number, total, device, tokens if number == 0 else hidden, hidden, group=group)
+            for part, number in zip(parts, numbers, strict=True)
+        ]
+        self._loss: Loss | None = None
+        made: Any = _SINGLE.get(config.schedule) or _SEVERAL[config.schedule]
+        staged = stages[0] if config.schedule in _SINGLE else stages
+        self.schedule = made(staged, micro_batches, loss_fn=self._loss_of, scale_grads=False)
+
+    def run(self, tokens: Tensor, positions: Tensor, documents: Tensor, loss: Loss, *, train: bool) -> None:
+        """Pass the micro-batches of a step through all stages, forward and (to train) backward.
+
+        Args:
+            tokens: [B, T], all micro-batches one after the other; likewise positions and documents.
+            positions: [B, T].
+            documents: [B, all tokens of a row].
+            loss: called in the last stage.
+            train: false: forward only.
+        """
+        self._loss = loss
+        inputs = (tokens,) if self.has_first else ()
+        target = torch.arange(self.micro_batches)
+        pass_through = self.schedule.step if train else self.schedule.eval
+        pass_through(*inputs, target=target, positions=positions, documents=documents, return_outputs=False)
+        self._loss = None
+
+    def _loss_of(self, hidden: Tensor, number: Tensor) -> Tensor:
+        assert self._loss is not None, "set for the time of a run"
+        return self._loss(hidden, int(number))

@@ -1,0 +1,80 @@
+"""What is computed again in backward instead of kept.
+
+    none        everything is kept
+    full        a block's input is kept, all else computed again (about a third more arithmetic)
+    operators   the results of matrix products and attention are kept, what is cheap is computed again: norms, rotary,
+                SwiGLU, casts
+    offload     everything is kept, in the memory of the CPU
+
+`ratio` takes a share of the blocks, spread evenly: 0.5 is every second one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from internlm import compat
+from internlm.config import section
+from internlm.errors import ConfigError
+from internlm.model.transformer import Transformer
+
+
+@section
+class RecomputeConfig:
+    """What is computed again in backward instead of kept."""
+
+    kind: Literal["none", "full", "operators", "offload"] = "none"
+    """none, full, operators (all but matrix products and attention), or offload (kept in the memory of the CPU)."""
+    ratio: float = 1.0
+    """Share of the blocks it applies to, spread evenly."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise ConfigError("must lie between 0 and 1", where="parallel.recompute.ratio", got=self.ratio)
+
+
+def chosen(count: int, ratio: float) -> list[int]:
+    """Return which of `count` blocks a share means: the last of each stretch of 1 / ratio blocks."""
+    return [i for i in range(count) if int((i + 1) * ratio + 1e-9) > int(i * ratio + 1e-9)]
+
+
+def recompute(model: Transformer, config: RecomputeConfig) -> None:
+    """Make the chosen blocks forget, or put away, what backward needs."""
+    if config.kind == "none":
+        return
+    wrap = {"full": _full, "operators": _operators, "offload": _offload}[config.kind]
+    numbers = sorted(int(name) for name in model.blocks)
+    for index in chosen(model.config.num_layers, config.ratio):
+        if index in numbers:  # a pipeline stage holds some of them
+            block = model.blocks[str(index)]
+            block.forward = wrap(block.forward)
+
+
+def _full(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _operators(forward: Callable[..., Any]) -> Callable[..., Any]:
+    context = functools.partial(create_selective_checkpoint_contexts, _policy)
+    return functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+
+
+def _offload(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*arguments: Any) -> Any:
+        with save_on_cpu(pin_memory=torch.cuda.is_available()):
+            return forward(*arguments)
+
+    return run
+
+
+def _policy(context: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    if operator in compat.expensive_operators():
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

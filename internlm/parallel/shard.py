@@ -1,0 +1,79 @@
+"""Hybrid Zero: weights, gradients and optimizer states in parts, on torch's `fully_shard`, with one policy for traffic.
+
+A block's weights are gathered from the ranks of its shard axis (one node, usually) before use, and its gradients are
+added over the same ranks, each keeping its part; over the replicate axis (between nodes) only those parts are added,
+once per step. What is kept in between is `parallel.zero`. Collectives of a step with L blocks and M micro-batches, G =
+L + 3 groups of weights (the blocks, embedding, head, final norm; with tied embeddings L + 1):
+
+    zero        gathers                      reductions in the shard axis      between replicas
+    3           about 2 · G · M              G · M                             G
+    2-gather    G · M                        G · M                             G
+    2           G                            G · M                             G
+    1           G                            G                                 G
+
+Weights are kept and reduced in fp32 (`reduce_dtype`), and computed with in `dtype`. Losses are divided by the token
+count of the whole step before backward, so gradients are summed, never averaged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from internlm.model.transformer import Transformer
+from internlm.parallel.mesh import Mesh, ParallelConfig
+
+
+def shard(model: Transformer, mesh: Mesh, config: ParallelConfig, dtype: torch.dtype) -> None:
+    """Cut the weights of a model, or of a pipeline stage, over the shard axis, in place.
+
+    Args:
+        model: on the meta device or filled; its matrices may be cut over the tensor axis.
+        mesh: of this rank.
+        config: the policy.
+        dtype: in which weights are gathered and products made.
+    """
+    precision = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.offload else OffloadPolicy()
+    cut = functools.partial(fully_shard, mesh=mesh.weights, mp_policy=precision, offload_policy=offload)
+    # torch runs no gather between a pipeline's forward and backward.
+    again = config.zero == "3" and mesh.layout.pipeline == 1
+    blocks = [cut(block, reshard_after_forward=again) for block in model.blocks.values()]
+    if not model.config.tie_embeddings:
+        for end in (model.embedding, model.head):
+            if end is not None:
+                cut(end, reshard_after_forward=again)
+    cut(model, reshard_after_forward=False)
+    for module in sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum, and nothing is scaled
+    for index, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + config.prefetch])
+        block.set_modules_to_backward_prefetch(blocks[max(0, index - config.prefetch) : index][::-1])
+
+
+def begin_backward(model: nn.Module, config: ParallelConfig, *, is_last: bool) -> None:
+    """Say what the next backward leaves behind: nothing but gradients in the step's last, what `zero` says before.
+
+    Args:
+        model: from `shard`; anything else is left alone.
+        config: the policy.
+        is_last: whether it is the step's last micro-batch.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_is_last_backward(is_last)
+    model.set_requires_all_reduce(is_last)
+    model.set_requires_gradient_sync(is_last or config.zero != "1")
+    model.set_reshard_after_backward(is_last or config.zero not in ("1", "2"))
+
+
+def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    """Yield every module that gathers weights of its own."""
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
