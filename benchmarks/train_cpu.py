@@ -119,13 +119,30 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 def train_ours(shape: Shape, steps: int, compiled: bool, folder: Path) -> Trace:
     """Train with the Trainer that a recipe gives; the loss is read after each step as with `log_every_steps: 1`."""
     import torch
-    from peers import LEARNING_RATE, Trace
+    from peers import Trace
 
     from internlm import config
     from internlm.recipe import Recipe, prepare
 
     write_random_shards(folder / "data", shape, steps * shape.batch_rows)
-    tree = {
+    tree = tree_of(shape, steps, folder)
+    tree["runtime"] |= {"compile": compiled, "threads": torch.get_num_threads()}
+    trainer = prepare(config.decode(Recipe, tree))
+    trace = Trace(sum(p.numel() for p in trainer.model.parameters()))
+    trainer.meter.clear()
+    trace.mark()
+    for _ in range(steps):
+        trainer.step()
+        trace.mark(trainer.meter.read()["train/loss"])
+        trainer.meter.clear()
+    return trace
+
+
+def tree_of(shape: Shape, steps: int, folder: Path) -> dict[str, Any]:
+    """Return the recipe of a run over the random shards in `folder / "data"`."""
+    from peers import LEARNING_RATE
+
+    return {
         "run": str(folder / "run"),
         "model": {
             "vocab_size": shape.vocab_size,
@@ -138,18 +155,8 @@ def train_ours(shape: Shape, steps: int, compiled: bool, folder: Path) -> Trace:
         "data": {"seq_len": shape.seq_len, "pack": "whole", "train": {"random": {"path": str(folder / "data")}}},
         "train": {"tokens": steps * shape.batch_tokens, "batch_tokens": shape.batch_tokens, "max_grad_norm": 1.0},
         "optim": {"lr": LEARNING_RATE},
-        "runtime": {"device": "cpu", "compile": compiled, "threads": torch.get_num_threads()},
+        "runtime": {"device": "cpu"},
     }
-    trainer = prepare(config.decode(Recipe, tree))
-    trainer.model.train()
-    trace = Trace(sum(p.numel() for p in trainer.model.parameters()))
-    trainer.meter.clear()
-    trace.mark()
-    for _ in range(steps):
-        trainer.step()
-        trace.mark(trainer.meter.read()["train/loss"])
-        trainer.meter.clear()
-    return trace
 
 
 def write_random_shards(path: Path, shape: Shape, rows: int) -> None:

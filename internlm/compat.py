@@ -147,3 +147,54 @@ def reduce_scatter(out: Tensor, x: Tensor, group: Any) -> None:
     import torch.distributed as dist
 
     getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, x, group=group)
+
+
+def shards(placement: Any, dim: int) -> bool:
+    """Return whether a placement cuts a dim. torch's strided placement is private, and in 2.13 not a Shard."""
+    return not placement.is_replicate() and not placement.is_partial() and placement.dim == dim
+
+
+def shard_inside(dim: int, parts: int) -> Any:
+    """Return the placement of a mesh axis that cuts each of the `parts` equal parts that later axes cut a dim into."""
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return Shard(dim) if parts == 1 else _StridedShard(dim, split_factor=parts)
+
+
+def weight_stream(model: Any) -> Any:
+    """Return the stream on which `fully_shard` reads weights to gather them; None where that is not known.
+
+    A private name; the public `set_post_optim_event` knows one event for the whole model.
+    """
+    context = getattr(model._get_fsdp_state(), "_comm_ctx", None)
+    return getattr(context, "all_gather_copy_in_stream", None)
+
+
+def limit_waits(seconds: float) -> None:
+    """Set how long an exchange may take in every group of this process: groups inherit it from no other."""
+    import datetime
+
+    from torch.distributed import distributed_c10d as c10d
+
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
+def abort_groups() -> None:
+    """Give up every group of this process without waiting for other ranks, who may never come."""
+    from torch.distributed import distributed_c10d as c10d
+
+    c10d._abort_process_group()
+
+
+def scaled_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a [M, K] · b [K, N] of 8-bit floats times both scales, in `dtype`.
+
+    `torch._scaled_mm` is private, and `F.scaled_mm` exists from 2.13 on only. A device without such products, and fp32
+    results, which it does not give, get plain ones of the same rounded numbers.
+    """
+    capable = a.is_cuda and torch.cuda.get_device_capability(a.device) >= (8, 9)
+    if capable and dtype in (torch.bfloat16, torch.float16):
+        return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=False)
+    return (a.float() @ b.float()).mul_(a_scale * b_scale).to(dtype)

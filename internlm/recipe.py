@@ -37,6 +37,7 @@ from internlm.parallel.mesh import Layout, ParallelConfig
 from internlm.runtime import RuntimeConfig
 from internlm.text.tokenizer import Tokenizer
 from internlm.train.evaluate import EvaluateConfig, Evaluator
+from internlm.train.loss_scale import LossScale
 from internlm.train.objective import Objectives
 from internlm.train.objectives.lm import LanguageModeling
 from internlm.train.trackers import open_trackers
@@ -119,11 +120,15 @@ def prepare(recipe: Recipe) -> Trainer:
     Precedence of the start: the newest complete checkpoint of the run; else `init_from`; else random weights.
 
     Raises:
-        InternLMError: a path is missing, parts do not fit each other, or the folder holds another run, or another
-            process works in it.
+        InternLMError: the ranks differ, a path is missing, parts do not fit each other, or the folder holds another
+            run, or another process works in it.
     """
+    found = versions()
+    runtime.agree(config.encode(recipe) | {"versions": {name: v for name, v in found.items() if name != "python"}})
     device = runtime.resolve_device(recipe.runtime)
     dtype = runtime.resolve_dtype(recipe.runtime, device)
+    if recipe.parallel.offload:
+        runtime.join_alone()
     run = Path(recipe.run)
     rank, world_size = runtime.rank(), runtime.world_size()
     layout = Layout.of(recipe.parallel, world_size)
@@ -143,7 +148,7 @@ def prepare(recipe: Recipe) -> Trainer:
     elif begun is None:
         parallel.initialize(recipe.seed)
     peak = hardware.peak_flops(runtime.device_name(device), str(dtype).removeprefix("torch."))
-    facts = {"recipe": config.encode(recipe), "versions": versions()}
+    facts = {"recipe": config.encode(recipe), "versions": found}
     trainer = Trainer(
         run=run,
         config=recipe.train,
@@ -152,12 +157,13 @@ def prepare(recipe: Recipe) -> Trainer:
         evaluation=recipe.evaluate,
         parallel=parallel,
         objective=recipe.objective,
-        optimizer=Optimizer(recipe.optim, parallel.named_parameters()),
+        optimizer=Optimizer(recipe.optim, parallel.owned_parameters()),
         loader=loader,
         evaluator=Evaluator(recipe.evaluate, recipe.data, Tokenizer.load(loader.tokenizer_path)),
         device=device,
         peak_flops=peak or runtime.measure_peak(device, dtype),
         facts=facts,
+        scale=LossScale.of(dtype),
     )
     runtime.seed(recipe.seed)
     if begun is not None:

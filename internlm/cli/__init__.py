@@ -1,7 +1,7 @@
 """The command line: `internlm VERB …`. One file per verb; nothing heavy is imported before the verb is known.
 
 A verb module has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments) -> int`. Exit codes: 0 done, 1 failed,
-2 wrong usage; an interrupt exits with 130.
+2 wrong usage; an interrupt exits with 130. Of several ranks each exits so, and its messages bear its number.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ VERBS = {
     "data": "build, tokenise and look at training data",
     "tokenizer": "train and look at tokenizers",
     "train": "train a model from a recipe",
+    "launch": "start a training on several ranks, of one machine or more",
     "convert": "convert weights between formats",
     "chat": "talk to a model in the terminal",
     "doctor": "show versions, devices and which fast paths are active",
@@ -35,16 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except InternLMError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{_speaker()}{name}: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
+        if not _speaker():
+            print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `internlm … | head`
         sys.stderr.close()
         return 1
     except OSError as error:
-        print(f"{name}: error: {error.strerror or error} ({error.filename or 'output'})", file=sys.stderr)
+        print(f"{_speaker()}{name}: error: {error.strerror or error} ({error.filename or 'output'})", file=sys.stderr)
         return 1
 
 
@@ -65,13 +68,20 @@ def _run(words: list[str]) -> int:
     )
     module.add_arguments(parser)
     arguments = parse(parser, words[1:])
-    from internlm import log
+    from internlm import log, runtime
 
+    runtime.adopt_slurm()
     log.setup()
     code: int = module.run(arguments)
     if sys.stdout is not None:
         sys.stdout.flush()  # a disk that is full says so here, not after the exit code
     return code
+
+
+def _speaker() -> str:
+    """Return what stands before the messages of this process: its rank, unless it is the first or alone."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[rank {rank}] "
 
 
 def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:

@@ -12,7 +12,8 @@ DESCRIPTION = """Train a model from a recipe.
   internlm train recipes/quickstart/pretrain.yaml optim.lr=1e-3 run=runs/other
   internlm train recipes/pretrain/internlm-7b.yaml --dry-run
 
-A run that was stopped goes on from its newest complete checkpoint when the same command is given again."""
+A run that was stopped goes on from its newest complete checkpoint when the same command is given again. On several
+ranks it is started by `internlm launch`, torchrun or srun."""
 
 logger = logging.getLogger(__name__)
 
@@ -28,18 +29,26 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, or print what would be trained."""
     from internlm import runtime
 
-    if not arguments.dry_run:
-        runtime.tune_allocator(_wants_allocator(arguments))
+    if arguments.dry_run:
+        from internlm import recipe as recipes
+
+        print(recipes.describe(recipes.load(arguments.recipe, arguments.overrides)))
+        return 0
+    runtime.tune_allocator(wants_allocator(arguments))
+    with runtime.joined():
+        return _train(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from internlm import compat, runtime
     from internlm import recipe as recipes
     from internlm.checkpoint import store
 
-    loaded = recipes.load(arguments.recipe, arguments.overrides)
-    if arguments.dry_run:
-        print(recipes.describe(loaded))
-        return 0
-    trainer = recipes.prepare(loaded.value)
-    if trainer.progress.step >= loaded.value.train.total_steps:
-        logger.info("%s is finished: %d steps taken", loaded.value.run, trainer.progress.step)
+    recipe = runtime.together(lambda: recipes.load(arguments.recipe, arguments.overrides)).value
+    trainer = recipes.prepare(recipe)
+    compat.limit_waits(recipe.runtime.timeout_s)
+    if trainer.progress.step >= recipe.train.total_steps:
+        logger.info("%s is finished: %d steps taken", recipe.run, trainer.progress.step)
         return 0
     try:
         trainer.fit()
@@ -48,12 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
         goes_on = "starts over: no checkpoint yet" if newest is None else f"goes on from {newest}"
         logger.info("stopped at step %d; the same command %s", trainer.progress.step, goes_on)
         raise
-    folder = Path(loaded.value.run)
-    logger.info("done: %s (checkpoints/, metrics.jsonl, loss.png, recipe.yaml)", folder)
+    logger.info("done: %s (checkpoints/, metrics.jsonl, loss.png, recipe.yaml)", Path(recipe.run))
     return 0
 
 
-def _wants_allocator(arguments: argparse.Namespace) -> bool:
+def wants_allocator(arguments: argparse.Namespace) -> bool:
     """Return `runtime.allocator` without importing torch, which would be paid twice when the process restarts."""
     from internlm import config
     from internlm.errors import InternLMError

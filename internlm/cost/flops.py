@@ -32,3 +32,9 @@ def forward_flops(shape: ModelConfig, tokens: float, pairs: float) -> float:
 def training_flops(shape: ModelConfig, tokens: float, pairs: float) -> float:
     """Return the floating-point operations of forward and backward; arguments as in `forward_flops`."""
     return 3 * forward_flops(shape, tokens, pairs)
+
+
+def recomputed_flops(shape: ModelConfig, tokens: float, pairs: float, share: float) -> float:
+    """Return the operations of running the forward of a share of the blocks again; arguments as in `forward_flops`."""
+    head = 2 * shape.embedding_parameters * tokens
+    return share * (forward_flops(shape, tokens, pairs) - head)

@@ -178,16 +178,19 @@ class _Foreseen(torch.autograd.Function):
                 grad_weight.addmm_(grad.t(), h)
             else:
                 grad_weight.add_(torch.mm(grad.t(), h))
-        if wanted:
-            ctx.save_for_backward(grad_hidden, grad_weight)
+        # Not among the saved tensors: they are scaled in place, by each of two backwards where a pipeline parts the
+        # gradient of its weights from that of its input.
+        ctx.grads, ctx.scaled_by = (grad_hidden, grad_weight), None
         ctx.mark_non_differentiable(logp, logz, correct)
         return (coefficients * logp).sum(), logp, logz, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scale, *_) = grads
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(scale), grad_weight.mul_(scale).to(ctx.weight_dtype), None, None, None
+        grad_hidden, grad_weight = ctx.grads
+        factor = scale if ctx.scaled_by is None else scale / ctx.scaled_by
+        ctx.scaled_by = scale
+        return grad_hidden.mul_(factor), grad_weight.mul_(factor).to(ctx.weight_dtype), None, None, None
 
 
 class _Recomputed(torch.autograd.Function):

@@ -10,6 +10,7 @@ values end between 0.7 and 1.2, which is near enough. Matrices of one shape go t
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan 2024: steepest at 0, bounded on [0, 1]
 
@@ -50,11 +51,12 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            alike: dict[Any, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
-            for parameters in by_shape.values():
+                    placed = parameter.placements if isinstance(parameter, DTensor) else ()
+                    alike[parameter.shape, placed].append(parameter)
+            for parameters in alike.values():
                 self._update(parameters, group)
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
@@ -67,7 +69,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(momenta, grads)
         ahead = torch._foreach_add(grads, momenta, alpha=group["momentum"])  # Nesterov
         rows, columns = parameters[0].shape
-        updates = _orthogonal_parts(list(ahead), parameters)
+        updates = _orthogonal_parts(list(ahead), parameters[0])
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, updates, alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
@@ -76,46 +78,54 @@ def _local(tensors: list[Tensor]) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def _orthogonal_parts(parts: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+def _orthogonal_parts(parts: list[Tensor], like: Tensor) -> list[Tensor]:
     """Return this rank's parts of the orthogonal factors of matrices.
 
     Args:
         parts: what this rank holds of each matrix.
-        like: parameters of one shape that are placed as the matrices are.
+        like: a parameter of the matrices' shape, placed as they are.
     """
-    first = like[0]
-    if not isinstance(first, DTensor):
-        return list(orthogonalise(torch.stack(parts)).unbind())
-    axes = [axis for axis, placement in enumerate(first.placements) if not placement.is_replicate()]
-    if len(axes) == 1 and first.placements[axes[0]] == Shard(0):
-        return _orthogonal_by_turns(parts, first.shape[0], first.device_mesh.get_group(axes[0]))
-    # Cut over two axes: every rank gathers all matrices and computes all of them.
-    whole = [
-        DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
-        for part, p in zip(parts, like, strict=True)
-        if isinstance(p, DTensor)
-    ]
-    made = orthogonalise(torch.stack(whole)).unbind()
-    cut = [distribute_tensor(x, first.device_mesh, first.placements, src_data_rank=None) for x in made]
-    return _local(list(cut))
+    stacked = torch.stack(parts)
+    if not isinstance(like, DTensor):
+        return list(orthogonalise(stacked).unbind())
+    axes = [axis for axis, placement in enumerate(like.placements) if not placement.is_replicate()]
+    return list(_by_turns(stacked, like, axes).unbind())
 
 
-def _orthogonal_by_turns(parts: list[Tensor], rows: int, group: dist.ProcessGroup) -> list[Tensor]:
-    """As above for matrices cut by rows: each rank gets every S-th matrix whole, computes it, and gives it back.
+def _by_turns(parts: Tensor, like: DTensor, axes: list[int]) -> Tensor:
+    """Return parts [N, r, c] of orthogonal factors: each rank of an axis gets every S-th matrix, and gives it back.
 
-    Two all-to-alls, each of what the rank holds; no product is made twice.
+    Axis by axis, so that in the end no product is made twice; per axis two all-to-alls of what the rank holds. Parts of
+    unequal size are padded with zeros, which stay zeros; the order in which rows or columns are joined does not matter,
+    as it only permutes the factor's.
+
+    Args:
+        parts: what this rank holds of each matrix.
+        like: a parameter of the matrices' shape, placed as they are.
+        axes: of its mesh, which cut the matrices; of those that cut one dim the last cuts first.
     """
-    size, count = dist.get_world_size(group), len(parts)
-    most, width = -(-rows // size), parts[0].shape[1]
-    own = parts[0].shape[0]
-    sent = parts[0].new_zeros(-(-count // size), size, most, width)  # [turn, owner, rows of this rank, C]
-    for number, part in enumerate(parts):
-        sent[number // size, number % size, :own] = part
-    got = torch.empty_like(sent.transpose(0, 1).contiguous())  # [rank, turn, its rows, C]
-    dist.all_to_all_single(got, sent.transpose(0, 1).contiguous(), group=group)
-    whole = got.transpose(0, 1).flatten(1, 2)  # [turn, S · most, C]; a rank's rows end before the next one's begin
-    made = whole.new_zeros(whole.shape)
-    made[:, :rows] = orthogonalise(whole[:, :rows])
-    back = torch.empty_like(got)
-    dist.all_to_all_single(back, made.unflatten(1, (size, most)).transpose(0, 1).contiguous(), group=group)
-    return [back[number % size, number // size, :own] for number in range(count)]
+    if not axes:
+        return orthogonalise(parts)
+    axis, *later = axes
+    cut = {a: like.placements[a].dim for a in axes}  # type: ignore[attr-defined]
+    dim, size, group = cut[axis] + 1, like.device_mesh.size(axis), like.device_mesh.get_group(axis)
+    evenly = math.prod(like.device_mesh.size(a) for a in later if cut[a] == cut[axis])
+    most = -(-(like.shape[cut[axis]] // evenly) // size)
+    count, own = parts.shape[0], parts.shape[dim]
+    turns = -(-count // size)
+    shape = [turns * size, *parts.shape[1:]]
+    shape[dim] = most
+    sent = parts.new_zeros(shape)
+    sent.narrow(dim, 0, own)[:count] = parts
+    got = _exchange(sent.unflatten(0, (turns, size)).transpose(0, 1), group)  # [rank, turn, r, c]
+    made = _by_turns(got.movedim(0, dim).flatten(dim, dim + 1), like, later)
+    back = _exchange(made.unflatten(dim, (size, most)).movedim(dim, 0), group)  # [owner, turn, r, c]
+    return back.transpose(0, 1).flatten(0, 1)[:count].narrow(dim, 0, own)
+
+
+def _exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Send x[r] to rank r; return what came, by rank."""
+    sent = x.contiguous()
+    got = torch.empty_like(sent)
+    dist.all_to_all_single(got, sent, group=group)
+    return got

@@ -6,7 +6,8 @@ Groups by role, decided by name and shape (`role`):
     table       embedding and head                          decayed only if asked
     vector      norms and biases                            never decayed
 
-`Optimizer.named_state` names every state tensor after its parameter, so that a checkpoint does not depend on order.
+`Optimizer.named_state` names every state tensor after its parameter, so that a checkpoint does not depend on order, and
+moments of any `state_dtype` can be continued in any other.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from internlm.config import default_kind, section
 from internlm.errors import ConfigError, WeightsError
+from internlm.optim.moments import CompactAdamW, StateDtype
 from internlm.optim.muon import Muon
 
 Role = Literal["matrix", "table", "vector"]
@@ -44,6 +46,8 @@ class AdamWConfig:
     """Whether embedding and head are decayed too."""
     table_lr_ratio: float = 1.0
     """Learning rate of embedding and head, as a multiple of `lr`."""
+    state_dtype: StateDtype = "float32"
+    """Of AdamW's two moments: 8, 4 or 2 bytes per parameter. Norms and biases, and Muon's momentum, stay float32."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay", "table_lr_ratio"):
@@ -98,6 +102,10 @@ class Optimizer:
         }
         if isinstance(config, MuonConfig) and "matrix" in groups:
             self.parts.append(Muon([groups.pop("matrix")], lr=config.lr, momentum=config.momentum))
+        if config.state_dtype != "float32":
+            compact = [groups.pop(kind) for kind in list(groups) if kind != "vector"]
+            if compact:
+                self.parts.append(CompactAdamW(compact, config.betas, config.eps, config.state_dtype))
         if groups:
             rest = list(groups.values())
             self.parts.append(torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
@@ -111,17 +119,27 @@ class Optimizer:
             part.step()
 
     def named_state(self) -> dict[str, Tensor]:
-        """Return every state tensor as `<parameter name>.<slot>`."""
+        """Return every state tensor as `<parameter name>.<slot>`; those of int8 are copies in fp32."""
         return {
             f"{self.names[parameter]}.{slot}": value
             for part in self.parts
             for parameter, slots in part.state.items()
-            for slot, value in slots.items()
+            for slot, value in (part.decoded(parameter) if isinstance(part, CompactAdamW) else slots).items()
         }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over new values of all the tensors of `named_state`, which were filled in place."""
+        for part in self.parts:
+            if isinstance(part, CompactAdamW):
+                for parameter in part.state:
+                    name = self.names[parameter]
+                    part.restore(parameter, {slot: state[f"{name}.{slot}"] for slot in ("exp_avg", "exp_avg_sq")})
 
     def _allocate_state(self) -> None:
         """Create zero state tensors, as the first step would: a checkpoint holds all of them, whenever it is made."""
         for part in self.parts:
+            if isinstance(part, CompactAdamW):
+                continue
             for group in part.param_groups:
                 for p in group["params"]:
                     if isinstance(part, Muon):
@@ -156,17 +174,21 @@ def squared_norm(parameters: Iterable[nn.Parameter], ranks: int = 1) -> Tensor:
 
 
 @torch.no_grad()
-def scale_to_norm(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:
+def scale_to_norm(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float, divisor: float = 1.0) -> None:
     """Scale all gradients, in place, so that their global norm is at most `limit`; not if the norm is not finite.
 
     Args:
         parameters: those of this rank.
         norm: of all gradients of all ranks.
         limit: 0 or infinity leave the gradients alone.
+        divisor: by what they are divided besides; `norm` is that after it.
     """
+    if limit <= 0 and divisor == 1:
+        return
+    scale = torch.ones_like(norm)
     if limit > 0:
-        scale = torch.where(norm.isfinite(), (limit / (norm + 1e-6)).clamp(max=1.0), torch.ones_like(norm))
-        torch._foreach_mul_(local([p.grad for p in parameters if p.grad is not None]), scale.float())
+        scale = torch.where(norm.isfinite(), (limit / (norm + 1e-6)).clamp(max=1.0), scale)
+    torch._foreach_mul_(local([p.grad for p in parameters if p.grad is not None]), (scale / divisor).float())
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:

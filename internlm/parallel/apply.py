@@ -1,6 +1,6 @@
 """From a shape to this rank's part of a model: every transformation, in the one order in which they compose.
 
-    pipeline split → tensor → context → recompute → compile → shard → memory and weights
+    pipeline split → float8 → tensor → context → recompute → compile → shard → memory and weights
 
 Without a process group nothing is done and the model is a plain one. Whole copies alone (`replicate`, nothing else)
 stay plain models whose gradients are summed.
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from internlm.cost.split import stage_layers
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import Transformer, initial
-from internlm.parallel import context, pipeline, tensor
+from internlm.parallel import context, float8, optimizer_shard, pipeline, tensor
 from internlm.parallel.mesh import Layout, Mesh, ParallelConfig
 from internlm.parallel.microbatch import Runner
 from internlm.parallel.recompute import recompute
@@ -64,8 +64,11 @@ class Parallel:
         self.layout = Layout.of(config, 1 if is_alone else dist.get_world_size())
         self.mesh = None if is_alone else Mesh(self.layout, setting.device.type)
         self.parts = self._split(setting)
-        copies_only = self.layout.replicate == self.layout.world_size and not config.offload
+        sliced = optimizer_shard.applies(config, self.layout)
+        copies_only = self.layout.replicate == self.layout.world_size and not config.offload and not sliced
         for part in self.parts:
+            if config.float8:
+                float8.convert(part)
             if self.mesh is not None and self.layout.tensor > 1:
                 tensor.cut(part, self.mesh.world["tensor"], sequence=config.sequence)
             if self.mesh is not None and self.layout.context > 1:
@@ -79,6 +82,8 @@ class Parallel:
             part.to_empty(device="cpu" if config.offload and not is_alone else setting.device)
             if shape.tie_embeddings:
                 part.tie()  # to_empty makes two tensors of the shared one
+            if self.mesh is not None and sliced:
+                optimizer_shard.Slices(part, self.mesh, config.prefetch)
         replicas = None
         if self.mesh is not None and copies_only:
             replicas = Replicas(self.parts[0], self.mesh.group("replicate"))
@@ -91,7 +96,22 @@ class Parallel:
     def named_parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         """Yield the parameters of all parts; names are those of the whole model."""
         for part in self.parts:
+            slices = optimizer_shard.of(part)
+            if slices is not None:
+                slices.settle()
             yield from part.named_parameters()
+
+    def owned_parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        """Yield what this rank updates, with its gradients: the parameters, or slices of them of the same names."""
+        for part in self.parts:
+            yield from (optimizer_shard.of(part) or part).named_parameters()
+
+    def share(self) -> None:
+        """Bring what this rank has updated to the others. Every rank must call it, after the optimizer's step."""
+        for part in self.parts:
+            slices = optimizer_shard.of(part)
+            if slices is not None:
+                slices.gather()
 
     def initialize(self, seed: int) -> None:
         """Fill every parameter from its name and the seed: the same start in any layout."""
@@ -136,7 +156,10 @@ class Parallel:
         if self.run.replicas is not None:
             self.run.replicas.zero()
             return
-        for _, parameter in self.named_parameters():
+        for part in self.parts:
+            for parameter in part.parameters():
+                parameter.grad = None
+        for _, parameter in self.owned_parameters():
             parameter.grad = None
 
     def total(self, values: Tensor, *, counted: bool) -> Tensor:

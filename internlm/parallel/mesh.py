@@ -61,6 +61,8 @@ class ParallelConfig:
     """Order of the micro-batches in the pipeline."""
     stages_per_rank: int = 1
     """Stages of each pipeline rank: at least 2 for interleaved, 2 for zbv, 1 for the others."""
+    float8: bool = False
+    """Make the products of the blocks' linear layers in 8-bit floating point; compile the blocks with it."""
     recompute: RecomputeConfig = RecomputeConfig()
     """What is computed again in backward instead of kept."""
 

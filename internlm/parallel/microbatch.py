@@ -55,11 +55,6 @@ class Runner:
         """Rows that every micro-batch must have, None for any number."""
         return None if self.pipeline is None else self.pipeline.shapes.rows
 
-    @property
-    def rows_together(self) -> int | None:
-        """Rows that `forward` must get in all, None for any number."""
-        return None if self.pipeline is None else self.pipeline.shapes.rows * self.pipeline.micro_batches
-
     def train(self, batches: Sequence[Batch], loss: Loss) -> Tensor:
         """Run forward and backward; gradients are then complete on every rank.
 
@@ -78,7 +73,8 @@ class Runner:
             return value
 
         if self.pipeline is not None:
-            self._pass(batches, counted, train=True)
+            tokens, positions, documents = (torch.cat(parts) for parts in zip(*map(self._inputs, batches), strict=True))
+            self.pipeline.train(tokens, positions, documents, lambda hidden, number: counted(hidden, batches[number]))
         else:
             (model,) = self.parts
             for number, batch in enumerate(batches):
@@ -87,16 +83,24 @@ class Runner:
                 if self.replicas is not None:
                     self.replicas.begin_backward(is_last=is_last)
                 counted(self._hidden(model, batch), batch).backward()
+        for part in self.parts:
+            shard.finish_backward(part)
         if self.replicas is not None:
             self.replicas.finish()
         return total
 
+    @torch.no_grad()
     def forward(self, batches: Sequence[Batch], loss: Loss) -> None:
-        """Run forward only; `loss` is called where the hidden states are, for what it does with them."""
-        if self.pipeline is not None:
-            self._pass(batches, loss, train=False)
-        else:
-            for batch in batches:
+        """Run forward only, any number of micro-batches.
+
+        Args:
+            batches: as for `train`.
+            loss: called where the hidden states are, for what it does with them.
+        """
+        for number, batch in enumerate(batches):
+            if self.pipeline is not None:
+                self.pipeline.forward(number, self._inputs(batch), lambda hidden, number: loss(hidden, batches[number]))
+            else:
                 loss(self._hidden(self.parts[0], batch), batch)
 
     def score(self, hidden: Tensor, labels: Tensor, coefficients: Tensor | None) -> TokenOutputs:
@@ -120,23 +124,14 @@ class Runner:
 
     def _hidden(self, model: Transformer, batch: Batch) -> Tensor:
         with self.autocast:
-            return model(self._own(batch.tokens), self._own(batch.positions), batch.documents)
+            return model(*self._inputs(batch))
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return this rank's tokens and positions, and the documents of all."""
+        return self._own(batch.tokens), self._own(batch.positions), batch.documents
 
     def _own(self, x: Tensor) -> Tensor:
         """Return this rank's tokens of [B, T]."""
         if self.mesh is None or self.mesh.layout.context == 1:
             return x
         return own_tokens(x, self.mesh.at.context, self.mesh.layout.context)
-
-    def _pass(self, batches: Sequence[Batch], loss: Loss, *, train: bool) -> None:
-        assert self.pipeline is not None, "only then"
-        tokens, positions, documents = (
-            torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "positions", "documents")
-        )
-        self.pipeline.run(
-            self._own(tokens),
-            self._own(positions),
-            documents,
-            lambda hidden, number: loss(hidden, batches[number]),
-            train=train,
-        )

@@ -100,39 +100,63 @@ class Pipeline:
         micro_batches: int,
         device: torch.device,
     ) -> None:
-        self.micro_batches, self.shapes = micro_batches, shapes
-        numbers = stages_of(config, dist.get_rank(group))
-        total = config.pipeline * config.stages_per_rank
-        self.has_first, self.has_last = 0 in numbers, total - 1 in numbers
+        self.parts, self.config, self.group = parts, config, group
+        self.shapes, self.micro_batches = shapes, micro_batches
+        self.place, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.numbers, self.total = stages_of(config, self.place), config.pipeline * config.stages_per_rank
+        self.has_first, self.has_last = 0 in self.numbers, self.total - 1 in self.numbers
         hidden = torch.empty(
             shapes.rows, shapes.hidden_tokens, shapes.hidden_size, dtype=shapes.dtype, device="meta", requires_grad=True
         )
         tokens = torch.empty(shapes.rows, shapes.tokens, dtype=torch.int64, device="meta")
         stages = [
-            PipelineStage(part, number, total, device, tokens if number == 0 else hidden, hidden, group=group)
-            for part, number in zip(parts, numbers, strict=True)
+            PipelineStage(part, number, self.total, device, tokens if number == 0 else hidden, hidden, group=group)
+            for part, number in zip(parts, self.numbers, strict=True)
         ]
         self._loss: Loss | None = None
         made: Any = _SINGLE.get(config.schedule) or _SEVERAL[config.schedule]
         staged = stages[0] if config.schedule in _SINGLE else stages
         self.schedule = made(staged, micro_batches, loss_fn=self._loss_of, scale_grads=False)
 
-    def run(self, tokens: Tensor, positions: Tensor, documents: Tensor, loss: Loss, *, train: bool) -> None:
-        """Pass the micro-batches of a step through all stages, forward and (to train) backward.
+    def train(self, tokens: Tensor, positions: Tensor, documents: Tensor, loss: Loss) -> None:
+        """Pass the micro-batches of a step through all stages, forward and backward.
 
         Args:
-            tokens: [B, T], all micro-batches one after the other; likewise positions and documents.
+            tokens: [B, T], all micro-batches one after the other; likewise positions.
             positions: [B, T].
             documents: [B, all tokens of a row].
             loss: called in the last stage.
-            train: false: forward only.
         """
         self._loss = loss
         inputs = (tokens,) if self.has_first else ()
         target = torch.arange(self.micro_batches)
-        pass_through = self.schedule.step if train else self.schedule.eval
-        pass_through(*inputs, target=target, positions=positions, documents=documents, return_outputs=False)
+        self.schedule.step(*inputs, target=target, positions=positions, documents=documents, return_outputs=False)
         self._loss = None
+
+    @torch.no_grad()
+    def forward(self, number: int, inputs: tuple[Tensor, Tensor, Tensor], loss: Loss) -> None:
+        """Pass one micro-batch forward only. Ranks go on to the next as soon as they have sent it on.
+
+        Args:
+            number: of the micro-batch, for `loss`.
+            inputs: its tokens, positions, documents.
+            loss: called in the last stage.
+        """
+        tokens, positions, documents = inputs
+        x = tokens
+        for stage, part in zip(self.numbers, self.parts, strict=True):
+            if stage > 0 and self._rank_of(stage - 1) != self.place:
+                shape = (self.shapes.rows, self.shapes.hidden_tokens, self.shapes.hidden_size)
+                x = torch.empty(shape, dtype=self.shapes.dtype, device=tokens.device)
+                dist.recv(x, group=self.group, group_src=self._rank_of(stage - 1))
+            x = part(x, positions, documents)
+            if stage == self.total - 1:
+                loss(x, number)
+            elif self._rank_of(stage + 1) != self.place:
+                dist.send(x.contiguous(), group=self.group, group_dst=self._rank_of(stage + 1))
+
+    def _rank_of(self, stage: int) -> int:
+        return next(place for place in range(self.size) if stage in stages_of(self.config, place))
 
     def _loss_of(self, hidden: Tensor, number: Tensor) -> Tensor:
         assert self._loss is not None, "set for the time of a run"

@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from internlm.model.transformer import Transformer
+from internlm.parallel import optimizer_shard
 from internlm.parallel.mesh import Mesh, ParallelConfig
 
 
@@ -41,7 +42,9 @@ def shard(model: Transformer, mesh: Mesh, config: ParallelConfig, dtype: torch.d
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.offload else OffloadPolicy()
-    cut = functools.partial(fully_shard, mesh=mesh.weights, mp_policy=precision, offload_policy=offload)
+    # What crosses replicas is the all-reduce of torch, or the two halves of it in `optimizer_shard`.
+    axes = mesh.world["shard"] if optimizer_shard.applies(config, mesh.layout) else mesh.weights
+    cut = functools.partial(fully_shard, mesh=axes, mp_policy=precision, offload_policy=offload)
     # torch runs no gather between a pipeline's forward and backward.
     again = config.zero == "3" and mesh.layout.pipeline == 1
     blocks = [cut(block, reshard_after_forward=again) for block in model.blocks.values()]
@@ -69,9 +72,19 @@ def begin_backward(model: nn.Module, config: ParallelConfig, *, is_last: bool) -
     if not isinstance(model, FSDPModule):
         return
     model.set_is_last_backward(is_last)
-    model.set_requires_all_reduce(is_last)
     model.set_requires_gradient_sync(is_last or config.zero != "1")
+    model.set_requires_all_reduce(is_last)  # after the line above, which sets this too
     model.set_reshard_after_backward(is_last or config.zero not in ("1", "2"))
+    slices = optimizer_shard.of(model)
+    if slices is not None:
+        slices.begin_backward(is_last=is_last)
+
+
+def finish_backward(model: nn.Module) -> None:
+    """Complete the gradients after the step's last backward."""
+    slices = optimizer_shard.of(model)
+    if slices is not None:
+        slices.finish_backward()
 
 
 def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:

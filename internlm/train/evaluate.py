@@ -56,7 +56,7 @@ class Evaluator:
         limit = None if final else self.config.limit_rows
         for name in self.data.validation:
             started = time.monotonic()
-            rows = parallel.run.rows_together or self.config.rows
+            rows = parallel.run.micro_rows or self.config.rows
             share = None if parallel.mesh is None else (parallel.data_rank, parallel.layout.data)
             batches = data.validation_batches(self.data, name, rows, limit, share)
             loss, bits = score(parallel, batches, self.label_bytes)
@@ -87,7 +87,6 @@ def score(parallel: Parallel, batches: Iterator[Batch], label_bytes: torch.Tenso
         return outputs.weighted
 
     for batch in batches:
-        there = batch.to(parallel.device)
-        parallel.run.forward(there.micro_batches(parallel.run.micro_rows or len(there.tokens)), count)
+        parallel.run.forward([batch.to(parallel.device)], count)
     nats, tokens, size = parallel.total(sums, counted=parallel.counts).tolist()
     return nats / tokens if tokens else math.nan, nats / math.log(2) / size if size else math.nan

@@ -1,8 +1,9 @@
 """What a run measures: sums on the device during a step, one flat dict per logged step, one JSON line per dict.
 
 Names and units: `train/loss` nats per token, `train/loss/<source>`, `train/accuracy` share of labels that were the most
-probable token, `optim/lr`, `optim/grad_norm`, `optim/skipped_steps`, `perf/tokens_per_s_per_device`, `perf/tflops`,
-`perf/mfu` (useful operations over the device's dense peak), `perf/step_s`, `perf/data_wait_s`, `mem/peak_gib`,
+probable token, `train/step_loss` of the one step, `optim/lr`, `optim/grad_norm`, `optim/skipped_steps`,
+`optim/loss_scale`, `perf/tokens_per_s_per_device`, `perf/tflops`, `perf/mfu` (useful operations over the device's dense
+peak), `perf/hfu` (the same with what is computed again), `perf/step_s`, `perf/data_wait_s`, `mem/peak_gib`,
 `progress/tokens`; validation: `valid/loss/<source>` and `valid/bits_per_byte/<source>`.
 """
 
@@ -24,6 +25,7 @@ from internlm.data.batch import Batch
 from internlm.log import duration, quantity
 from internlm.model.heads import TokenOutputs
 from internlm.parallel.apply import Parallel
+from internlm.parallel.recompute import chosen
 
 Metrics = dict[str, float]
 
@@ -40,7 +42,7 @@ class Meter:
         # Columns: Σ −logp·weight, Σ weight, Σ correct·weight; one row per source.
         self.sums = torch.zeros(len(self.sources), 3, dtype=torch.float64, device=self.parallel.device)
         self.tokens = 0
-        self.flops = 0.0
+        self.flops = self.recomputed = 0.0
         self.steps = 0
         self.data_wait_s = 0.0
         self.started = time.perf_counter()
@@ -61,15 +63,20 @@ class Meter:
             return
         self.tokens += batch.tokens.numel()
         pairs = sum(flops.causal_pairs(n) for n in document_lengths(batch.documents.numpy()))
-        self.flops += flops.training_flops(self.parallel.shape, batch.tokens.numel() - batch.num_padding, pairs)
+        tokens = batch.tokens.numel() - batch.num_padding
+        self.flops += flops.training_flops(self.parallel.shape, tokens, pairs)
+        again = self.parallel.config.recompute
+        if again.kind == "full":
+            share = len(chosen(self.parallel.shape.num_layers, again.ratio)) / self.parallel.shape.num_layers
+            self.recomputed += flops.recomputed_flops(self.parallel.shape, tokens, pairs, share)
 
     def read(self) -> Metrics:
         """Return the window's figures, over all ranks. Every rank must call it."""
-        own = torch.cat([self.sums.flatten(), self.sums.new_tensor([self.tokens, self.flops])])
+        own = torch.cat([self.sums.flatten(), self.sums.new_tensor([self.tokens, self.flops, self.recomputed])])
         totals = self.parallel.total(own, counted=True).cpu()  # waits for the device
         spent = max(time.perf_counter() - self.started, 1e-9)
-        sums = totals[:-2].view(self.sums.shape)
-        tokens, operations = (totals[-2:] / self.parallel.layout.world_size).tolist()
+        sums = totals[:-3].view(self.sums.shape)
+        tokens, operations, recomputed = (totals[-3:] / self.parallel.layout.world_size).tolist()
         loss, weight, correct = sums.sum(0).tolist()
         metrics = {
             "train/loss": loss / weight if weight else float("nan"),
@@ -77,6 +84,7 @@ class Meter:
             "perf/tokens_per_s_per_device": tokens / spent,
             "perf/tflops": operations / spent / 1e12,
             "perf/mfu": operations / spent / self.peak_flops if self.peak_flops else float("nan"),
+            "perf/hfu": (operations + recomputed) / spent / self.peak_flops if self.peak_flops else float("nan"),
             "perf/step_s": spent / max(1, self.steps),
             "perf/data_wait_s": self.data_wait_s / max(1, self.steps),
         }

@@ -34,6 +34,7 @@ from internlm.optim.optimizer import Optimizer, scale_to_norm, squared_norm
 from internlm.optim.schedule import ScheduleConfig, rate
 from internlm.parallel.apply import Parallel
 from internlm.train.evaluate import EvaluateConfig, Evaluator
+from internlm.train.loss_scale import LossScale
 from internlm.train.metrics import Meter, Metrics, MetricsFile, is_finite, read_metrics, step_line
 from internlm.train.objective import Objective
 from internlm.train.trackers import Tracker
@@ -126,12 +127,13 @@ class Trainer:
     facts: dict[str, Any] = field(default_factory=dict)
     """Goes into every checkpoint: resolved recipe, versions."""
     progress: Progress = field(default_factory=Progress)
+    scale: LossScale = field(default_factory=LossScale)
 
     def __post_init__(self) -> None:
         length = self.loader.config.seq_len
         self.rows = self.config.batch_tokens // length
         self.micro_rows = self.config.micro_rows(length, self.parallel.layout.data)
-        self.parameters = [p for _, p in self.parallel.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in self.parallel.owned_parameters() if p.requires_grad]
         self.meter = Meter(self.parallel, self.loader.sources, self.peak_flops)
 
     @property
@@ -163,11 +165,15 @@ class Trainer:
         lr_share = rate(self.schedule, self.progress.step, self.config.total_steps)
         self.progress.step += 1
         self.progress.tokens += self.config.batch_tokens
-        if count > 0 and is_finite(norm + loss):
-            scale_to_norm(self.parameters, norm, self.config.max_grad_norm)
+        is_good = bool(count > 0) and is_finite(norm + loss)
+        if is_good:
+            scale_to_norm(self.parameters, norm, self.config.max_grad_norm, self.scale.value)
             self.optimizer.step(lr_share)
+            self.parallel.share()
             self.progress.skipped_in_a_row = 0
-        else:
+        if self.scale.update(is_good):
+            logger.info("step %d skipped: loss scale lowered to %g", self.progress.step, self.scale.value)
+        elif not is_good:
             self._skip(loss, norm, count)
         self.parallel.zero_grad()
 
@@ -176,6 +182,7 @@ class Trainer:
             "optim/lr": lr_share * self.optimizer.parts[0].param_groups[0]["peak_lr"],
             "optim/grad_norm": float(norm),
             "optim/skipped_steps": self.progress.skipped_steps,
+            "optim/loss_scale": self.scale.value,
             "train/step_loss": float(loss),
             "progress/tokens": self.progress.tokens,
         }
@@ -242,6 +249,7 @@ class Trainer:
         meta = {
             **self.facts,
             **vars(self.progress),
+            "loss_scale": vars(self.scale),
             "loader": self.loader.state_dict(),
             "template": self.loader.template,
             "random": {"python": _python_random_state()},
@@ -272,6 +280,7 @@ class Trainer:
         if not checkpoint.holds("random.cuda"):  # it was made on a CPU: the GPU's stream starts at the seed
             state.pop("random.cuda", None)
         checkpoint.load(state)
+        self.optimizer.restore({name.removeprefix("optim."): value for name, value in state.items()})
         torch.set_rng_state(state["random.cpu"])
         if "random.cuda" in state:
             torch.cuda.set_rng_state(state["random.cuda"], self.device)
@@ -279,18 +288,20 @@ class Trainer:
         random.setstate((version, tuple(words), gauss))
         self.loader.load_state_dict(checkpoint.meta["loader"])
         self.progress = Progress(**{name: checkpoint.meta[name] for name in vars(self.progress)})
+        saved = LossScale(**checkpoint.meta["loss_scale"])
+        self.scale = saved if saved.is_dynamic == self.scale.is_dynamic else self.scale  # begun in another dtype
 
     def _loss(self, hidden: Tensor, batch: Batch, count: Tensor) -> Tensor:
         outputs = self.parallel.run.score(hidden, batch.labels, self.objective.coefficients(batch))
         self.meter.add(outputs, batch)
-        return self.objective.loss(outputs, batch) / count
+        return self.objective.loss(outputs, batch) * (self.scale.value / count)
 
     def _sums(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Return loss and gradient norm of the whole step, in one collective."""
+        """Return loss and gradient norm of the whole step, in one collective, and without the loss scale."""
         mine = loss.double() if self.parallel.counts else torch.zeros_like(loss, dtype=torch.float64)
         squares = squared_norm(self.parameters, self.parallel.layout.world_size)
         loss, squares = self.parallel.total(torch.stack([mine, squares.to(mine.device)]), counted=True).unbind()
-        return loss, squares.sqrt()
+        return loss / self.scale.value, squares.sqrt() / self.scale.value
 
     def _skip(self, loss: Tensor, norm: Tensor, count: Tensor) -> None:
         self.progress.skipped_steps += 1

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from internlm.config import decode
-from internlm.cost.flops import causal_pairs, forward_flops, training_flops
+from internlm.cost.flops import causal_pairs, forward_flops, recomputed_flops, training_flops
 from internlm.cost.hardware import peak_flops
 from internlm.model.config import ModelConfig
 from internlm.model.presets import preset
@@ -31,6 +31,13 @@ def test_the_formula_counts_what_torch_counts() -> None:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model.head.logits(model(tokens))
     assert counter.get_total_flops() == forward_flops(config, 32, 2 * 16 * 16)  # torch counts attention as full
+
+
+def test_what_recomputation_costs_is_the_forward_of_the_blocks_alone() -> None:
+    config = ModelConfig(vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=48)
+    head = 2 * 64 * 32 * 10
+    assert recomputed_flops(config, 10, 30, 1.0) == forward_flops(config, 10, 30) - head
+    assert recomputed_flops(config, 10, 30, 1 / 3) == pytest.approx((forward_flops(config, 10, 30) - head) / 3)
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from internlm import config
 from internlm import recipe as recipes
+from internlm.parallel import collectives, tensor
+from internlm.parallel.mesh import Layout
+from internlm.parallel.microbatch import Runner
 from internlm.recipe import Recipe
+from internlm.train.trainer import Trainer
+from tests.parallel.optimizer_cases import *  # noqa: F403
 
 
 def whole(tensor: Tensor) -> np.ndarray:
@@ -19,15 +26,27 @@ def whole(tensor: Tensor) -> np.ndarray:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().numpy().copy()
 
 
-def train(tree: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Train a recipe for some steps; return losses, norms, the first step's gradients and the last weights."""
-    trainer = recipes.prepare(config.decode(Recipe, tree))
+def train(tree: dict[str, Any], steps: int, broken: str | None = None) -> dict[str, Any]:
+    """Train a recipe for some steps; return losses, norms, the first step's gradients and the last weights.
+
+    Args:
+        tree: the recipe; its run is continued when it has a checkpoint.
+        steps: how many.
+        broken: a mistake to make, see `BROKEN`.
+    """
+    with contextlib.ExitStack() as stack:
+        if broken is not None:
+            stack.enter_context(BROKEN[broken]())
+        return _train(recipes.prepare(config.decode(Recipe, tree)), steps)
+
+
+def _train(trainer: Trainer, steps: int) -> dict[str, Any]:
     gradients: dict[str, np.ndarray] = {}
     update = trainer.optimizer.step
 
     def keep(rate: float) -> None:
         if not gradients:
-            for name, parameter in trainer.parallel.named_parameters():
+            for name, parameter in trainer.parallel.owned_parameters():
                 assert parameter.grad is not None
                 gradients[name] = whole(parameter.grad)
         update(rate)
@@ -43,3 +62,40 @@ def train(tree: dict[str, Any], steps: int) -> dict[str, Any]:
         "valid": trainer.evaluator(trainer.parallel, final=True),
         "threads": torch.get_num_threads(),
     }
+
+
+def save(tree: dict[str, Any], steps: int) -> str:
+    """Train some steps and write a checkpoint; return its folder."""
+    trainer = recipes.prepare(config.decode(Recipe, tree))
+    for _ in range(steps):
+        trainer.step()
+    return str(trainer.save())
+
+
+def norms_of_parts() -> Any:
+    """Take a norm weight's gradient over a rank's own tokens for that over all (as if it were averaged later)."""
+    return mock.patch.object(tensor.Tokens, "whole", [Replicate()])
+
+
+def means_of_micro_batches() -> Any:
+    """Divide each micro-batch by its own count and the number of micro-batches."""
+    plain = Runner.train
+
+    def train(self: Runner, batches: Any, loss: Any) -> Tensor:
+        total = sum(float(b.weights.sum()) for b in batches)
+        return plain(self, batches, lambda h, b: loss(h, b) * total / (len(batches) * b.weights.sum()))
+
+    return mock.patch.object(Runner, "train", train)
+
+
+def same_rows() -> Any:
+    """Give all replicas the same rows."""
+    return mock.patch.object(Layout, "data_rank", lambda self, rank: self.coordinates(rank).shard)
+
+
+def gathered_gradients() -> Any:
+    """Give context ranks the whole gradient of what they collected, so that it counts several times."""
+    return mock.patch.object(collectives, "collect", collectives.gather)
+
+
+BROKEN = {f.__name__: f for f in (norms_of_parts, means_of_micro_batches, same_rows, gathered_gradients)}

@@ -9,13 +9,19 @@ from __future__ import annotations
 import datetime
 import gc
 import importlib
+import inspect
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 CONTEXT = multiprocessing.get_context("spawn")
 
@@ -72,11 +78,23 @@ class Ranks:
         self.members.clear()
 
 
+def forget(modules: dict[str, Any]) -> None:
+    """Clear torch's caches of what it knows about meshes: their groups are gone with the job."""
+    for name in [name for name in modules if name.startswith("torch.distributed")]:
+        for value in list(vars(modules[name]).values()):
+            if not isinstance(value, type) and inspect.isroutine(getattr(type(value), "cache_clear", None)):
+                value.cache_clear()
+    clear = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
+    if clear is not None:
+        clear()
+    dispatcher = getattr(DTensor, "_op_dispatcher", None)
+    propagate = getattr(getattr(dispatcher, "sharding_propagator", None), "propagate_op_sharding", None)
+    if propagate is not None:
+        propagate.cache_clear()
+
+
 def serve(connection: Connection) -> None:
     """Run what is asked for until the other end closes."""
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     os.environ["INTERNLM_ALLOCATOR"] = "off"
     cases = importlib.import_module("tests.parallel.cases")
@@ -93,7 +111,7 @@ def serve(connection: Connection) -> None:
                     init_method=f"file://{store}",
                     rank=rank,
                     world_size=world_size,
-                    timeout=datetime.timedelta(seconds=60),
+                    timeout=datetime.timedelta(seconds=300),
                 )
             torch.manual_seed(0)
             answer = True, getattr(cases, name)(*arguments)
@@ -102,5 +120,6 @@ def serve(connection: Connection) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            forget(sys.modules)
             gc.collect()
         connection.send(answer)

@@ -1,0 +1,159 @@
+"""Ranks started by `internlm launch` and torchrun: they give one process's loss, and they end together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch.conftest import INTERNLM, STEPS, finish, losses, run, start
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "internlm"]
+LAUNCH = [*INTERNLM, "launch", "--nproc", "2"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue  # it has just ended
+        if int(parent) == pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not list(run.glob("checkpoints/step-*/manifest.json")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("launcher", [LAUNCH, TORCHRUN], ids=["internlm-launch", "torchrun"])
+def test_two_ranks_give_the_loss_of_one_process(launcher: list[str], path: Path, alone: list[float]) -> None:
+    folder = path.parent / "two"
+    code, output = run([*launcher, "train", str(path), f"run={folder}"])
+    assert code == 0, output
+    assert "2 ranks: shard 2" in output
+    assert output.count("step 1/2 ") == 1  # rank 0 alone speaks, and as if it were alone
+    assert any(line.startswith("step 1/2 ") for line in output.splitlines())
+    assert len(alone) == STEPS
+    assert losses(folder) == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.fixture
+def nodes() -> Iterator[list[str]]:
+    """Return two network namespaces that see each other as 10.83.0.1 and 10.83.0.2."""
+    names = [f"internlm-{os.getpid()}-{number}" for number in range(2)]
+    ends = [f"il{os.getpid() % 100000}x{number}" for number in range(2)]
+    made = f"""set -e
+ip link add {ends[0]} type veth peer name {ends[1]}
+for i in 0 1; do name=internlm-{os.getpid()}-$i end=il{os.getpid() % 100000}x$i
+ip netns add $name; ip link set $end netns $name; ip -n $name addr add 10.83.0.$((i + 1))/24 dev $end
+ip -n $name link set $end up; ip -n $name link set lo up; done"""
+    done = subprocess.run(["sh", "-c", made], capture_output=True, text=True)
+    try:
+        if done.returncode:
+            pytest.skip(f"network namespaces are not permitted here: {done.stderr.strip()}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        subprocess.run(["ip", "link", "del", ends[0]], capture_output=True)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(not Path("/proc/self/ns/net").exists(), reason="needs Linux")
+def test_two_nodes_find_each_other_and_train(nodes: list[str], path: Path, alone: list[float]) -> None:
+    folder = path.parent / "nodes"
+    processes = []
+    for number, name in enumerate(nodes):
+        options = ["--nproc", "1", "--nodes", "2", "--node-rank", str(number), "--master", "10.83.0.1:29500"]
+        words = [*INTERNLM, "launch", *options, "train", str(path), f"run={folder}"]
+        processes.append(start(["ip", "netns", "exec", name, *words]))
+    for process in processes:
+        code, output = finish(process)
+        assert code == 0, output
+    assert losses(folder) == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("whom", "how", "code"),
+    [
+        ("rank", signal.SIGKILL, 137),
+        ("launcher", signal.SIGINT, 130),
+        ("launcher", signal.SIGTERM, 143),
+        ("launcher", signal.SIGKILL, -9),
+    ],
+    ids=["rank-killed", "interrupted", "terminated", "launcher-killed"],
+)
+def test_when_one_ends_all_end_within_seconds(
+    whom: str, how: signal.Signals, code: int, path: Path, request: pytest.FixtureRequest
+) -> None:
+    if whom == "launcher" and how != signal.SIGINT and not request.config.getoption("--proof"):
+        pytest.skip("part of the proof")
+    process = start([*LAUNCH, "train", str(path), "train.tokens=1e9", "checkpoint.every_steps=5"])
+    try:
+        wait_for_checkpoint(path.parent / "run", process)
+        ranks = children(process.pid)
+        assert len(ranks) == 2
+        os.kill(ranks[1] if whom == "rank" else process.pid, how)
+        ended = time.monotonic()
+        found, output = finish(process, timeout_s=30)
+    finally:
+        process.kill()  # its ranks end with it
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() - ended < 20, "a rank was left behind"
+        time.sleep(0.05)
+    assert found == code, output
+    assert "Traceback" not in output
+    if whom == "rank":
+        assert f"rank 1 (process {ranks[1]}) was ended by SIGKILL" in output
+    if how == signal.SIGINT:
+        assert "the same command goes on from" in output
+
+
+@pytest.mark.timeout(120)
+def test_ranks_with_different_recipes_are_refused_on_every_rank(path: Path) -> None:
+    master = f"127.0.0.1:{free_port()}"
+    processes = []
+    for number, rate in enumerate(("1e-3", "2e-3")):
+        options = ["--nproc", "1", "--nodes", "2", "--node-rank", str(number), "--master", master]
+        processes.append(start([*INTERNLM, "launch", *options, "train", str(path), f"optim.lr={rate}"]))
+    for process in processes:
+        code, output = finish(process)
+        assert code == 1, output
+        assert "the ranks differ" in output
+        assert "optim.lr: 0.001 on rank 0; 0.002 on rank 1" in output
+        assert "Traceback" not in output
+    assert not (path.parent / "run").exists()
+
+
+@pytest.mark.timeout(120)
+def test_sizes_that_do_not_fit_say_the_numbers(path: Path) -> None:
+    code, output = run([*LAUNCH, "train", str(path), "parallel.tensor=3"])
+    assert code == 1, output
+    assert "tensor 3" in output
+    assert "2 ranks" in output
+    assert "ended with exit code 1" in output
+    assert "Traceback" not in output
+    assert not (path.parent / "run").exists()

@@ -1,0 +1,110 @@
+"""What the ranks of the optimizer's tests run; `cases.py` offers them too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from internlm import compat, config
+from internlm import recipe as recipes
+from internlm.optim.optimizer import local
+from internlm.parallel import optimizer_shard
+from internlm.recipe import Recipe
+
+__all__ = ["count_traffic", "train_and_save", "wait_order"]
+
+
+def whole(tensor: Tensor) -> np.ndarray:
+    """Return all of a tensor. Every rank that holds a part must call it."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().float().numpy().copy()
+
+
+def train_and_save(tree: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Go on with a run, or begin it, and write a checkpoint.
+
+    Returns:
+        Losses; all weights and optimizer states, whole; bytes of the states that this rank holds; validation.
+    """
+    trainer = recipes.prepare(config.decode(Recipe, tree))
+    losses = [trainer.step()["train/step_loss"] for _ in range(steps)]
+    trainer.save()
+    held = [value for part in trainer.optimizer.parts for slots in part.state.values() for value in slots.values()]
+    return {
+        "loss": losses,
+        "weights": {name: whole(p) for name, p in trainer.parallel.named_parameters()},
+        "states": {name: whole(value) for name, value in trainer.optimizer.named_state().items()},
+        "bytes": sum(part.numel() * part.element_size() for part in local(held)),
+        "valid": trainer.evaluator(trainer.parallel, final=True),
+    }
+
+
+def count_traffic(tree: dict[str, Any]) -> list[tuple[str, int]]:
+    """Return the collectives between replicas in a step: kind, and elements that a rank gives."""
+    trainer = recipes.prepare(config.decode(Recipe, tree))
+    assert trainer.parallel.mesh is not None
+    replicas, seen = trainer.parallel.mesh.group("replicate"), []
+    trainer.step()  # the first is like the others, but for what torch sets up
+
+    def counted(kind: str, function: Any, size: Callable[..., int]) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if replicas in (*arguments, *options.values()):
+                seen.append((kind, size(*arguments)))
+            return function(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted("all-reduce", dist.all_reduce, lambda x, *_: x.numel()))
+        patch.setattr(
+            compat, "reduce_scatter", counted("reduce-scatter", compat.reduce_scatter, lambda out, x, *_: x.numel())
+        )
+        patch.setattr(compat, "all_gather", counted("all-gather", compat.all_gather, lambda out, x, *_: x.numel()))
+        trainer.step()
+    return seen
+
+
+class LoggedStream(torch.cpu.Stream):
+    """A stream whose events are objects, and who waits for which is written down."""
+
+    log: ClassVar[list[tuple[str, Any, Any]]] = []
+
+    def record_event(self) -> Any:
+        event = object()
+        self.log.append(("recorded", self, event))
+        return event
+
+    def wait_event(self, event: Any) -> None:
+        self.log.append(("waited", self, event))
+
+
+def wait_order(tree: dict[str, Any]) -> list[str]:
+    """Return, for the forward after an update, which modules' weights were waited for, by whom, and the modules run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "Stream", LoggedStream)
+        trainer = recipes.prepare(config.decode(Recipe, tree))
+        trainer.step()
+        slices = optimizer_shard.of(trainer.model)
+        assert slices is not None
+        done = {group.done: f"group {number}" for number, group in enumerate(slices.groups)}
+        assert None not in done
+        gathers = compat.weight_stream(trainer.model)
+        for name, module in trainer.model.named_modules():
+            if isinstance(module, FSDPModule):
+                module.register_forward_hook(lambda *_, name=name: LoggedStream.log.append(("ran", name, None)))
+        LoggedStream.log.clear()
+        trainer.step()
+        found = []
+        for kind, who, event in LoggedStream.log:
+            if kind == "ran":
+                found.append(f"{who or 'model'} ran")
+            elif kind == "waited" and event in done:
+                found.append(f"{'gathers' if who is gathers else 'products'} wait for {done[event]}")
+        return found[: found.index("model ran")]

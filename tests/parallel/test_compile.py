@@ -1,0 +1,30 @@
+"""Compiled blocks give the same numbers in every layout (to what fusion rounds otherwise). Part of the long proofs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from internlm import runtime
+from tests.parallel.ranks import Ranks
+from tests.parallel.test_layouts import FULL, PART, Make, assert_equal, tree
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "parallel",
+    [{"shard": 2, "zero": "3"}, {"replicate": 2}, {"tensor": 2}, {"context": 2}, {"shard": 2, "recompute": FULL},
+     {"shard": 2, "recompute": PART}, {"pipeline": 2}],
+    ids=str,
+)  # fmt: skip
+def test_compiled_blocks_give_the_same_numbers(
+    parallel: dict[str, Any], ranks: Ranks, recipe: Make, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--proof"):
+        pytest.skip("compiling takes minutes")
+    if runtime.cpp_compiler() is None:
+        pytest.skip("no C++ compiler")
+    wanted = ranks.run(1, "train", tree(recipe, run=str(recipe().run) + "-alone"), 3)[0]
+    made = tree(recipe, 2, parallel=parallel, runtime={"device": "cpu", "compile": True})
+    assert_equal(ranks.run(2, "train", made, 3, timeout_s=500), wanted)

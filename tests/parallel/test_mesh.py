@@ -1,0 +1,105 @@
+"""The axes: where a rank stands, and which sizes are refused, before anything is allocated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from internlm.errors import ConfigError
+from internlm.model.config import ModelConfig
+from internlm.parallel.mesh import Layout, ParallelConfig
+from internlm.parallel.recompute import RecomputeConfig, chosen
+
+SHAPE = ModelConfig(vocab_size=96, hidden_size=32, num_layers=4, num_heads=8, num_kv_heads=4, ffn_size=48)
+sizes = st.integers(1, 5)
+
+
+@given(sizes, sizes, sizes, sizes, sizes)
+def test_every_rank_has_a_place_of_its_own_and_tensor_ranks_are_neighbours(
+    pipeline: int, replicate: int, shard: int, context: int, tensor: int
+) -> None:
+    layout = Layout(pipeline, replicate, shard, context, tensor)
+    places = [layout.coordinates(rank) for rank in range(layout.world_size)]
+    assert len(set(places)) == layout.world_size
+    assert places == sorted(places)
+    rows = {(p.replicate, p.shard): layout.data_rank(rank) for rank, p in enumerate(places)}
+    assert sorted(rows.values()) == list(range(layout.data))
+    for rank, place in enumerate(places):
+        assert layout.data_rank(rank) == rows[place.replicate, place.shard]
+        assert place.tensor == rank % tensor
+
+
+def test_shard_takes_the_ranks_that_are_left() -> None:
+    config = ParallelConfig(replicate=128, tensor=1)
+    assert Layout.of(config, 1024) == Layout(replicate=128, shard=8)
+    assert Layout.of(ParallelConfig(pipeline=2, tensor=4), 1024).shard == 128
+
+
+@pytest.mark.parametrize(
+    ("config", "world", "message"),
+    [
+        ({"tensor": 3}, 2, "tensor 3 = 3 does not divide the 2 ranks"),
+        ({"shard": 4, "replicate": 2}, 4, "replicate 2 × shard 4 = 8 ranks, and there are 4"),
+        ({"pipeline": 2, "context": 2}, 6, "pipeline 2 × context 2 = 4 does not divide the 6 ranks"),
+    ],
+)
+def test_sizes_that_do_not_make_the_world_are_named(config: dict[str, Any], world: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Layout.of(ParallelConfig(**config), world)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        ({"tensor": 3}, {}, r"tensor 3 does not divide model.num_heads 8.*model.num_kv_heads 4"),
+        ({"tensor": 8}, {}, r"tensor 8 does not divide model.num_kv_heads 4"),
+        ({"context": 3}, {}, "context 3 does not divide data.seq_len 64"),
+        ({"context": 16, "tensor": 8}, {}, "tensor 8 does not divide the tokens of a context rank 4"),
+        ({"replicate": 3}, {}, "16 rows of a step do not divide over replicate 3 × shard 1 ranks"),
+        ({"pipeline": 8}, {}, "8 pipeline stages have only 4 layers"),
+        ({"pipeline": 4}, {"micro": 8}, "a pipeline of 4 needs as many micro-batches per step, and there are 2"),
+        ({"pipeline": 2}, {"tie_embeddings": True}, "tie_embeddings"),
+        ({"pipeline": 2, "schedule": "interleaved", "stages_per_rank": 2}, {"rows": 5}, "5 micro-batches are no multiple"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_cut_so_is_refused_with_the_numbers(
+    config: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    options = ParallelConfig(**config)
+    world = 1
+    for name in ("pipeline", "replicate", "context", "tensor"):
+        world *= getattr(options, name)
+    shape = ModelConfig(
+        vocab_size=96, hidden_size=32, num_layers=4, num_heads=8, num_kv_heads=4, ffn_size=48,
+        tie_embeddings=changes.get("tie_embeddings", False),
+    )  # fmt: skip
+    layout = Layout.of(options, world)
+    with pytest.raises(ConfigError, match=message):
+        layout.check(options, shape, 64, changes.get("rows", 16), changes.get("micro", 1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tensor": 0}, "parallel.tensor"),
+        ({"shard": -1}, "parallel.shard"),
+        ({"schedule": "zbv"}, "stages_per_rank"),
+        ({"schedule": "1f1b", "stages_per_rank": 2}, "stages_per_rank"),
+    ],
+)
+def test_impossible_values_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ParallelConfig(**fields)
+
+
+def test_a_share_of_the_blocks_is_spread_evenly() -> None:
+    assert chosen(8, 0.5) == [1, 3, 5, 7]
+    assert chosen(8, 1.0) == list(range(8))
+    assert chosen(8, 0.0) == []
+    assert chosen(10, 0.3) == [3, 6, 9]
+    assert all(len(chosen(32, n / 32)) == n for n in range(33))
+    with pytest.raises(ConfigError, match="ratio"):
+        RecomputeConfig(ratio=1.5)
