@@ -139,3 +139,17 @@ def test_replicas_talk_once_per_step_and_group_of_weights(ranks: Ranks, recipe: 
         assert Counter(name for name, _ in seen) == wanted
         elements[kind] = sum(size for name, size in seen if name != "all-gather")
     assert elements["all"] == elements["shard"]
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 8), (2, 3), (0, 7), (4, 1, 9)])
+def test_pieces_join_to_what_they_were_cut_from(shape: tuple[int, ...]) -> None:
+    part = nn.Parameter(torch.randn(shape))
+    for place in range(3):
+        dim = part.ndim - 1
+        length = max(0, min(-(-shape[dim] // 3), shape[dim] - place * -(-shape[dim] // 3)))
+        owned = nn.Parameter(torch.zeros(*shape[:-1], length))
+        each = Slice("w", part, owned, dim, replicas=3, place=place)
+        pieces = each.cut(part.detach())
+        assert torch.equal(each.join(pieces), part)
+        each.refresh()
+        assert torch.equal(owned, part.detach().narrow(dim, min(place * each.piece[dim], shape[dim]), length))
