@@ -148,7 +148,6 @@ def prepare(recipe: Recipe) -> Trainer:
     elif begun is None:
         parallel.initialize(recipe.seed)
     peak = hardware.peak_flops(runtime.device_name(device), str(dtype).removeprefix("torch."))
-    facts = {"recipe": config.encode(recipe), "versions": found}
     trainer = Trainer(
         run=run,
         config=recipe.train,
@@ -162,7 +161,7 @@ def prepare(recipe: Recipe) -> Trainer:
         evaluator=Evaluator(recipe.evaluate, recipe.data, Tokenizer.load(loader.tokenizer_path)),
         device=device,
         peak_flops=peak or runtime.measure_peak(device, dtype),
-        facts=facts,
+        facts={"recipe": config.encode(recipe), "versions": found},
         scale=LossScale.of(dtype),
     )
     runtime.seed(recipe.seed)
@@ -171,7 +170,7 @@ def prepare(recipe: Recipe) -> Trainer:
         logger.info("resuming %s at step %d of %d", begun.path, begun.step, recipe.train.total_steps)
     if rank == 0:
         storage.write_text(run / "recipe.yaml", config.dump(recipe))
-        storage.write_text(run / "versions.json", json.dumps(facts["versions"], indent=1) + "\n")
+        storage.write_text(run / "versions.json", json.dumps(found, indent=1) + "\n")
         trainer.trackers = open_trackers(run, trainer.progress.step)
     _announce(trainer, dtype, "measured" if peak is None else "data sheet")
     return trainer

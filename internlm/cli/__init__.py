@@ -28,7 +28,16 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the process's exit code."""
+    """Run one verb and return the process's exit code; a rank ends here."""
+    code = _main(argv)
+    if "internlm.runtime" in sys.modules:
+        from internlm import runtime
+
+        runtime.end_rank(code)
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     name = f"internlm {words[0]}" if words and words[0] in VERBS else "internlm"
     for stream in (sys.stdout, sys.stderr):

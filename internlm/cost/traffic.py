@@ -15,7 +15,7 @@ the table are one), W bytes of a group in the dtype of products and F in fp32:
     context     all-to-all       8 M L           + 4 M a recomputed block                   A / tensor
                 all-gather       3 M: log-probabilities, log-normalisers, hits              9 bytes a token
     pipeline    send             M a boundary and direction                                 A / tensor
-    world       all-reduce       2: number of trained tokens; loss and gradient norm        24
+    world       all-reduce       2: number of trained tokens; loss and gradient norm        8, 16
 
 A pipeline makes of the first two lines 1, whatever `zero` is: torch neither frees weights nor sums gradients between
 its micro-batches. Whole copies alone sum their gradients in buckets instead, and sliced optimizer states (`sliced`)
@@ -44,6 +44,8 @@ from internlm.model.config import ModelConfig
 
 Axis = Literal["pipeline", "replicate", "shard", "context", "tensor", "world"]
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
+Exchanges = dict[tuple[Axis, Kind], tuple[int, int]]
+"""Axis and kind → calls, and bytes of whole tensors of all calls together."""
 REDUCE_BYTES = 4
 """Gradients are summed, and weights kept, in fp32."""
 BUCKET_BYTES = 25 * 2**20
@@ -209,13 +211,33 @@ def step_traffic(run: Run, place: int = 0) -> list[Collective]:
         *_tensor(run, stages),
         *_context(run, stages),
         *_pipeline(run, place, stages),
-        ("world", "all-reduce", 2, 24),
+        ("world", "all-reduce", 1, 8),  # in fp64: the number of trained tokens
+        ("world", "all-reduce", 1, 16),  # loss and squared norm
     ]
     return [
-        Collective(axis, kind, calls, calls * size if axis != "world" else size, *run.span(axis))
+        Collective(axis, kind, calls, calls * size, *run.span(axis))
         for axis, kind, calls, size in found
         if calls and run.span(axis)[0] > 1
     ]
+
+
+def by_axis(collectives: Iterable[Collective]) -> Exchanges:
+    """Return calls and bytes of whole tensors, by axis and kind."""
+    found: Exchanges = {}
+    for each in collectives:
+        calls, size = found.get((each.axis, each.kind), (0, 0))
+        found[each.axis, each.kind] = (calls + each.calls, size + each.bytes)
+    return found
+
+
+def by_group(run: Run, exchanges: Exchanges) -> dict[tuple[int, int, Kind], tuple[int, int]]:
+    """Return calls and bytes by size and stride of the group, and kind: axes of the same ranks use the same group."""
+    found: dict[tuple[int, int, Kind], tuple[int, int]] = {}
+    for (axis, kind), (calls, size) in exchanges.items():
+        key = (*run.span(axis), kind)
+        before = found.get(key, (0, 0))
+        found[key] = (before[0] + calls, before[1] + size)
+    return found
 
 
 Line = tuple[Axis, Kind, int, int]

@@ -6,10 +6,14 @@ once per step. What is kept in between is `parallel.zero`. Collectives of a step
 L + 3 groups of weights (the blocks, embedding, head, final norm; with tied embeddings L + 1):
 
     zero        gathers                      reductions in the shard axis      between replicas
-    3           about 2 · G · M              G · M                             G
-    2-gather    G · M                        G · M                             G
-    2           G                            G · M                             G
-    1           G                            G                                 G
+    3           (2 · G − 1) · M + 1          G · M                             G
+    2-gather    G · M + 1                    G · M                             G
+    2           G + 1                        G · M                             G
+    1           G + 1                        G                                 G
+
+With zero 3 the final norm stays for its backward. The one more, where M > 1 and tables are not tied, is torch's: ahead
+of the last embedding it gathers the head of the micro-batch before. In a pipeline all three are G, once a step. The
+bytes are in `internlm.cost.traffic`.
 
 Weights are kept and reduced in fp32 (`reduce_dtype`), and computed with in `dtype`. Losses are divided by the token
 count of the whole step before backward, so gradients are summed, never averaged.

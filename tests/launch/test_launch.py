@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from internlm.checkpoint import store
 from tests.launch.conftest import INTERNLM, STEPS, finish, losses, run, start
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "internlm"]
@@ -39,7 +40,7 @@ def children(pid: int) -> list[int]:
 
 def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
-    while not list(run.glob("checkpoints/step-*/manifest.json")):
+    while store.newest(run) is None:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "no checkpoint came"
         time.sleep(0.05)

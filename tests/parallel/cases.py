@@ -19,6 +19,7 @@ from internlm.parallel.microbatch import Runner
 from internlm.recipe import Recipe
 from internlm.train.trainer import Trainer
 from tests.parallel.optimizer_cases import *  # noqa: F403
+from tests.parallel.traffic_cases import *  # noqa: F403
 
 
 def whole(tensor: Tensor) -> np.ndarray:

@@ -85,26 +85,31 @@ class LoggedStream(torch.cpu.Stream):
         self.log.append(("waited", self, event))
 
 
-def wait_order(tree: dict[str, Any]) -> list[str]:
-    """Return, for the forward after an update, which modules' weights were waited for, by whom, and the modules run."""
+def wait_order(tree: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return, for the forward after an update: who waits for which group of weights, and which module has run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "Stream", LoggedStream)
+        products = LoggedStream()
+        patch.setattr(torch.cpu, "_current_stream", products)
         trainer = recipes.prepare(config.decode(Recipe, tree))
         trainer.step()
         slices = optimizer_shard.of(trainer.model)
         assert slices is not None
-        done = {group.done: f"group {number}" for number, group in enumerate(slices.groups)}
+        done = {group.done: str(number) for number, group in enumerate(slices.groups)}
         assert None not in done
-        gathers = compat.weight_stream(trainer.model)
+        names = {products: "products", compat.weight_stream(trainer.model): "gathers"}
         for name, module in trainer.model.named_modules():
             if isinstance(module, FSDPModule):
-                module.register_forward_hook(lambda *_, name=name: LoggedStream.log.append(("ran", name, None)))
+                run = ("ran", name or "model", None)
+                trainer.model.get_submodule(name).register_forward_hook(
+                    lambda *_, run=run: LoggedStream.log.append(run)
+                )
         LoggedStream.log.clear()
         trainer.step()
         found = []
         for kind, who, event in LoggedStream.log:
             if kind == "ran":
-                found.append(f"{who or 'model'} ran")
-            elif kind == "waited" and event in done:
-                found.append(f"{'gathers' if who is gathers else 'products'} wait for {done[event]}")
-        return found[: found.index("model ran")]
+                found.append(("", "has run", who))
+            elif kind == "waited" and event in done and who in names:
+                found.append((names[who], "waits for", done[event]))
+    return found

@@ -141,6 +141,26 @@ def test_replicas_talk_once_per_step_and_group_of_weights(ranks: Ranks, recipe: 
     assert elements["all"] == elements["shard"]
 
 
+def test_weights_are_waited_for_one_group_ahead_of_their_use(ranks: Ranks, recipe: Make) -> None:
+    value = tree(recipe, parallel={"replicate": 2, "optimizer": "all"}, train__micro_batch_rows=4)
+    groups = ["model", "embedding", "blocks.0", "blocks.1", "head"]
+    ready: dict[str, set[str]] = {"gathers": set(), "products": set()}
+    ran = []
+    for who, what, name in ranks.run(2, "wait_order", value)[0]:
+        if what == "waits for":
+            ready[who].add(groups[int(name)])
+            continue
+        ran.append(name)
+        here = groups.index(name)
+        if name != "model":
+            assert set(groups[: here + 1]) <= ready["products"]
+            assert groups[here] in ready["gathers"]
+        if name.startswith("blocks"):
+            assert groups[here + 1] in ready["gathers"]  # parallel.prefetch is 1
+            assert groups[here + 1] not in ready["products"]
+    assert ran == ["embedding", "blocks.0", "blocks.1", "model", "head"]
+
+
 @pytest.mark.parametrize("shape", [(5, 7), (3, 8), (2, 3), (0, 7), (4, 1, 9)])
 def test_pieces_join_to_what_they_were_cut_from(shape: tuple[int, ...]) -> None:
     part = nn.Parameter(torch.randn(shape))

@@ -1,0 +1,283 @@
+"""The real step of a run, on one process that stands for any rank of any number: no data, no memory, no network.
+
+    step = dry_run(load("recipes/pretrain/internlm-7b-1024gpus.yaml").value, rank=1023, world_size=1024)
+    step.exchanges["replicate", "all-reduce"]       # (35, 3660974080): calls, and bytes of the tensors
+
+The trainer, the model, torch's sharding and pipelining and the optimizer are those of a run. What is not: tensors know
+their shapes only, the process group answers nothing, rows are full and of one document, and whatever is asked of a
+number (is it finite? how many tokens?) is answered with 1. Operators are the CPU's: attention takes the path for whole
+rows, and blocks are not compiled. The second step is the one that counts, because the first also sets up.
+
+A group that answers nothing never disagrees: that ranks wait for each other in vain, or compute wrong numbers, cannot
+be seen here. It takes each pipeline stage, and the last rank beside the first, to see a step whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from internlm import compat, runtime
+from internlm.cost import traffic
+from internlm.data.batch import Batch
+from internlm.data.loader import DataConfig, Loader
+from internlm.errors import ConfigError
+from internlm.model.config import ModelConfig
+from internlm.optim.optimizer import Optimizer, local
+from internlm.parallel.apply import Parallel, Setting
+from internlm.parallel.mesh import Layout, Mesh
+from internlm.recipe import Recipe
+from internlm.train.evaluate import Evaluator
+from internlm.train.metrics import Meter
+from internlm.train.trainer import Trainer
+
+KINDS: dict[str, traffic.Kind] = {
+    "allgather_base": "all-gather",
+    "reduce_scatter_base": "reduce-scatter",
+    "allreduce": "all-reduce",
+    "all_reduce": "all-reduce",
+    "alltoall_base": "all-to-all",
+    "send": "send",
+}
+RECEIVING = "recv"
+WORLD = "every rank"
+
+
+@dataclass(frozen=True)
+class DryStep:
+    """What one rank did in a step."""
+
+    exchanges: traffic.Exchanges
+    weights: int
+    """Elements of the weights that the rank keeps."""
+    updated: int
+    """Elements that it updates, with optimizer states."""
+
+
+def dry_run(recipe: Recipe, rank: int = 0, world_size: int = 1) -> DryStep:
+    """Take two steps of a run as one of its ranks and return what the second did.
+
+    Raises:
+        ConfigError: the layout, the batch and the model do not fit each other.
+    """
+    if world_size == 1 and not recipe.parallel.offload:  # offloading is done by what spreads a model over ranks
+        return _dry_run(recipe)
+    compat.join_fake_group(rank, world_size)
+    try:
+        return _dry_run(recipe)
+    finally:
+        compat.leave_fake_group()
+
+
+def _dry_run(recipe: Recipe) -> DryStep:
+    shape, layout = shape_of(recipe), Layout.of(recipe.parallel, runtime.world_size())
+    setting, fake = _setting(recipe, shape, layout), compat.fake_tensors()
+    with _Immaterial(fake):
+        parallel = Parallel(shape, recipe.parallel, setting)
+    optim = recipe.optim
+    if optim.state_dtype == "int8":  # its codes are looked up by value; nothing else about the step differs
+        optim = replace(optim, state_dtype="bfloat16")
+    rows = Rows(recipe.data, setting.micro_rows * setting.micro_batches)
+    recorder = Recorder(parallel.mesh)
+    with fake, _Affirmative(), recorder:
+        trainer = Trainer(
+            run=Path(recipe.run),
+            config=recipe.train,
+            schedule=recipe.schedule,
+            checkpoints=recipe.checkpoint,
+            evaluation=recipe.evaluate,
+            parallel=parallel,
+            objective=recipe.objective,
+            optimizer=Optimizer(optim, parallel.owned_parameters()),
+            loader=cast(Loader, rows),
+            evaluator=cast(Evaluator, None),
+            device=parallel.device,
+            peak_flops=1.0,
+        )
+        trainer.meter = _Unmetered(parallel, rows.sources, 1.0)
+        trainer.step()
+        recorder.clear()
+        trainer.step()
+    held = _elements(parameter for _, parameter in parallel.named_parameters())
+    return DryStep(recorder.exchanges, held, _elements(trainer.parameters))
+
+
+def run_of(recipe: Recipe, world_size: int) -> traffic.Run:
+    """Return what the closed form of a recipe's traffic needs to know.
+
+    Raises:
+        ConfigError: the layout, the batch and the model do not fit each other.
+    """
+    shape, parallel, layout = shape_of(recipe), recipe.parallel, Layout.of(recipe.parallel, world_size)
+    setting = _setting(recipe, shape, layout)
+    return traffic.Run(
+        model=shape,
+        seq_len=setting.seq_len,
+        micro_rows=setting.micro_rows,
+        micro_batches=setting.micro_batches,
+        **vars(layout),
+        sequence=parallel.sequence,
+        zero=parallel.zero,
+        sliced=parallel.optimizer == "all" and layout.replicate > 1,
+        plain=not parallel.offload,
+        schedule=parallel.schedule,
+        stages_per_rank=parallel.stages_per_rank,
+        recompute=parallel.recompute.kind,
+        recompute_ratio=parallel.recompute.ratio,
+        dtype_bytes=setting.dtype.itemsize,
+    )
+
+
+def shape_of(recipe: Recipe) -> ModelConfig:
+    """Return the shape of a recipe's model.
+
+    Raises:
+        ConfigError: it says only from which weights to start.
+    """
+    if recipe.model is None:
+        raise ConfigError("is needed to plan a run whose weights are not here", where="model")
+    return recipe.model
+
+
+def with_layers(recipe: Recipe, layers: int) -> Recipe:
+    """Return the recipe of a model of fewer layers, otherwise the same."""
+    return replace(recipe, model=replace(shape_of(recipe), num_layers=layers))
+
+
+class Recorder(TorchDispatchMode):
+    """Counts what a rank exchanges, by axis and kind.
+
+    Args:
+        mesh: of this rank; None: it is alone.
+    """
+
+    def __init__(self, mesh: Mesh | None) -> None:
+        super().__init__()
+        self.axes: dict[str, traffic.Axis] = {}
+        if mesh is not None:
+            layout = mesh.layout
+            sizes: dict[traffic.Axis, int] = {
+                "pipeline": layout.pipeline,
+                "replicate": layout.replicate,
+                "shard": layout.shard * layout.context,
+                "context": layout.context,
+                "tensor": layout.tensor,
+            }
+            for axis, size in sizes.items():
+                if size > 1 and axis != "world":  # axes of the same ranks have one group: it goes to the outer one
+                    self.axes.setdefault(mesh.group(axis).group_name, axis)
+            if layout.world_size > 1:
+                self.axes[WORLD] = "world"
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was counted."""
+        self.calls: Counter[tuple[traffic.Axis, traffic.Kind]] = Counter()
+        self.bytes: Counter[tuple[traffic.Axis, traffic.Kind]] = Counter()
+
+    @property
+    def exchanges(self) -> traffic.Exchanges:
+        """Calls and bytes of whole tensors, by axis and kind."""
+        return {key: (calls, self.bytes[key]) for key, calls in self.calls.items()}
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        exchange = compat.exchange_of(operator, args)
+        if exchange is not None:
+            self._count(*exchange)
+        return operator(*args, **(kwargs or {}))
+
+    def _count(self, operation: str, group: str, tensor: Tensor | None) -> None:
+        assert tensor is not None, "an exchange has a tensor"
+        # Only loss, norm and count are in fp64; where copies are all there is, their group is the world's.
+        axis = self.axes.get(WORLD if tensor.dtype == torch.float64 else group)
+        if axis is None or operation == RECEIVING:  # a group of one rank; or what another rank sends
+            return
+        self.calls[axis, KINDS[operation]] += 1
+        self.bytes[axis, KINDS[operation]] += tensor.numel() * tensor.element_size()
+
+
+class Rows:
+    """Gives the same rows in every step, with nothing in them, in place of a Loader: one document each, all trained on.
+
+    Args:
+        config: of the data.
+        rows: that this rank gets.
+    """
+
+    sources = ("nothing",)
+
+    def __init__(self, config: DataConfig, rows: int) -> None:
+        self.config = config
+        shape = (rows, config.seq_len)
+        zeros, places = torch.zeros(shape, dtype=torch.int64), torch.arange(shape[1]).expand(shape)
+        self.batch = Batch(zeros, zeros, places, zeros, torch.ones(shape), zeros[:, 0], self.sources)
+
+    def next_batch(self, rows: int) -> Batch:
+        """Return this rank's rows of a step."""
+        return self.batch
+
+
+class _Affirmative(TorchDispatchMode):
+    """Answers what is asked of a number with 1: it is finite, there are tokens, the vote is yes."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        return operator(*args, **(kwargs or {}))
+
+
+class _Unmetered(Meter):
+    """Looks into no batch: tensors have no values."""
+
+    def add_batch(self, batch: Batch) -> None:
+        """Do nothing."""
+
+
+class _Immaterial(TorchDispatchMode):
+    """Makes floating-point tensors without memory, and leaves all others, such as those of meshes, real."""
+
+    MAKERS = frozenset(
+        getattr(torch.ops.aten, name) for name in ("empty_like", "empty", "empty_strided", "zeros", "zeros_like")
+    )
+
+    def __init__(self, fake: Any) -> None:
+        super().__init__()
+        self.fake = fake
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        device = kwargs.get("device")
+        is_made = operator.overloadpacket in self.MAKERS and device is not None and torch.device(device).type != "meta"
+        if is_made and dtype.is_floating_point:
+            with self.fake:
+                return operator(*args, **kwargs)
+        return operator(*args, **kwargs)
+
+
+def _setting(recipe: Recipe, shape: ModelConfig, layout: Layout) -> Setting:
+    """Return what the model is made for, once it is known to fit."""
+    length = recipe.data.seq_len
+    micro_rows, rows = recipe.train.micro_rows(length, layout.data), recipe.train.batch_tokens // length
+    layout.check(recipe.parallel, shape, length, rows, micro_rows)
+    return Setting(
+        device=torch.device("cpu"),
+        dtype=runtime.resolve_dtype(recipe.runtime, torch.device("cuda")),
+        attention="dense",
+        compile=False,
+        seq_len=length,
+        micro_rows=micro_rows,
+        micro_batches=rows // layout.data // micro_rows,
+    )
+
+
+def _elements(parameters: Iterable[Tensor]) -> int:
+    """Return how many elements of parameters this rank holds."""
+    return sum(part.numel() for part in local(parameters))

@@ -1,0 +1,214 @@
+"""The closed form of what ranks send each other equals, number for number, what the real step asks of its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internlm import config
+from internlm import recipe as recipes
+from internlm.cost import traffic
+from internlm.errors import ConfigError
+from internlm.model import heads
+from internlm.model.presets import preset
+from internlm.parallel import replicate
+from internlm.parallel.mesh import Layout, ParallelConfig
+from internlm.plan import dryrun
+from internlm.recipe import Recipe
+from tests.parallel.ranks import Ranks
+
+ROOT = Path(__file__).parents[2]
+MODEL: dict[str, Any] = {
+    "vocab_size": 256, "hidden_size": 64, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 128,
+    "qkv_bias": True, "output_bias": True,
+}  # fmt: skip
+ODD = MODEL | {"vocab_size": 283, "hidden_size": 60, "num_heads": 6, "num_kv_heads": 3, "ffn_size": 131}
+TIED = MODEL | {"tie_embeddings": True}
+FOUR = MODEL | {"num_layers": 4}
+FULL, HALF = {"kind": "full"}, {"kind": "operators", "ratio": 0.5}
+FLAT: dict[str, Any] = {"shard": 1024, "zero": "3"}
+HYBRID: dict[str, Any] = {"replicate": 128, "shard": 8, "zero": "2"}
+
+# Layout, micro-batches, model, ranks.
+Case = tuple[dict[str, Any], int, dict[str, Any], tuple[int, ...]]
+SLICE: list[Case] = [
+    *[({"replicate": 2, "shard": 512, "zero": zero}, 4, MODEL, (0,)) for zero in ("1", "2", "2-gather", "3")],
+    ({"replicate": 128, "shard": 8}, 1, ODD, (1023,)),
+    (FLAT, 1, ODD, (1023,)),
+    ({"replicate": 128, "shard": 8, "zero": "3"}, 2, TIED, (5,)),
+    ({"replicate": 1024, "shard": 1}, 2, MODEL, (0,)),
+    ({"replicate": 32, "shard": 32, "optimizer": "all"}, 1, MODEL, (1023,)),
+    ({"replicate": 64, "shard": 4, "tensor": 4, "zero": "1"}, 2, MODEL, (0,)),
+    ({"replicate": 64, "shard": 4, "tensor": 4, "sequence": False, "zero": "3", "recompute": FULL}, 1, MODEL, (0,)),
+    ({"replicate": 128, "shard": 1, "context": 8, "recompute": FULL}, 1, MODEL, (7,)),
+    ({"shard": 64, "context": 16, "recompute": FULL}, 1, MODEL, (0,)),  # heads do not divide: keys and values travel
+    ({"pipeline": 4, "replicate": 32, "shard": 8, "zero": "3"}, 4, FOUR, (0, 256, 1023)),
+    ({"pipeline": 2, "replicate": 16, "shard": 8, "context": 2, "tensor": 2, "recompute": FULL}, 2, FOUR, (1023,)),
+]
+PROOF: list[Case] = [
+    *[({"replicate": 128, "shard": 8, "zero": zero}, 1, ODD, (0, 1023)) for zero in ("1", "2-gather", "3")],
+    (FLAT, 4, MODEL, (0, 1023)),
+    ({"replicate": 1024, "shard": 1, "offload": True}, 1, MODEL, (0,)),
+    ({"replicate": 16, "shard": 64, "optimizer": "all"}, 2, MODEL, (0,)),  # key rows do not divide: see `_piece`
+    ({"replicate": 8, "shard": 16, "tensor": 8, "optimizer": "all"}, 2, MODEL | {"num_kv_heads": 8}, (0,)),
+    ({"replicate": 64, "shard": 4, "tensor": 4, "zero": "2", "recompute": HALF}, 2, MODEL, (1023,)),
+    ({"replicate": 64, "shard": 4, "context": 4}, 2, MODEL, (0,)),
+    ({"replicate": 32, "shard": 2, "context": 4, "tensor": 4, "recompute": HALF}, 1, MODEL, (1023,)),
+    ({"pipeline": 2, "replicate": 32, "shard": 4, "tensor": 4}, 2, FOUR, (0, 1023)),
+    ({"pipeline": 2, "shard": 512, "schedule": "interleaved", "stages_per_rank": 2}, 2, FOUR, (0, 1023)),
+    ({"pipeline": 2, "replicate": 64, "shard": 8, "schedule": "zbv", "stages_per_rank": 2}, 4, FOUR, (0, 1023)),
+]
+
+
+def recipe_of(parallel: dict[str, Any], micro_batches: int, model: dict[str, Any], **sizes: int) -> Recipe:
+    world, length, rows = (sizes.get(name, other) for name, other in (("world", 1024), ("length", 32), ("rows", 2)))
+    data = Layout.of(config.decode(ParallelConfig, parallel), world).data
+    return config.decode(
+        Recipe,
+        {
+            "run": "nowhere",
+            "model": model,
+            "data": {"seq_len": length, "train": {"none": {"path": "nowhere"}}},
+            "train": {"tokens": 1, "batch_tokens": length * rows * micro_batches * data, "micro_batch_rows": rows},
+            "parallel": parallel,
+        },
+    )
+
+
+def counted_and_computed(recipe: Recipe, rank: int, world: int) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    run = dryrun.run_of(recipe, world)
+    computed = traffic.by_axis(traffic.step_traffic(run, rank // (world // run.pipeline)))
+    counted = dryrun.dry_run(recipe, rank, world).exchanges
+    return traffic.by_group(run, counted), traffic.by_group(run, computed)
+
+
+def name_of(value: object) -> str | None:
+    if not isinstance(value, dict):
+        return None if isinstance(value, tuple) else str(value)
+    if "vocab_size" in value:
+        return {283: "odd"}.get(value["vocab_size"], "tied" if "tie_embeddings" in value else "even")
+    return "-".join(f"{key}{each}" for key, each in value.items() if not isinstance(each, dict))
+
+
+@pytest.mark.parametrize(("parallel", "micro_batches", "model", "ranks"), SLICE + PROOF, ids=name_of)
+def test_the_formula_gives_every_collective_of_the_real_step(
+    parallel: dict[str, Any],
+    micro_batches: int,
+    model: dict[str, Any],
+    ranks: tuple[int, ...],
+    request: pytest.FixtureRequest,
+) -> None:
+    if (parallel, micro_batches, model, ranks) not in SLICE and not request.config.getoption("--proof"):
+        pytest.skip("a layout of the proof")
+    recipe = recipe_of(parallel, micro_batches, model)
+    for rank in ranks:
+        counted, computed = counted_and_computed(recipe, rank, 1024)
+        assert counted == computed
+        assert counted
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [{"replicate": 2, "zero": "3"}, {"pipeline": 2, "context": 2, "shard": 1}],
+    ids=name_of,
+)
+def test_ranks_that_are_there_exchange_the_same(
+    parallel: dict[str, Any], ranks: Ranks, recipe: Callable[..., Recipe]
+) -> None:
+    made = recipe(parallel=parallel, train__micro_batch_rows=1)
+    run = dryrun.run_of(made, 4)
+    for rank, counted in enumerate(ranks.run(4, "count_exchanges", config.encode(made))):
+        place = rank // (4 // run.pipeline)
+        computed = traffic.by_axis(traffic.step_traffic(replace(run, dtype_bytes=4), place))
+        assert traffic.by_group(run, counted) == traffic.by_group(run, computed)
+
+
+def test_a_wrong_policy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of({"replicate": 128, "shard": 8, "zero": "2"}, 2, MODEL)
+    monkeypatch.setattr("internlm.parallel.shard.begin_backward", lambda *_, **__: None)  # as without micro-batches
+    counted, computed = counted_and_computed(recipe, 0, 1024)
+    assert counted != computed
+    assert counted[128, 8, "all-reduce"][0] == 2 * computed[128, 8, "all-reduce"][0]
+
+
+def test_moments_of_any_type_can_be_planned() -> None:
+    recipe = recipe_of({"replicate": 2, "shard": 4}, 1, MODEL, world=8)
+    found = [
+        dryrun.dry_run(replace(recipe, optim=replace(recipe.optim, state_dtype=name)), 0, 8)
+        for name in ("float32", "bfloat16", "int8")
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_gradients_of_copies_fill_buckets_as_the_formula_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (traffic, replicate):
+        monkeypatch.setattr(module, "BUCKET_BYTES", 20_000)
+    monkeypatch.setattr(replicate.Replicas.__init__, "__defaults__", (20_000,))
+    for model in (MODEL, TIED):
+        counted, computed = counted_and_computed(recipe_of({"replicate": 1024, "shard": 1}, 1, model), 0, 1024)
+        assert counted == computed
+        assert counted[1024, 1, "all-reduce"][0] > 4
+
+
+def test_the_formula_knows_the_constants_of_the_code() -> None:
+    assert traffic.Run.chunk_logits == heads.CHUNK_LOGITS
+    assert traffic.BUCKET_BYTES == replicate.BUCKET_BYTES
+
+
+def published(parallel: dict[str, Any], micro_batches: int, layers: int = 32) -> Recipe:
+    model = preset("internlm-7b") | {"num_layers": layers}
+    return recipe_of(parallel, micro_batches, model, length=2048)
+
+
+@pytest.mark.parametrize(("micro_batches", "most"), [(1, 1 / 7), (4, 1 / 30)])
+def test_hybrid_zero_keeps_its_traffic_inside_machines(
+    micro_batches: int, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Per GPU: what it sends in groups that span machines. Two layers counted; all 32 computed."""
+    monkeypatch.setattr(heads, "CHUNK_LOGITS", 1 << 34)  # the head in one piece: fewer operators, the same exchanges
+    totals = {}
+    for name, parallel in (("flat", FLAT), ("hybrid", HYBRID)):
+        counted, computed = counted_and_computed(published(parallel, micro_batches, layers=2), 0, 1024)
+        assert counted == computed
+        whole = dryrun.run_of(published(parallel, micro_batches), 1024)
+        totals[name] = traffic.total(traffic.step_traffic(whole), gpus_per_node=8)
+    assert totals["hybrid"].spanning_bytes <= most * totals["flat"].spanning_bytes
+    assert totals["hybrid"].steps <= 1 / 8 * totals["flat"].steps
+    # Rings that visit the ranks of a machine one after the other leave no difference at one micro-batch.
+    ratio = totals["flat"].crossing_bytes / totals["hybrid"].crossing_bytes
+    assert ratio == pytest.approx(micro_batches, rel=0.03)
+
+
+def ranks_of(recipe: Recipe) -> int:
+    sizes = recipe.parallel
+    return sizes.pipeline * sizes.replicate * sizes.shard * sizes.context * sizes.tensor
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT / "recipes"))
+)
+def test_every_recipe_takes_a_step_on_its_first_and_last_rank(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own values but for depth and the number of micro-batches; where it takes all ranks there are, 8."""
+    monkeypatch.setattr(heads, "CHUNK_LOGITS", 1 << 34)
+    recipe = recipes.load(path).value
+    if recipe.model is None:
+        with pytest.raises(ConfigError, match="model"):
+            dryrun.dry_run(recipe)
+        return
+    world = ranks_of(recipe) or 8
+    data, length = Layout.of(recipe.parallel, world).data, recipe.data.seq_len
+    dryrun.run_of(recipe, world)  # the whole of it fits
+    micro = recipe.train.micro_rows(length, data) * data * length
+    stages = recipe.parallel.pipeline * recipe.parallel.stages_per_rank
+    for rank, most in {0: 2, world - 1: 1}.items():
+        tokens = min(recipe.train.batch_tokens, max(most, stages) * micro)
+        shorter = replace(dryrun.with_layers(recipe, stages), train=replace(recipe.train, batch_tokens=tokens))
+        if recipe.optim.kind == "muon":  # not in the formula
+            assert dryrun.dry_run(shorter, rank, world).updated
+            continue
+        counted, computed = counted_and_computed(shorter, rank, world)
+        assert counted == computed
