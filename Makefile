@@ -23,8 +23,8 @@ bench: .venv/.dev  ## the CPU benchmarks; peers that are installed run beside ou
 	$(BIN)/python benchmarks/decode_cpu.py
 	$(BIN)/python benchmarks/tokenize_throughput.py
 
-proof: .venv/.dev  ## the long proofs: hundreds of kills and resumes
-	$(BIN)/python -m pytest tests/faults --proof
+proof: .venv/.dev  ## the long proofs: hundreds of kills and resumes, every layout
+	$(BIN)/python -m pytest tests/faults tests/parallel tests/launch --proof
 
 .venv/.quickstart: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

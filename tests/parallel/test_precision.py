@@ -22,13 +22,13 @@ Make = Callable[..., Recipe]
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_over_ranks_follows_full_precision(dtype: str, ranks: Ranks, recipe: Make) -> None:
     """Weights are gathered in the low precision, and kept and reduced in fp32."""
-    full = ranks.run(1, "train", tree(recipe, run=str(recipe().run) + "-full"), 4)[0]
+    full = ranks.run(1, "train", tree(recipe, run=str(recipe().run) + "-full"), 2)[0]
     for name, parallel in (("shard", {"shard": 2}), ("replicate", {"replicate": 2})):
         low = {"device": "cpu", "dtype": dtype}
         made = tree(recipe, run=f"{recipe().run}-{name}", parallel=parallel, runtime=low)
-        found = ranks.run(2, "train", made, 4)[0]
+        found = ranks.run(2, "train", made, 2)[0]
         assert found["loss"] == pytest.approx(full["loss"], rel=5e-3)
-        assert found["loss"] != pytest.approx(full["loss"], rel=1e-6)
+        assert found["loss"] != full["loss"]
         assert found["norm"] == pytest.approx(full["norm"], rel=5e-2)
         assert all(weight.dtype == np.float32 for weight in found["weights"].values())
 

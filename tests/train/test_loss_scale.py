@@ -46,18 +46,18 @@ def test_a_scale_changes_neither_loss_nor_norm_nor_update(recipe: Make, tmp_path
 
 
 def test_float16_trains_lowers_its_scale_on_overflow_and_resumes_with_it(recipe: Make, tmp_path: Path) -> None:
-    value = recipe(runtime={"device": "cpu", "dtype": "float16"}, train__tokens=60 * 256)
+    value = recipe(runtime={"device": "cpu", "dtype": "float16"}, train__tokens=12 * 256)
     trainer = recipes.prepare(value)
-    trainer.scale.value = 2.0**40  # overflows: gradients of about 1 are over 65,504
+    trainer.scale.value = 2.0**21  # overflows: gradients of about 1 are over 65,504
     before = trainer.model.head.weight.detach().clone()
     trainer.step()
     assert torch.equal(trainer.model.head.weight, before)
     assert trainer.progress.skipped_steps == 0
-    assert trainer.scale.value == 2.0**39
-    while trainer.progress.step < 60:
+    assert trainer.scale.value == 2.0**20
+    while trainer.progress.step < 12:
         metrics = trainer.step()
-    assert metrics["train/step_loss"] < 4.5
-    assert trainer.scale.value < 2.0**39
+    assert metrics["train/step_loss"] < 5.5
+    assert trainer.scale.value < 2.0**20
     trainer.save()
     again = recipes.prepare(value)
     assert vars(again.scale) == vars(trainer.scale)
