@@ -126,12 +126,10 @@ def prepare(recipe: Recipe) -> Trainer:
     found = versions()
     runtime.agree(config.encode(recipe) | {"versions": {name: v for name, v in found.items() if name != "python"}})
     device = runtime.resolve_device(recipe.runtime)
-    dtype = runtime.resolve_dtype(recipe.runtime, device)
     if recipe.parallel.offload:
         runtime.join_alone()
-    run = Path(recipe.run)
-    rank, world_size = runtime.rank(), runtime.world_size()
-    layout = Layout.of(recipe.parallel, world_size)
+    run, rank = Path(recipe.run), runtime.rank()
+    layout = Layout.of(recipe.parallel, runtime.world_size())
     loader = Loader(recipe.data, layout.data_rank(rank), layout.data)
     if rank == 0:
         storage.hold(run)
@@ -141,13 +139,15 @@ def prepare(recipe: Recipe) -> Trainer:
     _check_fit(recipe, shape, loader)
     if start is not None:
         _check_start(start, shape, loader)
-    parallel = _spread(recipe, shape, device, dtype)
+    setting = setting_of(recipe, shape, layout, device)
+    _check_memory(shape, device, layout.world_size // layout.replicate)
+    parallel = Parallel(shape, recipe.parallel, setting)
     if start is not None:
         parallel.load(start.tensors())
         logger.info("weights from %s", start.path)
     elif begun is None:
         parallel.initialize(recipe.seed)
-    peak = hardware.peak_flops(runtime.device_name(device), str(dtype).removeprefix("torch."))
+    peak = hardware.peak_flops(runtime.device_name(device), str(setting.dtype).removeprefix("torch."))
     trainer = Trainer(
         run=run,
         config=recipe.train,
@@ -160,9 +160,9 @@ def prepare(recipe: Recipe) -> Trainer:
         loader=loader,
         evaluator=Evaluator(recipe.evaluate, recipe.data, Tokenizer.load(loader.tokenizer_path)),
         device=device,
-        peak_flops=peak or runtime.measure_peak(device, dtype),
+        peak_flops=peak or runtime.measure_peak(device, setting.dtype),
         facts={"recipe": config.encode(recipe), "versions": found},
-        scale=LossScale.of(dtype),
+        scale=LossScale.of(setting.dtype),
     )
     runtime.seed(recipe.seed)
     if begun is not None:
@@ -172,31 +172,28 @@ def prepare(recipe: Recipe) -> Trainer:
         storage.write_text(run / "recipe.yaml", config.dump(recipe))
         storage.write_text(run / "versions.json", json.dumps(found, indent=1) + "\n")
         trainer.trackers = open_trackers(run, trainer.progress.step)
-    _announce(trainer, dtype, "measured" if peak is None else "data sheet")
+    _announce(trainer, setting.dtype, "measured" if peak is None else "data sheet")
     return trainer
 
 
-def _spread(recipe: Recipe, shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> Parallel:
-    """Return this rank's part of the model, with memory and no values.
+def setting_of(recipe: Recipe, shape: ModelConfig, layout: Layout, device: torch.device) -> Setting:
+    """Return what the model of a recipe is made for.
 
     Raises:
-        ConfigError: the layout, the batch and the model do not fit each other, or the device is too small.
+        ConfigError: the layout, the batch and the model do not fit each other.
     """
-    layout, length = Layout.of(recipe.parallel, runtime.world_size()), recipe.data.seq_len
-    micro_rows = recipe.train.micro_rows(length, layout.data)
-    rows = recipe.train.batch_tokens // length
+    length = recipe.data.seq_len
+    micro_rows, rows = recipe.train.micro_rows(length, layout.data), recipe.train.batch_tokens // length
     layout.check(recipe.parallel, shape, length, rows, micro_rows)
-    _check_memory(shape, device, layout.world_size // layout.replicate)
-    setting = Setting(
+    return Setting(
         device=device,
-        dtype=dtype,
+        dtype=runtime.resolve_dtype(recipe.runtime, device),
         attention=recipe.runtime.attention,
         compile=recipe.runtime.compile,
         seq_len=length,
         micro_rows=micro_rows,
         micro_batches=rows // layout.data // micro_rows,
     )
-    return Parallel(shape, recipe.parallel, setting)
 
 
 def versions() -> dict[str, str]:

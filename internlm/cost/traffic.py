@@ -6,7 +6,6 @@ the table are one), W bytes of a group in the dtype of products and F in fp32:
 
     axis        kind             calls per step                                             bytes of each
     shard       all-gather       1 (zero 1, 2)   M (2-gather)   2 M, the norm M (3)         W, of each group
-                                 + 1 of the head where M > 1 and it is a group: see `_shard`
                 reduce-scatter   1 (zero 1)   M (others)                                    F
     replicate   all-reduce       1                                                          F / shard / context
     tensor      all-gather       M (4 L + 2)     + 2 M a recomputed block                   A
@@ -314,12 +313,7 @@ def _elements(run: Run, weights: list[Weight]) -> int:
 
 
 def _shard(run: Run, stages: list[Stage]) -> Iterator[Line]:
-    """Yield what gathers weights and sums gradients.
-
-    In backward torch gathers ahead the weights that were used before those it needs, in the order of the forwards of
-    all micro-batches that are not closed: before the last micro-batch's embedding that is the head of the one before,
-    which has no use any more. Hence one more gather of the head.
-    """
+    """Yield what gathers weights and sums gradients."""
     if run.is_copies_only:
         return
     for stage in stages:
@@ -328,8 +322,6 @@ def _shard(run: Run, stages: list[Stage]) -> Iterator[Line]:
             gathers = 1
             if run.pipeline == 1 and run.zero in ("2-gather", "3"):
                 gathers = run.micro_batches * (2 if run.zero == "3" and name != "rest" else 1)
-            if name == "head" and run.pipeline == 1 and run.micro_batches > 1:
-                gathers += 1
             yield "shard", "all-gather", count * gathers, elements * run.dtype_bytes
             yield "shard", "reduce-scatter", count * run.reductions, elements * REDUCE_BYTES
 

@@ -6,14 +6,13 @@ once per step. What is kept in between is `parallel.zero`. Collectives of a step
 L + 3 groups of weights (the blocks, embedding, head, final norm; with tied embeddings L + 1):
 
     zero        gathers                      reductions in the shard axis      between replicas
-    3           (2 · G − 1) · M + 1          G · M                             G
-    2-gather    G · M + 1                    G · M                             G
-    2           G + 1                        G · M                             G
-    1           G + 1                        G                                 G
+    3           (2 · G − 1) · M              G · M                             G
+    2-gather    G · M                        G · M                             G
+    2           G                            G · M                             G
+    1           G                            G                                 G
 
-With zero 3 the final norm stays for its backward. The one more, where M > 1 and tables are not tied, is torch's: ahead
-of the last embedding it gathers the head of the micro-batch before. In a pipeline all three are G, once a step. The
-bytes are in `internlm.cost.traffic`.
+With zero 3 the final norm stays for its backward. In a pipeline all three are G, once a step. The bytes are in
+`internlm.cost.traffic`.
 
 Weights are kept and reduced in fp32 (`reduce_dtype`), and computed with in `dtype`. Losses are divided by the token
 count of the whole step before backward, so gradients are summed, never averaged.
@@ -60,6 +59,9 @@ def shard(model: Transformer, mesh: Mesh, config: ParallelConfig, dtype: torch.d
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum, and nothing is scaled
+    if not model.config.tie_embeddings and isinstance(model.embedding, FSDPModule):
+        # Else torch gathers ahead of it what was used before: the head of the micro-batch before, for nobody.
+        model.embedding.set_modules_to_backward_prefetch([model.embedding])
     for index, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + config.prefetch])
         block.set_modules_to_backward_prefetch(blocks[max(0, index - config.prefetch) : index][::-1])

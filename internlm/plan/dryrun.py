@@ -33,7 +33,7 @@ from internlm.model.config import ModelConfig
 from internlm.optim.optimizer import Optimizer, local
 from internlm.parallel.apply import Parallel, Setting
 from internlm.parallel.mesh import Layout, Mesh
-from internlm.recipe import Recipe
+from internlm.recipe import Recipe, setting_of
 from internlm.train.evaluate import Evaluator
 from internlm.train.metrics import Meter
 from internlm.train.trainer import Trainer
@@ -263,19 +263,9 @@ class _Immaterial(TorchDispatchMode):
 
 
 def _setting(recipe: Recipe, shape: ModelConfig, layout: Layout) -> Setting:
-    """Return what the model is made for, once it is known to fit."""
-    length = recipe.data.seq_len
-    micro_rows, rows = recipe.train.micro_rows(length, layout.data), recipe.train.batch_tokens // length
-    layout.check(recipe.parallel, shape, length, rows, micro_rows)
-    return Setting(
-        device=torch.device("cpu"),
-        dtype=runtime.resolve_dtype(recipe.runtime, torch.device("cuda")),
-        attention="dense",
-        compile=False,
-        seq_len=length,
-        micro_rows=micro_rows,
-        micro_batches=rows // layout.data // micro_rows,
-    )
+    """Return what the model is made for: the recipe's dtype on a GPU, and nothing that would look at values."""
+    setting = setting_of(recipe, shape, layout, torch.device("cuda"))
+    return replace(setting, device=torch.device("cpu"), attention="dense", compile=False)
 
 
 def _elements(parameters: Iterable[Tensor]) -> int:
