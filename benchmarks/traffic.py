@@ -1,7 +1,7 @@
 """What ranks send each other in a step, counted on the real step and by formula.
 
-python -m benchmarks.traffic              the whole InternLM-7B on 1,024 ranks: flat ZeRO-3 against Hybrid Zero
-python -m benchmarks.traffic --recipes    a step of every recipe that names its number of ranks, all layers
+python benchmarks/traffic.py              the whole InternLM-7B on 1,024 ranks: flat ZeRO-3 against Hybrid Zero
+python benchmarks/traffic.py --recipes    a step of every recipe that names its number of ranks, all layers
 
 Nothing is timed here: one process stands for one rank (internlm.plan.dryrun).
 Results: benchmarks/results/traffic_*.json.
@@ -28,7 +28,8 @@ from internlm.parallel.mesh import Layout
 from internlm.plan import dryrun
 from internlm.recipe import Recipe
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 GPUS_PER_NODE = 8
 MOST_MICRO_BATCHES = 4
 """Traffic is linear in the number of micro-batches from the second on; a step of 128 takes minutes to trace."""
@@ -57,9 +58,8 @@ def measure(recipe: Recipe, rank: int, world_size: int) -> dict[str, Any]:
     started = time.perf_counter()
     run = dryrun.run_of(recipe, world_size)
     step = dryrun.dry_run(recipe, rank, world_size)
-    collectives = traffic.step_traffic(run, rank // (world_size // run.pipeline))
-    counted = traffic.by_group(run, step.exchanges)
-    assert counted == traffic.by_group(run, traffic.by_axis(collectives)), "the formula is not what the step does"
+    collectives = traffic.step_traffic(run, rank)
+    assert step.exchanges == traffic.by_group(collectives), "the formula is not what the step does"
     return {
         "rank": rank,
         "ranks": world_size,
@@ -81,7 +81,7 @@ def compare() -> dict[str, Any]:
         for name, parallel in LAYOUTS.items():
             tree = {
                 "run": "runs/traffic",
-                "model": config.encode(recipes.load("recipes/pretrain/internlm-7b.yaml").value.model),
+                "model": config.encode(recipes.load(ROOT / "recipes/pretrain/internlm-7b.yaml").value.model),
                 "data": {"seq_len": 2048, "train": {"none": {"path": "none"}}},
                 "train": {"tokens": 1, "batch_tokens": 1024 * 4096 * micro_batches, "micro_batch_rows": 2},
                 "parallel": parallel,
@@ -99,14 +99,14 @@ def compare() -> dict[str, Any]:
 def every_recipe() -> dict[str, Any]:
     """Return the first and the last rank of every recipe that names its ranks."""
     rows: dict[str, Any] = {}
-    for path in sorted(Path("recipes").rglob("*.yaml")):
-        recipe = recipes.load(path).value
+    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
+        recipe, name = recipes.load(path).value, str(path.relative_to(ROOT))
         world_size = world_of(recipe)
         if recipe.model is None or world_size is None:
             continue
         recipe = with_micro_batches(recipe, world_size, MOST_MICRO_BATCHES)
-        rows[str(path)] = [measure(recipe, rank, world_size) for rank in sorted({0, world_size - 1})]
-        show(rows[str(path)][0], str(path))
+        rows[name] = [measure(recipe, rank, world_size) for rank in sorted({0, world_size - 1})]
+        show(rows[name][0], name)
     return {"rows": rows, "most_micro_batches": MOST_MICRO_BATCHES}
 
 
@@ -134,7 +134,7 @@ def main() -> None:
             show(row, name)
         print(json.dumps(result["flat over hybrid"], indent=1))
     about = {
-        "command": shlex.join(["python", "-m", "benchmarks.traffic", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/traffic.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "versions": recipes.versions(),
         "machine": platform.machine(),

@@ -112,6 +112,22 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def has_grouped_product(x: Tensor) -> bool:
+    """Return whether one kernel multiplies groups of rows of x by a matrix each: bf16 on GPUs from the A100 on."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """Return the products of groups: rows of a [R, K] by b [E, K, N], or columns of a [M, R] by rows of b [R, N].
+
+    Private before 2.10. Rows after the last end are not computed.
+    """
+    import torch.nn.functional as F
+
+    public = getattr(F, "grouped_mm", None)
+    return public(a, b, offs=ends) if public is not None else torch._grouped_mm(a, b, offs=ends)
+
+
 @functools.cache
 def expensive_operators() -> frozenset[Any]:
     """Return the operators whose results selective recomputation keeps: matrix products and attention."""
@@ -121,7 +137,8 @@ def expensive_operators() -> frozenset[Any]:
         "aten._scaled_dot_product_flash_attention.default", "aten._scaled_dot_product_efficient_attention.default",
         "aten._scaled_dot_product_cudnn_attention.default",
         "aten._scaled_dot_product_flash_attention_for_cpu.default",
-        "torch_attn._varlen_attn.default", "internlm.onednn_linear.default", "mkldnn._linear_pointwise.default",
+        "torch_attn._varlen_attn.default", "internlm.onednn_linear.default", "internlm.grouped_product.default",
+        "mkldnn._linear_pointwise.default",
     ]  # fmt: skip
     found = []
     for name in names:

@@ -12,13 +12,12 @@ import logging
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from internlm import __version__, config, runtime, storage
+from internlm import __version__, config, ranks, runtime, storage
 from internlm.checkpoint import store
 from internlm.checkpoint.source import Source, open_source
 from internlm.checkpoint.store import Checkpoint, CheckpointConfig
@@ -124,12 +123,12 @@ def prepare(recipe: Recipe) -> Trainer:
             run, or another process works in it.
     """
     found = versions()
-    runtime.agree(config.encode(recipe) | {"versions": {name: v for name, v in found.items() if name != "python"}})
+    ranks.agree(config.encode(recipe) | {"versions": {name: v for name, v in found.items() if name != "python"}})
     device = runtime.resolve_device(recipe.runtime)
     if recipe.parallel.offload:
-        runtime.join_alone()
-    run, rank = Path(recipe.run), runtime.rank()
-    layout = Layout.of(recipe.parallel, runtime.world_size())
+        ranks.join_alone()
+    run, rank = Path(recipe.run), ranks.rank()
+    layout = Layout.of(recipe.parallel, ranks.world_size())
     loader = Loader(recipe.data, layout.data_rank(rank), layout.data)
     if rank == 0:
         storage.hold(run)
@@ -140,7 +139,7 @@ def prepare(recipe: Recipe) -> Trainer:
     if start is not None:
         _check_start(start, shape, loader)
     setting = setting_of(recipe, shape, layout, device)
-    _check_memory(shape, device, layout.world_size // layout.replicate)
+    _check_memory(recipe, shape, layout, setting)
     parallel = Parallel(shape, recipe.parallel, setting)
     if start is not None:
         parallel.load(start.tensors())
@@ -286,37 +285,54 @@ def _check_fit(recipe: Recipe, shape: ModelConfig, loader: Loader) -> None:
         )
 
 
-def _check_memory(shape: ModelConfig, device: torch.device, parts: int) -> None:
-    """Check that a model can be trained on this device at all: weights, gradients and one moment, in float32.
+def _check_memory(recipe: Recipe, shape: ModelConfig, layout: Layout, setting: Setting) -> None:
+    """Check that a model can be trained on this machine at all. Activations, and what comes and goes, are not counted.
 
-    Args:
-        shape: of the model.
-        device: of this rank.
-        parts: ranks that share one copy.
+    A rank keeps its part of the weights and gradients (8 bytes a parameter) and of the optimizer's moments, on the CPU
+    with `parallel.offload`; and unless `parallel.zero` is 3, all the weights of its stage in the dtype of products.
 
     Raises:
         ConfigError: naming both sizes.
     """
-    needed, there = 12 * shape.num_parameters // parts, runtime.peak_memory_bytes(device)[1]
-    if there and needed > there:
-        raise ConfigError(
-            f"training {quantity(shape.num_parameters)} parameters takes more than {needed / 2**30:.0f} GiB and "
-            f"{device} has {there / 2**30:.0f} GiB",
-            where="model",
-        )
+    parallel, optim = recipe.parallel, recipe.optim
+    cut = layout.shard * layout.context
+    moments = {"float32": 8, "bfloat16": 4, "int8": 2}[optim.state_dtype]
+    if optim.kind == "muon":  # one for matrices
+        moments = min(moments, 4)
+    copies = layout.replicate if parallel.optimizer == "all" else 1
+    own = shape.num_parameters / (layout.pipeline * layout.tensor)
+    is_gathered = (cut > 1 or parallel.offload) and (parallel.zero != "3" or layout.pipeline > 1)
+    states, gathered = own * (8 + moments / copies) / cut, own * setting.dtype.itemsize * is_gathered
+    home = torch.device("cpu") if parallel.offload else setting.device
+    held = {home: states}
+    held[setting.device] = held.get(setting.device, 0) + gathered
+    for device, needed in held.items():
+        there = runtime.peak_memory_bytes(device)[1]
+        if there and needed > there:
+            raise ConfigError(
+                f"training {quantity(shape.num_parameters)} parameters takes more than {needed / 2**30:.0f} GiB and "
+                f"{device} has {there / 2**30:.0f} GiB",
+                where="model",
+                do='Use more ranks, parallel.zero "3", parallel.offload, or optim.state_dtype bfloat16.',
+            )
 
 
 def _check_start(source: Source, shape: ModelConfig, loader: Loader) -> None:
     """Check that the weights of `init_from` belong to model and data.
 
+    Length, rotary base and scaling, and the random start may be others: longer texts are learnt with a new rotation,
+    which is logged.
+
     Raises:
         ConfigError: naming the numbers or the tokenizers that differ.
     """
-    known = source.config
-    if replace(known, init=shape.init, context_length=shape.context_length) != shape:
-        old, new = config.encode(known), config.encode(shape)
-        differing = [f"{key}: {old[key]} there, {new[key]} here" for key in new if old[key] != new[key]]
+    old, new = config.encode(source.config), config.encode(shape)
+    free = ("context_length", "rope", "init")
+    differing = [f"{key}: {old[key]} there, {new[key]} here" for key in new if key not in free and old[key] != new[key]]
+    if differing:
         raise ConfigError("has another shape than `model`: " + "; ".join(differing), where=f"init_from {source.path}")
+    if old["rope"] != new["rope"]:
+        logger.info("rotary positions: %s in %s, %s from now on", _named(old["rope"]), source.path, _named(new["rope"]))
     tokenizer = source.talk.tokenizer
     if tokenizer is not None and tokenizer.fingerprint != loader.fingerprint:
         raise ConfigError(
@@ -327,11 +343,18 @@ def _check_start(source: Source, shape: ModelConfig, loader: Loader) -> None:
         )
 
 
+def _named(rope: Tree) -> str:
+    """Return what distinguishes rotary positions, in words."""
+    scaling = rope["scaling"] or {"kind": "none"}
+    details = [f"{key} {value}" for key, value in scaling.items() if key != "kind" and value is not None]
+    return f"base {rope['base']:g} and scaling {' '.join([scaling['kind'], *details])}"
+
+
 def _announce(trainer: Trainer, dtype: torch.dtype, peak_origin: str) -> None:
     model, recipe = trainer.parallel.shape, trainer.config
     if trainer.parallel.mesh is not None:
         sizes = vars(trainer.parallel.layout).items()
-        logger.info("%d ranks: %s", runtime.world_size(), " × ".join(f"{name} {n}" for name, n in sizes if n > 1))
+        logger.info("%d ranks: %s", ranks.world_size(), " × ".join(f"{name} {n}" for name, n in sizes if n > 1))
     logger.info(
         "model %s parameters | %d steps of %s tokens | %s, %s, dense peak %.3g TFLOPS (%s) | attention %s",
         quantity(model.num_parameters),

@@ -30,10 +30,10 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the process's exit code; a rank ends here."""
     code = _main(argv)
-    if "internlm.runtime" in sys.modules:
-        from internlm import runtime
+    if "internlm.ranks" in sys.modules:
+        from internlm import ranks
 
-        runtime.end_rank(code)
+        ranks.end(code)
     return code
 
 
@@ -77,9 +77,9 @@ def _run(words: list[str]) -> int:
     )
     module.add_arguments(parser)
     arguments = parse(parser, words[1:])
-    from internlm import log, runtime
+    from internlm import log, ranks
 
-    runtime.adopt_slurm()
+    ranks.adopt_slurm()
     log.setup()
     code: int = module.run(arguments)
     if sys.stdout is not None:

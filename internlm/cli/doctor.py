@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report."""
+    """Print the report; return 1 when something is missing, or torch cannot be loaded."""
     from internlm import __version__
 
     missing = [name for name in _CORE if _version(name) is None]
@@ -38,10 +38,16 @@ def run(arguments: argparse.Namespace) -> int:
         _row(name, _version(name) or "MISSING: every run needs it")
     for name, (extra, loss) in _EXTRAS.items():
         _row(name, _version(name) or f"not installed: {loss} (pip install 'internlm[{extra}]')")
-    if "torch" not in missing:
-        _devices()
-        _paths()
-    return 1 if missing else 0
+    if missing:
+        return 1  # what follows needs them
+    try:
+        importlib.import_module("torch")
+    except (ImportError, OSError) as error:  # a library of the system or of CUDA that is not there
+        _row("torch", f"BROKEN: installed, and cannot be loaded: {error}")
+        return 1
+    _devices()
+    _paths()
+    return 0
 
 
 def _devices() -> None:

@@ -34,8 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Start the ranks and wait for them."""
-    from internlm import runtime
+    """Start the ranks and wait for them; return the exit code of the one that failed.
+
+    Raises:
+        UsageError: the options, or those of `train`, are wrong.
+        TrainingError: the machines did not find each other.
+    """
+    from internlm import ranks
 
     trained = _parse_train(arguments.command)
     count = arguments.nproc if arguments.nproc is not None else _gpus()
@@ -45,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(shlex.join([*(f"{name}={value}" for name, value in environment.items()), *_PYTHON, *words]))
         return 0
     os.environ.update(environment)
-    return runtime.start_ranks(words)
+    return ranks.start(words)
 
 
 _PYTHON = ("python", "-m", "torch.distributed.run")
@@ -64,7 +69,13 @@ def _parse_train(words: list[str]) -> argparse.Namespace:
         )
     parser = argparse.ArgumentParser(prog="internlm launch … train")
     train.add_arguments(parser)
-    return cli.parse(parser, words[1:])
+    trained = cli.parse(parser, words[1:])
+    if trained.dry_run:
+        raise UsageError(
+            "train --dry-run needs no ranks",
+            do="Write: internlm train RECIPE … --dry-run; or --dry-run before train, to see what launch does.",
+        )
+    return trained
 
 
 def _gpus() -> int:
@@ -88,13 +99,15 @@ def options(arguments: argparse.Namespace, count: int) -> list[str]:
             raise UsageError("must be at least 1", where=name, got=value)
     if nodes == 1 and master is None:
         # Its own store on a free port, by an address that needs no name service.
+        if number not in (None, 0):
+            raise UsageError("is for several machines: say how many with --nodes", where="--node-rank", got=number)
         return ["--nproc-per-node", str(count), "--standalone", "--local-addr", "127.0.0.1"]
     if number is None or not 0 <= number < nodes:
         raise UsageError(f"is the number of this machine, 0 to {nodes - 1}", where="--node-rank", got=number)
     host, _, port = (master or "").rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UsageError("is HOST:PORT of machine 0", where="--master", got=master)
-    from internlm.runtime import JOIN_TIMEOUT_S
+    from internlm.ranks import JOIN_TIMEOUT_S
 
     sizes = ["--nproc-per-node", str(count), "--nnodes", str(nodes), "--node-rank", str(number)]
     place = ["--master-addr", host.strip("[]"), "--master-port", port]

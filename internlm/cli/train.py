@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, or print what would be trained."""
-    from internlm import runtime
+    from internlm import ranks, runtime
 
     if arguments.dry_run:
         from internlm import recipe as recipes
@@ -35,16 +35,16 @@ def run(arguments: argparse.Namespace) -> int:
         print(recipes.describe(recipes.load(arguments.recipe, arguments.overrides)))
         return 0
     runtime.tune_allocator(wants_allocator(arguments))
-    with runtime.joined():
+    with ranks.joined():
         return _train(arguments)
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from internlm import compat, runtime
+    from internlm import compat, ranks
     from internlm import recipe as recipes
     from internlm.checkpoint import store
 
-    recipe = runtime.together(lambda: recipes.load(arguments.recipe, arguments.overrides)).value
+    recipe = ranks.together(lambda: recipes.load(arguments.recipe, arguments.overrides)).value
     trainer = recipes.prepare(recipe)
     compat.limit_waits(recipe.runtime.timeout_s)
     if trainer.progress.step >= recipe.train.total_steps:

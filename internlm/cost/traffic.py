@@ -11,14 +11,17 @@ the table are one), W bytes of a group in the dtype of products and F in fp32:
     tensor      all-gather       M (4 L + 2)     + 2 M a recomputed block                   A
                 reduce-scatter   M (4 L + 2)     + M a recomputed block                     A
                 all-reduce       head: 2 M a chunk of logits; norms and biases of `wo`: one a reduction
-    context     all-to-all       8 M L           + 4 M a recomputed block                   A / tensor
-                all-gather       3 M: log-probabilities, log-normalisers, hits              9 bytes a token
+    context     all-to-all       8 M L           + 4 M a recomputed block                   A / tensor; less of few keys
+                all-gather       3 M: log-probabilities, log-normalisers, hits              4, 4, 1 a token
+                all-reduce       M: loss                                                    4
     pipeline    send             M a boundary and direction                                 A / tensor
-    world       all-reduce       2: number of trained tokens; loss and gradient norm        8, 16
+    world       all-reduce       2: numbers of tokens, trained and all; loss and norm       16
 
 A pipeline makes of the first two lines 1, whatever `zero` is: torch neither frees weights nor sums gradients between
 its micro-batches. Whole copies alone sum their gradients in buckets instead, and sliced optimizer states (`sliced`)
-turn the all-reduce into its two halves, a reduce-scatter and an all-gather. Groups of one rank send nothing.
+turn the all-reduce into its two halves, a reduce-scatter and an all-gather. Without `sequence` an all-reduce takes the
+place of each reduce-scatter of the tensor axis, and nothing is gathered. Where context does not divide the heads, keys
+and values are gathered instead of traded. Groups of one rank send nothing.
 
 The lines follow `internlm.parallel` and torch's fully_shard, and are equal, number for number, to what the real step
 asks of the process group (`tests/parallel/test_traffic.py`). "Recomputed" has three quarters of a tensor block's
@@ -26,13 +29,17 @@ collectives because torch ends recomputation at the last tensor that backward ne
 
 Bytes are those of the whole tensor (what an all-gather makes, what a reduction is given). What a rank sends of them is
 (n − 1) / n among n ranks, twice that for an all-reduce: ring algorithms (Patarasuk and Yuan 2009), and the least there
-can be (Chan et al. 2007). What of it leaves a machine is another question, with two answers: see `Collective`.
+can be (Chan et al. 2007) unless switches add up. What leaves a machine has two answers: see `Collective`.
 
-Limits: AdamW (Muon gathers its matrices), a loss that is linear in log-probabilities (z_loss 0), steps after the first.
+Limits: AdamW (Muon gathers its matrices), no experts, a loss that is linear in log-probabilities (z_loss 0), steps
+after the first. Schedules that part the backward of weights from that of inputs (zero-bubble, zbv) are exact but for
+tensor ranks, some of whose norms are summed in the dtype of products; with recompute torch then computes a block again
+for every group of weights in it, and the lines do not hold.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -43,8 +50,8 @@ from internlm.model.config import ModelConfig
 
 Axis = Literal["pipeline", "replicate", "shard", "context", "tensor", "world"]
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
-Exchanges = dict[tuple[Axis, Kind], tuple[int, int]]
-"""Axis and kind → calls, and bytes of whole tensors of all calls together."""
+Exchanges = dict[tuple[int, int, Kind], tuple[int, int]]
+"""Size of the group, distance of neighbours in it, kind → calls, and bytes of whole tensors of all calls together."""
 REDUCE_BYTES = 4
 """Gradients are summed, and weights kept, in fp32."""
 BUCKET_BYTES = 25 * 2**20
@@ -130,6 +137,9 @@ class Collective:
       moves at the speed of its slowest link, and what the network carries if the algorithm knows no machines.
     - `crossing_bytes`: the share of it that leaves the machine when a ring visits the ranks of a machine one after the
       other, as NCCL's do: then one hop in g crosses. The mean over ranks; what all network cards together carry.
+
+    Both look at the group of rank 0, as if all lay alike: true where group sizes and g divide each other. Trees, which
+    NCCL prefers for small sums over many machines, cross as often as rings or less; they are not told apart.
     """
 
     axis: Axis
@@ -157,18 +167,17 @@ class Collective:
         return self.calls * (self.ranks - 1) * (2 if self.kind == "all-reduce" else 1)
 
     def spans_nodes(self, gpus_per_node: int) -> bool:
-        """Return whether the group of rank 0 has members on several machines."""
+        """Return whether the group has members on several machines."""
         return (self.ranks - 1) * self.stride >= gpus_per_node
 
     def crossing_bytes(self, gpus_per_node: int) -> float:
-        """Return the bytes that leave the machine, as a mean over the ranks of the group of rank 0."""
+        """Return the bytes that leave the machine, as a mean over the ranks of the group."""
         nodes = [place * self.stride // gpus_per_node for place in range(self.ranks)]
-        if self.kind == "send":
-            return self.bytes * (nodes[0] != nodes[1])
         if self.kind == "all-to-all":  # each rank sends a part to each other
             pairs = sum(a != b for a in nodes for b in nodes)
             return self.bytes * pairs / self.ranks**2
-        return self.sent_bytes * sum(a != b for a, b in zip(nodes, nodes[1:] + nodes[:1], strict=True)) / self.ranks
+        hops = list(itertools.pairwise(nodes if self.kind == "send" else [*nodes, 0]))  # a pipeline is no ring
+        return self.sent_bytes * sum(a != b for a, b in hops) / len(hops)
 
 
 class Total(NamedTuple):
@@ -196,22 +205,17 @@ def total(collectives: Iterable[Collective], gpus_per_node: int) -> Total:
     )
 
 
-def step_traffic(run: Run, place: int = 0) -> list[Collective]:
-    """Return what a rank does in a step, by axis, kind and size.
-
-    Args:
-        run: the run.
-        place: of the rank in its pipeline.
-    """
+def step_traffic(run: Run, rank: int = 0) -> list[Collective]:
+    """Return what a rank does in a step, by axis, kind and size."""
+    place = rank // (run.world_size // run.pipeline)
     stages = _stages(run, place)
     found = [
         *_shard(run, stages),
-        *_replicate(run, stages),
+        *_replicate(run, stages, rank // run.tensor % run.cut),
         *_tensor(run, stages),
         *_context(run, stages),
         *_pipeline(run, place, stages),
-        ("world", "all-reduce", 1, 8),  # in fp64: the number of trained tokens
-        ("world", "all-reduce", 1, 16),  # loss and squared norm
+        ("world", "all-reduce", 2, 16),  # in fp64: what is trained on, and tokens; loss and squared norm
     ]
     return [
         Collective(axis, kind, calls, calls * size, *run.span(axis))
@@ -220,22 +224,21 @@ def step_traffic(run: Run, place: int = 0) -> list[Collective]:
     ]
 
 
-def by_axis(collectives: Iterable[Collective]) -> Exchanges:
+def by_axis(collectives: Iterable[Collective]) -> dict[tuple[Axis, Kind], tuple[int, int]]:
     """Return calls and bytes of whole tensors, by axis and kind."""
-    found: Exchanges = {}
+    found: dict[tuple[Axis, Kind], tuple[int, int]] = {}
     for each in collectives:
         calls, size = found.get((each.axis, each.kind), (0, 0))
         found[each.axis, each.kind] = (calls + each.calls, size + each.bytes)
     return found
 
 
-def by_group(run: Run, exchanges: Exchanges) -> dict[tuple[int, int, Kind], tuple[int, int]]:
-    """Return calls and bytes by size and stride of the group, and kind: axes of the same ranks use the same group."""
-    found: dict[tuple[int, int, Kind], tuple[int, int]] = {}
-    for (axis, kind), (calls, size) in exchanges.items():
-        key = (*run.span(axis), kind)
-        before = found.get(key, (0, 0))
-        found[key] = (before[0] + calls, before[1] + size)
+def by_group(collectives: Iterable[Collective]) -> Exchanges:
+    """Return calls and bytes of whole tensors, by group and kind: axes of the same ranks are not told apart."""
+    found: Exchanges = {}
+    for each in collectives:
+        calls, size = found.get((each.ranks, each.stride, each.kind), (0, 0))
+        found[each.ranks, each.stride, each.kind] = (calls + each.calls, size + each.bytes)
     return found
 
 
@@ -265,17 +268,15 @@ class Stage:
 
 def _stages(run: Run, place: int) -> list[Stage]:
     """Return the stages of a rank, by its place in the pipeline."""
-    count = run.pipeline * run.stages_per_rank
-    layers = stage_layers(run.model, count, run.seq_len) if run.pipeline > 1 else [run.model.num_layers]
-    ends = [sum(layers[: i + 1]) for i in range(count)] if run.pipeline > 1 else layers
-    return [
-        Stage(range(ends[i] - layers[i], ends[i]), i == 0, i == len(layers) - 1)
-        for i in (_numbers(run, place) if run.pipeline > 1 else [0])
-    ]
+    count = run.pipeline * run.stages_per_rank if run.pipeline > 1 else 1
+    ends = list(itertools.accumulate(stage_layers(run.model, count, run.seq_len), initial=0))
+    return [Stage(range(ends[i], ends[i + 1]), i == 0, i == count - 1) for i in _numbers(run, place)]
 
 
 def _numbers(run: Run, place: int) -> list[int]:
     """Return the numbers of a rank's stages: every P-th, or the two arms of a V."""
+    if run.pipeline == 1:
+        return [0]
     if run.schedule == "zbv":
         return [place, 2 * run.pipeline - 1 - place]
     return [place + turn * run.pipeline for turn in range(run.stages_per_rank)]
@@ -291,6 +292,13 @@ def block_weights(model: ModelConfig) -> list[Weight]:
     weights += [Weight((hidden, heads), 1), *[Weight((hidden,), None)] * model.output_bias]
     weights += [Weight((hidden,), None), Weight((ffn, hidden), 0), Weight((ffn, hidden), 0), Weight((hidden, ffn), 1)]
     return weights
+
+
+def _weights(model: ModelConfig) -> list[Weight]:
+    """Return the parameters of a whole model, in its order."""
+    table, norm = Weight((model.vocab_size, model.hidden_size), 0), Weight((model.hidden_size,), None)
+    blocks = block_weights(model) * model.num_layers
+    return [table, *blocks, norm, *[table] * (not model.tie_embeddings)]
 
 
 def _groups(run: Run, stage: Stage) -> list[tuple[str, list[Weight], int]]:
@@ -326,13 +334,16 @@ def _shard(run: Run, stages: list[Stage]) -> Iterator[Line]:
             yield "shard", "reduce-scatter", count * run.reductions, elements * REDUCE_BYTES
 
 
-def _replicate(run: Run, stages: list[Stage]) -> Iterator[Line]:
-    """Yield what sums gradients over copies, and with sliced states spreads the new weights."""
+def _replicate(run: Run, stages: list[Stage], part: int) -> Iterator[Line]:
+    """Yield what sums gradients over copies, and with sliced states spreads the new weights.
+
+    Args:
+        run: the run.
+        stages: of the rank.
+        part: which of the parts that weights are cut into the rank holds.
+    """
     if run.is_copies_only:
-        groups = {name: weights for name, weights, _ in _groups(run, stages[0])}
-        order = [*groups.get("embedding", groups["rest"][:1] if "head" not in groups else [])]
-        order += groups["block"] * run.model.num_layers + groups["rest"][-1:] + groups.get("head", [])
-        for size in _buckets([math.prod(weight.shape) * REDUCE_BYTES for weight in reversed(order)]):
+        for size in _buckets([math.prod(weight.shape) * REDUCE_BYTES for weight in reversed(_weights(run.model))]):
             yield "replicate", "all-reduce", 1, size
         return
     for stage in stages:
@@ -340,7 +351,7 @@ def _replicate(run: Run, stages: list[Stage]) -> Iterator[Line]:
             if not run.sliced:
                 yield "replicate", "all-reduce", count, _elements(run, weights) // run.cut * REDUCE_BYTES
                 continue
-            pieces = [_piece(run, weight) for weight in weights]
+            pieces = [_piece(run, weight, part) for weight in weights]
             parted = sum(size for size, is_parted in pieces if is_parted) * REDUCE_BYTES
             yield "replicate", "reduce-scatter", count * bool(parted), parted
             yield "replicate", "all-gather", count * bool(parted), parted
@@ -348,19 +359,20 @@ def _replicate(run: Run, stages: list[Stage]) -> Iterator[Line]:
             yield "replicate", "all-reduce", count * bool(whole), sum(whole) * REDUCE_BYTES
 
 
-def _piece(run: Run, weight: Weight) -> tuple[int, bool]:
-    """Return the elements of a weight's part on the first shard rank, padded to replicas, and whether they part it.
+def _piece(run: Run, weight: Weight, part: int) -> tuple[int, bool]:
+    """Return the elements of a weight's part (the last may be short), padded to replicas, and whether they part it.
 
     As in `parallel.optimizer_shard`: along the last dim that the other axes cut evenly, with an entry for each replica.
     """
-    part = list(weight.on(run.tensor))
-    part[0] = -(-part[0] // run.cut)
-    for dim in reversed(range(len(part))):
+    shape = list(weight.on(run.tensor))
+    rows = -(-shape[0] // run.cut)
+    shape[0] = min(rows, max(0, shape[0] - part * rows))
+    for dim in reversed(range(len(shape))):
         ways = (run.tensor if dim == weight.dim else 1) * (run.cut if dim == 0 else 1)
         if weight.shape[dim] % ways == 0 and weight.shape[dim] // ways >= run.replicate:
-            part[dim] = -(-part[dim] // run.replicate) * run.replicate
-            return math.prod(part), True
-    return math.prod(part), False
+            shape[dim] = -(-shape[dim] // run.replicate) * run.replicate
+            return math.prod(shape), True
+    return math.prod(shape), False
 
 
 def _buckets(sizes: list[int]) -> list[int]:

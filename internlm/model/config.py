@@ -7,6 +7,7 @@ One decoder serves every family: the differences are switches here, never a bran
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import pydantic
@@ -94,6 +95,37 @@ class InitConfig:
 
 
 @section
+class ExpertsConfig:
+    """A mixture of experts in place of each block's feed-forward: a token goes through a few of many (Shazeer 2017)."""
+
+    count: int
+    """Experts of a block, each a feed-forward of `ffn_size`."""
+    per_token: int = 2
+    """Experts that a token goes through."""
+    normalize: bool = True
+    """Whether the weights of a token's experts sum to 1, instead of being shares of all experts."""
+    balance_loss: float = 0.01
+    """Weight of the side loss that evens out how often the experts of a row are chosen: 1 where all are alike."""
+    z_loss: float = 0.001
+    """Weight of the side loss that keeps the router's logits small: their log-sum-exp, squared (Zoph et al. 2022)."""
+
+    def __post_init__(self) -> None:
+        if self.count < 2:
+            raise ConfigError("must be at least 2", where="model.experts.count", got=self.count)
+        if not 1 <= self.per_token <= self.count:
+            raise ConfigError(
+                f"must lie between 1 and model.experts.count {self.count}",
+                where="model.experts.per_token",
+                got=self.per_token,
+            )
+        for name in ("balance_loss", "z_loss"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    "must be finite and not negative", where=f"model.experts.{name}", got=getattr(self, name)
+                )
+
+
+@section
 class ModelConfig:
     """Shape and switches of the decoder."""
 
@@ -110,7 +142,9 @@ class ModelConfig:
     head_dim: int = 0
     """Width of a head. 0 becomes hidden_size / num_heads."""
     ffn_size: int
-    """Inner width of the feed-forward."""
+    """Inner width of the feed-forward, or of one expert."""
+    experts: ExpertsConfig | None = None
+    """A mixture of experts in place of the feed-forward; None: none."""
     context_length: int = 2048
     """Longest text the model is trained for, in tokens."""
     norm_eps: float = 1e-5
@@ -156,8 +190,17 @@ class ModelConfig:
 
     @property
     def feed_forward_parameters(self) -> int:
-        """Parameters of one block's feed-forward."""
-        return 3 * self.hidden_size * self.ffn_size
+        """Parameters of one block's feed-forward: of all its experts and their router."""
+        one = 3 * self.hidden_size * self.ffn_size
+        return one if self.experts is None else self.experts.count * (one + self.hidden_size)
+
+    @property
+    def active_feed_forward_parameters(self) -> int:
+        """Parameters of one block's feed-forward that a token meets."""
+        one = 3 * self.hidden_size * self.ffn_size
+        if self.experts is None:
+            return one
+        return self.experts.per_token * one + self.experts.count * self.hidden_size
 
     @property
     def block_parameters(self) -> int:
@@ -177,8 +220,8 @@ class ModelConfig:
 
     @property
     def matmul_parameters(self) -> int:
-        """Parameters that multiply every token: blocks without norms and biases, and the head; not the embedding."""
+        """Parameters that multiply a token: blocks without norms and biases, and the head; not the embedding."""
         biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias
         biases += self.hidden_size * self.output_bias
-        block = self.attention_parameters - biases + self.feed_forward_parameters
+        block = self.attention_parameters - biases + self.active_feed_forward_parameters
         return self.num_layers * block + self.embedding_parameters

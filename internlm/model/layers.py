@@ -1,4 +1,4 @@
-"""The parts of a block: linear layers, RMSNorm, grouped-query attention, SwiGLU.
+"""The parts of a block: linear layers, RMSNorm, grouped-query attention, SwiGLU (or a mixture of them).
 
 x ← x + attention(norm(x))        x ← x + feed_forward(norm(x))
 """
@@ -16,6 +16,7 @@ from internlm import compat
 from internlm.model import attention
 from internlm.model.attention import Documents
 from internlm.model.config import ModelConfig
+from internlm.model.moe import Mixture
 from internlm.model.rope import Rotation, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
@@ -103,8 +104,8 @@ class FeedForward(nn.Module):
         self.w_up = Linear(config.hidden_size, config.ffn_size, bias=False)
         self.w_down = Linear(config.ffn_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [B, T, D] from the normalised stream x [B, T, D]."""
+    def forward(self, x: Tensor, documents: Documents) -> Tensor:
+        """Return [B, T, D] from the normalised stream x [B, T, D]; where documents lie makes no difference."""
         return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
 
 
@@ -116,9 +117,9 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config) if config.experts is None else Mixture(config, config.experts)
 
     def forward(self, x: Tensor, rotation: Rotation, documents: Documents) -> Tensor:
         """Return the stream [B, T, D] after this layer."""
         x = x + self.attention(self.attention_norm(x), rotation, documents)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return x + self.feed_forward(self.feed_forward_norm(x), documents)

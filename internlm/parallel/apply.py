@@ -1,6 +1,6 @@
 """From a shape to this rank's part of a model: every transformation, in the one order in which they compose.
 
-    pipeline split → float8 → tensor → context → recompute → compile → shard → memory and weights
+    pipeline split → float8 → tensor → context → experts → recompute → compile → shard → memory and weights
 
 Without a process group nothing is done and the model is a plain one. Whole copies alone (`replicate`, nothing else)
 stay plain models whose gradients are summed.
@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from internlm.cost.split import stage_layers
 from internlm.model.config import ModelConfig
+from internlm.model.moe import SideLosses, mixtures
 from internlm.model.transformer import Transformer, initial
-from internlm.parallel import context, float8, optimizer_shard, pipeline, tensor
+from internlm.parallel import context, expert, float8, optimizer_shard, pipeline, tensor
 from internlm.parallel.mesh import Layout, Mesh, ParallelConfig
 from internlm.parallel.microbatch import Runner
 from internlm.parallel.recompute import recompute
@@ -62,7 +63,7 @@ class Parallel:
         self.shape, self.config, self.device = shape, config, setting.device
         is_alone = not dist.is_initialized()
         self.layout = Layout.of(config, 1 if is_alone else dist.get_world_size())
-        self.mesh = None if is_alone else Mesh(self.layout, setting.device.type)
+        self.mesh = None if is_alone else Mesh(self.layout, setting.device.type, config.expert)
         self.parts = self._split(setting)
         sliced = optimizer_shard.applies(config, self.layout)
         copies_only = self.layout.replicate == self.layout.world_size and not config.offload and not sliced
@@ -73,12 +74,16 @@ class Parallel:
                 tensor.cut(part, self.mesh.world["tensor"], sequence=config.sequence)
             if self.mesh is not None and self.layout.context > 1:
                 context.spread(part, self.mesh.group("context"))
+            if self.mesh is not None:
+                expert.spread(part, self.mesh)
             recompute(part, config.recompute)
             if setting.compile:
                 for block in part.blocks.values():
                     block.compile()
             if self.mesh is not None and not copies_only:
                 shard(part, self.mesh, config, setting.dtype)
+            for mixture in mixtures(part).values():
+                mixture.sides = SideLosses(mixture.config.count, setting.device)
             part.to_empty(device="cpu" if config.offload and not is_alone else setting.device)
             if shape.tie_embeddings:
                 part.tie()  # to_empty makes two tensors of the shared one

@@ -6,6 +6,7 @@ scatter(x, dim)       gather                                 tokens part after o
 copy(x)               sum over ranks                         the same two without parting tokens
 total(x)              copy
 exchange(x, a, b)     exchange(x, b, a)                      all-to-all: cut along a, joined along b
+exchange_rows(x, …)   the same, back                         all-to-all of rows, not as many to each rank
 collect(x, dim)       keep the own part                      values everybody then goes on with alike
 """
 
@@ -47,6 +48,11 @@ def exchange(x: Tensor, group: Group, cut: int, join: int) -> Tensor:
     return _Exchange.apply(x, group, cut, join)
 
 
+def exchange_rows(x: Tensor, group: Group, got: list[int], sent: list[int]) -> Tensor:
+    """Send rows of `x`, the first sent[0] to rank 0 and so on, and return those that come, got[r] from rank r."""
+    return _ExchangeRows.apply(x, group, got, sent)
+
+
 def collect(x: Tensor, group: Group, dim: int) -> Tensor:
     """Return the ranks' parts joined along `dim`, with which every rank does the same: the gradient is the own part."""
     return _Collect.apply(x, group, dim)
@@ -79,6 +85,12 @@ def _all_to_all(x: Tensor, group: Group, cut: int, join: int) -> Tensor:
     got = torch.empty_like(sent)
     dist.all_to_all_single(got, sent, group=group)
     return torch.cat(got.unbind(), join)
+
+
+def _exchange_rows(x: Tensor, group: Group, got: list[int], sent: list[int]) -> Tensor:
+    out = x.new_empty(sum(got), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), got, sent, group=group)
+    return out
 
 
 class _Gather(torch.autograd.Function):
@@ -133,6 +145,17 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return _all_to_all(grads[0], ctx.group, ctx.join, ctx.cut), None, None, None
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, got: list[int], sent: list[int]) -> Tensor:
+        ctx.group, ctx.got, ctx.sent = group, got, sent
+        return _exchange_rows(x, group, got, sent)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange_rows(grads[0], ctx.group, ctx.sent, ctx.got), None, None, None
 
 
 class _Collect(torch.autograd.Function):

@@ -45,6 +45,8 @@ class ParallelConfig:
     """Ranks that a row's tokens are split over."""
     tensor: int = 1
     """Ranks that each matrix is split over."""
+    expert: int = 1
+    """Of the shard and context ranks, neighbours that hold the experts of a block together. With model.experts."""
     sequence: bool = True
     """With tensor > 1: between the matrices, tokens are split over the tensor ranks instead of repeated."""
     zero: Zero = "2"
@@ -67,7 +69,7 @@ class ParallelConfig:
     """What is computed again in backward instead of kept."""
 
     def __post_init__(self) -> None:
-        for name in ("pipeline", "replicate", "context", "tensor", "stages_per_rank"):
+        for name in ("pipeline", "replicate", "context", "tensor", "expert", "stages_per_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError("must be at least 1", where=f"parallel.{name}", got=getattr(self, name))
         for name in ("shard", "prefetch"):
@@ -111,23 +113,9 @@ class Layout:
             ConfigError: they do not multiply to `world_size`.
         """
         others = config.pipeline * config.replicate * config.context * config.tensor
-        named = " × ".join(
-            f"{name} {getattr(config, name)}"
-            for name in ("pipeline", "replicate", "shard", "context", "tensor")
-            if getattr(config, name) != 1 and (name != "shard" or config.shard)
-        )
-        if config.shard:
-            if others * config.shard != world_size:
-                raise ConfigError(
-                    f"{named} = {others * config.shard} ranks, and there are {world_size}",
-                    where="parallel",
-                    do="Start that many ranks, or leave parallel.shard at 0 to take what is left.",
-                )
-            shard = config.shard
-        else:
-            if world_size % others:
-                raise ConfigError(f"{named} = {others} does not divide the {world_size} ranks", where="parallel")
-            shard = world_size // others
+        if (others * config.shard != world_size) if config.shard else (world_size % others):
+            raise _misfit(config, others * (config.shard or 1), world_size)
+        shard = config.shard or world_size // others
         return cls(config.pipeline, config.replicate, shard, config.context, config.tensor)
 
     @property
@@ -184,9 +172,22 @@ class Layout:
                 f"{rows} rows of a step do not divide over replicate {self.replicate} × shard {self.shard} ranks "
                 f"× train.micro_batch_rows {micro_rows}"
             )
+        problems += self._expert_problems(config, model)
         problems += self._pipeline_problems(config, model, rows // max(1, self.data * micro_rows))
         if problems:
             raise ConfigError("; ".join(problems), where="layout")
+
+    def _expert_problems(self, config: ParallelConfig, model: ModelConfig) -> list[str]:
+        size, problems = config.expert, []
+        if model.experts is None:
+            return ["parallel.expert needs a model with experts (model.experts)"] if size > 1 else []
+        if config.optimizer == "all" and self.replicate > 1:
+            problems.append("parallel.optimizer all does not cut the states of experts: leave it at shard")
+        if model.experts.count % size:
+            problems.append(f"parallel.expert {size} does not divide model.experts.count {model.experts.count}")
+        if self.shard * self.context % size:
+            problems.append(f"parallel.expert {size} does not divide shard {self.shard} × context {self.context} ranks")
+        return problems
 
     def _pipeline_problems(self, config: ParallelConfig, model: ModelConfig, micro_batches: int) -> list[str]:
         if self.pipeline == 1:
@@ -206,15 +207,40 @@ class Layout:
         return problems
 
 
+def _misfit(config: ParallelConfig, product: int, world_size: int) -> ConfigError:
+    """Return the error for sizes, of that product, that do not make a number of ranks."""
+    sizes = {name: getattr(config, name) for name in Coordinates._fields}
+    named = [name for name, size in sizes.items() if size > 1 or (name == "shard" and size)]
+    total = " × ".join(f"{name} {sizes[name]}" for name in named)
+    equals = f" = {product}" if len(named) > 1 else ""
+    keys = ", ".join(f"parallel.{name}" for name in named)
+    if config.shard:
+        start, needs = product, f"exactly {_ranks(product)}"
+        change = f"is {world_size} (shard 0 takes the ranks that are left)"
+    else:
+        start, needs = max(1, round(world_size / product)) * product, f"a multiple of {product} ranks"
+        change = f"divides {world_size}"
+    return ConfigError(
+        f"{total}{equals} needs {needs}, and this run has {_ranks(world_size)}",
+        where="parallel",
+        do=f"Start {_ranks(start)} (internlm launch --nproc), or set {keys} so that the product {change}.",
+    )
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'' if count == 1 else 's'}"
+
+
 class Mesh:
     """The groups of this rank, for one layout. Every rank must build it, in the same order.
 
     Args:
         layout: sizes; their product is the size of the process group.
         device_type: "cpu" or "cuda".
+        expert: ranks that hold the experts of a block together.
     """
 
-    def __init__(self, layout: Layout, device_type: str) -> None:
+    def __init__(self, layout: Layout, device_type: str, expert: int = 1) -> None:
         assert dist.get_world_size() == layout.world_size, "the layout was made for this world"
         self.layout, self.rank = layout, dist.get_rank()
         self.at = layout.coordinates(self.rank)
@@ -225,6 +251,12 @@ class Mesh:
         self._rows: DeviceMesh | None = None
         if layout.context > 1:
             self._rows = init_device_mesh(device_type, rows, mesh_dim_names=("pipeline", "data", "context", "tensor"))
+        self.experts: DeviceMesh | None = None
+        """The same ranks, with those that hold all experts together as an axis; None where each rank does."""
+        if expert > 1:
+            apart = (*sizes[:2], sizes[2] // expert, expert, layout.tensor)
+            names = ("pipeline", "replicate", "shard", "expert", "tensor")
+            self.experts = init_device_mesh(device_type, apart, mesh_dim_names=names)
 
     @property
     def weights(self) -> DeviceMesh:

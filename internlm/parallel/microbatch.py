@@ -10,6 +10,7 @@ from torch import Tensor
 
 from internlm.data.batch import Batch
 from internlm.model.heads import TokenOutputs
+from internlm.model.moe import SideLosses, mixtures
 from internlm.model.transformer import Transformer
 from internlm.parallel import collectives, shard
 from internlm.parallel.context import own_tokens
@@ -46,6 +47,12 @@ class Runner:
         self.autocast = autocast or contextlib.nullcontext()
 
     @property
+    def sides(self) -> dict[int, SideLosses]:
+        """Side losses of this rank's mixtures of experts, by layer."""
+        found = {layer: mixture.sides for part in self.parts for layer, mixture in mixtures(part).items()}
+        return {layer: sides for layer, sides in found.items() if sides is not None}
+
+    @property
     def has_loss(self) -> bool:
         """Whether this rank computes losses: it has the last stage."""
         return self.pipeline is None or self.pipeline.has_last
@@ -55,17 +62,22 @@ class Runner:
         """Rows that every micro-batch must have, None for any number."""
         return None if self.pipeline is None else self.pipeline.shapes.rows
 
-    def train(self, batches: Sequence[Batch], loss: Loss) -> Tensor:
+    def train(self, batches: Sequence[Batch], loss: Loss, token_share: Tensor | None = None) -> Tensor:
         """Run forward and backward; gradients are then complete on every rank.
 
         Args:
             batches: the micro-batches of the step, equally large.
             loss: divided by the count of the whole step already.
+            token_share: what a token's side losses are multiplied by, a scalar; a model with experts needs it.
 
         Returns:
             The sum of this rank's losses, without a gradient; 0 where it computes none.
         """
         total = torch.zeros((), device=batches[0].tokens.device)
+        for sides in self.sides.values():
+            assert token_share is not None, "a mixture of experts has side losses"
+            # Tensor ranks see the same tokens, and their gradients are summed.
+            sides.share.copy_(token_share / (1 if self.mesh is None else self.mesh.layout.tensor))
 
         def counted(hidden: Tensor, batch: Batch) -> Tensor:
             value = loss(hidden, batch)

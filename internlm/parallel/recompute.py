@@ -3,7 +3,7 @@
     none        everything is kept
     full        a block's input is kept, all else computed again (about a third more arithmetic)
     operators   the results of matrix products and attention are kept, what is cheap is computed again: norms, rotary,
-                SwiGLU, casts
+                SwiGLU, casts; with experts, what surrounds them and attention is kept
     offload     everything is kept, in the memory of the CPU
 
 `ratio` takes a share of the blocks, spread evenly: 0.5 is every second one.
@@ -16,12 +16,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from internlm import compat
 from internlm.config import section
 from internlm.errors import ConfigError
+from internlm.model.moe import Mixture
 from internlm.model.transformer import Transformer
 
 
@@ -52,8 +54,18 @@ def recompute(model: Transformer, config: RecomputeConfig) -> None:
     numbers = sorted(int(name) for name in model.blocks)
     for index in chosen(model.config.num_layers, config.ratio):
         if index in numbers:  # a pipeline stage holds some of them
-            block = model.blocks[str(index)]
-            block.forward = wrap(block.forward)
+            for module in _regions(model.blocks[str(index)], config.kind):
+                module.forward = wrap(module.forward)
+
+
+def _regions(block: nn.Module, kind: str) -> list[nn.Module]:
+    """Return what is run again as a whole: a block; its attention and experts where only some operators are.
+
+    Experts over ranks gather their weights between the two, which torch takes for operators that it did not see before.
+    """
+    if kind == "operators" and isinstance(block.feed_forward, Mixture):
+        return [block.get_submodule("attention"), block.feed_forward.experts]
+    return [block]
 
 
 def _full(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,11 +22,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
+from internlm.model.moe import mixtures
 from internlm.model.transformer import Transformer
 from internlm.parallel import optimizer_shard
 from internlm.parallel.mesh import Mesh, ParallelConfig
@@ -47,15 +51,29 @@ def shard(model: Transformer, mesh: Mesh, config: ParallelConfig, dtype: torch.d
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.offload else OffloadPolicy()
     # What crosses replicas is the all-reduce of torch, or the two halves of it in `optimizer_shard`.
     axes = mesh.world["shard"] if optimizer_shard.applies(config, mesh.layout) else mesh.weights
-    cut = functools.partial(fully_shard, mesh=axes, mp_policy=precision, offload_policy=offload)
+
+    def cut(module: nn.Module, over: DeviceMesh, again: bool) -> Any:
+        place = functools.partial(_placed, ranks=over["shard"].size())
+        return fully_shard(
+            module,
+            mesh=over,
+            reshard_after_forward=again,
+            shard_placement_fn=place,
+            mp_policy=precision,
+            offload_policy=offload,
+        )
+
     # torch runs no gather between a pipeline's forward and backward.
     again = config.zero == "3" and mesh.layout.pipeline == 1
-    blocks = [cut(block, reshard_after_forward=again) for block in model.blocks.values()]
+    if mesh.experts is not None:
+        for mixture in mixtures(model).values():  # over the ranks that hold the same experts
+            cut(mixture.experts, mesh.experts["replicate", "shard"], again)
+    blocks = [cut(block, axes, again) for block in model.blocks.values()]
     if not model.config.tie_embeddings:
         for end in (model.embedding, model.head):
             if end is not None:
-                cut(end, reshard_after_forward=again)
-    cut(model, reshard_after_forward=False)
+                cut(end, axes, again)
+    cut(model, axes, False)
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum, and nothing is scaled
@@ -63,8 +81,8 @@ def shard(model: Transformer, mesh: Mesh, config: ParallelConfig, dtype: torch.d
         # Else torch gathers ahead of it what was used before: the head of the micro-batch before, for nobody.
         model.embedding.set_modules_to_backward_prefetch([model.embedding])
     for index, block in enumerate(blocks):
-        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + config.prefetch])
-        block.set_modules_to_backward_prefetch(blocks[max(0, index - config.prefetch) : index][::-1])
+        block.set_modules_to_forward_prefetch(_gathered(blocks[index + 1 : index + 1 + config.prefetch]))
+        block.set_modules_to_backward_prefetch(_gathered(blocks[max(0, index - config.prefetch) : index][::-1]))
 
 
 def begin_backward(model: nn.Module, config: ParallelConfig, *, is_last: bool) -> None:
@@ -91,6 +109,19 @@ def finish_backward(model: nn.Module) -> None:
     slices = optimizer_shard.of(model)
     if slices is not None:
         slices.finish_backward()
+
+
+def _placed(parameter: nn.Parameter, ranks: int) -> Shard | None:
+    """Return along which dim a weight is cut; None: the first. Too few experts for the ranks are cut by outputs."""
+    if parameter.ndim < 3:
+        return None
+    experts, outputs, _ = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).shape
+    return Shard(1) if experts % ranks and outputs % ranks == 0 else None
+
+
+def _gathered(blocks: list[FSDPModule]) -> list[FSDPModule]:
+    """Return blocks and what gathers weights of its own in them."""
+    return [module for block in blocks for module in block.modules() if isinstance(module, FSDPModule)]  # type: ignore[attr-defined]
 
 
 def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:

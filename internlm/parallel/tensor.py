@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from internlm.model.heads import LanguageHead, Slice
 from internlm.model.layers import Linear, RMSNorm
+from internlm.model.moe import Mixture, Router
 from internlm.model.transformer import Transformer
 from internlm.parallel import collectives
 
@@ -60,7 +61,7 @@ class ColumnLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out / T] from x [..., in]."""
-        return self.product(x, _own(self.weight), None if self.bias is None else _own(self.bias))
+        return self.product(x, own(self.weight), None if self.bias is None else own(self.bias))
 
 
 class RowLinear(Linear):
@@ -70,8 +71,16 @@ class RowLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, T or its part, out] from x [B, T, in / T]."""
-        out = self.tokens.leave(self.product(x, _own(self.weight), None))
-        return out if self.bias is None else out + _own(self.bias, self.tokens.whole).to(out.dtype)
+        out = self.tokens.leave(self.product(x, own(self.weight), None))
+        return out if self.bias is None else out + own(self.bias, self.tokens.whole).to(out.dtype)
+
+
+class WholeRouter(Router):
+    """A router that every rank has whole and asks about all tokens; each has a part of its gradient, as of experts."""
+
+    def table(self) -> Tensor:
+        """Return the weight."""
+        return own(self.weight, [Partial()])
 
 
 class TokenNorm(RMSNorm):
@@ -81,7 +90,7 @@ class TokenNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x [..., D]."""
-        return self.normalise(x, _own(self.weight, self.tokens.whole))
+        return self.normalise(x, own(self.weight, self.tokens.whole))
 
 
 class VocabularyEmbedding(nn.Embedding):
@@ -91,7 +100,7 @@ class VocabularyEmbedding(nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return [B, T or its part, D] from tokens [B, T]."""
-        weight = _own(self.weight)
+        weight = own(self.weight)
         at = tokens - dist.get_rank(self.tokens.group) * weight.shape[0]
         inside = (at >= 0) & (at < weight.shape[0])
         x = F.embedding(at.clamp(0, weight.shape[0] - 1), weight)
@@ -109,9 +118,10 @@ class VocabularyHead(LanguageHead):
 
     def table(self) -> Tensor:
         """Return this rank's part of the weight."""
-        return _own(self.weight)
+        return own(self.weight)
 
 
+ROUTER = "feed_forward.router"
 BLOCK: dict[str, tuple[type[nn.Module], Placement]] = {
     "attention_norm": (TokenNorm, Replicate()),
     "attention.wq": (ColumnLinear, Shard(0)),
@@ -122,6 +132,7 @@ BLOCK: dict[str, tuple[type[nn.Module], Placement]] = {
     "feed_forward.w_gate": (ColumnLinear, Shard(0)),
     "feed_forward.w_up": (ColumnLinear, Shard(0)),
     "feed_forward.w_down": (RowLinear, Shard(1)),
+    ROUTER: (WholeRouter, Replicate()),
 }
 ENTERED = ("attention", "feed_forward")
 """Parts of a block that need all tokens."""
@@ -146,8 +157,13 @@ def cut(model: Transformer, mesh: DeviceMesh, *, sequence: bool) -> None:
         if module is not None:
             _convert(module, kind, placement, mesh, tokens)
     for block in model.blocks.values():
+        feed_forward = block.get_submodule("feed_forward")
+        has_experts = isinstance(feed_forward, Mixture)
         for path, (kind, placement) in BLOCK.items():
-            _convert(block.get_submodule(path), kind, placement, mesh, tokens)
+            if not path.startswith("feed_forward.") or (path == ROUTER) == has_experts:
+                _convert(block.get_submodule(path), kind, placement, mesh, tokens)
+        if has_experts:  # each rank has a part of every expert's sum
+            feed_forward.register_forward_hook(lambda module, arguments, out: tokens.leave(out))
         for path in ENTERED:
             block.get_submodule(path).register_forward_pre_hook(
                 lambda module, arguments: (tokens.enter(arguments[0]), *arguments[1:])
@@ -178,7 +194,7 @@ def _slice(vocab_size: int, mesh: DeviceMesh) -> Slice:
     return Slice(mesh.get_local_rank() * (vocab_size // size), reduce)
 
 
-def _own(parameter: Tensor, gradient: list[Placement] | None = None) -> Tensor:
+def own(parameter: Tensor, gradient: list[Placement] | None = None) -> Tensor:
     """Return this rank's part of a parameter.
 
     Args:

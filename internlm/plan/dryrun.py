@@ -1,12 +1,13 @@
 """The real step of a run, on one process that stands for any rank of any number: no data, no memory, no network.
 
     step = dry_run(load("recipes/pretrain/internlm-7b-1024gpus.yaml").value, rank=1023, world_size=1024)
-    step.exchanges["replicate", "all-reduce"]       # (35, 3660974080): calls, and bytes of the tensors
+    step.exchanges[128, 8, "all-reduce"]        # among 128 ranks, 8 apart: (35, 3660974080), calls and bytes of tensors
 
 The trainer, the model, torch's sharding and pipelining and the optimizer are those of a run. What is not: tensors know
-their shapes only, the process group answers nothing, rows are full and of one document, and whatever is asked of a
-number (is it finite? how many tokens?) is answered with 1. Operators are the CPU's: attention takes the path for whole
-rows, and blocks are not compiled. The second step is the one that counts, because the first also sets up.
+their shapes only, the process group answers nothing, rows are full and of one document, experts are chosen equally
+often, and whatever is asked of a number (is it finite? how many tokens?) is answered with 1. Operators are the CPU's:
+attention takes the path for whole rows, and blocks are not compiled. The second step is the one that counts, because
+the first also sets up.
 
 A group that answers nothing never disagrees: that ranks wait for each other in vain, or compute wrong numbers, cannot
 be seen here. It takes each pipeline stage, and the last rank beside the first, to see a step whole.
@@ -14,23 +15,24 @@ be seen here. It takes each pipeline stage, and the last rank beside the first, 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from internlm import compat, runtime
+from internlm import compat, ranks
 from internlm.cost import traffic
 from internlm.data.batch import Batch
 from internlm.data.loader import DataConfig, Loader
 from internlm.errors import ConfigError
 from internlm.model.config import ModelConfig
 from internlm.optim.optimizer import Optimizer, local
+from internlm.parallel import expert
 from internlm.parallel.apply import Parallel, Setting
 from internlm.parallel.mesh import Layout, Mesh
 from internlm.recipe import Recipe, setting_of
@@ -47,7 +49,7 @@ KINDS: dict[str, traffic.Kind] = {
     "send": "send",
 }
 RECEIVING = "recv"
-WORLD = "every rank"
+WAIT = "_c10d_functional::wait_tensor"
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,12 @@ def dry_run(recipe: Recipe, rank: int = 0, world_size: int = 1) -> DryStep:
 
 
 def _dry_run(recipe: Recipe) -> DryStep:
-    shape, layout = shape_of(recipe), Layout.of(recipe.parallel, runtime.world_size())
+    shape, layout = shape_of(recipe), Layout.of(recipe.parallel, ranks.world_size())
     setting, fake = _setting(recipe, shape, layout), compat.fake_tensors()
     with _Immaterial(fake):
         parallel = Parallel(shape, recipe.parallel, setting)
+    for part in parallel.parts:
+        expert.assume_even(part)
     optim = recipe.optim
     if optim.state_dtype == "int8":  # its codes are looked up by value; nothing else about the step differs
         optim = replace(optim, state_dtype="bfloat16")
@@ -113,10 +117,20 @@ def run_of(recipe: Recipe, world_size: int) -> traffic.Run:
     """Return what the closed form of a recipe's traffic needs to know.
 
     Raises:
-        ConfigError: the layout, the batch and the model do not fit each other.
+        ConfigError: the layout, the batch and the model do not fit each other, or the closed form does not hold.
     """
     shape, parallel, layout = shape_of(recipe), recipe.parallel, Layout.of(recipe.parallel, world_size)
     setting = _setting(recipe, shape, layout)
+    parts_backward = layout.pipeline > 1 and parallel.schedule in ("zero-bubble", "zbv")
+    limits = {
+        "model.experts": shape.experts is not None,
+        "objective.z_loss": recipe.objective.z_loss != 0,
+        "optim.kind": recipe.optim.kind == "muon",
+        "parallel.recompute": parts_backward and parallel.recompute.kind in ("full", "operators"),
+    }
+    for where, is_beyond in limits.items():
+        if is_beyond:
+            raise ConfigError("is beyond the closed form of traffic", where=where, do="Count a step with `dry_run`.")
     return traffic.Run(
         model=shape,
         seq_len=setting.seq_len,
@@ -146,13 +160,8 @@ def shape_of(recipe: Recipe) -> ModelConfig:
     return recipe.model
 
 
-def with_layers(recipe: Recipe, layers: int) -> Recipe:
-    """Return the recipe of a model of fewer layers, otherwise the same."""
-    return replace(recipe, model=replace(shape_of(recipe), num_layers=layers))
-
-
 class Recorder(TorchDispatchMode):
-    """Counts what a rank exchanges, by axis and kind.
+    """Counts what a rank exchanges, by group and kind. It asks the groups, not the layout, which ranks they hold.
 
     Args:
         mesh: of this rank; None: it is alone.
@@ -160,47 +169,43 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, mesh: Mesh | None) -> None:
         super().__init__()
-        self.axes: dict[str, traffic.Axis] = {}
+        self.groups: dict[str, tuple[int, int]] = {}
+        """Name of a group → its size, and the distance of neighbours."""
         if mesh is not None:
-            layout = mesh.layout
-            sizes: dict[traffic.Axis, int] = {
-                "pipeline": layout.pipeline,
-                "replicate": layout.replicate,
-                "shard": layout.shard * layout.context,
-                "context": layout.context,
-                "tensor": layout.tensor,
-            }
-            for axis, size in sizes.items():
-                if size > 1 and axis != "world":  # axes of the same ranks have one group: it goes to the outer one
-                    self.axes.setdefault(mesh.group(axis).group_name, axis)
-            if layout.world_size > 1:
-                self.axes[WORLD] = "world"
+            groups = [dist.group.WORLD, *mesh.world.get_all_groups()]
+            if mesh.layout.context > 1:
+                groups.append(mesh.group("context"))
+            if mesh.experts is not None:
+                groups += mesh.experts.get_all_groups()
+            for group in groups:
+                assert group is not None, "a mesh has a process group"
+                ranks = dist.get_process_group_ranks(group)
+                stride = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+                assert ranks == list(range(ranks[0], ranks[-1] + 1, stride)), "neighbours are equally far apart"
+                self.groups[group.group_name] = len(ranks), stride
         self.clear()
 
     def clear(self) -> None:
         """Forget what was counted."""
-        self.calls: Counter[tuple[traffic.Axis, traffic.Kind]] = Counter()
-        self.bytes: Counter[tuple[traffic.Axis, traffic.Kind]] = Counter()
-
-    @property
-    def exchanges(self) -> traffic.Exchanges:
-        """Calls and bytes of whole tensors, by axis and kind."""
-        return {key: (calls, self.bytes[key]) for key, calls in self.calls.items()}
+        self.exchanges: traffic.Exchanges = {}
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         exchange = compat.exchange_of(operator, args)
         if exchange is not None:
             self._count(*exchange)
+        else:
+            assert operator.namespace != "_c10d_functional" or operator.name() == WAIT, f"{operator} is not counted"
         return operator(*args, **(kwargs or {}))
 
     def _count(self, operation: str, group: str, tensor: Tensor | None) -> None:
         assert tensor is not None, "an exchange has a tensor"
-        # Only loss, norm and count are in fp64; where copies are all there is, their group is the world's.
-        axis = self.axes.get(WORLD if tensor.dtype == torch.float64 else group)
-        if axis is None or operation == RECEIVING:  # a group of one rank; or what another rank sends
+        assert group in self.groups, f"{operation} in a group of no axis"
+        ranks, stride = self.groups[group]
+        if ranks == 1 or operation == RECEIVING:  # what another rank sends
             return
-        self.calls[axis, KINDS[operation]] += 1
-        self.bytes[axis, KINDS[operation]] += tensor.numel() * tensor.element_size()
+        key = ranks, stride, KINDS[operation]
+        calls, size = self.exchanges.get(key, (0, 0))
+        self.exchanges[key] = calls + 1, size + tensor.numel() * tensor.element_size()
 
 
 class Rows:

@@ -4,7 +4,9 @@ Names and units: `train/loss` nats per token, `train/loss/<source>`, `train/accu
 probable token, `train/step_loss` of the one step, `optim/lr`, `optim/grad_norm`, `optim/skipped_steps`,
 `optim/loss_scale`, `perf/tokens_per_s_per_device`, `perf/tflops`, `perf/mfu` (useful operations over the device's dense
 peak), `perf/hfu` (the same with what is computed again), `perf/step_s`, `perf/data_wait_s`, `mem/peak_gib`,
-`progress/tokens`; validation: `valid/loss/<source>` and `valid/bits_per_byte/<source>`.
+`progress/tokens`; validation: `valid/loss/<source>` and `valid/bits_per_byte/<source>`; with experts:
+`moe/balance` (1 where all are chosen alike), `moe/z`, `moe/busiest_expert` (how often the most chosen expert of any
+layer was chosen, over the mean of its layer).
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ class Meter:
         self.flops = self.recomputed = 0.0
         self.steps = 0
         self.data_wait_s = 0.0
+        for sides in self.parallel.run.sides.values():
+            sides.clear()
         self.started = time.perf_counter()
 
     @torch.no_grad()
@@ -70,13 +74,23 @@ class Meter:
             share = len(chosen(self.parallel.shape.num_layers, again.ratio)) / self.parallel.shape.num_layers
             self.recomputed += flops.recomputed_flops(self.parallel.shape, tokens, pairs, share)
 
+    def _choices(self) -> Tensor:
+        """Return a row per layer: how often each of its experts was chosen, Σ balance, Σ z, tokens; 0 if elsewhere."""
+        shape = self.parallel.shape
+        rows = self.sums.new_zeros(shape.num_layers, shape.experts.count + 3 if shape.experts else 0)
+        for layer, sides in self.parallel.run.sides.items():
+            rows[layer] = torch.cat([sides.chosen, sides.sums])
+        return rows
+
     def read(self) -> Metrics:
         """Return the window's figures, over all ranks. Every rank must call it."""
-        own = torch.cat([self.sums.flatten(), self.sums.new_tensor([self.tokens, self.flops, self.recomputed])])
-        totals = self.parallel.total(own, counted=True).cpu()  # waits for the device
+        own = [self.sums, self._choices(), self.sums.new_tensor([self.tokens, self.flops, self.recomputed])]
+        totals = self.parallel.total(torch.cat([part.flatten() for part in own]), counted=True).cpu()  # waits
         spent = max(time.perf_counter() - self.started, 1e-9)
-        sums = totals[:-3].view(self.sums.shape)
-        tokens, operations, recomputed = (totals[-3:] / self.parallel.layout.world_size).tolist()
+        sums, choices, rates = (
+            part.view(like.shape) for part, like in zip(totals.split([part.numel() for part in own]), own, strict=True)
+        )
+        tokens, operations, recomputed = (rates / self.parallel.layout.world_size).tolist()
         loss, weight, correct = sums.sum(0).tolist()
         metrics = {
             "train/loss": loss / weight if weight else float("nan"),
@@ -88,11 +102,21 @@ class Meter:
             "perf/step_s": spent / max(1, self.steps),
             "perf/data_wait_s": self.data_wait_s / max(1, self.steps),
         }
+        metrics |= _choice_metrics(choices)
         if len(self.sources) > 1:
             for name, (source_loss, source_weight, _) in zip(self.sources, sums.tolist(), strict=True):
                 if source_weight:
                     metrics[f"train/loss/{name}"] = source_loss / source_weight
         return metrics
+
+
+def _choice_metrics(choices: Tensor) -> Metrics:
+    """Return what the experts of all layers did, from `Meter._choices` summed over ranks; nothing without experts."""
+    if not choices.numel() or not choices[:, -1].any():
+        return {}
+    chosen, (balance, z, tokens) = choices[:, :-3], choices[:, -3:].sum(0).tolist()
+    busiest = (chosen.amax(1) / chosen.mean(1)).max()
+    return {"moe/balance": balance / tokens, "moe/z": z / tokens, "moe/busiest_expert": float(busiest)}
 
 
 def document_lengths(documents: np.ndarray) -> list[int]:

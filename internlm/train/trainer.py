@@ -151,13 +151,17 @@ class Trainer:
         micro_batches = [part.to(self.device) for part in batch.micro_batches(self.micro_rows)]
 
         # 2. Know the denominator before anything is computed.
-        shares = torch.stack([self.objective.count(part) for part in micro_batches]).double()
-        count = self.parallel.total(shares.sum(), counted=self.parallel.leads)
+        shares = torch.stack([self.objective.count(part) for part in micro_batches]).double().sum()
+        tokens = shares.new_tensor(batch.tokens.numel() - batch.num_padding)
+        count, tokens = self.parallel.total(torch.stack([shares, tokens]), counted=self.parallel.leads).unbind()
 
         # 3. Forward and backward, one micro-batch after the other.
         loss = norm = torch.zeros((), device=self.device)
         if count > 0:
-            loss = self.parallel.run.train(micro_batches, lambda hidden, part: self._loss(hidden, part, count.float()))
+            share = (self.scale.value / tokens).float()
+            loss = self.parallel.run.train(
+                micro_batches, lambda hidden, part: self._loss(hidden, part, count.float()), share
+            )
             loss, norm = self._sums(loss)
 
         # 4. Clip by the one global norm; 5. update, unless a number is not finite.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from internlm.config import decode
-from internlm.cost.traffic import Collective, Run, step_traffic, total
+from internlm.cost.traffic import Collective, Run, by_axis, step_traffic, total
 from internlm.model.config import ModelConfig
 from internlm.model.presets import preset
 
@@ -22,6 +22,7 @@ SEVEN = decode(ModelConfig, preset("internlm-7b"))
         ("all-to-all", 16, 1, 15 / 16, 8 / 16),  # half of the others are elsewhere
         ("send", 2, 4, 1, 0),
         ("send", 2, 8, 1, 1),
+        ("send", 4, 4, 1, 1 / 3),  # of the three boundaries of a pipeline, one is also that of a machine
     ],
 )
 def test_what_leaves_a_machine_is_told_from_what_stays(
@@ -36,14 +37,11 @@ def test_what_leaves_a_machine_is_told_from_what_stays(
 def test_the_7b_moves_the_bytes_that_its_parameters_say() -> None:
     """Two bytes a parameter gathered, four summed; rows padded to the ranks add less than 2 %."""
     run = Run(model=SEVEN, seq_len=2048, micro_rows=2, micro_batches=1, shard=1024, zero="3")
-    found = {(each.axis, each.kind): 0 for each in step_traffic(run)}
-    for each in step_traffic(run):
-        found[each.axis, each.kind] += each.bytes
-    assert found["shard", "all-gather"] == pytest.approx(2 * 2 * SEVEN.num_parameters, rel=0.02)
-    assert found["shard", "reduce-scatter"] == pytest.approx(4 * SEVEN.num_parameters, rel=0.02)
+    found = by_axis(step_traffic(run))
+    assert found["shard", "all-gather"][1] == pytest.approx(2 * 2 * SEVEN.num_parameters, rel=0.02)
+    assert found["shard", "reduce-scatter"][1] == pytest.approx(4 * SEVEN.num_parameters, rel=0.02)
     alone = Run(model=SEVEN, seq_len=2048, micro_rows=2, micro_batches=1, replicate=1024)
-    (*buckets, _, _) = step_traffic(alone)
-    assert sum(each.bytes for each in buckets) == 4 * SEVEN.num_parameters
+    assert by_axis(step_traffic(alone))["replicate", "all-reduce"][1] == 4 * SEVEN.num_parameters
     assert total(step_traffic(Run(model=SEVEN, seq_len=2048, micro_rows=2, micro_batches=1)), 8).calls == 0
 
 
@@ -53,8 +51,9 @@ def test_the_work_of_a_step_is_shared_by_its_pipeline_ranks() -> None:
     parts = Run(model=SEVEN, pipeline=4, **sizes)  # type: ignore[arg-type]
 
     def summed(run: Run, places: int) -> int:
-        return sum(e.bytes for place in range(places) for e in step_traffic(run, place) if e.kind == "reduce-scatter")
+        ranks = range(0, 8 * places, 8)
+        return sum(e.bytes for rank in ranks for e in step_traffic(run, rank) if e.kind == "reduce-scatter")
 
     assert summed(whole, 1) == summed(parts, 4)
-    sends = [sum(e.calls for e in step_traffic(parts, place) if e.kind == "send") for place in range(4)]
+    sends = [sum(e.calls for e in step_traffic(parts, rank) if e.kind == "send") for rank in (0, 8, 16, 31)]
     assert sends == [8, 16, 16, 8]

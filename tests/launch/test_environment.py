@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from internlm import runtime
+from internlm import ranks, runtime
 from internlm.cli import main
 from internlm.errors import ConfigError
 
@@ -37,12 +42,12 @@ def _no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_first_host_of_a_node_list(hosts: str, first: str) -> None:
-    assert runtime.first_host(hosts) == first
+    assert ranks.first_host(hosts) == first
 
 
 def test_a_task_of_slurm_gets_the_variables_of_torchrun() -> None:
     os.environ.update(STEP)
-    runtime.adopt_slurm()
+    ranks.adopt_slurm()
     found = {name: os.environ.get(name) for name in NAMES}
     assert found == {
         "RANK": "9", "WORLD_SIZE": "32", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": None,
@@ -52,30 +57,110 @@ def test_a_task_of_slurm_gets_the_variables_of_torchrun() -> None:
 
 def test_torchrun_inside_a_slurm_step_stays_as_it_is() -> None:
     os.environ.update(STEP | {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "here"})
-    runtime.adopt_slurm()
+    ranks.adopt_slurm()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("3", "4", "here")
 
 
 def test_a_batch_script_and_a_step_of_one_task_are_alone() -> None:
     os.environ.update({name: value for name, value in STEP.items() if "STEP" not in name})
-    runtime.adopt_slurm()
+    ranks.adopt_slurm()
     os.environ.update(STEP | {"SLURM_NTASKS": "1"})
-    runtime.adopt_slurm()
+    ranks.adopt_slurm()
     assert "RANK" not in os.environ
-    with runtime.joined():
-        assert (runtime.rank(), runtime.world_size()) == (0, 1)
+    with ranks.joined():
+        assert (ranks.rank(), ranks.world_size()) == (0, 1)
+
+
+def test_the_shell_of_an_interactive_step_is_one_task_of_a_job_of_many() -> None:
+    os.environ.update(STEP | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"})
+    ranks.adopt_slurm()
+    assert "RANK" not in os.environ
+
+
+def test_the_size_of_the_step_counts_and_not_that_of_the_job() -> None:
+    os.environ.update(STEP | {"SLURM_STEP_NUM_TASKS": "16"})
+    ranks.adopt_slurm()
+    assert os.environ["WORLD_SIZE"] == "16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [({}, False), ({"TORCHELASTIC_RUN_ID": "none"}, True)],
+    ids=["srun-shows-each-task-its-own", "launched-inside-a-task"],
+)
+def test_one_visible_gpu_belongs_to_a_task_and_not_to_several_ranks(
+    changes: dict[str, str], shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    os.environ.update(STEP | {"LOCAL_RANK": "1"} | changes)
+    if shared:
+        with pytest.raises(ConfigError, match="no GPU for local rank 1: this machine shows 1"):
+            runtime.resolve_device(runtime.RuntimeConfig())
+    else:
+        assert runtime.resolve_device(runtime.RuntimeConfig()) == torch.device("cuda", 0)
+        assert chosen == [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "2"), ("RANK", "first"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "two"), ("MASTER_PORT", "70000")],
+)
+def test_an_impossible_number_is_refused_by_name(name: str, value: str) -> None:
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+    os.environ[name] = value
+    with pytest.raises(ConfigError, match=rf"environment: {name}: is no such number \(got '{value}'\)"), ranks.joined():
+        pass
+
+
+def test_a_rank_whose_launcher_is_gone_does_not_wait_for_anyone() -> None:
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+    os.environ.update({ranks.PARENT: "1", "TORCHELASTIC_RUN_ID": "x"})
+    program = "from internlm import ranks\nwith ranks.joined(): pass"
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "process 1: the launcher ended before this rank had started" in done.stderr
+
+
+def test_failures_are_told_apart_and_the_first_cause_is_the_exit_code(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failures(*codes: int) -> dict[int, SimpleNamespace]:
+        made = [SimpleNamespace(exitcode=code, pid=100 + n, timestamp=n) for n, code in enumerate(codes)]
+        return dict(enumerate(made))
+
+    caplog.set_level("ERROR", logger="internlm.ranks")
+    monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
+    for codes, expected in (
+        ((3, 1), 3),
+        ((1, -9), 137),  # the one that was killed is why the other failed
+        ((-15, 7), 7),  # the launcher stopped the first
+        ((-15, -15), 143),  # somebody else did
+        ((-40,), 168),
+    ):
+        assert ranks._report(failures(*codes)) == expected
+    assert "rank 1 (process 101) was ended by SIGKILL" in caplog.text
+    assert "rank 0 (process 100) was ended by signal 40" in caplog.text
+
+
+def test_an_error_without_words_is_named_by_its_kind() -> None:
+    assert ranks._line(TimeoutError()) == "TimeoutError"
+    assert ranks._line(TimeoutError(" \nfirst\nsecond")) == "first"
 
 
 def test_half_an_environment_is_refused() -> None:
     os.environ.update({"RANK": "0", "WORLD_SIZE": "2"})
-    with pytest.raises(ConfigError, match="MASTER_ADDR, MASTER_PORT not set"), runtime.joined():
+    with pytest.raises(ConfigError, match="MASTER_ADDR, MASTER_PORT not set"), ranks.joined():
         pass
 
 
 def test_one_rank_is_a_process_alone() -> None:
     os.environ.update({"RANK": "0", "WORLD_SIZE": "1"})
-    with runtime.joined():
-        assert runtime.world_size() == 1
+    with ranks.joined():
+        assert ranks.world_size() == 1
 
 
 def test_ranks_that_differ_are_named_with_key_and_value(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +173,9 @@ def test_ranks_that_differ_are_named_with_key_and_value(monkeypatch: pytest.Monk
     def gather(own: str) -> list[str]:
         return ["a", "b"] if not own.startswith("{") else [json.dumps(one) for one in everyone]
 
-    monkeypatch.setattr(runtime, "gather", gather)
+    monkeypatch.setattr(ranks, "gather", gather)
     with pytest.raises(ConfigError) as error:
-        runtime.agree({"optim": {"lr": 1e-3}, "versions": {"torch": "2.13.0"}})
+        ranks.agree({"optim": {"lr": 1e-3}, "versions": {"torch": "2.13.0"}})
     assert str(error.value).splitlines()[1:] == [
         "  optim.lr: 0.001 on ranks 0-4; 0.002 on rank 5",
         "  seed: nothing on ranks 0-4; 7 on rank 5",
@@ -102,18 +187,18 @@ def test_the_error_of_one_rank_is_an_error_of_all(monkeypatch: pytest.MonkeyPatc
     def fail() -> None:
         raise ConfigError("its own")
 
-    monkeypatch.setattr(runtime, "gather", lambda own: [own, "gone.yaml: no such recipe"])
+    monkeypatch.setattr(ranks, "gather", lambda own: [own, "gone.yaml: no such recipe"])
     with pytest.raises(ConfigError, match=r"on rank 1: gone\.yaml: no such recipe"):
-        runtime.together(lambda: 1)
+        ranks.together(lambda: 1)
     with pytest.raises(ConfigError, match="its own"):
-        runtime.together(fail)
-    monkeypatch.setattr(runtime, "gather", lambda own: [own, None])
-    assert runtime.together(lambda: 1) == 1
+        ranks.together(fail)
+    monkeypatch.setattr(ranks, "gather", lambda own: [own, None])
+    assert ranks.together(lambda: 1) == 1
 
 
 def test_loopback_leads_to_no_other_machine() -> None:
-    assert runtime.interface_towards("127.0.0.1") is None
-    assert runtime.interface_towards("no such host") is None
+    assert ranks.interface_towards("127.0.0.1") is None
+    assert ranks.interface_towards("no such host") is None
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
@@ -167,6 +252,9 @@ def test_several_machines_get_the_place_of_the_first(capsys: pytest.CaptureFixtu
         (["--nproc", "2", "--nodes", "2", "--node-rank", "2", "train", RECIPE], "0 to 1 (got 2)"),
         (["--nproc", "2", "--nodes", "2", "--node-rank", "0", "train", RECIPE], "--master: is HOST:PORT"),
         (["--nproc", "2", "--nodes", "2", "--node-rank", "0", "--master", "a:b", "train", RECIPE], "--master"),
+        (["--nproc", "2", "--nodes", "2", "--node-rank", "0", "--master", "a:²", "train", RECIPE], "--master"),
+        (["--nproc", "2", "--node-rank", "1", "train", RECIPE], "--node-rank: is for several machines"),
+        (["--nproc", "2", "train", RECIPE, "--dry-run"], "train --dry-run needs no ranks"),
         (["--nproc", "2"], "only train runs on several ranks"),
         (["--nproc", "2", "chat", "x"], "only train runs on several ranks"),
     ],

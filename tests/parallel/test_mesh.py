@@ -41,14 +41,38 @@ def test_shard_takes_the_ranks_that_are_left() -> None:
 @pytest.mark.parametrize(
     ("config", "world", "message"),
     [
-        ({"tensor": 3}, 2, "tensor 3 = 3 does not divide the 2 ranks"),
-        ({"shard": 4, "replicate": 2}, 4, "replicate 2 × shard 4 = 8 ranks, and there are 4"),
-        ({"pipeline": 2, "context": 2}, 6, "pipeline 2 × context 2 = 4 does not divide the 6 ranks"),
+        (
+            {"tensor": 3}, 2,
+            "parallel: tensor 3 needs a multiple of 3 ranks, and this run has 2 ranks. Start 3 ranks (internlm launch "
+            "--nproc), or set parallel.tensor so that the product divides 2.",
+        ),
+        (
+            {"pipeline": 2, "context": 2}, 6,
+            "parallel: pipeline 2 × context 2 = 4 needs a multiple of 4 ranks, and this run has 6 ranks. Start 8 ranks "
+            "(internlm launch --nproc), or set parallel.pipeline, parallel.context so that the product divides 6.",
+        ),
+        (
+            {"shard": 4, "replicate": 2}, 4,
+            "parallel: replicate 2 × shard 4 = 8 needs exactly 8 ranks, and this run has 4 ranks. Start 8 ranks "
+            "(internlm launch --nproc), or set parallel.replicate, parallel.shard so that the product is 4 (shard 0 "
+            "takes the ranks that are left).",
+        ),
+        (
+            {"shard": 1}, 2,
+            "parallel: shard 1 needs exactly 1 rank, and this run has 2 ranks. Start 1 rank (internlm launch --nproc), "
+            "or set parallel.shard so that the product is 2 (shard 0 takes the ranks that are left).",
+        ),
+        (
+            {"replicate": 8}, 1,
+            "parallel: replicate 8 needs a multiple of 8 ranks, and this run has 1 rank. Start 8 ranks (internlm "
+            "launch --nproc), or set parallel.replicate so that the product divides 1.",
+        ),
     ],
-)
+)  # fmt: skip
 def test_sizes_that_do_not_make_the_world_are_named(config: dict[str, Any], world: int, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as error:
         Layout.of(ParallelConfig(**config), world)
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize(

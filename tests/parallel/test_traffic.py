@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from internlm import config
+from internlm import compat, config
 from internlm import recipe as recipes
 from internlm.cost import traffic
 from internlm.errors import ConfigError
 from internlm.model import heads
 from internlm.model.presets import preset
 from internlm.parallel import replicate
-from internlm.parallel.mesh import Layout, ParallelConfig
+from internlm.parallel.mesh import Layout, Mesh, ParallelConfig
 from internlm.plan import dryrun
 from internlm.recipe import Recipe
 from tests.parallel.ranks import Ranks
@@ -28,7 +29,7 @@ MODEL: dict[str, Any] = {
 }  # fmt: skip
 ODD = MODEL | {"vocab_size": 283, "hidden_size": 60, "num_heads": 6, "num_kv_heads": 3, "ffn_size": 131}
 TIED = MODEL | {"tie_embeddings": True}
-FOUR = MODEL | {"num_layers": 4}
+FOUR, FIVE = MODEL | {"num_layers": 4}, MODEL | {"num_layers": 5}
 FULL, HALF = {"kind": "full"}, {"kind": "operators", "ratio": 0.5}
 FLAT: dict[str, Any] = {"shard": 1024, "zero": "3"}
 HYBRID: dict[str, Any] = {"replicate": 128, "shard": 8, "zero": "2"}
@@ -42,18 +43,19 @@ SLICE: list[Case] = [
     ({"replicate": 128, "shard": 8, "zero": "3"}, 2, TIED, (5,)),
     ({"replicate": 1024, "shard": 1}, 2, MODEL, (0,)),
     ({"replicate": 32, "shard": 32, "optimizer": "all"}, 1, MODEL, (1023,)),
+    ({"replicate": 16, "shard": 64, "optimizer": "all"}, 1, ODD, (0, 1023)),  # the last parts are short
     ({"replicate": 64, "shard": 4, "tensor": 4, "zero": "1"}, 2, MODEL, (0,)),
     ({"replicate": 64, "shard": 4, "tensor": 4, "sequence": False, "zero": "3", "recompute": FULL}, 1, MODEL, (0,)),
     ({"replicate": 128, "shard": 1, "context": 8, "recompute": FULL}, 1, MODEL, (7,)),
     ({"shard": 64, "context": 16, "recompute": FULL}, 1, MODEL, (0,)),  # heads do not divide: keys and values travel
     ({"pipeline": 4, "replicate": 32, "shard": 8, "zero": "3"}, 4, FOUR, (0, 256, 1023)),
-    ({"pipeline": 2, "replicate": 16, "shard": 8, "context": 2, "tensor": 2, "recompute": FULL}, 2, FOUR, (1023,)),
+    ({"pipeline": 2, "replicate": 16, "shard": 8, "context": 2, "tensor": 2, "recompute": HALF}, 2, FIVE, (0, 1023)),
 ]
 PROOF: list[Case] = [
     *[({"replicate": 128, "shard": 8, "zero": zero}, 1, ODD, (0, 1023)) for zero in ("1", "2-gather", "3")],
     (FLAT, 4, MODEL, (0, 1023)),
     ({"replicate": 1024, "shard": 1, "offload": True}, 1, MODEL, (0,)),
-    ({"replicate": 16, "shard": 64, "optimizer": "all"}, 2, MODEL, (0,)),  # key rows do not divide: see `_piece`
+    ({"replicate": 16, "shard": 64, "optimizer": "all"}, 2, MODEL, (0, 1023)),  # some parts have no key rows
     ({"replicate": 8, "shard": 16, "tensor": 8, "optimizer": "all"}, 2, MODEL | {"num_kv_heads": 8}, (0,)),
     ({"replicate": 64, "shard": 4, "tensor": 4, "zero": "2", "recompute": HALF}, 2, MODEL, (1023,)),
     ({"replicate": 64, "shard": 4, "context": 4}, 2, MODEL, (0,)),
@@ -79,11 +81,9 @@ def recipe_of(parallel: dict[str, Any], micro_batches: int, model: dict[str, Any
     )
 
 
-def counted_and_computed(recipe: Recipe, rank: int, world: int) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    run = dryrun.run_of(recipe, world)
-    computed = traffic.by_axis(traffic.step_traffic(run, rank // (world // run.pipeline)))
-    counted = dryrun.dry_run(recipe, rank, world).exchanges
-    return traffic.by_group(run, counted), traffic.by_group(run, computed)
+def counted_and_computed(recipe: Recipe, rank: int, world: int) -> tuple[traffic.Exchanges, traffic.Exchanges]:
+    computed = traffic.by_group(traffic.step_traffic(dryrun.run_of(recipe, world), rank))
+    return dryrun.dry_run(recipe, rank, world).exchanges, computed
 
 
 def name_of(value: object) -> str | None:
@@ -120,11 +120,54 @@ def test_ranks_that_are_there_exchange_the_same(
     parallel: dict[str, Any], ranks: Ranks, recipe: Callable[..., Recipe]
 ) -> None:
     made = recipe(parallel=parallel, train__micro_batch_rows=1)
-    run = dryrun.run_of(made, 4)
+    run = replace(dryrun.run_of(made, 4), dtype_bytes=4)
     for rank, counted in enumerate(ranks.run(4, "count_exchanges", config.encode(made))):
-        place = rank // (4 // run.pipeline)
-        computed = traffic.by_axis(traffic.step_traffic(replace(run, dtype_bytes=4), place))
-        assert traffic.by_group(run, counted) == traffic.by_group(run, computed)
+        assert counted == traffic.by_group(traffic.step_traffic(run, rank))
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"optim": {"kind": "muon"}}, "optim.kind"),
+        ({"objective": {"kind": "lm", "z_loss": 1e-4}}, "objective.z_loss"),
+        ({"model": MODEL | {"experts": {"count": 4}}}, "model.experts"),
+        (
+            {"parallel": {"pipeline": 2, "schedule": "zbv", "stages_per_rank": 2, "recompute": FULL}, "model": FOUR},
+            "parallel.recompute",
+        ),
+    ],
+    ids=str,
+)
+def test_what_the_formula_does_not_know_it_refuses(changes: dict[str, Any], where: str) -> None:
+    tree = config.encode(recipe_of({"shard": 4}, 2, MODEL, world=4))
+    with pytest.raises(ConfigError, match=rf"^{where}: is beyond the closed form"):
+        dryrun.run_of(config.decode(Recipe, tree | changes), 4)
+
+
+@pytest.mark.parametrize("rank", [0, 700, 1023])
+def test_the_groups_of_a_rank_lie_where_the_formula_says(rank: int) -> None:
+    """What stays inside a machine follows from it. Counted steps name their groups by the ranks that are in them."""
+    recipe = recipe_of({"pipeline": 2, "replicate": 4, "shard": 8, "context": 4, "tensor": 4}, 2, FOUR)
+    run, layout = dryrun.run_of(recipe, 1024), Layout.of(recipe.parallel, 1024)
+    compat.join_fake_group(rank, 1024)
+    try:
+        mesh = Mesh(layout, "cpu")
+        for axis in ("pipeline", "replicate", "shard", "context", "tensor"):
+            size, stride = run.span(axis)  # type: ignore[arg-type]
+            first = rank - rank // stride % size * stride
+            found = dist.get_process_group_ranks(mesh.group(axis))  # type: ignore[arg-type]
+            assert found == [first + place * stride for place in range(size)]
+    finally:
+        compat.leave_fake_group()
+
+
+def test_experts_are_counted() -> None:
+    """Their numbers of rows, and the rows, forward and backward: to the experts and back."""
+    model = MODEL | {"experts": {"count": 8, "per_token": 2}}
+    recipe = recipe_of({"shard": 8, "expert": 4}, 1, model, world=8)
+    calls, size = dryrun.dry_run(recipe, 5, 8).exchanges[4, 1, "all-to-all"]
+    assert calls == 2 * (1 + 4)
+    assert size == 2 * (4 * 8 + 4 * 2 * 64 * 64 * 2)  # 4 bytes an expert; in bf16, each of 64 tokens twice, 64 wide
 
 
 def test_a_wrong_policy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,14 +244,15 @@ def test_every_recipe_takes_a_step_on_its_first_and_last_rank(path: Path, monkey
         return
     world = ranks_of(recipe) or 8
     data, length = Layout.of(recipe.parallel, world).data, recipe.data.seq_len
-    dryrun.run_of(recipe, world)  # the whole of it fits
     micro = recipe.train.micro_rows(length, data) * data * length
     stages = recipe.parallel.pipeline * recipe.parallel.stages_per_rank
     for rank, most in {0: 2, world - 1: 1}.items():
         tokens = min(recipe.train.batch_tokens, max(most, stages) * micro)
-        shorter = replace(dryrun.with_layers(recipe, stages), train=replace(recipe.train, batch_tokens=tokens))
+        shallow = replace(recipe.model, num_layers=stages)
+        shorter = replace(recipe, model=shallow, train=replace(recipe.train, batch_tokens=tokens))
         if recipe.optim.kind == "muon":  # not in the formula
             assert dryrun.dry_run(shorter, rank, world).updated
             continue
+        dryrun.run_of(recipe, world)  # the whole of it fits
         counted, computed = counted_and_computed(shorter, rank, world)
         assert counted == computed

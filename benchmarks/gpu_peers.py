@@ -1,0 +1,156 @@
+"""The peers of `gpu_train.py`: each gives a function that takes one step and returns its loss.
+
+All train on random ids, read the loss after every step, clip at 1.0 and use torch's fused AdamW.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_cases import LEARNING_RATE, Case
+from torch.profiler import record_function
+
+Step = Callable[[], float]
+
+
+def build_llama(case: Case, device: torch.device) -> Any:
+    """Return transformers' Llama in the case's shape, with SDPA; biases as in ours where it can have them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = case.shape
+    config = LlamaConfig(
+        hidden_size=shape.hidden_size, num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads, intermediate_size=shape.ffn_size, vocab_size=shape.vocab_size,
+        max_position_embeddings=case.seq_len, attention_bias=shape.qkv_bias, tie_word_embeddings=False,
+        use_cache=False, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if case.library == "transformers-bf16" else torch.float32)
+    try:
+        with device:
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.train()
+    if case.recompute != "none":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def llama_loss(model: Any, ids: torch.Tensor, case: Case) -> torch.Tensor:
+    """Return the loss of rows [B, T]; with several documents in a row their positions start again.
+
+    transformers then makes a mask [B, 1, T, T] from the positions, with which SDPA takes a slower kernel.
+    """
+    low = case.dtype == "bfloat16" and case.library == "transformers"
+    context = torch.autocast(ids.device.type, torch.bfloat16) if low else contextlib.nullcontext()
+    more: dict[str, Any] = {}
+    if case.documents > 1:
+        positions = torch.arange(case.seq_len, device=ids.device) % (case.seq_len // case.documents)
+        more["position_ids"] = positions.expand(ids.shape[0], -1)
+    with context:
+        return model(input_ids=ids, labels=ids, **more).loss
+
+
+def transformers_step(case: Case, folder: Path) -> tuple[Step, int]:
+    """Return the step of a plain loop around transformers' Llama, and its number of parameters."""
+    device = torch.device(case.device)
+    model = build_llama(case, device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda"
+    )
+    if "compile" in case.switches:
+        model.compile()
+    generator = torch.Generator().manual_seed(0)
+    parameters = list(model.parameters())
+
+    def step() -> float:
+        total = torch.zeros((), device=device)
+        rows = (case.micro_batches, case.micro_rows, case.seq_len)
+        for ids in torch.randint(case.shape.vocab_size, rows, generator=generator):
+            loss = llama_loss(model, ids.to(device), case) / case.micro_batches
+            loss.backward()
+            total += loss.detach()
+        with record_function("benchmark/optimizer"):
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return float(total)
+
+    return step, sum(p.numel() for p in parameters)
+
+
+def torchtitan_step(case: Case, folder: Path) -> tuple[Step, int]:
+    """Return a step of torchtitan's Trainer, with the model and data of `peers.py`.
+
+    Written for version 0.3. Its language models offer FlexAttention and varlen; here it gets its SDPA, as in the CPU
+    benchmark, hence whole rows only.
+
+    Raises:
+        RuntimeError: it cannot be imported, or the case is beyond it.
+    """
+    if importlib.util.find_spec("torchtitan") is None:
+        raise RuntimeError("torchtitan is not installed")
+    if case.documents > 1 or case.shape.qkv_bias or case.micro_batches > 1 or case.device != "cuda":
+        raise RuntimeError("torchtitan: only whole rows, one micro-batch, no biases, a GPU")
+    import os
+
+    import peers
+    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+    from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+    from torchtitan.config.configs import CompileConfig, TrainingConfig
+    from torchtitan.trainer import Trainer
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    shape = functools.partial(peers_shape, case)()
+    dataloader, tokenizer = peers._torchtitan_data(shape)
+    trainer = Trainer(
+        Trainer.Config(
+            model_spec=peers._torchtitan_model(shape),
+            dump_folder=str(folder),
+            loss=ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=shape.vocab_size)),
+            optimizer=default_adamw(lr=LEARNING_RATE),
+            lr_scheduler=LRSchedulersContainer.Config(warmup_steps=0),
+            training=TrainingConfig(
+                local_batch_size=case.micro_rows, seq_len=case.seq_len, steps=10**6, max_norm=1.0
+            ),
+            dataloader=dataloader,
+            tokenizer=tokenizer,
+            compile=CompileConfig(enable="compile" in case.switches),
+        )
+    )
+    batches = trainer.batch_generator(trainer.dataloader)
+
+    def step() -> float:
+        trainer.step += 1
+        trainer.train_step(batches)
+        torch.cuda.synchronize()
+        return math.nan
+
+    return step, peers.count(trainer.model_parts[0])
+
+
+def peers_shape(case: Case) -> Any:
+    """Return the case's shape as `peers.py` takes it."""
+    from train_cpu import Shape
+
+    shape = case.shape
+    return Shape(
+        hidden_size=shape.hidden_size, num_layers=shape.num_layers, num_heads=shape.num_heads,
+        ffn_size=shape.ffn_size, vocab_size=shape.vocab_size, seq_len=case.seq_len, batch_rows=case.micro_rows,
+    )  # fmt: skip
+
+
+STEPS = {
+    "transformers": transformers_step,
+    "transformers-bf16": transformers_step,
+    "torchtitan": torchtitan_step,
+}
+"""Library → what makes its step."""

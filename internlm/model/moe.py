@@ -1,0 +1,282 @@
+"""A mixture of experts: a router sends each token through a few of many feed-forwards, and adds what they say.
+
+    p = softmax(router · x)          y = Σ over the k largest p:  p · w_down(silu(w_gate x) · w_up x)
+
+Dropless: every token reaches the experts it chose, however many chose the same (Gale et al. 2022). Tokens are sorted
+by expert, and each of the three products is one grouped product over all experts, whose shapes do not depend on who
+chose whom. The router works in fp32: a rounding there changes which expert is chosen.
+
+Two side losses keep the router healthy, both means over the tokens that are not padding:
+
+    balance     E · Σ over experts of f · p̄     f: share of the row's choices that fell on it; p̄: its mean probability
+                                                in the row. 1 where all are chosen alike, E / k at worst
+    z           logsumexp(router logits)²
+
+A balance per row, and not per micro-batch, does not depend on how a step is cut over micro-batches or ranks. They never
+pass through the model's output: they are tied to the layer's output so that their gradient starts where its does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from internlm import compat
+from internlm.model.attention import Documents
+from internlm.model.config import ExpertsConfig, ModelConfig
+
+Dispatch = Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor]
+"""Rows sorted by expert [R, D], where each expert's end [E], and what computes them → the results [R, D]."""
+
+
+class Router(nn.Linear):
+    """Token → a logit per expert, in fp32."""
+
+    def __init__(self, config: ModelConfig, experts: ExpertsConfig) -> None:
+        super().__init__(config.hidden_size, experts.count, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return fp32 logits [..., E] from x [..., D]."""
+        return F.linear(x.float(), self.table().float())
+
+    def table(self) -> Tensor:
+        """Return the weight that products are made with."""
+        return self.weight
+
+
+class StackedLinear(nn.Module):
+    """One matrix per expert, [E, out, in], without a bias."""
+
+    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Return [R, out] from rows x [R, in] sorted by expert; ends [E] int32: where each expert's rows end."""
+        return grouped_product(x, self.table(), ends)
+
+    def table(self) -> Tensor:
+        """Return the weight that products are made with."""
+        return self.weight
+
+
+class Experts(nn.Module):
+    """The SwiGLU of every expert."""
+
+    def __init__(self, config: ModelConfig, experts: ExpertsConfig) -> None:
+        super().__init__()
+        self.w_gate = StackedLinear(experts.count, config.hidden_size, config.ffn_size)
+        self.w_up = StackedLinear(experts.count, config.hidden_size, config.ffn_size)
+        self.w_down = StackedLinear(experts.count, config.ffn_size, config.hidden_size)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Return [R, D] from rows x [R, D] sorted by expert; ends [E] int32: where each expert's rows end."""
+        return self.w_down(F.silu(self.w_gate(x, ends)) * self.w_up(x, ends), ends)
+
+
+class Rows:
+    """The rows whose balance is looked at: all their tokens are here. Replaced from outside where they are not."""
+
+    def own(self, ids: Tensor) -> Tensor:
+        """Return the document ids of the tokens that are here, from those of all [B, T]."""
+        return ids
+
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum of x [B, …] over all that hold a stretch of the rows."""
+        return x
+
+
+class SideLosses:
+    """What a mixture adds to the loss, and what it counts, while a model is trained.
+
+    Args:
+        experts: how many there are.
+        device: of the model.
+    """
+
+    def __init__(self, experts: int, device: torch.device) -> None:
+        self.share = torch.zeros((), device=device)
+        """What a token's side losses are multiplied by: 1 / tokens of the step, times any loss scale."""
+        self.chosen = torch.zeros(experts, device=device)
+        """How often each expert was chosen since the last `clear`."""
+        self.sums = torch.zeros(3, device=device)
+        """Σ balance, Σ z, and the tokens they are summed over."""
+
+    def clear(self) -> None:
+        """Start counting again."""
+        self.chosen.zero_()
+        self.sums.zero_()
+
+    @torch.no_grad()
+    def count(self, chosen: Tensor, balance: Tensor, z: Tensor, tokens: Tensor) -> None:
+        """Add a forward pass; one that is computed again counts again, which changes no mean."""
+        self.chosen += chosen
+        self.sums += torch.stack([balance, z, tokens])
+
+
+class Mixture(nn.Module):
+    """Router and experts in place of a feed-forward.
+
+    `dispatch`, `rows` and `sides` are seams: all experts and tokens are here, and nothing is added to a loss, until
+    they are replaced from outside.
+    """
+
+    def __init__(self, config: ModelConfig, experts: ExpertsConfig) -> None:
+        super().__init__()
+        self.config = experts
+        self.router = Router(config, experts)
+        self.experts = Experts(config, experts)
+        self.dispatch: Dispatch = lambda x, ends, compute: compute(x, ends)
+        self.rows = Rows()
+        self.sides: SideLosses | None = None
+
+    def forward(self, x: Tensor, documents: Documents) -> Tensor:
+        """Return [B, T, D] from the normalised stream x [B, T, D]; padding (document −1) is in no side loss."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.router(x)
+        p = logits.softmax(-1)  # [B, T, E]
+        gates, chosen = p.topk(self.config.per_token)  # [B, T, k]
+        if self.config.normalize:
+            gates = gates / gates.sum(-1, keepdim=True)
+        out = self._mix(x.flatten(0, 1), gates.flatten(0, 1), chosen.flatten()).view_as(x)
+        if self.sides is None or not torch.is_grad_enabled():
+            return out
+        return _Tied.apply(out, self._side_losses(self.sides, logits, p, chosen, documents), self.sides.share)
+
+    def _mix(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
+        """Return [N, D] from tokens x [N, D], their gates [N, k] and their experts, N · k numbers."""
+        per_token = self.config.per_token
+        experts, order = chosen.sort(stable=True)
+        back = order.argsort()
+        numbers = torch.arange(self.config.count, device=x.device)
+        ends = torch.searchsorted(experts, numbers, right=True).int()  # [E]
+        rows = _Rearranged.apply(x, order, back, per_token)
+        rows = _Rearranged.apply(self.dispatch(rows, ends, self.experts), back, order, 1)
+        return (rows.unflatten(0, (-1, per_token)) * gates[..., None].to(rows.dtype)).sum(1).to(x.dtype)
+
+    def _side_losses(
+        self, sides: SideLosses, logits: Tensor, p: Tensor, chosen: Tensor, documents: Documents
+    ) -> Tensor:
+        """Return the sum over tokens of what the side losses add, a scalar with a gradient; count it in `sides`."""
+        experts, per_token = self.config.count, self.config.per_token
+        here = p.new_ones(p.shape[:2]) if documents.ids is None else (self.rows.own(documents.ids) >= 0).float()
+        ones = here[..., None].expand_as(chosen).flatten(1)
+        counts = p.new_zeros(p.shape[0], experts).scatter_add_(1, chosen.flatten(1), ones)  # whole numbers: exact
+        counts, tokens = self.rows.total(torch.cat([counts, here.sum(1, keepdim=True)], 1)).split([experts, 1], 1)
+        shares = counts / (per_token * tokens).clamp(min=1)  # f [B, E]
+        balance = experts * (shares[:, None] * p * here[..., None]).sum()
+        z = (logits.logsumexp(-1).square() * here).sum()
+        sides.count(counts.sum(0), balance, z, here.sum())
+        return self.config.balance_loss * balance + self.config.z_loss * z
+
+
+def mixtures(model: nn.Module) -> dict[int, Mixture]:
+    """Return the mixtures of a model, or of its part, by layer."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Mixture):
+            found[int(name.split(".")[1])] = module
+    return found
+
+
+class _Rearranged(torch.autograd.Function):
+    """x[order // k] for an order of its rows, each repeated k times. Both ways only reads rows: no atomic sums."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, repeats: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.repeats = repeats
+        return x.index_select(0, order if repeats == 1 else order // repeats)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        grad = grads[0].index_select(0, back)
+        return grad if ctx.repeats == 1 else grad.unflatten(0, (-1, ctx.repeats)).sum(1), None, None, None
+
+
+class _Tied(torch.autograd.Function):
+    """x, and with it a scalar whose gradient is `share` whatever that of x is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, side: Tensor, share: Tensor) -> Tensor:
+        ctx.save_for_backward(share)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (share,) = ctx.saved_tensors
+        return grads[0], share.clone(), None
+
+
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Return [R, out]: rows x [R, in] times the transposed matrix of their group, weight [E, out, in].
+
+    Args:
+        x: sorted by group; under autocast it is cast.
+        weight: one matrix per group, in the dtype of x or cast to it.
+        ends: [E] int32, where each group's rows end.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _Grouped.apply(x, weight.to(x.dtype), ends)
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return _product(x, weight, ends, True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, ends = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_x = _product(grad, weight, ends, False) if ctx.needs_input_grad[0] else None
+        grad_weight = _outer(grad, x, ends) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None
+
+
+@torch.library.custom_op("internlm::grouped_product", mutates_args=())
+def _product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+    """Return x [R, K] times the matrix of each row's group, which is weight [E, N, K] transposed, or weight [E, K, N].
+
+    Operators of our own: the loop over groups looks at numbers, which neither compiling nor a dry run can do.
+    """
+    if compat.has_grouped_product(x):
+        return compat.grouped_product(x, weight.mT if transposed else weight, ends)
+    out = x.new_empty(x.shape[0], weight.shape[1 if transposed else 2])
+    for rows, matrix in zip(_groups(x, ends), weight, strict=True):
+        torch.mm(x[rows], matrix.t() if transposed else matrix, out=out[rows])
+    return out
+
+
+@_product.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 2])
+
+
+@torch.library.custom_op("internlm::grouped_outer", mutates_args=())
+def _outer(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """Return the gradients [E, N, K] of the groups' matrices, from those of the results [R, N] and from x [R, K]."""
+    if compat.has_grouped_product(x):
+        return compat.grouped_product(grad.t(), x, ends)
+    out = x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+    for group, rows in enumerate(_groups(x, ends)):
+        torch.mm(grad[rows].t(), x[rows], out=out[group])
+    return out
+
+
+@_outer.register_fake
+def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+
+
+def _groups(x: Tensor, ends: Tensor) -> list[slice]:
+    stops = ends.tolist()
+    assert stops[-1] == x.shape[0], "every row has a group"
+    return [slice(start, stop) for start, stop in zip([0, *stops[:-1]], stops, strict=True)]

@@ -1,0 +1,408 @@
+"""A process among others: finding them, agreeing with them, ending together, and starting them.
+
+A process that `internlm launch`, torchrun or Slurm's srun started beside others finds them by its environment:
+
+    with joined():                    # alone: nothing happens
+        recipe = together(load)       # an error of one rank is an error of all
+        agree(recipe)                 # so is a difference
+        ...                           # a failure inside ends this process soon, so that nobody waits for it
+
+Nothing here knows what a run does. torch is imported by what needs it: a verb that never joins does not wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from internlm.errors import ConfigError, InternLMError, TrainingError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+JOIN_TIMEOUT_S = 3600
+"""Ranks wait so long for the last one to start: nodes may still be loading their images."""
+END_TIMEOUT_S = 20
+"""A rank that failed is gone after this, whatever its device is doing."""
+PARENT = "INTERNLM_LAUNCHER"
+"""Name of the variable with the process id of `internlm launch`, for its ranks."""
+
+_was_rank = False
+
+
+def rank() -> int:
+    """Return this process's number among all of the run; 0 when it is alone."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes of the run."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def adopt_slurm() -> None:
+    """Give this task of a Slurm step the variables of torchrun; nothing where RANK is set, or outside a step.
+
+    The port comes from the job id and lies below the range from which systems hand out ports (32768 on Linux).
+    """
+    here = os.environ
+    # SLURM_NTASKS is the job's in the shell of an interactive step, which is one task
+    size = here.get("SLURM_STEP_NUM_TASKS") or here.get("SLURM_NTASKS") or "1"
+    if "RANK" in here or "SLURM_STEP_NODELIST" not in here or size == "1":
+        return
+    here["RANK"], here["WORLD_SIZE"], here["LOCAL_RANK"] = here["SLURM_PROCID"], size, here["SLURM_LOCALID"]
+    if here.get("SLURM_STEP_NUM_NODES") == "1":
+        here["LOCAL_WORLD_SIZE"] = here["WORLD_SIZE"]
+    here.setdefault("MASTER_ADDR", first_host(here["SLURM_STEP_NODELIST"]))
+    step = int(here.get("SLURM_STEP_ID", "0"))
+    here.setdefault("MASTER_PORT", str(10000 + (int(here.get("SLURM_JOB_ID", "0")) + 1009 * step) % 20000))
+
+
+def first_host(hosts: str) -> str:
+    """Return the first name of Slurm's compressed list: `node[003-005,9],login` → `node003`."""
+    first = re.match(r"(?:[^,\[]|\[[^]]*\])*", hosts)
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", first.group() if first else hosts)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Run the block in a process group with the other ranks, if there are any.
+
+    A failure gives the group up at once and arms an alarm that ends the process, should a device or another rank hold
+    it; the others see its connections close.
+
+    Raises:
+        TrainingError: the others cannot be reached, or one of them ended inside the block.
+        ConfigError: a variable is missing, or its value is impossible.
+    """
+    if not _join():
+        yield
+        return
+    global _was_rank
+    _was_rank = True
+    try:
+        yield
+        gather(None)  # all leave together: rank 0 may hold the store of the others
+    except BaseException as error:
+        _give_up()
+        if _is_about_others(error):
+            # gloo: `[/build/…/pair.cc:553] Connection closed by peer [10.0.0.2]:4242. This is typically …`
+            what = re.sub(r"^\[\S+\.cc:\d+\] ", "", _line(error)).partition(". ")[0]
+            raise TrainingError(
+                f"rank {os.environ['RANK']} lost the others: {what}",
+                do="The first error of another rank says why; if there is none, see runtime.timeout_s.",
+            ) from error
+        raise
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+
+
+def end(code: int) -> None:
+    """End this process at once, if it was in a group; else return.
+
+    gloo's threads outlive the group, and one that lets go of a tensor while Python shuts down aborts the process: about
+    one run of ten ended with 134 instead of 0 (torch 2.13).
+    """
+    if _was_rank:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
+                stream.flush()
+        os._exit(code)
+
+
+def _join() -> bool:
+    """Start the process group that the environment describes; return whether there is one to leave.
+
+    Raises:
+        ConfigError: a variable is missing, or its value is impossible.
+        TrainingError: the others do not come, or the launcher is gone.
+    """
+    here = os.environ
+    if "RANK" not in here and "WORLD_SIZE" not in here:
+        return False
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not here.get(name)]
+    if missing and here.get("WORLD_SIZE") != "1":
+        raise ConfigError(
+            f"{', '.join(missing)} not set", where="environment", do="Start ranks with `internlm launch` or torchrun."
+        )
+    if here["WORLD_SIZE"] == "1":
+        return False
+    _check_numbers()
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return False
+    if PARENT in here and "TORCHELASTIC_RUN_ID" in here:
+        _end_with(int(here[PARENT]))
+    if here.get("LOCAL_WORLD_SIZE") != here["WORLD_SIZE"] and "GLOO_SOCKET_IFNAME" not in here:
+        # gloo takes the address of the host's name, which is 127.0.1.1 on many systems
+        found = interface_towards(here["MASTER_ADDR"]) or interface_towards("192.0.2.1")  # anywhere outside
+        here.update({"GLOO_SOCKET_IFNAME": found} if found else {})
+    on_gpus = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+    try:
+        with _interruptible():
+            dist.init_process_group(backend, timeout=timedelta(seconds=JOIN_TIMEOUT_S))
+    except (dist.DistError, RuntimeError) as error:
+        place = f"{here['MASTER_ADDR']}:{here['MASTER_PORT']}"
+        raise TrainingError(f"the other ranks cannot be reached: {_line(error)}", where=place) from error
+    if on_gpus:
+        names = sorted(name for name in here if name.startswith(("NCCL_", "TORCH_NCCL_")))
+        settings = " ".join(f"{name}={here[name]}" for name in names)
+        version = ".".join(map(str, torch.cuda.nccl.version()))
+        logger.info("nccl %s | %s", version, settings or "no NCCL_* variable is set")
+    return True
+
+
+def _check_numbers() -> None:
+    """Check the numbers of the environment, about which torch says little.
+
+    Raises:
+        ConfigError: a number is none, or out of its range.
+    """
+    here = os.environ
+    size = here["WORLD_SIZE"] if here["WORLD_SIZE"].isdecimal() else "0"
+    ranges = {"WORLD_SIZE": (1, 10**7), "RANK": (0, int(size) - 1), "MASTER_PORT": (1, 65535)}
+    for name, (least, most) in ranges.items():
+        if not here[name].isdecimal() or not least <= int(here[name]) <= most:
+            raise ConfigError(
+                "is no such number",
+                where=f"environment: {name}",
+                got=here[name],
+                allowed=[f"{least} to {most}"],
+                do="Start ranks with `internlm launch` or torchrun.",
+            )
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end this process in a block that waits inside torch, where no handler written in Python runs.
+
+    Without it a rank, or a launcher, whose partners do not come could not be interrupted for `JOIN_TIMEOUT_S`.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # ignored, or somebody else's
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _line(error: BaseException) -> str:
+    """Return the first line of an error, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def join_alone() -> None:
+    """Start a process group of this process alone, if it has none: what torch shards, it shards over a group."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+
+
+def _give_up() -> None:
+    """Abandon the process group without waiting for anyone, and see to it that this process ends."""
+    from internlm import compat
+
+    if hasattr(signal, "alarm") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(END_TIMEOUT_S)
+    abort = threading.Thread(target=compat.abort_groups, daemon=True)
+    abort.start()
+    abort.join(END_TIMEOUT_S / 4)
+
+
+def _is_about_others(error: BaseException) -> bool:
+    """Return whether an error says that another rank is gone or late. gloo raises plain RuntimeErrors."""
+    import torch.distributed as dist
+
+    words = r"[Cc]onnection (closed|reset)|Broken pipe|Timed out waiting|wait timeout|Socket closed"
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(re.search(words, str(error))))
+
+
+def _end_with(launcher: int) -> None:
+    """Let Linux send SIGTERM to this process when the launcher is killed: ranks run in sessions of their own.
+
+    Raises:
+        TrainingError: it is gone already, and with it the place where the ranks would meet.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != launcher:  # asked after that call: it says nothing about a parent that ended before
+        raise TrainingError("the launcher ended before this rank had started", where=f"process {launcher}")
+
+
+def interface_towards(host: str) -> str | None:
+    """Return the network interface that leads to a host, or None where it is loopback, or unknown."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect((host, 9))  # a datagram socket sends nothing here
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                address = fcntl.ioctl(probe, 0x8915, name.encode().ljust(256, b"\0"))[20:24]  # SIOCGIFADDR
+                if address == own and not own.startswith(b"\x7f"):
+                    return name
+    return None
+
+
+def gather(value: T) -> list[T]:
+    """Return the value of every rank, in their order. Every rank must call it; small values only."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(work: Callable[[], T]) -> T:
+    """Return what `work` returns here, once it went well on every rank.
+
+    Raises:
+        InternLMError: its own; or a ConfigError with what the first rank that failed said.
+    """
+    failure = None
+    try:
+        result = work()
+    except InternLMError as error:
+        failure = error
+    said = gather(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for number, text in enumerate(said):
+        if text is not None:
+            raise ConfigError(text, where=f"on rank {number}")
+    return result
+
+
+def agree(facts: dict[str, Any]) -> None:
+    """Check that all ranks hold the same facts. Only a digest is exchanged, unless they differ.
+
+    Raises:
+        ConfigError: on every rank, naming the keys that differ and who holds which value.
+    """
+    own = json.dumps(dict(_leaves(facts)), sort_keys=True, default=str)
+    if len(set(gather(hashlib.sha256(own.encode()).hexdigest()))) == 1:
+        return
+    everyone = [json.loads(text) for text in gather(own)]
+    problems = []
+    for key in sorted(set().union(*everyone)):
+        holders: dict[str, list[int]] = {}
+        for number, known in enumerate(everyone):
+            holders.setdefault(json.dumps(known[key]) if key in known else "nothing", []).append(number)
+        if len(holders) > 1:
+            problems.append(f"{key}: " + "; ".join(f"{value} on {_ranks(who)}" for value, who in holders.items()))
+    head = "the ranks differ; give all of them the same recipe, overrides and code"
+    raise ConfigError("\n  ".join([head, *problems]))
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}{key}.")
+    else:
+        yield prefix.removesuffix("."), value
+
+
+def _ranks(numbers: list[int]) -> str:
+    """Return `rank 3` or `ranks 0-2, 5`."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    return f"rank{'s' if len(numbers) > 1 else ''} {text}"
+
+
+def start(words: list[str]) -> int:
+    """Run torch's launcher with a command line until its ranks have ended; return the exit code of the run.
+
+    The code is that of a rank that failed, or 128 + the signal that ended it or this process. Variables PET_*, which
+    are torchrun's options to others (Kubeflow sets them), are dropped: the command line says everything.
+
+    Raises:
+        TrainingError: the launchers of the nodes did not find each other.
+    """
+    import torch.distributed as dist
+    from torch.distributed import run as launcher
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what went wrong is said below, once
+    foreign = sorted(name for name in os.environ if name.startswith("PET_"))
+    for name in foreign:
+        del os.environ[name]
+    if foreign:
+        logger.warning("warning: %s have no effect on internlm launch", ", ".join(foreign))
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        with _interruptible():  # until there are ranks, to whom torch then passes signals on
+            launcher.main(words)
+    except ChildFailedError as error:
+        return _report(error.failures)
+    except SignalException as error:
+        logger.error("internlm launch: %s", error.sigval.name)
+        return 128 + error.sigval
+    except (dist.DistError, RendezvousError) as error:
+        raise TrainingError(
+            f"the nodes did not find each other: {_line(error)}",
+            do="Give every node the same --nodes and --master, and a port that is free on machine 0.",
+        ) from error
+    return 0
+
+
+def _report(failures: dict[int, Any]) -> int:
+    """Say how ranks ended that failed, by their number; return the exit code of the run."""
+    # those that the launcher itself stopped say nothing about why
+    failures = {n: f for n, f in failures.items() if f.exitcode != -signal.SIGTERM} or failures
+    for number, failure in sorted(failures.items()):
+        code = failure.exitcode
+        how = f"ended with exit code {code}" if code >= 0 else f"was ended by {_signal_name(-code)}"
+        logger.error("internlm launch: rank %d (process %d) %s", number, failure.pid, how)
+    # one that was killed comes first: those that lost it end in the same moment, with 1
+    code = min(failures.values(), key=lambda failure: (failure.exitcode > 0, failure.timestamp)).exitcode
+    return int(code if code > 0 else 128 - code)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {number}"

@@ -1,0 +1,110 @@
+"""Recipes as they are shipped: where they start, and on which machines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from internlm import recipe as recipes
+from internlm import runtime
+from internlm.errors import ConfigError
+from internlm.parallel.mesh import Layout
+from internlm.recipe import Recipe
+
+Make = Callable[..., Recipe]
+ROOT = Path(__file__).parents[2] / "recipes"
+GIB = 2**30
+YARN = {"kind": "yarn", "factor": 4.0, "original_length": 32}
+
+
+@pytest.mark.parametrize(("name", "before"), [("7b-32k", "7b"), ("7b-256k", "7b-32k")])
+def test_longer_rows_are_learnt_on_top_of_the_run_before(name: str, before: str) -> None:
+    longer, shorter = (recipes.load(ROOT / f"pretrain/internlm-{each}.yaml").value for each in (name, before))
+    assert longer.init_from == shorter.run != longer.run
+    assert longer.model is not None
+    assert shorter.model is not None
+    assert longer.model.rope.base > shorter.model.rope.base
+    assert longer.model.context_length == longer.data.seq_len > shorter.data.seq_len
+    changed = {"rope": longer.model.rope, "context_length": longer.model.context_length}
+    assert replace(shorter.model, **changed) == longer.model
+    assert longer.train.batch_tokens == shorter.train.batch_tokens
+
+
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        ({"base": 5e5}, "base 500000 and scaling none"),
+        ({"scaling": YARN}, "base 10000 and scaling yarn factor 4.0 original_length 32 beta_fast 32.0 beta_slow 1.0"),
+    ],
+)
+def test_a_run_may_go_on_with_other_rotary_positions_and_says_so(
+    recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, rope: dict[str, Any], words: str
+) -> None:
+    first = recipes.prepare(recipe(run=str(tmp_path / "first"), train__tokens=256))
+    first.fit()
+    value = recipe(
+        init_from=str(tmp_path / "first"),
+        model__rope=rope,
+        model__context_length=64,
+        data__seq_len=64,
+        train__tokens=512,
+    )
+    with caplog.at_level(logging.INFO, logger="internlm"):
+        second = recipes.prepare(value)
+    (line,) = [line for line in caplog.messages if line.startswith("rotary positions")]
+    assert "base 10000 and scaling none in " in line
+    assert f"{words} from now on" in line
+    assert second.model.config == value.model
+    for name, parameter in first.model.named_parameters():
+        assert torch.equal(parameter, second.model.get_parameter(name))
+    second.fit()
+    caplog.clear()
+    assert recipes.prepare(value).progress.step == 2
+    assert not [line for line in caplog.messages if line.startswith("rotary positions")]
+
+
+def test_other_rotary_positions_excuse_no_other_difference(recipe: Make, tmp_path: Path) -> None:
+    recipes.prepare(recipe(run=str(tmp_path / "first"), train__tokens=256)).fit()
+    value = recipe(init_from=str(tmp_path / "first"), model__rope={"base": 5e5}, model__norm_eps=1e-6)
+    with pytest.raises(ConfigError, match=r"another shape than `model`: norm_eps: 1e-05 there, 1e-06 here$"):
+        recipes.prepare(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "world_size", "gib", "full"),
+    [
+        ("pretrain/internlm-7b-1gpu", [], 1, 79, None),
+        ("pretrain/internlm-7b-1gpu", ["parallel.offload=false"], 1, 79, "cuda"),
+        ("pretrain/internlm-7b-1gpu", [], 1, 13, "cuda"),  # the gathered weights alone are 13.6
+        ("pretrain/internlm-7b-1gpu", ['parallel.zero="3"'], 1, 13, None),
+        ("pretrain/internlm-7b-1gpu", ["model.num_layers=64"], 1, 79, "cpu"),
+        ("pretrain/internlm-20b-8gpus", [], 8, 64, None),
+        ("pretrain/internlm-20b-8gpus", ['parallel.zero="2"'], 8, 64, "cuda"),
+        ("pretrain/internlm-20b-8gpus", ["parallel.tensor=4", "parallel.shard=2", 'parallel.zero="2"'], 8, 64, None),
+        ("pretrain/internlm-20b-1024gpus", [], 1024, 64, None),
+        ("pretrain/internlm-20b-1024gpus", ["parallel.optimizer=shard"], 1024, 64, "cuda"),
+        ("sft/internlm-7b-1gpu", [], 1, 94, "cuda"),
+        ("sft/internlm-7b-1gpu", ["optim.state_dtype=bfloat16"], 1, 94, None),
+        ("sft/internlm-7b-1gpu", ["optim.kind=muon"], 1, 94, None),
+    ],
+)
+def test_a_model_that_cannot_fit_is_refused_and_no_other(
+    name: str, overrides: list[str], world_size: int, gib: int, full: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = {"cuda": gib * GIB, "cpu": 128 * GIB}
+    monkeypatch.setattr(runtime, "peak_memory_bytes", lambda device: (0, there[device.type]))
+    recipe = recipes.load(ROOT / f"{name}.yaml", overrides).value
+    assert recipe.model is not None
+    layout = Layout.of(recipe.parallel, world_size)
+    setting = recipes.setting_of(recipe, recipe.model, layout, torch.device("cuda"))
+    if full is None:
+        recipes._check_memory(recipe, recipe.model, layout, setting)
+        return
+    with pytest.raises(ConfigError, match=rf"takes more than \d+ GiB and {full} has {there[full] // GIB} GiB"):
+        recipes._check_memory(recipe, recipe.model, layout, setting)
