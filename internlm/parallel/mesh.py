@@ -202,6 +202,11 @@ class Layout:
             problems.append(
                 f"a pipeline of {self.pipeline} needs as many micro-batches per step, and there are {micro_batches}"
             )
+        if config.schedule in ("zero-bubble", "zbv") and config.recompute.kind in ("full", "operators"):
+            problems.append(
+                f"parallel.schedule {config.schedule} parts the backward of weights from that of inputs, and with "
+                f"parallel.recompute {config.recompute.kind} each would compute the block again"
+            )
         if config.schedule == "interleaved" and micro_batches % self.pipeline:
             problems.append(f"interleaved: {micro_batches} micro-batches are no multiple of pipeline {self.pipeline}")
         return problems

@@ -1,4 +1,4 @@
-"""A model's shape as the config.json of Transformers' Llama, both ways.
+"""A model's shape as the config.json of Transformers' Llama, or with experts of its Mixtral, both ways.
 
 The rotary fields are written in two forms: `rope_theta` and `rope_scaling` for Transformers 4, `rope_parameters` as
 Transformers 5 writes them. All forms are read, and those of Mistral and Qwen2, which are Llamas with other switches.
@@ -11,14 +11,14 @@ from typing import Any
 
 from internlm.config import decode
 from internlm.errors import ConfigError, WeightsError
-from internlm.model.config import DynamicScaling, Llama3Scaling, ModelConfig, Scaling, YarnScaling
+from internlm.model.config import DynamicScaling, ExpertsConfig, Llama3Scaling, ModelConfig, Scaling, YarnScaling
 
-FAMILIES = ("llama", "mistral", "qwen2")
+FAMILIES = ("llama", "mistral", "qwen2", "mixtral")
 """`model_type` of the configs that can be read."""
 
 
 def to_llama(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields of a LlamaConfig, without token ids and dtype.
+    """Return the fields of a LlamaConfig, or of a MixtralConfig, without token ids and dtype.
 
     Raises:
         WeightsError: Transformers refuses the shape.
@@ -53,9 +53,40 @@ def to_llama(config: ModelConfig) -> dict[str, Any]:
         "rope_parameters": {**(rope or {"rope_type": "default"}), "rope_theta": config.rope.base},
         "use_cache": True,
     }
+    if config.experts is not None:
+        fields |= _expert_fields(config, config.experts)
     if positions != config.context_length:
         fields["internlm_context_length"] = config.context_length
     return fields
+
+
+def _expert_fields(config: ModelConfig, experts: ExpertsConfig) -> dict[str, Any]:
+    """Return what makes a Mixtral of a Llama.
+
+    Raises:
+        WeightsError: Mixtral has no such mixture.
+    """
+    missing = {
+        "qkv_bias": config.qkv_bias,
+        "output_bias": config.output_bias,
+        "experts.normalize": not experts.normalize,
+    }
+    for name in (name for name, is_missing in missing.items() if is_missing):
+        raise WeightsError(
+            "experts are written as Transformers' Mixtral, which has them without attention biases and with weights "
+            "that sum to 1",
+            where=f"model.{name}",
+        )
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": experts.count,
+        "num_experts_per_tok": experts.per_token,
+        "router_aux_loss_coef": experts.balance_loss,
+        "internlm_router_z_loss": experts.z_loss,
+        "output_router_logits": False,
+        "sliding_window": None,
+    }
 
 
 def from_llama(fields: Any, path: Path) -> ModelConfig:
@@ -73,7 +104,7 @@ def from_llama(fields: Any, path: Path) -> ModelConfig:
     family = fields.get("model_type")
     if family not in FAMILIES:
         raise WeightsError("this model_type cannot be read", where=path, got=family, allowed=FAMILIES)
-    sliding = fields.get("sliding_window") and fields.get("use_sliding_window", family == "mistral")
+    sliding = fields.get("sliding_window") and fields.get("use_sliding_window", family in ("mistral", "mixtral"))
     unknown = {
         "hidden_act": fields.get("hidden_act", "silu") not in ("silu", "swish"),
         "mlp_bias": bool(fields.get("mlp_bias")),
@@ -100,6 +131,13 @@ def from_llama(fields: Any, path: Path) -> ModelConfig:
             "tie_embeddings": bool(fields.get("tie_word_embeddings")),
             "rope": _rope(fields, positions, path),
         }
+        if family == "mixtral":
+            tree["experts"] = {
+                "count": fields["num_local_experts"],
+                "per_token": fields["num_experts_per_tok"],
+                "balance_loss": fields.get("router_aux_loss_coef", 0.001),
+                "z_loss": fields.get("internlm_router_z_loss", 0.001),
+            }
     except KeyError as error:
         raise WeightsError(f"lacks {error}", where=path) from None
     try:

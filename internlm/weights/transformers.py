@@ -1,5 +1,7 @@
 """Transformers folders, both ways: a plain `LlamaForCausalLM`, so that every other tool loads what we train.
 
+With experts it is a `MixtralForCausalLM`.
+
     export(model.named_parameters(), config, Path("out"), Talk(tokenizer, "chatml"))
     AutoModelForCausalLM.from_pretrained("out")            # no remote code
     model = load("out")                                     # and back: the same bits
@@ -38,7 +40,7 @@ from internlm.model.config import ModelConfig
 from internlm.model.transformer import Transformer
 from internlm.weights.llama_config import from_llama, to_llama
 from internlm.weights.load import Check, load_model, shapes
-from internlm.weights.names import from_transformers, to_transformers
+from internlm.weights.names import expert_of, from_transformers, is_stacked, to_transformers
 from internlm.weights.talk import Talk, write_json
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,11 @@ def export(
                     where=name,
                     do="Export as float32 or bfloat16, or train anew.",
                 )
-            shards.add(to_transformers(name), stored_tensor)
+            if is_stacked(name):
+                for number, matrix in enumerate(stored_tensor):
+                    shards.add(to_transformers(name, number), matrix)
+            else:
+                shards.add(to_transformers(name), stored_tensor)
         shards.close()
         stored = str(shards.main_dtype).removeprefix("torch.")
         # Transformers 4 reads `torch_dtype`, 5 writes `dtype` and reads both.
@@ -137,20 +143,27 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     folder = Path(folder)
     located = _locate(folder)
     # Old exports carry the rotary frequencies, which follow from the config.
-    files = {from_transformers(name): located[name] for name in located if not name.endswith("rotary_emb.inv_freq")}
-    order = [name for name in shapes(read_config(folder)) if name in files]
-    order += [name for name in files if name not in set(order)]
+    named = {name for name in located if not name.endswith("rotary_emb.inv_freq")}
+    found: dict[str, list[str]] = {}  # ours → theirs: one, or one per expert
+    for name in sorted(named, key=lambda name: expert_of(name) or 0):
+        found.setdefault(from_transformers(name), []).append(name)
+    order = [name for name in shapes(read_config(folder)) if name in found]
+    order += [name for name in found if name not in set(order)]
     with ExitStack() as stack:
         opened: dict[Path, Any] = {}
-        for name in order:
-            file = files[name]
+
+        def read(name: str) -> Tensor:
+            file = located[name]
             try:
                 if file not in opened:
                     opened[file] = stack.enter_context(safe_open(file, framework="pt"))
-                tensor = opened[file].get_tensor(to_transformers(name))
+                return opened[file].get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise WeightsError(f"cannot be read: {error}", where=file, do="Copy the file again.") from error
-            yield name, tensor
+
+        for name in order:
+            parts = [read(theirs) for theirs in found[name]]
+            yield name, torch.stack(parts) if is_stacked(name) else parts[0]
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
@@ -259,13 +272,14 @@ def _locate(folder: Path) -> dict[str, Path]:
 
 def _card(config: ModelConfig, dtype: str, talk: Talk) -> str:
     """Return the README.md of an export."""
+    model = "LlamaForCausalLM" if config.experts is None else "MixtralForCausalLM"
     can_chat = talk.template is not None or talk.foreign is not None
     kind = "a base model (plain continuation, no chat format)"
     if can_chat:
         kind = f"a chat model (format `{talk.template}`)" if talk.template else "a chat model (its own format)"
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", "# Model", "",
-        f"A `LlamaForCausalLM` with {config.num_parameters:,} parameters, {kind}.", "",
+        f"A `{model}` with {config.num_parameters:,} parameters, {kind}.", "",
         "| | |", "|---|---|",
         f"| layers | {config.num_layers} |",
         f"| hidden size | {config.hidden_size} |",

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internlm.errors import ConfigError
-from internlm.model.config import ModelConfig
+from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.parallel.mesh import Layout, ParallelConfig
 from internlm.parallel.recompute import RecomputeConfig, chosen
 
@@ -87,6 +87,14 @@ def test_sizes_that_do_not_make_the_world_are_named(config: dict[str, Any], worl
         ({"pipeline": 4}, {"micro": 8}, "a pipeline of 4 needs as many micro-batches per step, and there are 2"),
         ({"pipeline": 2}, {"tie_embeddings": True}, "tie_embeddings"),
         ({"pipeline": 2, "schedule": "interleaved", "stages_per_rank": 2}, {"rows": 5}, "5 micro-batches are no"),
+        (
+            {"pipeline": 2, "schedule": "zbv", "stages_per_rank": 2, "recompute": RecomputeConfig(kind="full")}, {},
+            "schedule zbv parts .*recompute full",
+        ),
+        ({"replicate": 4, "shard": 1, "expert": 2}, {"experts": 4}, "expert 2 does not divide shard 1 × context 1"),
+        ({"context": 4, "expert": 4}, {"experts": 6}, "expert 4 does not divide model.experts.count 6"),
+        ({"context": 4, "expert": 4}, {}, "expert needs a model with experts"),
+        ({"replicate": 2, "optimizer": "all"}, {"experts": 4}, "optimizer all does not cut the states of experts"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_cut_so_is_refused_with_the_numbers(
@@ -99,6 +107,7 @@ def test_what_cannot_be_cut_so_is_refused_with_the_numbers(
     shape = ModelConfig(
         vocab_size=96, hidden_size=32, num_layers=4, num_heads=8, num_kv_heads=4, ffn_size=48,
         tie_embeddings=changes.get("tie_embeddings", False),
+        experts=ExpertsConfig(count=changes["experts"]) if "experts" in changes else None,
     )  # fmt: skip
     layout = Layout.of(options, world)
     with pytest.raises(ConfigError, match=message):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from internlm.errors import WeightsError
 from internlm.infer.engine import Engine
 from internlm.model.config import (
     DynamicScaling,
+    ExpertsConfig,
     LinearScaling,
     Llama3Scaling,
     ModelConfig,
@@ -104,6 +107,44 @@ def test_what_transformers_saves_has_the_same_logits_here(name: str, tmp_path: P
             parameter.mul_(1.1)  # other weights than those we exported
     theirs.save_pretrained(tmp_path / "theirs")
     assert_same_logits(folders.load(tmp_path / "theirs"), theirs)
+
+
+MIXED = ModelConfig(**BASE | {"num_kv_heads": 2, "experts": ExpertsConfig(count=4, per_token=2)})
+
+
+def test_experts_have_the_same_logits_gradients_and_answers_in_mixtral(tmp_path: Path) -> None:
+    model = random_model(MIXED)
+    theirs = exported(model, tmp_path / "out")
+    assert type(theirs).__name__ == "MixtralForCausalLM"
+    assert_same_logits(model, theirs)
+    ids = random_ids(40)
+    model.head.logits(model(ids)).square().mean().backward()
+    theirs(ids).logits.square().mean().backward()
+    router, its = model.blocks["1"].get_submodule("feed_forward.router"), theirs.model.layers[1].mlp.gate
+    torch.testing.assert_close(router.weight.grad, its.weight.grad, rtol=1e-3, atol=1e-5)
+    prompt = random_ids(17)[0].tolist()
+    (answer,) = Engine.from_folder(tmp_path / "out").generate([prompt], max_tokens=24, temperature=0)
+    expected = theirs.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, 17), max_new_tokens=24, do_sample=False
+    )
+    assert answer.tokens == expected[0, 17:].tolist()
+
+
+def test_what_mixtral_saves_has_the_same_logits_here(tmp_path: Path) -> None:
+    theirs = exported(random_model(MIXED), tmp_path / "out")
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(1.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert folders.read_config(tmp_path / "theirs") == MIXED
+    assert_same_logits(folders.load(tmp_path / "theirs"), theirs)
+
+
+@pytest.mark.parametrize("change", [{"qkv_bias": True}, {"experts": ExpertsConfig(count=4, normalize=False)}])
+def test_experts_that_mixtral_has_not_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    model = random_model(replace(MIXED, **change))
+    with pytest.raises(WeightsError, match="Mixtral"):
+        folders.export(model.named_parameters(), model.config, tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])

@@ -24,7 +24,7 @@ from internlm.text.training import train_bpe
 from internlm.weights import transformers as folders
 from internlm.weights.llama_config import to_llama
 from internlm.weights.load import empty, fill, shapes
-from internlm.weights.names import TRANSFORMERS, from_transformers, to_transformers
+from internlm.weights.names import TRANSFORMERS, expert_of, from_transformers, is_stacked, to_transformers
 from internlm.weights.talk import Talk, read_talk
 from internlm.weights.transformers import ExportOptions
 
@@ -44,9 +44,11 @@ def weight_files(folder: Path) -> dict[str, bytes]:
 
 def test_every_name_goes_there_and_back() -> None:
     for ours, theirs in TRANSFORMERS.items():
-        ours, theirs = ours.replace("{i}", "11"), theirs.replace("{i}", "11")
-        assert to_transformers(ours) == theirs
+        ours, theirs = ours.replace("{i}", "11"), theirs.replace("{i}", "11").replace("{e}", "3")
+        expert = 3 if is_stacked(ours) else None
+        assert to_transformers(ours, expert) == theirs
         assert from_transformers(theirs) == ours
+        assert expert_of(theirs) == expert
 
 
 def test_the_table_has_every_weight_of_the_model() -> None:
