@@ -4,6 +4,7 @@ Names and units: `train/loss` nats per token, `train/loss/<source>`, `train/accu
 probable token, `train/step_loss` of the one step, `optim/lr`, `optim/grad_norm`, `optim/skipped_steps`,
 `optim/loss_scale`, `perf/tokens_per_s_per_device`, `perf/tflops`, `perf/mfu` (useful operations over the device's dense
 peak), `perf/hfu` (the same with what is computed again), `perf/step_s`, `perf/data_wait_s`, `mem/peak_gib`,
+of a traced step `perf/comm_s` (something is exchanged) and `perf/comm_wait_s` (and nothing computed meanwhile),
 `progress/tokens`; validation: `valid/loss/<source>` and `valid/bits_per_byte/<source>`; with experts:
 `moe/balance` (1 where all are chosen alike), `moe/z`, `moe/busiest_expert` (how often the most chosen expert of any
 layer was chosen, over the mean of its layer).
@@ -167,10 +168,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def step_line(step: int, total: int, metrics: Metrics, memory: tuple[int, int], eta_s: float) -> str:
     """Return the one line that is logged for a step."""
     used, size = (n / 2**30 for n in memory)
+    waiting = f" | comm wait {metrics['perf/comm_wait_s']:.3g}s" if "perf/comm_wait_s" in metrics else ""
     return (
         f"step {step}/{total} | loss {metrics['train/loss']:.4f} | lr {metrics['optim/lr']:.1e} "
         f"| grad {metrics['optim/grad_norm']:.2f} | {quantity(metrics['perf/tokens_per_s_per_device'])} tok/s/device "
-        f"| mfu {metrics['perf/mfu']:.1%} | mem {used:.1f}/{size:.1f} GiB | eta {duration(eta_s)}"
+        f"| mfu {metrics['perf/mfu']:.1%} | mem {used:.1f}/{size:.1f} GiB | eta {duration(eta_s)}{waiting}"
     )
 
 

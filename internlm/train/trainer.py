@@ -37,6 +37,7 @@ from internlm.train.evaluate import EvaluateConfig, Evaluator
 from internlm.train.loss_scale import LossScale
 from internlm.train.metrics import Meter, Metrics, MetricsFile, is_finite, read_metrics, step_line
 from internlm.train.objective import Objective
+from internlm.train.profile import Trace
 from internlm.train.trackers import Tracker
 
 logger = logging.getLogger(__name__)
@@ -58,9 +59,19 @@ class TrainConfig:
     """Steps with a non-finite loss or gradient are skipped; so many in a row end the run."""
     log_every_steps: int = 10
     """Steps between two logged lines."""
+    trace_every_steps: int | None = 1000
+    """Steps between two that are traced, on several ranks, to know what communication costs: the second is the first. A
+    traced step is slower. None: no step is."""
 
     def __post_init__(self) -> None:
-        names = ("tokens", "batch_tokens", "micro_batch_rows", "max_skipped_steps", "log_every_steps")
+        names = (
+            "tokens",
+            "batch_tokens",
+            "micro_batch_rows",
+            "max_skipped_steps",
+            "log_every_steps",
+            "trace_every_steps",
+        )
         require_positive(self, "train", *names)
         if not self.max_grad_norm >= 0:
             raise ConfigError("must not be negative", where="train.max_grad_norm", got=self.max_grad_norm)
@@ -225,9 +236,9 @@ class Trainer:
         paces: list[float] = []
         final: Metrics = {}
         while self.progress.step < total:
-            metrics = self.step()
+            metrics = self._step_and_trace() if self._is_traced() else self.step()
             step, last = self.progress.step, self.progress.step == total
-            if step % self.config.log_every_steps == 0 or step == 1 or last:
+            if step % self.config.log_every_steps == 0 or step == 1 or last or "perf/comm_s" in metrics:
                 metrics |= self.meter.read()
                 memory = runtime.peak_memory_bytes(self.device)
                 metrics["mem/peak_gib"] = memory[0] / 2**30
@@ -245,6 +256,18 @@ class Trainer:
                 self.save()
                 self.meter.clear()
         return final
+
+    def _is_traced(self) -> bool:
+        every = self.config.trace_every_steps
+        return every is not None and self.parallel.layout.world_size > 1 and self.progress.step % every == 1 % every
+
+    def _step_and_trace(self) -> Metrics:
+        """Take a step and return, besides, what communication cost in it, as a mean over ranks."""
+        with Trace(self.device) as trace:
+            metrics = self.step()
+        spent = torch.tensor([trace.communication_s, trace.waiting_s], dtype=torch.float64, device=self.device)
+        busy, waiting = (self.parallel.total(spent, counted=True) / self.parallel.layout.world_size).tolist()
+        return metrics | {"perf/comm_s": busy, "perf/comm_wait_s": waiting}
 
     def save(self) -> Path:
         """Write a checkpoint of the present state, then drop those beyond `keep_last`; return its folder."""

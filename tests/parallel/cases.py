@@ -17,6 +17,7 @@ from internlm.parallel import collectives, tensor
 from internlm.parallel.mesh import Layout
 from internlm.parallel.microbatch import Runner
 from internlm.recipe import Recipe
+from internlm.train.metrics import read_metrics
 from internlm.train.trainer import Trainer
 from tests.parallel.optimizer_cases import *  # noqa: F403
 from tests.parallel.traffic_cases import *  # noqa: F403
@@ -100,3 +101,10 @@ def gathered_gradients() -> Any:
 
 
 BROKEN = {f.__name__: f for f in (norms_of_parts, means_of_micro_batches, same_rows, gathered_gradients)}
+
+
+def fit(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train a recipe to its end; return the lines of its metrics file."""
+    trainer = recipes.prepare(config.decode(Recipe, tree))
+    trainer.fit()
+    return read_metrics(trainer.run / "metrics.jsonl")
