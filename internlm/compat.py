@@ -168,6 +168,34 @@ def reduce_scatter(out: Tensor, x: Tensor, group: Any) -> None:
     getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, x, group=group)
 
 
+def traced_gather(x: Tensor, group: Any, dim: int) -> Tensor:
+    """Return the x of all ranks joined along a dim, in the form that inductor finds and fuses with products."""
+    from torch.distributed import _functional_collectives as functional
+
+    gathered = getattr(functional, "all_gather_single", functional.all_gather_tensor)
+    return gathered(x.contiguous(), dim, group)
+
+
+def traced_scatter(x: Tensor, group: Any, dim: int) -> Tensor:
+    """Return this rank's part along a dim of the sum of x over a group, in the form that inductor finds and fuses."""
+    from torch.distributed import _functional_collectives as functional
+
+    scattered = getattr(functional, "reduce_scatter_single", functional.reduce_scatter_tensor)
+    return scattered(x, "sum", dim, group)
+
+
+def fuse_collectives(group: Any) -> None:
+    """Make inductor run the gathers and scatters of a group in pieces, beside the products before or after them.
+
+    Names of torch's asynchronous tensor parallelism, all private; from 2.13 on the first call only warns.
+    """
+    import torch._inductor.config as inductor
+    from torch.distributed import _symmetric_memory
+
+    _symmetric_memory.enable_symm_mem_for_group(group.group_name)
+    inductor._micro_pipeline_tp = True
+
+
 def shards(placement: Any, dim: int) -> bool:
     """Return whether a placement cuts a dim. torch's strided placement is private, and in 2.13 not a Shard."""
     return not placement.is_replicate() and not placement.is_partial() and placement.dim == dim

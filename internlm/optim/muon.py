@@ -4,8 +4,13 @@
 
 The factor gives the update the root mean square of a typical AdamW update, so that one learning rate and one weight
 decay serve both (Liu et al. 2025, Muon is Scalable, eq. 4). Only for matrices inside blocks: embeddings, heads, norms
-and biases go to AdamW. The orthogonal factor comes from five Newton-Schulz steps in matrix products alone: singular
-values end between 0.7 and 1.2, which is near enough. Matrices of one shape go through them in one batch.
+and biases go to AdamW. A stack [E, R, C] is E matrices, each of which has its own factor: the experts of a mixture.
+The orthogonal factor comes from five Newton-Schulz steps in matrix products alone: singular values end between 0.7 and
+1.2, which is near enough. Matrices of one shape go through them in batches.
+
+    a matrix cut over S ranks     every rank makes the factor of each S-th matrix: two all-to-alls of what it holds
+    whole experts on each rank    makes the factors of its own: nothing is sent
+    copies                        every copy makes the same factors; `parallel.optimizer` all parts them
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +26,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from internlm.parallel import collectives
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan 2024: steepest at 0, bounded on [0, 1]
+BATCH = 1 << 27
+"""Elements of whole matrices that a rank works on at once: some 2 GiB besides weights and states, and at least one
+matrix. All 64 gates and ups of a 7B model on one GPU would be 2.9e9."""
 
 
 @torch.no_grad()
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Return the approximately orthogonal factor of each matrix [N, R, C].
+    """Return the approximately orthogonal factor of each matrix [N, R, C]; of zeros it is zeros.
 
     In bf16 on GPUs (the iteration forgives it), in the given dtype on CPUs, where bf16 is slower than fp32.
     """
@@ -42,58 +53,103 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over matrices; each parameter group has `lr`, `momentum`, `weight_decay`."""
+    """Muon over matrices [R, C] and stacks of them [E, R, C]; each group has `lr`, `momentum`, `weight_decay`.
+
+    A parameter's state is `momentum`, of its shape, dtype and placement.
+
+    Args:
+        params: parameters or groups of them, plain or DTensors.
+        lr: of groups that have none of their own.
+        momentum: its decay μ, likewise.
+        weight_decay: λ, likewise.
+    """
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                assert parameter.ndim in (2, 3), "only matrices and stacks of them have orthogonal factors"
+                self.state[parameter] = {"momentum": torch.zeros_like(parameter)}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient. All ranks that share one must call it."""
         for group in self.param_groups:
             alike: dict[Any, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    placed = parameter.placements if isinstance(parameter, DTensor) else ()
+                    placed = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else ()
                     alike[parameter.shape, placed].append(parameter)
             for parameters in alike.values():
                 self._update(parameters, group)
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        for p in parameters:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        grads, weights = (_local([p.grad for p in parameters if p.grad is not None]), _local(parameters))
-        momenta = _local([self.state[p]["momentum"] for p in parameters])
-        torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_add_(momenta, grads)
-        ahead = torch._foreach_add(grads, momenta, alpha=group["momentum"])  # Nesterov
-        rows, columns = parameters[0].shape
-        updates = _orthogonal_parts(list(ahead), parameters[0])
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, updates, alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+        """Update parameters of one shape and placement, some matrices at once."""
+        like = parameters[0]
+        rows, columns = like.shape[-2:]
+        cuts = _cuts(like) if isinstance(like, DTensor) else []
+        # What a rank holds of a matrix may be on the CPU; products are made where the ranks talk.
+        device = torch.device(like.device_mesh.device_type) if isinstance(like, DTensor) else like.device
+        at_once = max(1, BATCH // (rows * columns)) * math.prod(cut.ranks for cut in cuts)
+        weights, grads = _matrices(parameters), _matrices([p.grad for p in parameters if p.grad is not None])
+        momenta = _matrices([self.state[p]["momentum"] for p in parameters])
+        for start in range(0, len(weights), at_once):
+            own = slice(start, start + at_once)
+            torch._foreach_mul_(momenta[own], group["momentum"])
+            torch._foreach_add_(momenta[own], grads[own])
+            ahead = torch._foreach_add(grads[own], momenta[own], alpha=group["momentum"])  # Nesterov
+            parts = torch.stack(list(ahead)).to(device, torch.bfloat16 if device.type == "cuda" else None)
+            del ahead
+            updates = _by_turns(parts, cuts).to(weights[start])
+            torch._foreach_mul_(weights[own], 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights[own], updates.unbind(), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
 
-def _local(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+@dataclass(frozen=True)
+class Cut:
+    """How the ranks of a mesh axis share matrices [N, R, C]."""
+
+    dim: int
+    """1: each holds some of the rows, 2: of the columns."""
+    most: int
+    """Rows or columns of the largest part."""
+    group: dist.ProcessGroup
+
+    @property
+    def ranks(self) -> int:
+        """How many share a matrix."""
+        return dist.get_world_size(self.group)
 
 
-def _orthogonal_parts(parts: list[Tensor], like: Tensor) -> list[Tensor]:
-    """Return this rank's parts of the orthogonal factors of matrices.
+def _cuts(like: DTensor) -> list[Cut]:
+    """Return the axes that cut the matrices of a parameter; those that part whole matrices, or nothing, are not there.
 
-    Args:
-        parts: what this rank holds of each matrix.
-        like: a parameter of the matrices' shape, placed as they are.
+    Of axes that cut one dim the last cuts first, and all but the first cut evenly: as `fully_shard` and
+    `optimizer_shard` place what the tensor axis has cut.
     """
-    stacked = torch.stack(parts)
-    if not isinstance(like, DTensor):
-        return list(orthogonalise(stacked).unbind())
-    axes = [axis for axis, placement in enumerate(like.placements) if not placement.is_replicate()]
-    return list(_by_turns(stacked, like, axes).unbind())
+    mesh, last = like.device_mesh, like.ndim
+    dims = {
+        axis: placement.dim  # type: ignore[attr-defined]
+        for axis, placement in enumerate(like.placements)
+        if not placement.is_replicate() and mesh.size(axis) > 1
+    }
+    cuts = []
+    for axis, dim in dims.items():
+        if dim >= last - 2:
+            inner = math.prod(mesh.size(other) for other in dims if other > axis and dims[other] == dim)
+            most = -(-(like.shape[dim] // inner) // mesh.size(axis))
+            cuts.append(Cut(dim - last + 3, most, mesh.get_group(axis)))
+    return cuts
 
 
-def _by_turns(parts: Tensor, like: DTensor, axes: list[int]) -> Tensor:
-    """Return parts [N, r, c] of orthogonal factors: each rank of an axis gets every S-th matrix, and gives it back.
+def _matrices(tensors: list[Tensor]) -> list[Tensor]:
+    """Return this rank's parts [r, c] of all matrices in tensors [R, C] or [E, R, C]; they share memory with them."""
+    parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return [matrix for part in parts for matrix in (part.unbind() if part.ndim == 3 else [part])]
+
+
+def _by_turns(parts: Tensor, cuts: list[Cut]) -> Tensor:
+    """Return parts [N, r, c] of orthogonal factors: each of S ranks gets N / S whole matrices, and gives them back.
 
     Axis by axis, so that in the end no product is made twice; per axis two all-to-alls of what the rank holds. Parts of
     unequal size are padded with zeros, which stay zeros; the order in which rows or columns are joined does not matter,
@@ -101,31 +157,16 @@ def _by_turns(parts: Tensor, like: DTensor, axes: list[int]) -> Tensor:
 
     Args:
         parts: what this rank holds of each matrix.
-        like: a parameter of the matrices' shape, placed as they are.
-        axes: of its mesh, which cut the matrices; of those that cut one dim the last cuts first.
+        cuts: the axes that cut them.
     """
-    if not axes:
+    if not cuts:
         return orthogonalise(parts)
-    axis, *later = axes
-    cut = {a: like.placements[a].dim for a in axes}  # type: ignore[attr-defined]
-    dim, size, group = cut[axis] + 1, like.device_mesh.size(axis), like.device_mesh.get_group(axis)
-    evenly = math.prod(like.device_mesh.size(a) for a in later if cut[a] == cut[axis])
-    most = -(-(like.shape[cut[axis]] // evenly) // size)
-    count, own = parts.shape[0], parts.shape[dim]
-    turns = -(-count // size)
-    shape = [turns * size, *parts.shape[1:]]
-    shape[dim] = most
+    cut, *later = cuts
+    count, own = parts.shape[0], parts.shape[cut.dim]
+    shape = list(parts.shape)
+    shape[0], shape[cut.dim] = -(-count // cut.ranks) * cut.ranks, cut.most
     sent = parts.new_zeros(shape)
-    sent.narrow(dim, 0, own)[:count] = parts
-    got = _exchange(sent.unflatten(0, (turns, size)).transpose(0, 1), group)  # [rank, turn, r, c]
-    made = _by_turns(got.movedim(0, dim).flatten(dim, dim + 1), like, later)
-    back = _exchange(made.unflatten(dim, (size, most)).movedim(dim, 0), group)  # [owner, turn, r, c]
-    return back.transpose(0, 1).flatten(0, 1)[:count].narrow(dim, 0, own)
-
-
-def _exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Send x[r] to rank r; return what came, by rank."""
-    sent = x.contiguous()
-    got = torch.empty_like(sent)
-    dist.all_to_all_single(got, sent, group=group)
-    return got
+    sent[:count].narrow(cut.dim, 0, own).copy_(parts)
+    joined = collectives.exchange(sent, cut.group, 0, cut.dim)
+    back = collectives.exchange(_by_turns(joined, later), cut.group, cut.dim, 0)
+    return back[:count].narrow(cut.dim, 0, own)

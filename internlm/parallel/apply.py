@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from internlm import compat
 from internlm.cost.split import stage_layers
+from internlm.errors import ConfigError
 from internlm.model.config import ModelConfig
 from internlm.model.moe import SideLosses, mixtures
 from internlm.model.transformer import Transformer, initial
@@ -71,6 +73,9 @@ class Parallel:
             if config.float8:
                 float8.convert(part)
             if self.mesh is not None and self.layout.tensor > 1:
+                if config.async_tensor:
+                    _check_async(config, setting)
+                    compat.fuse_collectives(self.mesh.group("tensor"))
                 tensor.cut(part, self.mesh.world["tensor"], sequence=config.sequence)
             if self.mesh is not None and self.layout.context > 1:
                 context.spread(part, self.mesh.group("context"))
@@ -200,6 +205,22 @@ class Parallel:
         shapes = pipeline.Shapes(setting.micro_rows, tokens, tokens // apart, self.shape.hidden_size, setting.dtype)
         group = self.mesh.group("pipeline")
         return pipeline.Pipeline(self.parts, self.config, group, shapes, setting.micro_batches, setting.device)
+
+
+def _check_async(config: ParallelConfig, setting: Setting) -> None:
+    """Check that there is something that sends tokens in pieces.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    needed = {
+        "parallel.sequence": config.sequence,
+        "runtime.compile": setting.compile,
+        "a CUDA device": setting.device.type == "cuda",
+    }
+    missing = [name for name, is_there in needed.items() if not is_there]
+    if missing:
+        raise ConfigError(f"needs {' and '.join(missing)}", where="parallel.async_tensor")
 
 
 @torch.no_grad()

@@ -59,6 +59,8 @@ def collect(x: Tensor, group: Group, dim: int) -> Tensor:
 
 
 def _all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        return compat.traced_gather(x, group, dim)
     size = dist.get_world_size(group)
     out = x.new_empty((size * x.shape[0], *x.shape[1:]))
     compat.all_gather(out, x.contiguous(), group)
@@ -66,6 +68,8 @@ def _all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
 
 
 def _reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        return compat.traced_scatter(x, group, dim)
     size = dist.get_world_size(group)
     parts = x.contiguous() if dim == 0 else torch.cat(x.chunk(size, dim))
     out = parts.new_empty((parts.shape[0] // size, *parts.shape[1:]))

@@ -49,6 +49,9 @@ class ParallelConfig:
     """Of the shard and context ranks, neighbours that hold the experts of a block together. With model.experts."""
     sequence: bool = True
     """With tensor > 1: between the matrices, tokens are split over the tensor ranks instead of repeated."""
+    async_tensor: bool = False
+    """With sequence: send tokens in pieces, while the products with earlier ones are made. On GPUs of one machine, with
+    runtime.compile. Written after torch's rules and checked on graphs; not yet run on several GPUs."""
     zero: Zero = "2"
     """What is kept between uses, from least traffic to least memory. 1: gathered weights and whole gradients, for the
     whole step. 2: gathered weights for the whole step, gradients in parts. 2-gather: weights are gathered once per
