@@ -106,7 +106,8 @@ def seven_b() -> dict[str, Any]:
             recipe,
             [
                 f"run={folder}/run", "model.preset=internlm-7b-8k", "model.num_layers=1", f"data.seq_len={TOKENS}",
-                f"data.train={{random: {{path: {folder}/data}}}}", "data.validation={}", "data.pack=whole",
+                *(f"data.train.{name}.path={folder}/data" for name in ("en", "zh", "code")),
+                f"data.validation.en.path={folder}/data", "data.pack=whole",
                 f"train.tokens={TOKENS}", f"train.batch_tokens={TOKENS}", "train.micro_batch_rows=1",
                 "runtime.device=cpu", "optim.lr=1e-4",
             ],

@@ -7,7 +7,6 @@ of the time left. Only rank 0 speaks at INFO; other ranks speak from WARNING on.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -16,11 +15,13 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _warned: set[str] = set()
+_rank = 0
 
 
-def setup(level: str = "INFO") -> None:
+def setup(level: str = "INFO", rank: int = 0) -> None:
     """Send this package's log to stderr, on rank 0 from `level` on and on the other ranks from WARNING on."""
-    rank = int(os.environ.get("RANK", "0"))
+    global _rank
+    _rank = rank
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     logger = logging.getLogger("internlm")
@@ -73,7 +74,7 @@ class Progress:
         self.terminal = sys.stderr.isatty()
         self.every_s = 0.2 if self.terminal else every_s
         self.last = self.started
-        self.quiet = int(os.environ.get("RANK", "0")) != 0
+        self.quiet = _rank != 0
 
     def advance(self, amount: float = 1.0) -> None:
         """Count `amount` more units as done, and show it if enough time has passed."""

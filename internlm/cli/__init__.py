@@ -46,17 +46,19 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         return _run(words)
     except InternLMError as error:
-        print(f"{_speaker()}{name}: error: {error}", file=sys.stderr)
+        print(f"{_speaker(words)}{name}: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        if not _speaker():
+        if not _speaker(words):
             print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `internlm … | head`
         sys.stderr.close()
         return 1
     except OSError as error:
-        print(f"{_speaker()}{name}: error: {error.strerror or error} ({error.filename or 'output'})", file=sys.stderr)
+        print(
+            f"{_speaker(words)}{name}: error: {error.strerror or error} ({error.filename or 'output'})", file=sys.stderr
+        )
         return 1
 
 
@@ -79,18 +81,24 @@ def _run(words: list[str]) -> int:
     arguments = parse(parser, words[1:])
     from internlm import log, ranks
 
-    ranks.adopt_slurm()
-    log.setup()
+    if verb == "train":
+        ranks.adopt_slurm()
+    log.setup(rank=_rank(words))
     code: int = module.run(arguments)
     if sys.stdout is not None:
         sys.stdout.flush()  # a disk that is full says so here, not after the exit code
     return code
 
 
-def _speaker() -> str:
+def _rank(words: Sequence[str]) -> int:
+    """Return the number of this process. Only a training has ranks, whatever the environment says; it checks them."""
+    number = os.environ.get("RANK", "")
+    return int(number) if words[:1] == ["train"] and number.isascii() and number.isdigit() else 0
+
+
+def _speaker(words: Sequence[str]) -> str:
     """Return what stands before the messages of this process: its rank, unless it is the first or alone."""
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f"[rank {rank}] "
+    return f"[rank {_rank(words)}] " if _rank(words) else ""
 
 
 def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:

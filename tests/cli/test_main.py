@@ -52,6 +52,17 @@ def test_closed_and_full_streams_end_without_a_traceback(command: str, code: int
     assert said in done.stdout + done.stderr
 
 
+def test_only_a_training_takes_its_number_from_the_environment(tmp_path: Path) -> None:
+    """A scheduler's variables are there for every process it starts; a number that is none is refused by name."""
+    none = tmp_path / "none.yaml"
+    assert shell(f"RANK=3 {COMMAND} train {none} --dry-run").stderr.startswith("[rank 3] internlm train: error: ")
+    assert shell(f"RANK=3 {COMMAND} convert {none} out").stderr.startswith("internlm convert: error: ")
+    done = shell(f"RANK= WORLD_SIZE=2 {COMMAND} train {none}")
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "RANK" in done.stderr
+
+
 def test_importing_and_asking_for_help_take_under_half_a_second() -> None:
     """The best of several: the machine may be busy."""
     for arguments in (["-c", "import internlm"], ["-m", "internlm", "--help"], ["-m", "internlm", "train", "--help"]):
