@@ -101,6 +101,8 @@ class Case:
         if "float8" in self.switches:
             kept += ", blocks' products float8"
         again = self.recompute if self.library == "ours" or self.recompute == "none" else "full"
+        if self.library == "torchtitan" and again != "none":
+            again = "by its default"
         return f"{kept}, recompute {again}"
 
     def at(self, layers: int) -> Case:

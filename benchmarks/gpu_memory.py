@@ -4,7 +4,7 @@ The real step of ours (`internlm.plan.dryrun`), and forward and backward of the 
 shapes only, while the bytes of all storages that are alive are added up. Weights, gradients, activations, optimizer
 states and temporary tensors are counted; the context of the driver, the workspaces of libraries and holes in the
 allocator's pool are not: RESERVE_GIB is left for them. Attention is counted as SDPA, compiled blocks as eager ones
-(they keep less), 8-bit products by their plain stand-ins.
+(they keep less), 8-bit products as those in bf16 (they keep less too).
 
 Limit: an estimate. A run that is out of memory all the same starts again with fewer blocks, and says so.
 """
@@ -12,10 +12,11 @@ Limit: an estimate. A run that is out of memory all the same starts again with f
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,11 +37,17 @@ class Ledger:
         self.held = self.peak = 0
         self.known: set[int] = set()
 
-    def see(self, value: Any) -> None:
-        """Count a tensor's storage, once, until it is freed."""
-        if not isinstance(value, torch.Tensor) or value.device.type == "meta":
-            return
-        storage = value.untyped_storage()
+    def see(self, value: Any) -> Any:
+        """Count the storages of tensors, in lists and tuples too, once each until they are freed; return the value."""
+        if isinstance(value, torch.Tensor):
+            if value.device.type != "meta":
+                self._count(value.untyped_storage())
+        elif isinstance(value, list | tuple):
+            for part in value:
+                self.see(part)
+        return value
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self.known:
             return
@@ -57,60 +64,93 @@ class Ledger:
 
 def needed_gib(case: Case) -> float:
     """Return the memory that a step of a case takes, in GiB, RESERVE_GIB included."""
-    counted = _ours(case) if case.library == "ours" else _peer(case)
-    return counted / 2**30 + RESERVE_GIB
+    of_one_kind = replace(case, name=case.library, micro_batches=min(case.micro_batches, 2))
+    counted = _ours(of_one_kind) if case.library == "ours" else _peer(of_one_kind)
+    # States are there all the time: a smaller dtype takes off what it saves.
+    saved = {"float32": 0, "bfloat16": 4, "int8": 6}[case.states] * case.shape.num_parameters
+    return (counted - saved) / 2**30 + RESERVE_GIB
 
 
-def depth(case: Case, available_gib: float, needed: Callable[[Case], float] = needed_gib) -> tuple[int, float]:
-    """Return the most blocks up to the preset's that fit, 0 if none does, and what they take in GiB.
+def depth(
+    case: Case, available_gib: float, most: int, needed: Callable[[Case], float] = needed_gib
+) -> tuple[int, float]:
+    """Return the most blocks, `most` or fewer, that fit, and what they take in GiB; 0 blocks: one is too many already.
 
-    What is needed is a maximum of lines in the depth. A line through one depth that fits and one that does not lies
-    above it between them, so the search ends after a few counts, each verified.
+    What is needed is a maximum of rising lines in the depth. The line through a depth that fits and one that does not
+    lies above it between them: where it says that a depth fits, it does, and a few counts find the last one.
     """
-    most = case.shape.num_layers
-    low, high = 1, most
-    low_gib, high_gib = needed(case.at(low)), needed(case.at(high))
+    low, high, high_gib = 1, most, needed(case.at(most))
+    if high_gib <= available_gib:
+        return high, high_gib
+    low_gib = needed(case.at(low))
     if low_gib > available_gib:
         return 0, low_gib
-    while high_gib > available_gib and high - low > 1:
-        slope = (high_gib - low_gib) / (high - low)
-        middle = low + math.floor((available_gib - low_gib) / slope)
+    while high - low > 1:
+        middle = low + math.floor((available_gib - low_gib) * (high - low) / (high_gib - low_gib))
         middle = min(max(middle, low + 1), high - 1)
         middle_gib = needed(case.at(middle))
         if middle_gib > available_gib:
             high, high_gib = middle, middle_gib
-        elif low == middle or needed(case.at(middle + 1)) > available_gib:
-            return middle, middle_gib
         else:
             low, low_gib = middle, middle_gib
-    return (high, high_gib) if high_gib <= available_gib else (low, low_gib)
+    return low, low_gib
 
 
-def _ours(case: Case) -> float:
-    """Return the bytes that a step of ours takes at most."""
+def common_depth(cases: list[Case], available_gib: float) -> tuple[int, dict[str, float]]:
+    """Return the most blocks with which all cases fit, and what each takes with them in GiB.
+
+    Cases that differ only in what is not counted share a count. Peers come first: they are counted fastest.
+    """
+    kinds = {(case.library, case.states): case for case in cases if case.library != "torchtitan"}
+    ordered = sorted(kinds.values(), key=lambda case: case.library == "ours")
+    most = cases[0].shape.num_layers
+    for case in ordered:
+        most, gib = depth(case, available_gib, most)
+        if most == 0:
+            return 0, {case.name: gib}
+    taken = {(case.library, case.states): needed_gib(case.at(most)) for case in ordered}
+    return most, {case.name: taken[key] for case in cases if (key := (case.library, case.states)) in taken}
+
+
+@functools.cache
+def _ours(case: Case) -> int:
+    """Return the bytes that a step of ours takes at most, with fp32 states and products in bf16."""
     from internlm import config
+    from internlm.optim.optimizer import Optimizer
     from internlm.plan import dryrun
     from internlm.recipe import Recipe
 
     ledger = Ledger()
 
     class Recorder(dryrun.Recorder):
-        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            torch.utils._pytree.tree_map(ledger.see, args)  # weights, which were made before
-            out = super().__torch_dispatch__(operator, types, args, kwargs)
-            torch.utils._pytree.tree_map(ledger.see, out)
-            return out
+        def clear(self) -> None:
+            if ledger.peak:  # the first step is done, and the second would hold no more
+                raise _Counted
+            super().clear()
 
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = config.decode(Recipe, recipe_tree(case, Path(folder)) | {"runtime": {"dtype": case.dtype}})
-    with _as_on_a_gpu(), mock.patch.object(dryrun, "Recorder", Recorder):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ledger.see(args)  # weights, which were made before
+            return ledger.see(super().__torch_dispatch__(operator, types, args, kwargs))
+
+    tree = recipe_tree(case, Path("nowhere")) | {"runtime": {"dtype": case.dtype}}
+    recipe = config.decode(Recipe, tree)
+    # The update works in small pieces, hence holds hardly more than the step before it, and takes longest to count.
+    with (
+        _as_on_a_gpu(),
+        mock.patch.object(dryrun, "Recorder", Recorder),
+        mock.patch.object(Optimizer, "step", return_value=None),
+        contextlib.suppress(_Counted),
+    ):
         dryrun.dry_run(recipe)
-    if case.states == "int8":  # counted as bf16
-        return ledger.peak - 2 * case.shape.num_parameters
     return ledger.peak
 
 
-def _peer(case: Case) -> float:
+class _Counted(Exception):
+    """Ends a dry run early."""
+
+
+@functools.cache
+def _peer(case: Case) -> int:
     """Return the bytes that forward, backward and the optimizer states of a peer take at most."""
     from gpu_peers import build_llama, llama_loss
 
@@ -122,14 +162,13 @@ def _peer(case: Case) -> float:
         def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if operator is torch.ops.aten._local_scalar_dense.default:
                 return 1
-            out = operator(*args, **(kwargs or {}))
-            torch.utils._pytree.tree_map(ledger.see, out)
-            return out
+            return ledger.see(operator(*args, **(kwargs or {})))
 
     with _as_on_a_gpu(), compat.fake_tensors(), Recorder():
         model = build_llama(case, torch.device("cpu"))
         ids = torch.zeros(case.micro_rows, case.seq_len, dtype=torch.int64)
-        llama_loss(model, ids, case).backward()
+        for _ in range(case.micro_batches):
+            llama_loss(model, ids, case).backward()
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     return ledger.peak + 2 * parameters
 
@@ -139,5 +178,5 @@ def _as_on_a_gpu() -> Iterator[None]:
     """Let linear layers take the product that autocast knows: the CPU's own is made in fp32."""
     from internlm import compat
 
-    with mock.patch.object(compat, "has_onednn_linear", lambda: False):
+    with mock.patch.object(compat, "has_onednn_linear", return_value=False):
         yield

@@ -26,8 +26,9 @@ FAMILIES = (
         r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitk|matmul|scaled_mm|addmm|\bbmm\b|\bmm\b|linear|triton_tem|mkldnn",
     ),
     ("optimizer", r"multi_tensor_apply|adam|lerp"),
+    ("norms and elementwise", r"triton_(poi|red|per)"),  # fused with the casts beside them
     ("copies and casts", r"copy|memcpy|memset|::fill_|::zero_|_to_copy|FillFunctor|CatArray|::cat$"),
-    ("norms and elementwise", r"elementwise|reduce|norm|softmax|triton_(poi|red|per)|silu|mul|add|sub|div|sum|exp"),
+    ("norms and elementwise", r"elementwise|reduce|norm|softmax|silu|mul|add|sub|div|sum|exp"),
 )
 OTHER, IDLE = "other", "idle"
 _PATTERNS = [(family, re.compile(pattern, re.IGNORECASE)) for family, pattern in FAMILIES]

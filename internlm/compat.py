@@ -244,7 +244,7 @@ def scaled_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype
     capable = a.is_cuda and torch.cuda.get_device_capability(a.device) >= (8, 9)
     if capable and dtype in (torch.bfloat16, torch.float16):
         return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=False)
-    return (a.float() @ b.float()).mul_(a_scale * b_scale).to(dtype)
+    return (a.float() @ b.float() * (a_scale * b_scale)).to(dtype)
 
 
 def start_profiler(device: torch.device) -> Any:

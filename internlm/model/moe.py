@@ -250,8 +250,12 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tenso
     if compat.has_grouped_product(x):
         return compat.grouped_product(x, weight.mT if transposed else weight, ends)
     out = x.new_empty(x.shape[0], weight.shape[1 if transposed else 2])
+    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and compat.has_onednn_linear()
     for rows, matrix in zip(_groups(x, ends), weight, strict=True):
-        torch.mm(x[rows], matrix.t() if transposed else matrix, out=out[rows])
+        if onednn:
+            out[rows] = compat.onednn_linear(x[rows], matrix if transposed else matrix.t())
+        else:
+            torch.mm(x[rows], matrix.t() if transposed else matrix, out=out[rows])
     return out
 
 

@@ -53,6 +53,9 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(1, -1)
         x = tokens if self.embedding is None else self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            # Autocast casts products only: the stream, and with it rotated queries and keys, would stay in fp32.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         layout = attention.arrange(documents, x.device, x.dtype, self.attention_path)
         rotation = self.rope(positions, x.dtype)
         for block in self.blocks.values():

@@ -100,7 +100,8 @@ class Parallel:
         # A sharded model gathers its weights in `dtype`; a plain one keeps them in fp32.
         is_plain = self.mesh is None or copies_only
         low = is_plain and setting.dtype != torch.float32
-        autocast = torch.autocast(setting.device.type, setting.dtype) if low else None
+        # Without its cache: that keeps a copy of every weight through forward, where recompute wants none kept.
+        autocast = torch.autocast(setting.device.type, setting.dtype, cache_enabled=False) if low else None
         self.run = Runner(self.parts, config, self.mesh, replicas, self._pipeline(setting), autocast)
 
     def named_parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:

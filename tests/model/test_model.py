@@ -273,6 +273,25 @@ def test_the_head_never_holds_all_logits() -> None:
         assert largest.elements <= heads.CHUNK_LOGITS
 
 
+def test_under_autocast_the_stream_and_all_that_attention_sees_are_in_its_dtype() -> None:
+    """Else queries and keys are in fp32 beside values in bf16, and flash attention takes none of them."""
+    model, seen = build(toy(), 0), []
+    plain = attention.attend
+    for block in model.blocks.values():
+        block.register_forward_hook(lambda module, arguments, out: seen.append(out.dtype))
+        block.attention.attend = lambda q, k, v, documents: (
+            seen.extend(x.dtype for x in (q, k, v))
+            or plain(  # type: ignore[union-attr]
+                q, k, v, documents
+            )
+        )
+    tokens = torch.randint(0, 97, (2, 16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model(tokens)
+    assert set(seen) == {torch.bfloat16} == {hidden.dtype}
+    torch.testing.assert_close(hidden.float(), build(toy(), 0)(tokens), rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize("foreseen", [True, False])
 def test_the_head_under_autocast_multiplies_in_bf16_and_keeps_fp32_gradients(foreseen: bool) -> None:
     head, hidden, labels, coefficients = head_case()

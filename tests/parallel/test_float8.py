@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from internlm.errors import ConfigError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
 from internlm.parallel import float8
+from internlm.parallel.recompute import RecomputeConfig, recompute
 
 SHAPE = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, ffn_size=48, qkv_bias=True)
 
@@ -39,6 +42,21 @@ def test_the_scale_of_a_tensor_changes_nothing(scale: float) -> None:
     scaled = float8.product(x * scale, w, None) / scale
     assert torch.allclose(plain, scaled, rtol=0.1, atol=0.05)
     assert float8.product(torch.zeros(8, 32), w, None).eq(0).all()
+
+
+@pytest.mark.parametrize("kind", ["full", "operators"])
+def test_recomputing_eight_bit_products_changes_nothing(kind: Literal["full", "operators"]) -> None:
+    ids = torch.randint(64, (2, 16))
+    gradients = []
+    for config in (RecomputeConfig(), RecomputeConfig(kind=kind)):
+        model = build(SHAPE, 0)
+        float8.convert(model)
+        recompute(model, config)
+        model(ids).square().sum().backward()
+        gradients.append([parameter.grad for name, parameter in model.named_parameters() if name != "head.weight"])
+    for plain, again in zip(*gradients, strict=True):
+        assert plain is not None
+        assert torch.equal(plain, again)
 
 
 def test_a_model_learns_in_eight_bits_as_in_thirty_two() -> None:

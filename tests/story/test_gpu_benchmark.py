@@ -24,28 +24,43 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_benchmark_runs_at_toy_shape_and_writes_all_its_figures(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
     out = tmp_path / "gpu.json"
-    done = run(
-        *"--device cpu --preset toy --seq 64 --rows 2 --recompute none --documents 2 --layers 1".split(),
-        *"--skip-parity --steps 10 --warmup 1 --only ours+bf16states transformers --out".split(),
-        str(out),
+    words = (
+        "--device cpu --preset toy --seq 64 --rows 2 --recompute none --documents 2 --layers 1 --skip-parity "
+        "--steps 10 --warmup 1 --only ours+bf16states --out"
     )
+    done = run(*words.split(), str(out))
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert {"date", "command", "hardware", "groups"} <= set(report)
     (group,) = report["groups"]
     assert group["layers"] == 1
     assert group["peak_tflops"]["measured"] > 0
-    for row in group["rows"]:
-        assert row["same_model"]
-        assert len(row["step_s"]) == 10
-        assert row["tokens_per_s"] == pytest.approx(128 / (row["step_ms"] / 1e3))
-        assert 0 < row["of_measured_ceiling"] < 1
-        assert row["wall_s"] == pytest.approx(sum(row["step_s"]), rel=0.05)
-        assert row["breakdown"]["ms"]["matmul"] > 0
-        assert row["breakdown"]["ms"]["optimizer"] > 0
-        assert row["breakdown"]["step_ms"] == pytest.approx(sum(row["breakdown"]["ms"].values()), rel=0.02)
+    (row,) = group["rows"]
+    assert row["tokens_per_s"] == pytest.approx(128 / (row["step_ms"] / 1e3))
+    assert row["of_measured_ceiling"] > 0
+    assert "states bfloat16" in row["policy"]
+    check(row)
+
+
+def test_the_peer_trains_the_same_model_and_is_measured_by_the_same_lines() -> None:
+    pytest.importorskip("transformers")
+    from gpu_cases import Case
+    from gpu_work import run_case
+
+    case = Case("transformers", "toy", 1, 64, 2, 2, 2, dtype="float32", device="cpu", warmup=1, steps=10)
+    check(run_case(case))
+
+
+def check(row: dict[str, Any]) -> None:
+    """Assert what holds of every contender."""
+    assert row["same_model"]
+    assert len(row["step_s"]) == 10
+    assert row["wall_s"] == pytest.approx(sum(row["step_s"]), rel=0.05)
+    assert all(4 < loss < 7 for loss in row["losses"])  # random ids: about ln 256
+    times = row["breakdown"]["ms"]
+    assert min(times[name] for name in ("matmul", "attention", "optimizer")) > 0
+    assert row["breakdown"]["step_ms"] == pytest.approx(sum(times.values()), rel=0.1)
 
 
 def test_without_a_gpu_it_says_so_and_fails(tmp_path: Path) -> None:
@@ -143,6 +158,40 @@ def test_the_deepest_model_that_fits_is_found() -> None:
         assert depth(case, available, 32, needed)[0] == expected
         assert len(calls) <= 8
     assert depth(case, 21.0, 32, needed)[0] == 0
+
+
+def test_ours_out_of_memory_starts_the_group_again_with_fewer_blocks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import argparse
+
+    import gpu_train
+    from gpu_cases import Case
+
+    tried = []
+
+    def run_worker(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+        if job["task"] == "ceilings":
+            return {"best": {"float32": 1.0}}
+        tried.append((job["case"]["name"], job["case"]["layers"]))
+        if job["case"]["layers"] == 2 or job["case"]["name"] != "ours":
+            return {"error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"}
+        breakdown = {"step_ms": 1000.0, "ms": {"matmul": 700.0, "idle": 300.0}}
+        found = {"step_s": [1.0] * 10, "peak_gib": 1.0, "same_model": True, "breakdown": breakdown}
+        return found | {"losses": [5.0] * 10}
+
+    monkeypatch.setattr(gpu_train, "run_worker", run_worker)
+    monkeypatch.setattr(gpu_train, "plan", lambda group, available: (2, {}))
+    report: dict[str, Any] = {"hardware": {"device": "NVIDIA H100 80GB HBM3"}, "groups": []}
+    first = Case("ours", "toy", 0, 64, 2, dtype="float32", device="cpu")
+    group = [first, Case("transformers", "toy", 0, 64, 2, dtype="float32", device="cpu")]
+    gpu_train.measure(group, 80.0, argparse.Namespace(out=tmp_path / "gpu.json"), report)
+    assert tried == [("ours", 2), ("ours", 1), ("transformers", 1)]
+    ours, peer = report["groups"][0]["rows"]
+    assert report["groups"][0]["layers"] == 1
+    assert ours["gap_ms"] == pytest.approx(300)
+    assert ours["mfu"] == pytest.approx(first.at(1).flops / 67e12)
+    assert "out of memory" in peer["error"]
 
 
 def test_memory_is_counted_from_shapes_and_states_take_what_they_should() -> None:
