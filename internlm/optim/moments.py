@@ -13,14 +13,15 @@ int8        Blocks of 256 neighbours share a scale, their largest magnitude, and
             becomes zero: a parameter's step is otherwise divided by nothing.
 
 Measured by the tests: a tiny language model ends within 0.1% of the loss of fp32 states.
-Limits: exact resume for int8 needs roots of the second moment above 1e-19 (their squares are what a checkpoint holds).
+Limits: exact resume for int8 needs roots of the second moment above 1e-19 (their squares are what a checkpoint holds),
+and the layout it was saved in, as blocks lie elsewhere in another; first moments below 1e-38 are zero.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,9 +60,10 @@ def update(weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, rule: Rul
 
 
 def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Return fp32 x in bf16, each entry one of its two neighbours, nearer ones more often; infinities stay."""
+    """Return fp32 x in bf16, each entry one of its two neighbours, nearer ones more often; inf and nan stay."""
     noise = torch.empty(x.shape, dtype=torch.int32, device=x.device).random_(0, 1 << 16, generator=generator)
-    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+    rounded = ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+    return torch.where(x.isnan(), x, rounded).bfloat16()  # the bits of a GPU's nan are 0x7fffffff: a carry makes it -0
 
 
 @functools.cache
@@ -85,15 +87,18 @@ def fractions(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return codes, uint8 and of the shape [n] of x, and scales [n / 256, rounded up] of x, fp32."""
-    table, bounds = fractions(signed, x.device)
+    """Return codes, uint8 and of the shape [n] of x, and scales [n / 256, rounded up] of x, fp32.
+
+    A block without normal numbers becomes zero: dividing by its scale would say nothing.
+    """
+    _, bounds = fractions(signed, x.device)
     blocks = torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(dim=1)
-    shares = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    codes = torch.bucketize(shares, bounds)
+    scales = scales.masked_fill(scales < torch.finfo(torch.float32).tiny, 0)
+    shares = blocks / scales.masked_fill(scales == 0, math.inf)[:, None]
+    codes = torch.bucketize(shares, bounds, out_int32=True)
     if not signed:
-        zero = int((table == 0).nonzero()[-1])
-        codes = torch.where((shares > 0) & (codes <= zero), zero + 1, codes)
+        codes = torch.where((shares > 0) & (codes == 0), 1, codes)  # the first of these fractions is 0
     return codes.to(torch.uint8).view(-1)[: len(x)], scales
 
 
@@ -113,10 +118,20 @@ def update_int8(weight: Tensor, grad: Tensor, state: dict[str, Tensor], rule: Ru
         state: `mean` and `root`, uint8 [n], with `mean_scale` and `root_scale`, fp32 [n / 256, rounded up].
         rule: of the step.
     """
-    mean = decode(state["mean"], state["mean_scale"], signed=True)
-    square = decode(state["root"], state["root_scale"], signed=False).square_()
+    mean, square = _recalled(state)
     update(weight, grad, mean, square, rule)
-    for name, values in (("mean", mean), ("root", square.sqrt_())):
+    _keep(state, mean, square)
+
+
+def _recalled(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the two moments, fp32 [n], from their codes."""
+    mean = decode(state["mean"], state["mean_scale"], signed=True)
+    return mean, decode(state["root"], state["root_scale"], signed=False).square_()
+
+
+def _keep(state: dict[str, Tensor], mean: Tensor, square: Tensor) -> None:
+    """Put the two moments, fp32 [n], into their codes."""
+    for name, values in (("mean", mean), ("root", square.sqrt())):
         codes, scales = encode(values, signed=name == "mean")
         state[name].copy_(codes)
         state[f"{name}_scale"].copy_(scales)
@@ -124,6 +139,9 @@ def update_int8(weight: Tensor, grad: Tensor, state: dict[str, Tensor], rule: Ru
 
 class CompactAdamW(torch.optim.Optimizer):
     """AdamW with moments in bf16 or int8; each parameter group has `lr` and `weight_decay`.
+
+    A parameter's state is `step`, fp32 [] on the CPU, and `exp_avg` and `exp_avg_sq` of its shape and placement; or for
+    int8 `mean`, `root` and their scales (`update_int8`), flat, of what this rank holds of it.
 
     Args:
         params: parameter groups, fp32.
@@ -146,10 +164,10 @@ class CompactAdamW(torch.optim.Optimizer):
         state = {"step": torch.zeros(())}  # on the CPU, where it is read
         if self.state_dtype == "bfloat16":
             return state | {slot: torch.zeros_like(parameter, dtype=torch.bfloat16) for slot in _MOMENTS}
-        codes = _flat(parameter).to(torch.uint8)
+        codes = torch.zeros_like(_flat(parameter), dtype=torch.uint8)
         scales = torch.zeros(-(-len(codes) // BLOCK), device=codes.device)
         return state | {
-            "mean": torch.zeros_like(codes),
+            "mean": codes,
             "mean_scale": scales,
             "root": torch.zeros_like(codes),
             "root_scale": scales.clone(),
@@ -168,14 +186,10 @@ class CompactAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 rule = Rule(group["lr"], *self.betas, self.eps, group["weight_decay"], int(state["step"]))
                 weight, grad = _flat(parameter), _flat(parameter.grad)
-                for start in range(0, len(weight), SLAB):
-                    own = slice(start, start + SLAB)
+                for own, part in _slabs(state, len(weight)):
                     if self.state_dtype == "int8":
-                        scaled = slice(start // BLOCK, (start + SLAB) // BLOCK)
-                        part = {name: value[scaled if "scale" in name else own] for name, value in _tensors(state)}
                         update_int8(weight[own], grad[own], part, rule)
                     else:
-                        part = {name: _flat(value)[own] for name, value in _tensors(state)}
                         self._update_bfloat16(weight[own], grad[own], part, rule, number)
 
     def _update_bfloat16(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], rule: Rule, number: int) -> None:
@@ -188,33 +202,41 @@ class CompactAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def decoded(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Return the state of a parameter as torch's AdamW has it: for int8 as fp32 copies, placed as the parameter."""
+        """Return the state of a parameter as torch's AdamW has it: `step`, `exp_avg`, `exp_avg_sq`.
+
+        For int8 they are fp32 copies, cut over ranks as the parameter is, but in the CPU's memory: decoded at once, as
+        a checkpoint needs them, all states are four times what the GPU has room for.
+        """
         state = self.state[parameter]
         if self.state_dtype == "bfloat16":
             return state
-        mean = decode(state["mean"], state["mean_scale"], signed=True)
-        square = decode(state["root"], state["root_scale"], signed=False).square_()
-        made = {slot: torch.zeros_like(parameter) for slot in _MOMENTS}
-        for slot, values in zip(_MOMENTS, (mean, square), strict=True):
-            _flat(made[slot]).copy_(values)
+        made = {slot: torch.zeros_like(parameter, device="cpu") for slot in _MOMENTS}
+        mean, square = (_flat(made[slot]) for slot in _MOMENTS)
+        for own, part in _slabs(state, len(mean)):
+            for place, values in zip((mean[own], square[own]), _recalled(part), strict=True):
+                place.copy_(values)
         return {"step": state["step"], **made}
 
     @torch.no_grad()
     def restore(self, parameter: Tensor, state: dict[str, Tensor]) -> None:
-        """Take over what was loaded into the tensors of `decoded`."""
+        """Take over what was loaded into the tensors of `decoded`; they may lie elsewhere."""
         if self.state_dtype == "bfloat16":
             return
         mean, square = (_flat(state[slot]) for slot in _MOMENTS)
-        own = self.state[parameter]
-        own["mean"], own["mean_scale"] = encode(mean, signed=True)
-        own["root"], own["root_scale"] = encode(square.sqrt(), signed=False)
+        for own, part in _slabs(self.state[parameter], len(mean)):
+            device = part["mean"].device
+            _keep(part, mean[own].to(device), square[own].to(device))
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _tensors(state: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    return [(name, value) for name, value in state.items() if name != "step"]
+def _slabs(state: dict[str, Tensor], length: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    """Yield stretches of a parameter's [n] entries, each with what the state holds of it, which shares its memory."""
+    for start in range(0, length, SLAB):
+        own, blocks = slice(start, start + SLAB), slice(start // BLOCK, (start + SLAB) // BLOCK)
+        flat = {name: _flat(value) for name, value in state.items() if name != "step"}
+        yield own, {name: value[blocks if name.endswith("_scale") else own] for name, value in flat.items()}
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Groups by role, decided by name and shape (`role`):
 
-    matrix      weights inside blocks                       decayed
+    matrix      weights inside blocks, stacked ones too     decayed
     table       embedding and head                          decayed only if asked
     vector      norms and biases                            never decayed
 
@@ -50,9 +50,11 @@ class AdamWConfig:
     """Of AdamW's two moments: 8, 4 or 2 bytes per parameter. Norms and biases, and Muon's momentum, stay float32."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "weight_decay", "table_lr_ratio"):
+        for name in ("lr", "weight_decay", "table_lr_ratio"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError("must be finite and not negative", where=f"optim.{name}", got=getattr(self, name))
+        if not 0 < self.eps < math.inf:  # else the row of an id that never occurred becomes 0 / 0
+            raise ConfigError("must be finite and positive", where="optim.eps", got=self.eps)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError("must lie in [0, 1)", where="optim.betas", got=self.betas)
 
@@ -82,14 +84,23 @@ def role(name: str, parameter: Tensor) -> Role:
 
 
 class Optimizer:
-    """One or two torch optimizers over named parameters."""
+    """The torch optimizers, one to three, that update named parameters.
+
+    Args:
+        config: which, with their numbers.
+        parameters: fp32, plain or DTensors, each once; those that need no gradient are left out.
+    """
 
     def __init__(self, config: AdamWConfig | MuonConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self.lr = config.lr
+        """Peak learning rate."""
         self.names: dict[Tensor, str] = {p: name for name, p in parameters if p.requires_grad}
+        """Of every parameter that is updated."""
         by_role: dict[Role, list[Tensor]] = {"matrix": [], "table": [], "vector": []}
         for parameter, name in self.names.items():
             by_role[role(name, parameter)].append(parameter)
         self.parts: list[torch.optim.Optimizer] = []
+        """Each parameter is in one of them; groups have `peak_lr` besides `lr`."""
         settings: dict[Role, tuple[float, float]] = {
             "matrix": (config.lr, config.weight_decay),
             "table": (config.lr * config.table_lr_ratio, config.weight_decay * config.decay_tables),
@@ -119,7 +130,7 @@ class Optimizer:
             part.step()
 
     def named_state(self) -> dict[str, Tensor]:
-        """Return every state tensor as `<parameter name>.<slot>`; those of int8 are copies in fp32."""
+        """Return every state tensor as `<parameter name>.<slot>`; those of int8 are copies, in fp32 and on the CPU."""
         return {
             f"{self.names[parameter]}.{slot}": value
             for part in self.parts
@@ -136,20 +147,17 @@ class Optimizer:
                     part.restore(parameter, {slot: state[f"{name}.{slot}"] for slot in ("exp_avg", "exp_avg_sq")})
 
     def _allocate_state(self) -> None:
-        """Create zero state tensors, as the first step would: a checkpoint holds all of them, whenever it is made."""
+        """Create the zero states of torch's AdamW before its first step: every checkpoint holds all of them."""
         for part in self.parts:
-            if isinstance(part, CompactAdamW):
-                continue
+            if not isinstance(part, torch.optim.AdamW):
+                continue  # ours has them from the start
             for group in part.param_groups:
                 for p in group["params"]:
-                    if isinstance(part, Muon):
-                        part.state[p] = {"momentum": torch.zeros_like(p)}
-                    else:
-                        part.state[p] = {
-                            "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                            "exp_avg": torch.zeros_like(p),
-                            "exp_avg_sq": torch.zeros_like(p),
-                        }
+                    part.state[p] = {
+                        "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
 
 
 @torch.no_grad()
@@ -188,7 +196,8 @@ def scale_to_norm(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float
     scale = torch.ones_like(norm)
     if limit > 0:
         scale = torch.where(norm.isfinite(), (limit / (norm + 1e-6)).clamp(max=1.0), scale)
-    torch._foreach_mul_(local([p.grad for p in parameters if p.grad is not None]), (scale / divisor).float())
+    grads = local([p.grad for p in parameters if p.grad is not None])
+    torch._foreach_mul_(grads, (scale / divisor).float().to(grads[0].device))  # with parallel.offload on the CPU
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:

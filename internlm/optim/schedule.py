@@ -35,8 +35,15 @@ class ScheduleConfig:
         for name in ("warmup_ratio", "final_ratio", "decay_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError("must lie between 0 and 1", where=f"schedule.{name}", got=getattr(self, name))
-        if self.kind != "wsd" and self.decay_ratio != ScheduleConfig.decay_ratio:
-            warn_once(logger, f"schedule.decay_ratio has no effect with schedule.kind {self.kind}")
+        if self.kind == "wsd" and self.warmup_ratio + self.decay_ratio > 1 + 1e-9:
+            raise ConfigError(
+                "begins before the warm-up is over", where="schedule.decay_ratio", got=self.decay_ratio,
+                allowed=[f"at most 1 - schedule.warmup_ratio = {1 - self.warmup_ratio:g}"],
+            )  # fmt: skip
+        idle = {"decay_ratio": self.kind != "wsd", "final_ratio": self.kind == "constant"}
+        for name, has_no_effect in idle.items():
+            if has_no_effect and getattr(self, name) != getattr(ScheduleConfig, name):
+                warn_once(logger, f"schedule.{name} has no effect with schedule.kind {self.kind}")
 
 
 def rate(config: ScheduleConfig, step: int, total_steps: int) -> float:

@@ -123,6 +123,7 @@ class Group:
         self.cut = [each for each in slices if each.dim is not None]
         self.whole = [each for each in slices if each.dim is None]
         self.sizes = [math.prod(each.piece) for each in self.cut]
+        self.streams = torch.get_device_module(device)
         self.waiting = len(slices)
         self.is_due = False
         self.done: torch.Event | None = None
@@ -133,6 +134,9 @@ class Group:
         grads = [each.parameter.grad for each in self.slices]
         if all(grad is None for grad in grads):
             return
+        if any(each.part.device.type != self.device.type for each in self.slices):
+            # Inside backward torch before 2.13 copies gradients to the CPU without waiting for the copy.
+            self.streams.current_stream().synchronize()
         replicas = dist.get_world_size(self.group)
         sent = torch.empty(replicas, sum(self.sizes), device=self.device)
         for each, place in zip(self.cut, sent.split(self.sizes, dim=1), strict=True):
@@ -282,12 +286,11 @@ def _slice(name: str, parameter: nn.Parameter, mesh: Mesh) -> Slice:
     replicas, place = mesh.layout.replicate, mesh.at.replicate
     dim, placement = _placement(parameter, replicas)
     part = _local(parameter)
-    own = part.new_zeros(part.shape)
+    shape = list(part.shape)
     if dim is not None:
         length = -(-part.shape[dim] // replicas)
-        shape = list(part.shape)
         shape[dim] = min(length, max(0, part.shape[dim] - place * length))
-        own = part.new_zeros(shape)
+    own = part.new_zeros(shape)
     placements = [placement, *parameter.placements]
     return Slice(name, parameter, nn.Parameter(_placed(own, parameter, everywhere, placements)), dim, replicas, place)
 

@@ -121,12 +121,10 @@ def run_of(recipe: Recipe, world_size: int) -> traffic.Run:
     """
     shape, parallel, layout = shape_of(recipe), recipe.parallel, Layout.of(recipe.parallel, world_size)
     setting = _setting(recipe, shape, layout)
-    parts_backward = layout.pipeline > 1 and parallel.schedule in ("zero-bubble", "zbv")
     limits = {
         "model.experts": shape.experts is not None,
         "objective.z_loss": recipe.objective.z_loss != 0,
         "optim.kind": recipe.optim.kind == "muon",
-        "parallel.recompute": parts_backward and parallel.recompute.kind in ("full", "operators"),
     }
     for where, is_beyond in limits.items():
         if is_beyond:

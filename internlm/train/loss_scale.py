@@ -24,9 +24,11 @@ class LossScale:
     """The scale of a run; saved with its progress."""
 
     value: float = 1.0
+    """What losses are multiplied by before backward, and gradients divided by after: a power of two."""
     good_steps: int = 0
     """Since the last change."""
     is_dynamic: bool = False
+    """Whether steps change it."""
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> LossScale:
@@ -34,7 +36,12 @@ class LossScale:
         return cls(FIRST, 0, True) if dtype == torch.float16 else cls()
 
     def update(self, is_finite: bool) -> bool:
-        """Learn how a step went; return whether it failed for no other reason than too large a scale."""
+        """Learn how a step went; return whether it failed for no other reason than too large a scale.
+
+        Args:
+            is_finite: whether loss and gradient norm are, summed over all ranks: one rank's overflow is everybody's,
+                and scales never part.
+        """
         if not self.is_dynamic:
             return False
         if is_finite:

@@ -186,7 +186,7 @@ class Trainer:
             self.optimizer.step(lr_share)
             self.parallel.share()
             self.progress.skipped_in_a_row = 0
-        if self.scale.update(is_good):
+        if count > 0 and self.scale.update(is_good):
             logger.info("step %d skipped: loss scale lowered to %g", self.progress.step, self.scale.value)
         elif not is_good:
             self._skip(loss, norm, count)
@@ -194,7 +194,7 @@ class Trainer:
 
         # 6. Report.
         return {
-            "optim/lr": lr_share * self.optimizer.parts[0].param_groups[0]["peak_lr"],
+            "optim/lr": lr_share * self.optimizer.lr,
             "optim/grad_norm": float(norm),
             "optim/skipped_steps": self.progress.skipped_steps,
             "optim/loss_scale": self.scale.value,

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from internlm import compat
 from internlm.errors import ConfigError
-from internlm.model.config import ModelConfig
+from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.model.transformer import build
+from internlm.optim import muon
 from internlm.optim.muon import Muon, orthogonalise
 from internlm.optim.optimizer import AdamWConfig, MuonConfig, Optimizer, role, scale_to_norm, squared_norm
 from internlm.optim.schedule import ScheduleConfig, rate
 
 SHAPE = ModelConfig(vocab_size=61, hidden_size=16, num_layers=2, num_heads=2, ffn_size=24, qkv_bias=True)
+MIXED = replace(SHAPE, experts=ExpertsConfig(count=3))
+both_shapes = pytest.mark.parametrize("shape", [SHAPE, MIXED], ids=["dense", "experts"])
 
 
-def test_only_matrices_inside_blocks_decay() -> None:
-    model = build(SHAPE, 0)
+@both_shapes
+def test_only_matrices_inside_blocks_decay(shape: ModelConfig) -> None:
+    model = build(shape, 0)
     optimizer = Optimizer(AdamWConfig(weight_decay=0.3, table_lr_ratio=2.0, lr=1e-3), model.named_parameters())
     seen = {}
     for group in optimizer.parts[0].param_groups:
@@ -76,17 +85,92 @@ def test_muon_moves_matrices_by_an_orthogonal_step_of_adamw_size() -> None:
     assert p.detach().square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)  # RMS of an AdamW update
 
 
-def test_muon_takes_matrices_and_adamw_the_rest() -> None:
-    model = build(SHAPE, 0)
-    optimizer = Optimizer(MuonConfig(), model.named_parameters())
-    muon, adamw = optimizer.parts
-    assert {role(optimizer.names[p], p) for g in muon.param_groups for p in g["params"]} == {"matrix"}
-    assert {role(optimizer.names[p], p) for g in adamw.param_groups for p in g["params"]} == {"table", "vector"}
+@both_shapes
+def test_muon_takes_matrices_and_adamw_the_rest(shape: ModelConfig) -> None:
+    model = build(shape, 0)
+    optimizer = Optimizer(MuonConfig(weight_decay=0.3), model.named_parameters())
+    first, second = optimizer.parts
+    assert isinstance(first, Muon)
+    assert {group["weight_decay"] for group in first.param_groups} == {0.3}
+    taken = {optimizer.names[p] for g in first.param_groups for p in g["params"]}
+    assert taken == {name for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim > 1}
+    assert {role(optimizer.names[p], p) for g in second.param_groups for p in g["params"]} == {"table", "vector"}
 
 
-@pytest.mark.parametrize("config", [AdamWConfig(), MuonConfig()])
-def test_state_before_the_first_step_has_the_names_and_shapes_of_later(config: AdamWConfig) -> None:
-    model, other = build(SHAPE, 0), build(SHAPE, 0)
+def step_by_muon(parameters: list[torch.nn.Parameter], gradients: list[list[torch.Tensor]]) -> None:
+    optimizer = Muon(parameters, lr=0.1, weight_decay=0.5)
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 16), (4, 16, 8), (1, 8, 8)])
+def test_muon_treats_each_matrix_of_a_stack_as_if_it_were_alone(shape: tuple[int, ...]) -> None:
+    stack = torch.nn.Parameter(torch.randn(shape))
+    alone = [torch.nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    gradients = [torch.randn(shape) * torch.logspace(-2, 2, shape[0])[:, None, None] for _ in range(3)]
+    step_by_muon([stack], [[gradient] for gradient in gradients])
+    step_by_muon(alone, [list(gradient) for gradient in gradients])
+    torch.testing.assert_close(stack.detach(), torch.stack([matrix.detach() for matrix in alone]))
+
+
+def test_muon_works_on_no_more_matrices_at_once_than_fit_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = [torch.randn(5, 8, 16), torch.randn(8, 16), torch.randn(5, 8, 16)]
+    gradients = [[torch.randn_like(p) for p in start] for _ in range(2)]
+    results, counts = [], []
+
+    def counted(matrices: torch.Tensor) -> torch.Tensor:
+        counts.append(len(matrices))
+        return orthogonalise(matrices)
+
+    monkeypatch.setattr(muon, "orthogonalise", counted)
+    for batch in (1 << 27, 3 * 8 * 16, 1):
+        monkeypatch.setattr(muon, "BATCH", batch)
+        results.append([torch.nn.Parameter(p.clone()) for p in start])
+        step_by_muon(results[-1], gradients)
+    assert counts == [10, 1] * 2 + [3, 3, 3, 1, 1] * 2 + [1] * 22
+    for other in results[1:]:
+        for found, wanted in zip(other, results[0], strict=True):
+            torch.testing.assert_close(found.detach(), wanted.detach())
+
+
+def test_muon_refuses_what_is_no_matrix() -> None:
+    with pytest.raises(AssertionError, match="only matrices"):
+        Muon([torch.nn.Parameter(torch.zeros(4))], lr=1.0)
+
+
+def test_only_axes_that_cut_matrices_make_ranks_exchange_them() -> None:
+    compat.join_fake_group(0, 8)
+    try:
+        mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("shard", "tensor"))
+        inner = compat.shard_inside(1, 4)
+        found = {}
+        for name, placements in {
+            "whole experts": [Shard(0), Replicate()],
+            "rows of some experts": [Shard(0), Shard(1)],
+            "columns": [Replicate(), Shard(2)],
+            "rows and columns": [Shard(1), Shard(2)],
+            "rows twice": [inner, Shard(1)],
+        }.items():
+            local = torch.zeros(2, 3, 5)
+            like = DTensor.from_local(local, mesh, placements, run_check=False, shape=(8, 20, 30), stride=(600, 30, 1))
+            found[name] = [(cut.dim, cut.most, cut.ranks) for cut in muon._cuts(like)]
+    finally:
+        compat.leave_fake_group()
+    assert found == {
+        "whole experts": [],
+        "rows of some experts": [(1, 5, 4)],
+        "columns": [(2, 8, 4)],
+        "rows and columns": [(1, 10, 2), (2, 8, 4)],
+        "rows twice": [(1, 3, 2), (1, 5, 4)],
+    }
+
+
+@both_shapes
+@pytest.mark.parametrize("config", [AdamWConfig(), MuonConfig(), AdamWConfig(state_dtype="int8")])
+def test_state_before_the_first_step_has_the_names_and_shapes_of_later(config: AdamWConfig, shape: ModelConfig) -> None:
+    model, other = build(shape, 0), build(shape, 0)
     first, second = Optimizer(config, model.named_parameters()), Optimizer(config, other.named_parameters())
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -145,6 +229,20 @@ def test_schedules_take_the_courses_they_draw() -> None:
     assert {rate(ScheduleConfig(kind="constant", warmup_ratio=0), s, total) for s in range(total)} == {1.0}
 
 
+def test_a_fall_that_would_begin_in_the_warm_up_is_an_error() -> None:
+    ScheduleConfig(kind="wsd", warmup_ratio=0.7, decay_ratio=0.3)
+    with pytest.raises(ConfigError, match=r"decay_ratio: begins before .* \(got 0\.5\); allowed: at most .* 0\.4"):
+        ScheduleConfig(kind="wsd", warmup_ratio=0.6, decay_ratio=0.5)
+
+
+def test_ratios_that_a_course_does_not_use_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        ScheduleConfig(kind="linear", decay_ratio=0.123)
+        ScheduleConfig(kind="constant", final_ratio=0.123)
+    assert "schedule.decay_ratio has no effect with schedule.kind linear" in caplog.text
+    assert "schedule.final_ratio has no effect with schedule.kind constant" in caplog.text
+
+
 def test_a_ratio_outside_zero_to_one_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"schedule\.warmup_ratio"):
         ScheduleConfig(warmup_ratio=2000)
@@ -156,6 +254,7 @@ def test_a_ratio_outside_zero_to_one_is_an_error() -> None:
         ("lr", -1.0),
         ("lr", math.nan),
         ("eps", -1.0),
+        ("eps", 0.0),
         ("weight_decay", math.inf),
         ("table_lr_ratio", -1.0),
         ("betas", (0.9, 1.0)),

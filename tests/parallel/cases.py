@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Replicate
 
 from internlm import config
 from internlm import recipe as recipes
@@ -20,12 +20,8 @@ from internlm.recipe import Recipe
 from internlm.train.metrics import read_metrics
 from internlm.train.trainer import Trainer
 from tests.parallel.optimizer_cases import *  # noqa: F403
+from tests.parallel.optimizer_cases import whole
 from tests.parallel.traffic_cases import *  # noqa: F403
-
-
-def whole(tensor: Tensor) -> np.ndarray:
-    """Return all of a tensor. Every rank that holds a part must call it."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().numpy().copy()
 
 
 def train(tree: dict[str, Any], steps: int, broken: str | None = None) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from torch.distributed.tensor import DTensor
 
 from internlm import compat, config
 from internlm import recipe as recipes
+from internlm.optim import muon
 from internlm.optim.optimizer import local
 from internlm.parallel import optimizer_shard
 from internlm.recipe import Recipe
 
-__all__ = ["count_traffic", "train_and_save", "wait_order"]
+__all__ = ["count_traffic", "train_and_save", "train_one_matrix_at_once", "wait_order"]
 
 
 def whole(tensor: Tensor) -> np.ndarray:
@@ -44,6 +45,13 @@ def train_and_save(tree: dict[str, Any], steps: int) -> dict[str, Any]:
         "bytes": sum(part.numel() * part.element_size() for part in local(held)),
         "valid": trainer.evaluator(trainer.parallel, final=True),
     }
+
+
+def train_one_matrix_at_once(tree: dict[str, Any], steps: int) -> dict[str, Any]:
+    """As `train_and_save`; Muon's batches have room for nothing, so that each rank makes one product at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(muon, "BATCH", 0)
+        return train_and_save(tree, steps)
 
 
 def count_traffic(tree: dict[str, Any]) -> list[tuple[str, int]]:

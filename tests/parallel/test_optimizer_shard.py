@@ -59,7 +59,8 @@ def name_of(value: object) -> str | None:
     if not isinstance(value, dict):
         return None
     if "vocab_size" in value:
-        return {str(EVEN): "even", str(ODD): "odd", str(TIED): "tied"}[str(value)]
+        kind = "odd" if value["hidden_size"] % 2 else "tied" if "tie_embeddings" in value else "even"
+        return kind + (f"-experts{value['experts']['count']}" if "experts" in value else "")
     return "-".join(f"{key}{each}" for key, each in value.items() if not isinstance(each, dict))
 
 

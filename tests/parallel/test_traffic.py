@@ -131,10 +131,6 @@ def test_ranks_that_are_there_exchange_the_same(
         ({"optim": {"kind": "muon"}}, "optim.kind"),
         ({"objective": {"kind": "lm", "z_loss": 1e-4}}, "objective.z_loss"),
         ({"model": MODEL | {"experts": {"count": 4}}}, "model.experts"),
-        (
-            {"parallel": {"pipeline": 2, "schedule": "zbv", "stages_per_rank": 2, "recompute": FULL}, "model": FOUR},
-            "parallel.recompute",
-        ),
     ],
     ids=str,
 )

@@ -195,8 +195,10 @@ def test_a_skipped_step_does_not_hide_the_loss_of_the_others(recipe: Make, tmp_p
     assert losses(tmp_path / "run")[-1] == pytest.approx(math.log(280), abs=0.5)
 
 
-def test_a_step_with_nothing_to_train_on_is_skipped(recipe: Make) -> None:
-    trainer = recipes.prepare(recipe())
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_step_with_nothing_to_train_on_is_skipped(recipe: Make, dtype: str) -> None:
+    trainer = recipes.prepare(recipe(runtime__dtype=dtype))
+    scale = trainer.scale.value
     draw = trainer.loader.next_batch
 
     def masked(rows: int):  # type: ignore[no-untyped-def]
@@ -208,6 +210,7 @@ def test_a_step_with_nothing_to_train_on_is_skipped(recipe: Make) -> None:
     trainer.loader.next_batch = masked  # type: ignore[method-assign]
     trainer.step()
     assert trainer.progress.skipped_steps == 1
+    assert trainer.scale.value == scale  # nothing overflowed
     assert all(torch.equal(before[n], v) for n, v in weights(trainer).items())
 
 
