@@ -54,20 +54,33 @@ def with_micro_batches(recipe: Recipe, world_size: int, most: int) -> Recipe:
 
 
 def measure(recipe: Recipe, rank: int, world_size: int) -> dict[str, Any]:
-    """Return what a rank's step exchanges, counted and by formula, and stop if they differ."""
+    """Return what a rank's step exchanges, counted and by formula, and stop if they differ.
+
+    The formula knows no experts: their steps are counted only, by group instead of axis.
+    """
     started = time.perf_counter()
-    run = dryrun.run_of(recipe, world_size)
     step = dryrun.dry_run(recipe, rank, world_size)
-    collectives = traffic.step_traffic(run, rank)
-    assert step.exchanges == traffic.by_group(collectives), "the formula is not what the step does"
+    if dryrun.shape_of(recipe).experts is None:
+        collectives = traffic.step_traffic(dryrun.run_of(recipe, world_size), rank)
+        assert step.exchanges == traffic.by_group(collectives), "the formula is not what the step does"
+        exchanges = [
+            {"axis": axis, "kind": kind, "calls": calls, "bytes": size}
+            for (axis, kind), (calls, size) in sorted(traffic.by_axis(collectives).items())
+        ]
+    else:
+        found = sorted(step.exchanges.items())
+        collectives = [traffic.Collective("world", key[2], *sums, *key[:2]) for key, sums in found]
+        exchanges = [
+            {"ranks": ranks, "apart": stride, "kind": kind, "calls": calls, "bytes": size}
+            for (ranks, stride, kind), (calls, size) in found
+        ]
+    data, length = Layout.of(recipe.parallel, world_size).data, recipe.data.seq_len
+    micro_rows = recipe.train.micro_rows(length, data)
     return {
         "rank": rank,
         "ranks": world_size,
-        "micro_batches": run.micro_batches,
-        "exchanges": [
-            {"axis": axis, "kind": kind, "calls": calls, "bytes": size}
-            for (axis, kind), (calls, size) in sorted(traffic.by_axis(collectives).items())
-        ],
+        "micro_batches": recipe.train.batch_tokens // length // data // micro_rows,
+        "exchanges": exchanges,
         "total": {name: round(value) for name, value in traffic.total(collectives, GPUS_PER_NODE)._asdict().items()},
         "resident_gb": round((8 * step.weights + 8 * step.updated) / 1e9, 2),
         "took_s": round(time.perf_counter() - started, 1),

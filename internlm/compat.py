@@ -79,6 +79,19 @@ def _flex(device_type: str) -> Any:
     return torch.compile(flex) if device_type == "cuda" else flex
 
 
+def as_products(x: Tensor) -> Tensor:
+    """Return x in the dtype in which autocast makes products here; x itself without it. On meta torch cannot say."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def without_autocast(x: Tensor) -> Any:
+    """Return a context in which products with x are made in its own dtype. There is none for meta, nor a need."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 @functools.cache
 def has_onednn_linear() -> bool:
     """Return whether torch's oneDNN product for fp32 linear layers can be called here (x86 and Arm CPU builds)."""

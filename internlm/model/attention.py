@@ -116,11 +116,13 @@ def attend_from(q: Tensor, k: Tensor, v: Tensor, documents: Documents, first: in
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return SDPA over [B, T, heads, E] tensors; causal without a mask."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    if grouped and q.device.type == "cpu":
-        # The CPU's flash kernel knows no groups: enable_gqa falls back to the kernel that holds all scores.
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        grouped = False
+    grouped = False
+    if q.shape[1] != k.shape[1]:
+        if q.device.type == "cpu":
+            # The CPU's flash kernel knows no groups: enable_gqa falls back to the kernel that holds all scores.
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        else:
+            grouped = True
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return out.transpose(1, 2)
 

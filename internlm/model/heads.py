@@ -74,11 +74,9 @@ class LanguageHead(nn.Module):
             coefficients: [B, T] fp32, what each log-probability is multiplied by in the loss; tokens with 0 are not
                 computed at all on the CPU, and their outputs are 0 there.
         """
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):
-            # Autocast reaches some of the products in the functions below and not others: cast here, once.
-            hidden = hidden.to(torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
+        # Autocast reaches some of the products in the functions below and not others: cast here, once.
+        hidden = compat.as_products(hidden)
+        with compat.without_autocast(hidden):
             return self._score(hidden, labels, coefficients)
 
     def _score(self, hidden: Tensor, labels: Tensor, coefficients: Tensor | None) -> TokenOutputs:

@@ -136,7 +136,7 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         """Return [B, T, D] from the normalised stream x [B, T, D]; padding (document −1) is in no side loss."""
-        with torch.autocast(x.device.type, enabled=False):
+        with compat.without_autocast(x):
             logits = self.router(x)
         p = logits.softmax(-1)  # [B, T, E]
         gates, chosen = p.topk(self.config.per_token)  # [B, T, k]
@@ -221,8 +221,7 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         weight: one matrix per group, in the dtype of x or cast to it.
         ends: [E] int32, where each group's rows end.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = compat.as_products(x)
     return _Grouped.apply(x, weight.to(x.dtype), ends)
 
 

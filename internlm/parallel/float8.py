@@ -50,8 +50,7 @@ def convert(model: Transformer) -> None:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x [..., in] · weight [out, in] transposed + bias, in the dtype of x (under autocast: in its)."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = compat.as_products(x)
     out = _Product.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias.to(out.dtype)
 

@@ -79,9 +79,9 @@ def means_of_micro_batches() -> Any:
     """Divide each micro-batch by its own count and the number of micro-batches."""
     plain = Runner.train
 
-    def train(self: Runner, batches: Any, loss: Any) -> Tensor:
+    def train(self: Runner, batches: Any, loss: Any, token_share: Tensor | None = None) -> Tensor:
         total = sum(float(b.weights.sum()) for b in batches)
-        return plain(self, batches, lambda h, b: loss(h, b) * total / (len(batches) * b.weights.sum()))
+        return plain(self, batches, lambda h, b: loss(h, b) * total / (len(batches) * b.weights.sum()), token_share)
 
     return mock.patch.object(Runner, "train", train)
 
