@@ -105,6 +105,7 @@ def _mixtral(ours: Mixture, shape: ModelConfig, experts: ExpertsConfig) -> nn.Mo
         num_local_experts=experts.count,
         num_experts_per_tok=experts.per_token,
     )
+    config._experts_implementation = "grouped_mm"  # what a whole model takes by itself
     theirs = MixtralSparseMoeBlock(config)
     names = ("w_gate", "w_up", "w_down")
     w_gate, w_up, w_down = (ours.experts.get_submodule(name).get_parameter("weight") for name in names)

@@ -127,9 +127,14 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def has_grouped_product(x: Tensor) -> bool:
-    """Return whether one kernel multiplies groups of rows of x by a matrix each: bf16 on GPUs from the A100 on."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+def has_grouped_product(*factors: Tensor) -> bool:
+    """Return whether one kernel multiplies groups of rows by a matrix each.
+
+    On GPUs from the A100 on, in bf16, with rows of multiples of 16 bytes, and if there are rows at all.
+    """
+    first = factors[0]
+    fits = all(x.dtype == torch.bfloat16 and x.numel() and all(n % 8 == 0 for n in x.shape[1:]) for x in factors)
+    return first.is_cuda and fits and torch.cuda.get_device_capability(first.device) >= (8, 0)
 
 
 def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
@@ -288,6 +293,9 @@ def _quiet() -> Iterator[None]:
     import os
     import sys
 
+    if sys.stderr is None:  # closed
+        yield
+        return
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

@@ -248,15 +248,35 @@ def _newest_of(run: Path, recipe: Recipe) -> Checkpoint | None:
         )
     before = store.open_checkpoint(begun)
     wanted = recipe.model or before.config
-    if before.config != wanted:
-        old, new = config.encode(before.config), config.encode(wanted)
-        differing = [key for key in new if old[key] != new[key]]
+    differing = _differences(before.config, wanted, _LOSSES)
+    if differing:
         raise ConfigError(
-            f"the run folder holds a run of another model ({', '.join(differing)} differ)",
+            f"the run folder holds a run of another model ({'; '.join(differing)})",
             where=recipe.run,
             do="Choose another `run`, or give the old values back.",
         )
     return before
+
+
+_LOSSES = ("experts.balance_loss", "experts.z_loss")
+"""Fields of a model that say how it is trained, not what it is."""
+
+
+def _differences(there: ModelConfig, here: ModelConfig, free: tuple[str, ...]) -> list[str]:
+    """Return what differs between two models, in words; fields that are free, and all below them, may differ."""
+    found = []
+
+    def compare(old: Any, new: Any, path: str) -> None:
+        if path in free or old == new:
+            return
+        if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+            for key in new:
+                compare(old[key], new[key], f"{path}.{key}" if path else key)
+        else:
+            found.append(f"{path}: {old} there, {new} here")
+
+    compare(config.encode(there), config.encode(here), "")
+    return found
 
 
 def _source(init_from: str | None) -> Source:
@@ -300,9 +320,14 @@ def _check_memory(recipe: Recipe, shape: ModelConfig, layout: Layout, setting: S
     if optim.kind == "muon":  # one for matrices
         moments = min(moments, 4)
     copies = layout.replicate if parallel.optimizer == "all" else 1
-    own = shape.num_parameters / (layout.pipeline * layout.tensor)
+    parts = layout.pipeline * layout.tensor
+    own = shape.num_parameters / parts
+    experts = shape.num_layers * (shape.feed_forward_parameters if shape.experts else 0) / parts
     is_gathered = (cut > 1 or parallel.offload) and (parallel.zero != "3" or layout.pipeline > 1)
-    states, gathered = own * (8 + moments / copies) / cut, own * setting.dtype.itemsize * is_gathered
+    states, gathered = (
+        own * (8 + moments / copies) / cut,
+        (own - experts + experts / parallel.expert) * setting.dtype.itemsize * is_gathered,
+    )
     home = torch.device("cpu") if parallel.offload else setting.device
     held = {home: states}
     held[setting.device] = held.get(setting.device, 0) + gathered
@@ -327,8 +352,7 @@ def _check_start(source: Source, shape: ModelConfig, loader: Loader) -> None:
         ConfigError: naming the numbers or the tokenizers that differ.
     """
     old, new = config.encode(source.config), config.encode(shape)
-    free = ("context_length", "rope", "init")
-    differing = [f"{key}: {old[key]} there, {new[key]} here" for key in new if key not in free and old[key] != new[key]]
+    differing = _differences(source.config, shape, ("context_length", "rope", "init", *_LOSSES))
     if differing:
         raise ConfigError("has another shape than `model`: " + "; ".join(differing), where=f"init_from {source.path}")
     if old["rope"] != new["rope"]:

@@ -4,7 +4,8 @@
 
 Dropless: every token reaches the experts it chose, however many chose the same (Gale et al. 2022). Tokens are sorted
 by expert, and each of the three products is one grouped product over all experts, whose shapes do not depend on who
-chose whom. The router works in fp32: a rounding there changes which expert is chosen.
+chose whom. The router works in fp32: a rounding there changes which expert is chosen. (Over ranks its weight is
+gathered in the dtype of products, as all weights are.)
 
 Two side losses keep the router healthy, both means over the tokens that are not padding:
 
@@ -93,6 +94,8 @@ class Rows:
 class SideLosses:
     """What a mixture adds to the loss, and what it counts, while a model is trained.
 
+    Counts come as the gradient of a tensor: once in each backward, however often forward runs, compiled or not.
+
     Args:
         experts: how many there are.
         device: of the model.
@@ -101,21 +104,16 @@ class SideLosses:
     def __init__(self, experts: int, device: torch.device) -> None:
         self.share = torch.zeros((), device=device)
         """What a token's side losses are multiplied by: 1 / tokens of the step, times any loss scale."""
-        self.chosen = torch.zeros(experts, device=device)
-        """How often each expert was chosen since the last `clear`."""
-        self.sums = torch.zeros(3, device=device)
-        """Σ balance, Σ z, and the tokens they are summed over."""
+        self.counter = torch.zeros(experts + 3, device=device, requires_grad=True)
+
+    @property
+    def counts(self) -> Tensor:
+        """How often each expert was chosen since the last `clear`; Σ balance, Σ z, and the tokens of both sums."""
+        return torch.zeros_like(self.counter) if self.counter.grad is None else self.counter.grad
 
     def clear(self) -> None:
         """Start counting again."""
-        self.chosen.zero_()
-        self.sums.zero_()
-
-    @torch.no_grad()
-    def count(self, chosen: Tensor, balance: Tensor, z: Tensor, tokens: Tensor) -> None:
-        """Add a forward pass; one that is computed again counts again, which changes no mean."""
-        self.chosen += chosen
-        self.sums += torch.stack([balance, z, tokens])
+        self.counter.grad = None
 
 
 class Mixture(nn.Module):
@@ -145,7 +143,8 @@ class Mixture(nn.Module):
         out = self._mix(x.flatten(0, 1), gates.flatten(0, 1), chosen.flatten()).view_as(x)
         if self.sides is None or not torch.is_grad_enabled():
             return out
-        return _Tied.apply(out, self._side_losses(self.sides, logits, p, chosen, documents), self.sides.share)
+        side, counts = self._side_losses(logits, p, chosen, documents)
+        return _Tied.apply(out, side, self.sides.share, self.sides.counter, counts)
 
     def _mix(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
         """Return [N, D] from tokens x [N, D], their gates [N, k] and their experts, N · k numbers."""
@@ -154,14 +153,12 @@ class Mixture(nn.Module):
         back = order.argsort()
         numbers = torch.arange(self.config.count, device=x.device)
         ends = torch.searchsorted(experts, numbers, right=True).int()  # [E]
-        rows = _Rearranged.apply(x, order, back, per_token)
-        rows = _Rearranged.apply(self.dispatch(rows, ends, self.experts), back, order, 1)
+        rows = rearrange(x, order, back, per_token)
+        rows = rearrange(self.dispatch(rows, ends, self.experts), back, order)
         return (rows.unflatten(0, (-1, per_token)) * gates[..., None].to(rows.dtype)).sum(1).to(x.dtype)
 
-    def _side_losses(
-        self, sides: SideLosses, logits: Tensor, p: Tensor, chosen: Tensor, documents: Documents
-    ) -> Tensor:
-        """Return the sum over tokens of what the side losses add, a scalar with a gradient; count it in `sides`."""
+    def _side_losses(self, logits: Tensor, p: Tensor, chosen: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
+        """Return the sum over tokens of what the side losses add, a scalar with a gradient; and what is counted."""
         experts, per_token = self.config.count, self.config.per_token
         here = p.new_ones(p.shape[:2]) if documents.ids is None else (self.rows.own(documents.ids) >= 0).float()
         ones = here[..., None].expand_as(chosen).flatten(1)
@@ -170,8 +167,8 @@ class Mixture(nn.Module):
         shares = counts / (per_token * tokens).clamp(min=1)  # f [B, E]
         balance = experts * (shares[:, None] * p * here[..., None]).sum()
         z = (logits.logsumexp(-1).square() * here).sum()
-        sides.count(counts.sum(0), balance, z, here.sum())
-        return self.config.balance_loss * balance + self.config.z_loss * z
+        side = self.config.balance_loss * balance + self.config.z_loss * z
+        return side, torch.cat([counts.sum(0), torch.stack([balance, z, here.sum()])]).detach()
 
 
 def mixtures(model: nn.Module) -> dict[int, Mixture]:
@@ -181,6 +178,11 @@ def mixtures(model: nn.Module) -> dict[int, Mixture]:
         if isinstance(module, Mixture):
             found[int(name.split(".")[1])] = module
     return found
+
+
+def rearrange(x: Tensor, order: Tensor, back: Tensor, repeats: int = 1) -> Tensor:
+    """Return rows [R, …] of x [R / repeats, …], each repeated, in an order [R]; `back` is the order that undoes it."""
+    return _Rearranged.apply(x, order, back, repeats)
 
 
 class _Rearranged(torch.autograd.Function):
@@ -200,17 +202,17 @@ class _Rearranged(torch.autograd.Function):
 
 
 class _Tied(torch.autograd.Function):
-    """x, and with it a scalar whose gradient is `share` whatever that of x is."""
+    """x, and with it two tensors whose gradients are `share` and `counts`, whatever the gradient of x is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, side: Tensor, share: Tensor) -> Tensor:
-        ctx.save_for_backward(share)
+    def forward(ctx: Any, x: Tensor, side: Tensor, share: Tensor, counter: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(share, counts)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (share,) = ctx.saved_tensors
-        return grads[0], share.clone(), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor, None]:
+        share, counts = ctx.saved_tensors
+        return grads[0], share.clone(), None, counts.clone(), None
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -246,7 +248,7 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tenso
 
     Operators of our own: the loop over groups looks at numbers, which neither compiling nor a dry run can do.
     """
-    if compat.has_grouped_product(x):
+    if compat.has_grouped_product(x, weight):
         return compat.grouped_product(x, weight.mT if transposed else weight, ends)
     out = x.new_empty(x.shape[0], weight.shape[1 if transposed else 2])
     onednn = x.device.type == "cpu" and x.dtype == torch.float32 and compat.has_onednn_linear()
@@ -266,8 +268,10 @@ def _(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
 @torch.library.custom_op("internlm::grouped_outer", mutates_args=())
 def _outer(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """Return the gradients [E, N, K] of the groups' matrices, from those of the results [R, N] and from x [R, K]."""
-    if compat.has_grouped_product(x):
-        return compat.grouped_product(grad.t(), x, ends)
+    if compat.has_grouped_product(x, grad):
+        is_empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+        # The kernel of some GPUs leaves what it finds in the result of an empty group.
+        return compat.grouped_product(grad.t(), x, ends).masked_fill_(is_empty[:, None, None], 0)
     out = x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
     for group, rows in enumerate(_groups(x, ends)):
         torch.mm(grad[rows].t(), x[rows], out=out[group])

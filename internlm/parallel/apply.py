@@ -67,6 +67,8 @@ class Parallel:
         self.layout = Layout.of(config, 1 if is_alone else dist.get_world_size())
         self.mesh = None if is_alone else Mesh(self.layout, setting.device.type, config.expert)
         self.parts = self._split(setting)
+        if config.async_tensor:
+            _check_async(config, setting)
         sliced = optimizer_shard.applies(config, self.layout)
         copies_only = self.layout.replicate == self.layout.world_size and not config.offload and not sliced
         for part in self.parts:
@@ -74,7 +76,6 @@ class Parallel:
                 float8.convert(part)
             if self.mesh is not None and self.layout.tensor > 1:
                 if config.async_tensor:
-                    _check_async(config, setting)
                     compat.fuse_collectives(self.mesh.group("tensor"))
                 tensor.cut(part, self.mesh.world["tensor"], sequence=config.sequence)
             if self.mesh is not None and self.layout.context > 1:
@@ -215,6 +216,7 @@ def _check_async(config: ParallelConfig, setting: Setting) -> None:
         ConfigError: naming what is missing.
     """
     needed = {
+        "parallel.tensor over 1": config.tensor > 1,
         "parallel.sequence": config.sequence,
         "runtime.compile": setting.compile,
         "a CUDA device": setting.device.type == "cuda",

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard, distribute_tensor
 
-from internlm.model.moe import Rows, StackedLinear, mixtures
+from internlm.model.moe import Rows, StackedLinear, mixtures, rearrange
 from internlm.model.transformer import Transformer
 from internlm.parallel import collectives
 from internlm.parallel.context import own_tokens
@@ -66,8 +66,8 @@ class Dispatch:
             experts = numbers.flatten().repeat_interleave(arriving.flatten(), output_size=x.shape[0])
         order = experts.argsort(stable=True)
         back = order.argsort()
-        out = compute(x.index_select(0, order), arriving.sum(0).cumsum(0).int())
-        return collectives.exchange_rows(out.index_select(0, back), self.group, sent, got)
+        out = compute(rearrange(x, order, back), arriving.sum(0).cumsum(0).int())
+        return collectives.exchange_rows(rearrange(out, back, order), self.group, sent, got)
 
     def _sizes(self, counts: Tensor, arriving: Tensor, rows: int) -> list[list[int]]:
         """Return how many rows go to each rank and come from each; waits for the device."""

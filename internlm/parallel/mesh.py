@@ -190,6 +190,14 @@ class Layout:
             problems.append(f"parallel.expert {size} does not divide model.experts.count {model.experts.count}")
         if self.shard * self.context % size:
             problems.append(f"parallel.expert {size} does not divide shard {self.shard} × context {self.context} ranks")
+            return problems
+        own, ranks = model.experts.count // size, self.shard * self.context // size
+        if own % ranks and (model.ffn_size // self.tensor % ranks or model.hidden_size % ranks):
+            problems.append(
+                f"{own} experts cannot be cut over the {ranks} ranks that hold the same ones, neither whole nor along "
+                f"model.ffn_size {model.ffn_size} and model.hidden_size {model.hidden_size}: choose another "
+                "parallel.expert"
+            )
         return problems
 
     def _pipeline_problems(self, config: ParallelConfig, model: ModelConfig, micro_batches: int) -> list[str]:

@@ -68,13 +68,23 @@ def _regions(block: nn.Module, kind: str) -> list[nn.Module]:
     return [block]
 
 
+# Functions, not partials of `checkpoint`: compiling a block passes over what has no Python frame, and says nothing.
 def _full(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    @functools.wraps(forward)
+    def run(*arguments: Any) -> Any:
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    return run
 
 
 def _operators(forward: Callable[..., Any]) -> Callable[..., Any]:
     context = functools.partial(create_selective_checkpoint_contexts, _policy)
-    return functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+
+    @functools.wraps(forward)
+    def run(*arguments: Any) -> Any:
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+
+    return run
 
 
 def _offload(forward: Callable[..., Any]) -> Callable[..., Any]:

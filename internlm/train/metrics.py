@@ -80,7 +80,7 @@ class Meter:
         shape = self.parallel.shape
         rows = self.sums.new_zeros(shape.num_layers, shape.experts.count + 3 if shape.experts else 0)
         for layer, sides in self.parallel.run.sides.items():
-            rows[layer] = torch.cat([sides.chosen, sides.sums])
+            rows[layer] = sides.counts
         return rows
 
     def read(self) -> Metrics:
@@ -115,9 +115,10 @@ def _choice_metrics(choices: Tensor) -> Metrics:
     """Return what the experts of all layers did, from `Meter._choices` summed over ranks; nothing without experts."""
     if not choices.numel() or not choices[:, -1].any():
         return {}
-    chosen, (balance, z, tokens) = choices[:, :-3], choices[:, -3:].sum(0).tolist()
+    chosen, sums, tokens = choices.split([choices.shape[1] - 3, 2, 1], 1)
+    balance, z = (sums / tokens).mean(0).tolist()
     busiest = (chosen.amax(1) / chosen.mean(1)).max()
-    return {"moe/balance": balance / tokens, "moe/z": z / tokens, "moe/busiest_expert": float(busiest)}
+    return {"moe/balance": balance, "moe/z": z, "moe/busiest_expert": float(busiest)}
 
 
 def document_lengths(documents: np.ndarray) -> list[int]:
@@ -168,7 +169,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def step_line(step: int, total: int, metrics: Metrics, memory: tuple[int, int], eta_s: float) -> str:
     """Return the one line that is logged for a step."""
     used, size = (n / 2**30 for n in memory)
-    waiting = f" | comm wait {metrics['perf/comm_wait_s']:.3g}s" if "perf/comm_wait_s" in metrics else ""
+    is_known = math.isfinite(metrics.get("perf/comm_wait_s", math.nan))
+    waiting = f" | comm wait {metrics['perf/comm_wait_s']:.3g}s" if is_known else ""
     return (
         f"step {step}/{total} | loss {metrics['train/loss']:.4f} | lr {metrics['optim/lr']:.1e} "
         f"| grad {metrics['optim/grad_norm']:.2f} | {quantity(metrics['perf/tokens_per_s_per_device'])} tok/s/device "

@@ -15,6 +15,7 @@ On a GPU the kernels count, of all streams; on a CPU the operators of the rank, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,22 +36,20 @@ class Trace:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.communication_s = 0.0
-        """How long something was exchanged."""
-        self.waiting_s = 0.0
-        """How long of it nothing was computed."""
+        self.communication_s = self.waiting_s = math.nan
+        """How long something was exchanged; how long of it nothing was computed. Unknown where nothing was noted, as
+        when another tool has the GPU's profiler."""
 
     def __enter__(self) -> Trace:
         self._profiler = compat.start_profiler(self.device)
         return self
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and kind is None:
             torch.cuda.synchronize(self.device)
         events = compat.stop_profiler(self._profiler)
-        if kind is None:
-            is_device = self.device.type != "cpu"
-            communication, computation = spans(events, is_device)
+        communication, computation = spans(events, self.device.type != "cpu")
+        if communication and computation:
             self.communication_s, self.waiting_s = (
                 length(communication) / 1e9,
                 outside(communication, computation) / 1e9,

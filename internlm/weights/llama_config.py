@@ -82,7 +82,9 @@ def _expert_fields(config: ModelConfig, experts: ExpertsConfig) -> dict[str, Any
         "model_type": "mixtral",
         "num_local_experts": experts.count,
         "num_experts_per_tok": experts.per_token,
-        "router_aux_loss_coef": experts.balance_loss,
+        # Theirs is k times ours when even, and a mean over layers where ours is a sum.
+        "router_aux_loss_coef": experts.balance_loss * config.num_layers / experts.per_token,
+        "internlm_balance_loss": experts.balance_loss,
         "internlm_router_z_loss": experts.z_loss,
         "output_router_logits": False,
         "sliding_window": None,
@@ -132,10 +134,12 @@ def from_llama(fields: Any, path: Path) -> ModelConfig:
             "rope": _rope(fields, positions, path),
         }
         if family == "mixtral":
+            per_token, layers = fields["num_experts_per_tok"], fields["num_hidden_layers"]
+            theirs = fields.get("router_aux_loss_coef", 0.001) * per_token / layers
             tree["experts"] = {
                 "count": fields["num_local_experts"],
                 "per_token": fields["num_experts_per_tok"],
-                "balance_loss": fields.get("router_aux_loss_coef", 0.001),
+                "balance_loss": fields.get("internlm_balance_loss", theirs),
                 "z_loss": fields.get("internlm_router_z_loss", 0.001),
             }
     except KeyError as error:

@@ -163,6 +163,8 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
 
         for name in order:
             parts = [read(theirs) for theirs in found[name]]
+            if len({part.shape for part in parts}) > 1:
+                raise WeightsError("the experts differ in shape", where=name)
             yield name, torch.stack(parts) if is_stacked(name) else parts[0]
 
 

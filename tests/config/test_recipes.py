@@ -69,6 +69,16 @@ def test_a_run_may_go_on_with_other_rotary_positions_and_says_so(
     assert not [line for line in caplog.messages if line.startswith("rotary positions")]
 
 
+def test_how_experts_are_balanced_is_not_what_a_model_is(recipe: Make, tmp_path: Path) -> None:
+    before = {"run": str(tmp_path / "first"), "model__experts": {"count": 4, "balance_loss": 0.02}}
+    recipes.prepare(recipe(**before, train__tokens=256)).fit()
+    other = {"model__experts": {"count": 4, "balance_loss": 0.0}}
+    recipes.prepare(recipe(init_from=before["run"], **other)).step()
+    assert recipes.prepare(recipe(**before | other)).progress.step == 1
+    with pytest.raises(ConfigError, match=r"experts.count: 4 there, 2 here$"):
+        recipes.prepare(recipe(init_from=before["run"], run=str(tmp_path / "x"), model__experts={"count": 2}))
+
+
 def test_other_rotary_positions_excuse_no_other_difference(recipe: Make, tmp_path: Path) -> None:
     recipes.prepare(recipe(run=str(tmp_path / "first"), train__tokens=256)).fit()
     value = recipe(init_from=str(tmp_path / "first"), model__rope={"base": 5e5}, model__norm_eps=1e-6)

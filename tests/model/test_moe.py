@@ -75,8 +75,8 @@ def test_side_losses_are_their_formulas_over_tokens_that_are_not_padding(padded:
     mixed.sides = SideLosses(4, torch.device("cpu"))
     mixed.sides.share.fill_(0.25)
     out = mixed(x, arrange(ids, x.device, x.dtype))
-    inputs = [x, *mixed.parameters()]
-    ours = torch.autograd.grad(out, inputs, torch.zeros_like(out), allow_unused=True)
+    inputs = [x, *mixed.parameters(), mixed.sides.counter]
+    *ours, counts = torch.autograd.grad(out, inputs, torch.zeros_like(out), allow_unused=True)
 
     total, balances = torch.zeros(()), []
     for row, here in zip(x, ids >= 0, strict=True):
@@ -85,20 +85,24 @@ def test_side_losses_are_their_formulas_over_tokens_that_are_not_padding(padded:
         shares = torch.bincount(p.topk(2).indices.flatten(), minlength=4) / (2 * len(p))
         balances.append(len(p) * 4 * (shares * p.mean(0)).sum())
         total = total + 0.3 * balances[-1] + 0.1 * logits.logsumexp(-1).square().sum()
-    wanted = torch.autograd.grad(0.25 * total, inputs, allow_unused=True)
+    wanted = torch.autograd.grad(0.25 * total, inputs[:-1], allow_unused=True)
     for a, b in zip(ours, wanted, strict=True):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-6)
-    assert mixed.sides.sums[2] == (ids >= 0).sum()
-    assert mixed.sides.sums[0] == pytest.approx(float(sum(b.detach() for b in balances)), rel=1e-5)
-    assert mixed.sides.chosen.sum() == 2 * (ids >= 0).sum()
+    assert counts[:4].sum() == 2 * (ids >= 0).sum()
+    assert counts[4] == pytest.approx(float(sum(b.detach() for b in balances)), rel=1e-5)
+    assert counts[6] == (ids >= 0).sum()
 
 
-def test_nothing_is_counted_without_gradients() -> None:
-    mixed = mixture(shape())
+def test_counts_add_up_over_backwards_until_they_are_cleared() -> None:
+    mixed, x = mixture(shape()), torch.randn(1, 5, 16)
     mixed.sides = SideLosses(4, torch.device("cpu"))
     with torch.no_grad():
-        mixed(torch.randn(1, 5, 16), Documents(None, "dense"))
-    assert mixed.sides.sums[2] == 0
+        mixed(x, Documents(None, "dense"))
+    for _ in range(2):
+        mixed(x, Documents(None, "dense")).sum().backward()
+    assert mixed.sides.counts[6] == 10
+    mixed.sides.clear()
+    assert mixed.sides.counts.sum() == 0
 
 
 def test_groups_without_rows_have_no_part_in_a_grouped_product() -> None:

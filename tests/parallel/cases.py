@@ -8,12 +8,15 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import Replicate
 
 from internlm import config
 from internlm import recipe as recipes
+from internlm.model.moe import grouped_product
 from internlm.parallel import collectives, tensor
+from internlm.parallel.expert import Dispatch
 from internlm.parallel.mesh import Layout
 from internlm.parallel.microbatch import Runner
 from internlm.recipe import Recipe
@@ -97,6 +100,30 @@ def gathered_gradients() -> Any:
 
 
 BROKEN = {f.__name__: f for f in (norms_of_parts, means_of_micro_batches, same_rows, gathered_gradients)}
+
+
+def everybody_chooses(expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Send every row to one of four experts, two on each of two ranks.
+
+    Returns:
+        Results and gradients of the rows, gradients of this rank's weights; results and gradients of doing it alone.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(4, 6, 8, generator=generator)
+    x = torch.randn(5, 8, generator=generator).requires_grad_()
+    ends = torch.tensor([0 if number < expert else 5 for number in range(4)], dtype=torch.int32)
+    own = weights[2 * dist.get_rank() :][:2].clone().requires_grad_()
+    group = dist.group.WORLD
+    assert group is not None
+    out = Dispatch(group)(x, ends, lambda rows, stops: grouped_product(rows, own, stops))
+    out.square().sum().backward()
+    assert x.grad is not None
+    assert own.grad is not None
+    alone = x.detach().clone().requires_grad_()
+    wanted = alone @ weights[expert].t()
+    wanted.square().sum().backward()
+    assert alone.grad is not None
+    return out.detach().numpy(), x.grad.numpy(), own.grad.numpy(), (wanted.detach().numpy(), alone.grad.numpy())
 
 
 def fit(tree: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from internlm.recipe import Recipe
 from tests.parallel.ranks import Ranks
-from tests.parallel.test_layouts import FULL, PART, SHAPE, STEPS, assert_equal, name_of, tree
+from tests.parallel.test_layouts import FULL, PART, SHAPE, STEPS, assert_equal, distance, name_of, tree
 
 Make = Callable[..., Recipe]
 # Large side losses, so that a mistake in them cannot hide.
@@ -58,5 +59,35 @@ def test_numbers_do_not_depend_on_where_experts_are(
         pytest.skip("a layout of the proof")
     world, parallel, micro = layout
     if not alone:
-        alone.update(ranks.run(1, "train", tree(recipe, model=MIXED, run=str(recipe().run) + "-alone"), STEPS)[0])
-    assert_equal(ranks.run(world, "train", tree(recipe, micro, model=MIXED, parallel=parallel), STEPS), alone)
+        alone.update(ranks.run(1, "train", made(recipe, 1, run=str(recipe().run) + "-alone"), STEPS)[0])
+    results = ranks.run(world, "train", made(recipe, micro, parallel=parallel), STEPS)
+    assert_equal(results, alone)
+    for result in results:
+        for name in ("moe/balance", "moe/z", "moe/busiest_expert"):
+            assert result["meter"][name] == pytest.approx(alone["meter"][name], rel=1e-5)
+
+
+def made(recipe: Make, micro: int, **changes: Any) -> dict[str, Any]:
+    """Rows that are not full: padding is in no side loss."""
+    return tree(recipe, micro, **{"model": MIXED, "data__pack": "whole", **changes})
+
+
+def test_side_losses_know_the_loss_scale(ranks: Ranks, recipe: Make) -> None:
+    full = ranks.run(1, "train", made(recipe, 2, run=str(recipe().run) + "-full"), 1)[0]
+    half = ranks.run(1, "train", made(recipe, 2, runtime={"device": "cpu", "dtype": "float16"}), 1)[0]
+    router = "blocks.1.feed_forward.router.weight"
+    # Gradients are kept scaled; a side loss without the scale would be lost in the rest.
+    found = half["gradients"][router] * (full["norm"][0] / half["norm"][0])
+    assert half["norm"][0] == pytest.approx(full["norm"][0], rel=0.05)
+    scale = float(np.linalg.norm(half["gradients"][router]) / np.linalg.norm(full["gradients"][router]))
+    assert distance({router: found / scale}, {router: full["gradients"][router]}) < 0.05
+
+
+@pytest.mark.parametrize("expert", [0, 3])
+def test_ranks_whose_experts_nobody_chose_take_part(expert: int, ranks: Ranks) -> None:
+    for out, grad, weight_grad, wanted in ranks.run(2, "everybody_chooses", expert):
+        np.testing.assert_allclose(out, wanted[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(grad, wanted[1], rtol=1e-5, atol=1e-5)
+        assert np.isfinite(weight_grad).all()
+    grads = [result[2] for result in ranks.run(2, "everybody_chooses", expert)]
+    assert [bool(np.any(grad)) for grad in grads] == [expert < 2, expert >= 2]

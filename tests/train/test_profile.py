@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.train.profile import length, outside, spans
+from internlm.train.profile import Trace, length, outside, spans
 
 INTERVALS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda ends: (min(ends), max(ends))))
 
@@ -19,6 +22,12 @@ def test_lengths_are_those_of_counting_every_moment(
 
     assert length(first) == len(moments(first))
     assert outside(first, second) == len(moments(first) - moments(second))
+
+
+def test_what_was_not_noted_is_unknown() -> None:
+    with Trace(torch.device("cpu")) as trace:
+        torch.ones(3).sum()
+    assert math.isnan(trace.waiting_s)  # nothing was exchanged here
 
 
 def test_operators_count_on_a_cpu_and_kernels_on_a_gpu() -> None:
