@@ -104,6 +104,7 @@ def describe(loaded: Loaded[Recipe]) -> str:
         config.explain(loaded),
         "",
         f"parameters        {shape.num_parameters:,} ({quantity(shape.num_parameters)})",
+        *([f"met by a token    {shape.active_parameters:,}"] if shape.experts else []),
         f"tokens per step   {train.batch_tokens:,}",
         f"steps             {train.total_steps:,}",
         f"tokens            {train.total_steps * train.batch_tokens:,}",

@@ -219,6 +219,12 @@ class ModelConfig:
         return tables + self.num_layers * self.block_parameters + self.hidden_size
 
     @property
+    def active_parameters(self) -> int:
+        """Parameters that a token meets: all but those of experts it does not go through."""
+        idle = self.feed_forward_parameters - self.active_feed_forward_parameters
+        return self.num_parameters - self.num_layers * idle
+
+    @property
     def matmul_parameters(self) -> int:
         """Parameters that multiply a token: blocks without norms and biases, and the head; not the embedding."""
         biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias

@@ -118,6 +118,7 @@ def test_counts_of_parameters_tell_all_experts_from_those_that_a_token_meets() -
     one = 3 * 16 * 24
     assert config.feed_forward_parameters == 4 * one + 4 * 16
     assert config.active_feed_forward_parameters == one + 4 * 16
+    assert config.active_parameters == config.num_parameters - 2 * 3 * one
     dense = ModelConfig(vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, ffn_size=24)
     assert config.matmul_parameters == dense.matmul_parameters + 2 * 4 * 16
 

@@ -39,7 +39,7 @@ PROOF: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (8, {"replicate": 2, "shard": 2, "tensor": 2, "optimizer": "all"}, EVEN),
     (2, {"shard": 2}, EXPERTS),
     (2, {"shard": 2}, THREE),
-    (4, {"shard": 4}, ODD_EXPERTS),
+    (4, {"shard": 4}, THREE),
     (4, {"shard": 2, "tensor": 2}, THREE),
     (4, {"shard": 4, "expert": 2}, EXPERTS),
     (4, {"replicate": 2, "shard": 2, "expert": 2}, EXPERTS),
