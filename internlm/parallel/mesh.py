@@ -194,8 +194,8 @@ class Layout:
         own, ranks = model.experts.count // size, self.shard * self.context // size
         if own < ranks and (model.ffn_size // self.tensor % ranks or model.hidden_size % ranks):
             problems.append(
-                f"{own} experts cannot be cut over the {ranks} ranks that hold the same ones, neither one by one nor along "
-                f"model.ffn_size {model.ffn_size} and model.hidden_size {model.hidden_size}: choose another "
+                f"{own} experts cannot be cut over the {ranks} ranks that hold the same ones, neither one by one nor "
+                f"along model.ffn_size {model.ffn_size} and model.hidden_size {model.hidden_size}: choose another "
                 "parallel.expert"
             )
         return problems
