@@ -18,6 +18,11 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = "train.tokens=20480 train.log_every_steps=5"
 
+FEW = """cd runs/quickstart
+head -n 3 corpus/validation.jsonl > few.jsonl
+rm -r data/validation
+internlm data tokenize few.jsonl --tokenizer tokenizer --out data/validation"""
+
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OVERRIDES": SHORT}
@@ -34,6 +39,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = shell("bash scripts/quickstart.sh", folder)
     assert done.returncode == 0, done.stderr
     (folder / "quickstart.txt").write_text(done.stdout)
+    done = shell(FEW, folder)  # every run that the pages begin ends with a validation on all there is
+    assert done.returncode == 0, done.stderr
     return folder
 
 
