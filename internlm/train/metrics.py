@@ -112,9 +112,13 @@ class Meter:
 
 
 def _choice_metrics(choices: Tensor) -> Metrics:
-    """Return what the experts of all layers did, from `Meter._choices` summed over ranks; nothing without experts."""
+    """Return what the experts of all layers did, from `Meter._choices` summed over ranks; nothing without experts.
+
+    Where the backward of weights is parted from that of inputs (zero-bubble, zbv) some layers count nothing.
+    """
     if not choices.numel() or not choices[:, -1].any():
         return {}
+    choices = choices[choices[:, -1] > 0]
     chosen, sums, tokens = choices.split([choices.shape[1] - 3, 2, 1], 1)
     balance, z = (sums / tokens).mean(0).tolist()
     busiest = (chosen.amax(1) / chosen.mean(1)).max()
