@@ -11,11 +11,13 @@ import pytest
 
 from internlm.recipe import Recipe
 from tests.parallel.ranks import Ranks
-from tests.parallel.test_layouts import FULL, PART, SHAPE, STEPS, assert_equal, distance, name_of, tree
+from tests.parallel.test_layouts import FULL, PART, SHAPE, assert_as_alone, distance, name_of, tree
 
 Make = Callable[..., Recipe]
 # Large side losses, so that a mistake in them cannot hide.
 MIXED: dict[str, Any] = SHAPE | {"ffn_size": 16, "experts": {"count": 4, "balance_loss": 0.3, "z_loss": 0.1}}
+# Rows that are not full: padding is in no side loss.
+PADDED: dict[str, Any] = {"model": MIXED, "data__pack": "whole"}
 SLICE: list[tuple[int, dict[str, Any], int]] = [
     (2, {"shard": 2, "expert": 2}, 2),
     (2, {"tensor": 2}, 4),
@@ -58,33 +60,24 @@ def test_numbers_do_not_depend_on_where_experts_are(
 ) -> None:
     if layout not in SLICE and not request.config.getoption("--proof"):
         pytest.skip("a layout of the proof")
-    world, parallel, micro = layout
-    if not alone:
-        alone.update(ranks.run(1, "train", made(recipe, 1, run=str(recipe().run) + "-alone"), STEPS)[0])
-    results = ranks.run(world, "train", made(recipe, micro, parallel=parallel), STEPS)
-    assert_equal(results, alone)
-    for result in results:
+    for result in assert_as_alone(layout, ranks, recipe, alone, **PADDED):
         for name in ("moe/balance", "moe/z", "moe/busiest_expert"):
-            if parallel.get("schedule") == "zero-bubble":  # some layers are not counted
+            if layout[1].get("schedule") == "zero-bubble":  # some layers are not counted
                 assert math.isfinite(result["meter"][name])
                 continue
             assert result["meter"][name] == pytest.approx(alone["meter"][name], rel=1e-5)
 
 
-def made(recipe: Make, micro: int, **changes: Any) -> dict[str, Any]:
-    """Rows that are not full: padding is in no side loss."""
-    return tree(recipe, micro, **{"model": MIXED, "data__pack": "whole", **changes})
-
-
 def test_side_losses_know_the_loss_scale(ranks: Ranks, recipe: Make) -> None:
-    full = ranks.run(1, "train", made(recipe, 2, run=str(recipe().run) + "-full"), 1)[0]
-    half = ranks.run(1, "train", made(recipe, 2, runtime={"device": "cpu", "dtype": "float16"}), 1)[0]
+    """Without it they would be lost in the rest: the router's gradient would point elsewhere."""
     router = "blocks.1.feed_forward.router.weight"
-    # Gradients are kept scaled; a side loss without the scale would be lost in the rest.
-    found = half["gradients"][router] * (full["norm"][0] / half["norm"][0])
-    assert half["norm"][0] == pytest.approx(full["norm"][0], rel=0.05)
-    scale = float(np.linalg.norm(half["gradients"][router]) / np.linalg.norm(full["gradients"][router]))
-    assert distance({router: found / scale}, {router: full["gradients"][router]}) < 0.05
+    directions = []
+    for dtype in ("float32", "float16"):
+        low = {"device": "cpu", "dtype": dtype}
+        made = tree(recipe, 2, run=f"{recipe().run}-{dtype}", runtime=low, **PADDED)
+        gradient = ranks.run(1, "train", made, 1)[0]["gradients"][router]
+        directions.append({router: gradient / np.linalg.norm(gradient)})
+    assert distance(*directions) < 0.05
 
 
 @pytest.mark.parametrize("expert", [0, 3])

@@ -112,10 +112,19 @@ def test_numbers_do_not_depend_on_the_layout(
 ) -> None:
     if layout not in SLICE and not request.config.getoption("--proof"):
         pytest.skip("a layout of the proof")
+    assert_as_alone(layout, ranks, recipe, alone)
+
+
+def assert_as_alone(
+    layout: tuple[int, dict[str, Any], int], ranks: Ranks, recipe: Make, alone: dict[str, Any], **changes: Any
+) -> list[dict[str, Any]]:
+    """Train in a layout, and once in one process, whose results fill `alone`; return what the ranks say."""
     world, parallel, micro = layout
     if not alone:
-        alone.update(ranks.run(1, "train", tree(recipe, run=str(recipe().run) + "-alone"), STEPS)[0])
-    assert_equal(ranks.run(world, "train", tree(recipe, micro, parallel=parallel), STEPS), alone)
+        alone.update(ranks.run(1, "train", tree(recipe, run=str(recipe().run) + "-alone", **changes), STEPS)[0])
+    results = ranks.run(world, "train", tree(recipe, micro, parallel=parallel, **changes), STEPS)
+    assert_equal(results, alone)
+    return results
 
 
 def assert_equal(results: list[dict[str, Any]], alone: dict[str, Any]) -> None:
