@@ -22,9 +22,9 @@ SLICE: list[tuple[int, dict[str, Any], int]] = [
     (2, {"shard": 2, "expert": 2}, 2),
     (2, {"tensor": 2}, 4),
     (2, {"context": 2, "expert": 2}, 2),
-    (4, {"pipeline": 2, "shard": 2, "expert": 2}, 1),
 ]
 PROOF: list[tuple[int, dict[str, Any], int]] = [
+    (4, {"pipeline": 2, "shard": 2, "expert": 2}, 1),
     (4, {"shard": 4, "expert": 2, "zero": "3", "recompute": FULL}, 1),
     (1, {"recompute": PART}, 2),
     (2, {"replicate": 2}, 1),

@@ -26,9 +26,9 @@ SLICE: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (4, {"replicate": 2, "shard": 2, "optimizer": "all"}, ODD),
     (4, {"shard": 2, "tensor": 2}, EVEN),
     (2, {"shard": 2}, ODD_EXPERTS),
-    (4, {"shard": 2, "expert": 2, "tensor": 2}, EXPERTS),
 ]
 PROOF: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
+    (4, {"shard": 2, "expert": 2, "tensor": 2}, EXPERTS),
     (2, {"replicate": 2}, ODD),
     (2, {"replicate": 2, "optimizer": "all"}, ODD),
     (2, {"tensor": 2}, EVEN),
