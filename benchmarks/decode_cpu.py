@@ -28,6 +28,7 @@ from internlm.infer.engine import Engine
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
 from internlm.weights import transformers as folders
+from internlm.weights.weight import of_tensors
 
 SHAPE = {"vocab_size": 32000, "hidden_size": 768, "num_layers": 12, "num_heads": 12, "ffn_size": 2048}
 
@@ -57,7 +58,7 @@ def main() -> None:
     config = ModelConfig(**SHAPE, context_length=2048)
     model = build(config, 0)
     with tempfile.TemporaryDirectory() as folder:
-        folders.export(model.named_parameters(), config, Path(folder) / "m")
+        folders.export(of_tensors(model.named_parameters()), config, Path(folder) / "m")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "m").eval()
     engine = Engine(model, max_batch=max(arguments.batch))
 

@@ -28,6 +28,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -50,34 +51,46 @@ class Writing:
 
     path: Path
     meta: dict[str, Any] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of files that are known from writing them; the others are read once more."""
 
 
 @contextlib.contextmanager
-def writing(target: str | Path, kind: str, *, replace: bool = False) -> Iterator[Writing]:
+def writing(target: str | Path, kind: str, *, replace: bool = False, resume: str | None = None) -> Iterator[Writing]:
     """Yield a folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    With `resume`, a block that was cut short (killed, interrupted, disk full) leaves its folder, and the next one that
+    gives the same text finds it as it was left. Files in it must then appear under their names only when complete.
 
     Args:
         target: the final folder.
         kind: what it holds ("shards", "checkpoint", "export"); `read_manifest` asks for it again.
         replace: whether an existing folder of the same kind may be replaced. Other content is never overwritten.
+        resume: says everything that the content depends on; None: always from the beginning.
 
     Raises:
         StorageError: the target exists, or the disk is full (nothing complete was touched then).
     """
     target = Path(os.path.abspath(target))  # `.` has a name then
     check_free(target, kind, replace=replace)
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    mark = str(os.getpid()) if resume is None else "r" + hashlib.sha256(resume.encode()).hexdigest()[:16]
+    partial = target.with_name(f"{target.name}.partial-{mark}")
     with explained(f"writing {target}"):
-        remove_leftovers(target)
-        partial.mkdir(parents=True)
+        remove_leftovers(target, kept=partial)
+        partial.mkdir(parents=True, exist_ok=resume is not None)
+    lock = None if resume is None else _lock(partial, target)
     try:
         with explained(f"writing {target}"):
             folder = Writing(partial)
             yield folder
-            commit(partial, target, kind, folder.meta)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+            commit(folder, target, kind)
+    except BaseException as error:
+        if resume is None or not isinstance(error, KeyboardInterrupt | StorageError):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def check_free(target: str | Path, kind: str, *, replace: bool = False) -> None:
@@ -95,13 +108,15 @@ def check_free(target: str | Path, kind: str, *, replace: bool = False) -> None:
         raise StorageError("exists already", where=target, do="Choose another name, or pass --force to replace it.")
 
 
-def commit(partial: Path, target: Path, kind: str, meta: dict[str, Any]) -> None:
-    """Make the written folder `partial` visible as `target`: fsync, manifest, rename."""
+def commit(folder: Writing, target: Path, kind: str) -> None:
+    """Make a written folder visible as `target`: fsync, manifest, rename."""
+    partial = folder.path
     files = {}
     for path in sorted(p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST):
-        files[path.relative_to(partial).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        name = path.relative_to(partial).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": folder.hashes.get(name) or sha256(path)}
         _fsync(path)
-    manifest = {"format": FORMAT_VERSION, "kind": kind, "meta": meta, "files": files}
+    manifest = {"format": FORMAT_VERSION, "kind": kind, "meta": folder.meta, "files": files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     _fsync(partial / MANIFEST)
     for path in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
@@ -238,21 +253,84 @@ def require_space(path: str | Path, needed_bytes: int, what: str) -> None:
         )
 
 
-def remove_leftovers(target: Path) -> None:
-    """Delete what crashed writers of `target` left beside it."""
+def remove_leftovers(target: Path, kept: Path | None = None) -> None:
+    """Delete what crashed writers of `target` left beside it, but not `kept`."""
     for state in ("partial", "replaced"):
         for path in target.parent.glob(f"{glob.escape(target.name)}.{state}-*"):
-            pid = path.name.rpartition("-")[2]
-            if target.exists() or state == "partial":
-                if pid.isdigit() and int(pid) != os.getpid() and _is_alive(int(pid)):
+            mark = path.name.rpartition("-")[2]
+            if (target.exists() or state == "partial") and path != kept:
+                if mark.isdigit() and int(mark) != os.getpid() and _is_alive(int(mark)):
                     continue  # another process is writing the same name right now; the later rename will lose
+                if mark.startswith("r") and _is_locked(path):
+                    continue  # as above
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _lock(partial: Path, target: Path) -> int:
+    """Claim a folder that several processes may want to go on with; the claim ends with the returned descriptor.
+
+    Raises:
+        StorageError: another process works in it.
+    """
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StorageError("another process writes it right now", where=target, do="Wait for it, or stop it.") from None
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks: as good as it gets
+    return descriptor
+
+
+def _is_locked(partial: Path) -> bool:
+    try:
+        os.close(_lock(partial, partial))
+    except StorageError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class HashedFile:
+    """A new file that is hashed while it is written, so that nobody has to read it again for its SHA-256.
+
+    Hashing runs beside the system's write: both leave Python, and each takes about as long as the other.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by __exit__
+        self._hash = hashlib.sha256()
+        self._beside = ThreadPoolExecutor(1)
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Append bytes; they may be changed afterwards."""
+        hashing = self._beside.submit(self._hash.update, content)
+        rest = memoryview(content)
+        while rest:  # the system writes 2 GiB at most in one call
+            rest = rest[self._file.write(rest) :]
+        hashing.result()
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of what was written so far, in hexadecimal, with all of it on the disk."""
+        os.fsync(self._file.fileno())
+        return self._hash.hexdigest()
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._beside.shutdown()
+        self._file.close()
 
 
 @contextlib.contextmanager

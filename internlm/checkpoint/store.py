@@ -15,11 +15,12 @@ Limits: the folder must be one that all ranks see; the run waits while a checkpo
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ from internlm.config import require_positive, section
 from internlm.errors import InternLMError, StorageError
 from internlm.model.config import ModelConfig
 from internlm.text.tokenizer import Tokenizer
+from internlm.weights.weight import Weight, Weights
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -107,20 +109,26 @@ class Checkpoint:
         with _quiet():
             load_tensors(into, storage_reader=FileSystemReader(self.path / "tensors"), no_dist=_is_alone())
 
-    def tensors(self, prefix: str = "model.") -> Iterator[tuple[str, Tensor]]:
-        """Yield (name without prefix, tensor) one at a time, so that only one is in memory.
+    def weights(self, prefix: str = "model.") -> Weights:
+        """Return the tensors whose name begins with `prefix`, by the rest of it, not read yet.
 
         Raises:
             StorageError: a file is damaged.
         """
         storage.verify(self.path)
+        found = {}
         for name, facts in self._metadata().items():
             if name.startswith(prefix):
-                tensor = torch.empty(facts.size, dtype=facts.properties.dtype)
-                with _quiet():
-                    reader = FileSystemReader(self.path / "tensors")
-                    load_tensors({name: tensor}, storage_reader=reader, no_dist=True)
-                yield name.removeprefix(prefix), tensor
+                dtype = facts.properties.dtype
+                read = functools.partial(self._read, name, facts.size, dtype)
+                found[name.removeprefix(prefix)] = Weight(tuple(facts.size), dtype, read, name)
+        return found
+
+    def _read(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        with _quiet():
+            load_tensors({name: tensor}, storage_reader=FileSystemReader(self.path / "tensors"), no_dist=True)
+        return tensor
 
     def holds(self, name: str) -> bool:
         """Return whether there is a tensor of this name."""

@@ -46,8 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     from internlm import storage
     from internlm.checkpoint.source import open_source
-    from internlm.log import quantity
+    from internlm.log import Progress, quantity
     from internlm.weights import transformers
+    from internlm.weights.weight import table
 
     max_bytes = size_in_bytes(arguments.max_shard, "--max-shard")
     target = Path(arguments.target)
@@ -57,13 +58,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.template is not None:
         name = None if arguments.template == "none" else arguments.template
         talk = dataclasses.replace(talk, template=name, foreign=None)
-    options = transformers.ExportOptions(
-        dtype=dtype_of(arguments.dtype),
-        max_shard_bytes=max_bytes,
-        replace=arguments.force,
-        notes={"source": str(source.path)},
-    )
-    transformers.export(source.tensors(), source.config, target, talk, options)
+    weights = source.weights()
+    dtype = dtype_of(arguments.dtype)
+    total = sum(weight.to(dtype).nbytes for weight in weights.values())
+    with Progress("converting", total, "B") as shown:
+        options = transformers.ExportOptions(
+            dtype=dtype,
+            max_shard_bytes=max_bytes,
+            replace=arguments.force,
+            notes={"source": str(source.path)},
+            resume=f"{source.state()} {arguments.to} {dtype} {max_bytes}",
+            progress=shown.advance,
+        )
+        written = transformers.export(weights, source.config, target, talk, options)
+    print(*table(written), sep="\n")
     total = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     chat = f"chat format {talk.template}"
     if talk.template is None:
@@ -93,7 +101,7 @@ def verify(source: Source, target: Path) -> float:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise UsageError("needs transformers", where="--verify", do="pip install 'internlm[hf]'") from None
-    stored = next(iter(transformers.read_tensors(target)))[1].dtype
+    stored = next(iter(transformers.open_weights(target).values())).dtype
     ours = source.model(stored).float()  # rounded as the written weights are
     theirs = AutoModelForCausalLM.from_pretrained(target, torch_dtype=torch.float32, trust_remote_code=False).eval()
     ids = torch.randint(source.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from internlm.errors import WeightsError, did_you_mean
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import Transformer
+from internlm.weights.weight import Weights
 
 _SHOWN = 8
 """Complaints that one error lists."""
@@ -82,6 +83,18 @@ def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> None:
         if name == "embedding.weight" and model.config.tie_embeddings:
             model.head.weight = model.embedding.get_parameter("weight")
     check.finish()
+
+
+def check(weights: Weights, config: ModelConfig) -> None:
+    """Check that weights, not read yet, are those of a model.
+
+    Raises:
+        WeightsError: some are missing, left over or of another shape.
+    """
+    found = Check(shapes(config), config.tie_embeddings)
+    for name, weight in weights.items():
+        found.accepts(name, torch.Size(weight.shape))
+    found.finish()
 
 
 class Check:

@@ -22,6 +22,7 @@ from internlm.model.config import (
 )
 from internlm.model.transformer import Transformer, build
 from internlm.weights import transformers as folders
+from internlm.weights.weight import of_tensors
 
 reference = pytest.importorskip("transformers")
 reference.utils.logging.set_verbosity_error()
@@ -78,7 +79,7 @@ def random_ids(length: int) -> torch.Tensor:
 
 
 def exported(model: Transformer, folder: Path) -> Any:
-    folders.export(model.named_parameters(), model.config, folder)
+    folders.export(of_tensors(model.named_parameters()), model.config, folder)
     return reference.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
 
 
@@ -144,7 +145,7 @@ def test_what_mixtral_saves_has_the_same_logits_here(tmp_path: Path) -> None:
 def test_experts_that_mixtral_has_not_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
     model = random_model(replace(MIXED, **change))
     with pytest.raises(WeightsError, match="Mixtral"):
-        folders.export(model.named_parameters(), model.config, tmp_path / "out")
+        folders.export(of_tensors(model.named_parameters()), model.config, tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])

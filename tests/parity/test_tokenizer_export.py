@@ -16,6 +16,7 @@ from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import train_bpe
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk, read_talk
+from internlm.weights.weight import of_tensors
 
 reference = pytest.importorskip("transformers")
 reference.utils.logging.disable_progress_bar()
@@ -36,7 +37,7 @@ def tokenizer() -> Tokenizer:
 def export(folder: Path, tokenizer: Tokenizer, template: str | None) -> None:
     shape = ModelConfig(vocab_size=300, hidden_size=16, num_layers=1, num_heads=2, ffn_size=16)
     model = build(shape, 0)
-    folders.export(model.named_parameters(), shape, folder, Talk(tokenizer, template))
+    folders.export(of_tensors(model.named_parameters()), shape, folder, Talk(tokenizer, template))
 
 
 def test_the_chat_template_gives_our_ids_with_one_bos(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import train_bpe
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk
+from internlm.weights.weight import of_tensors
 
 TOKENIZER = train_bpe(["What is the sum of the numbers? Be brief, and say 4 now."] * 3, 300)
 SHAPE = ModelConfig(vocab_size=300, hidden_size=16, num_layers=1, num_heads=2, ffn_size=16, context_length=128)
@@ -174,7 +175,7 @@ def test_the_same_seed_gives_the_same_conversation() -> None:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "out"
-    folders.export(build(SHAPE, 0).named_parameters(), SHAPE, folder, Talk(TOKENIZER, "internlm"))
+    folders.export(of_tensors(build(SHAPE, 0).named_parameters()), SHAPE, folder, Talk(TOKENIZER, "internlm"))
     return folder
 
 

@@ -64,7 +64,7 @@ def test_flipped_bits_are_not_trained_on(recipe: Make, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="is damaged"):
         recipes.prepare(value)
     with pytest.raises(StorageError, match="is damaged"):
-        list(store.open_checkpoint(newest).tensors())
+        store.open_checkpoint(newest).weights()
 
 
 def test_a_run_can_go_on_from_before_its_first_update(recipe: Make) -> None:
@@ -122,7 +122,7 @@ def test_a_start_from_a_transformers_folder_has_the_shape_of_the_recipe_and_goes
 ) -> None:
     first = recipes.prepare(recipe(run=str(tmp_path / "first"), train__tokens=256))
     first.fit()
-    transformers.export(store.open_checkpoint(tmp_path / "first").tensors(), first.model.config, tmp_path / "hf")
+    transformers.export(store.open_checkpoint(tmp_path / "first").weights(), first.model.config, tmp_path / "hf")
     value = recipe(
         init_from=str(tmp_path / "hf"), model__init={"std": 0.01}, model__context_length=4096, train__tokens=256
     )

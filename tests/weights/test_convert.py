@@ -16,9 +16,11 @@ from internlm.errors import UsageError, WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
 from internlm.text.training import train_bpe
+from internlm.weights import families
 from internlm.weights import transformers as folders
 from internlm.weights.names import to_transformers
 from internlm.weights.talk import read_talk
+from internlm.weights.weight import of_tensors
 
 SHAPE = ModelConfig(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, ffn_size=40, qkv_bias=True)
 
@@ -74,9 +76,9 @@ def test_verifying_finds_weights_under_the_wrong_name(
     def swapped(name: str) -> str:
         return to_transformers(name.replace("wq", "w?").replace("wk", "wq").replace("w?", "wk"))
 
-    monkeypatch.setattr(folders, "to_transformers", swapped)
+    monkeypatch.setattr(families, "to_transformers", swapped)
     model = build(SHAPE, 10)
-    folders.export(model.named_parameters(), SHAPE, tmp_path / "out")
+    folders.export(of_tensors(model.named_parameters()), SHAPE, tmp_path / "out")
     monkeypatch.undo()
     with pytest.raises(WeightsError, match="other logits"):
         verify(open_source(run), tmp_path / "out")

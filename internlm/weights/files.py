@@ -1,0 +1,213 @@
+"""Weight files of a Transformers folder: safetensors, written as a stream; safetensors and `.bin` read lazily.
+
+    {"x": Weight, "y": Weight}  →  model-00001-of-00002.safetensors, …, model.safetensors.index.json
+
+The safetensors format is a header (8 bytes of length, JSON) and the tensors' bytes, one after the other. Shapes and
+dtypes of lazy weights are known, so the header is written first and each tensor goes to the file as soon as it is read:
+memory holds one tensor, however large the file. The library's own writer takes all tensors of a file at once.
+
+What `plan` lays out depends on names, shapes and dtypes alone: a writer that was interrupted finds the files that it
+had finished, and goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from internlm import storage
+from internlm.errors import WeightsError
+from internlm.weights import weight as lazy
+from internlm.weights.weight import Weight, Weights
+
+logger = logging.getLogger(__name__)
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+BIN_SINGLE = "pytorch_model.bin"
+BIN_INDEX = "pytorch_model.bin.index.json"
+
+NAMES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""dtypes by their safetensors name."""
+_DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to be written: its name and its weights."""
+
+    name: str
+    weights: Weights
+
+
+def plan(weights: Weights, max_bytes: int) -> list[Shard]:
+    """Return the files that hold `weights` in their order, none larger than `max_bytes` unless one tensor is."""
+    groups: list[Weights] = []
+    held = 0
+    for name, weight in weights.items():
+        if not groups or held + weight.nbytes > max_bytes:
+            groups.append({})
+            held = 0
+        groups[-1][name] = weight
+        held += weight.nbytes
+    if len(groups) == 1:
+        return [Shard(SINGLE, groups[0])]
+    return [Shard(f"model-{n:05d}-of-{len(groups):05d}.safetensors", group) for n, group in enumerate(groups, 1)]
+
+
+def write(
+    folder: storage.Writing, weights: Weights, max_bytes: int, done: Callable[[int], None] = lambda n: None
+) -> None:
+    """Write weights as safetensors files of bounded size, with the index where there are several.
+
+    A file of the plan that lies in the folder complete is kept: the folder was begun with the same weights.
+
+    Args:
+        folder: to write into.
+        weights: under the names that the files shall have.
+        max_bytes: of tensors in a file.
+        done: told the bytes of each tensor that was written or found.
+
+    Raises:
+        WeightsError: a value is not finite in the dtype it is written in, or a source cannot be read.
+        StorageError: writing failed.
+    """
+    shards = plan(weights, max_bytes)
+    for shard in shards:
+        path = folder.path / shard.name
+        if path.exists():
+            done(sum(weight.nbytes for weight in shard.weights.values()))
+            continue
+        beside = path.with_suffix(".unfinished")
+        with storage.explained(f"writing {path}"):
+            folder.hashes[shard.name] = _write_shard(beside, shard.weights, done)
+            os.replace(beside, path)
+    if len(shards) > 1:
+        where = {name: shard.name for shard in shards for name in shard.weights}
+        index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": where}
+        storage.write_text(folder.path / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(path: Path, weights: Weights, done: Callable[[int], None]) -> str:
+    """Write one file, and return its SHA-256."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, weight in weights.items():
+        place = [offset, offset + weight.nbytes]
+        header[name] = {"dtype": NAMES[weight.dtype], "shape": list(weight.shape), "data_offsets": place}
+        offset += weight.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+    with storage.HashedFile(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, weight in weights.items():
+            tensor = lazy.read(name, weight)
+            if not is_finite(tensor):
+                raise WeightsError(
+                    f"is not finite as {tensor.dtype}", where=name, do="Export as float32 or bfloat16, or train anew."
+                )
+            file.write(as_bytes(tensor))
+            done(weight.nbytes)
+        return file.sha256()
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a CPU tensor, in memory order; a copy only where it is not contiguous."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds neither infinities nor NaN, in one pass and without a copy of it."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
+    low, high = torch.aminmax(tensor)  # NaN goes through
+    return bool(low.isfinite() & high.isfinite())
+
+
+def open_folder(folder: Path) -> Weights:
+    """Return the weights of a Transformers folder under their names there, not read yet.
+
+    Raises:
+        WeightsError: there are no weight files, or one is missing or damaged.
+    """
+    for index in (INDEX, BIN_INDEX):
+        if (folder / index).is_file():
+            return _open_indexed(folder, folder / index)
+    if (folder / SINGLE).is_file():
+        return open_safetensors(folder / SINGLE)
+    raise WeightsError(f"holds neither {SINGLE} nor {INDEX}", where=folder)
+
+
+def _open_indexed(folder: Path, index: Path) -> Weights:
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = dict.fromkeys(where.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"cannot be read: {error}", where=index) from error
+    opened = {file: open_safetensors(folder / file) for file in files}
+    weights = {}
+    for name, file in where.items():
+        if name not in opened[file]:
+            raise WeightsError(f"{file} has no tensor {name}, which the index says", where=index, do="Copy it again.")
+        weights[name] = opened[file][name]
+    return weights
+
+
+def open_safetensors(path: Path) -> Weights:
+    """Return the weights of a safetensors file, not read yet.
+
+    Raises:
+        WeightsError: it is missing, damaged, or has a dtype that is not known.
+    """
+    problem = "Copy the file again."
+    try:
+        opened = safe_open(path, framework="pt")
+        found: Weights = {}
+        for name in opened.keys():  # noqa: SIM118  not a dict
+            part = opened.get_slice(name)
+            dtype = part.get_dtype()
+            if dtype not in _DTYPES:
+                raise WeightsError("has a dtype that cannot be read", where=f"{path}: {name}", got=dtype)
+            found[name] = Weight(tuple(part.get_shape()), _DTYPES[dtype], _Reader(path, opened, name), name)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"cannot be read: {error}", where=path, do=problem) from error
+    return found
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads one tensor of an open safetensors file."""
+
+    path: Path
+    opened: Any
+    name: str
+
+    def __call__(self) -> Tensor:
+        try:
+            return self.opened.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"cannot be read: {error}", where=self.path, do="Copy the file again.") from error
