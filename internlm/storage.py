@@ -307,6 +307,8 @@ class HashedFile:
     Hashing runs beside the system's write: both leave Python, and each takes about as long as the other.
     """
 
+    PIECE = 8 * 2**20
+
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by __exit__
         self._hash = hashlib.sha256()
@@ -314,11 +316,13 @@ class HashedFile:
 
     def write(self, content: bytes | memoryview) -> None:
         """Append bytes; they may be changed afterwards."""
-        hashing = self._beside.submit(self._hash.update, content)
-        rest = memoryview(content)
-        while rest:  # the system writes 2 GiB at most in one call
-            rest = rest[self._file.write(rest) :]
-        hashing.result()
+        whole = memoryview(content)
+        for start in range(0, len(whole), self.PIECE):  # of a size that one reads from the other's cache
+            rest = whole[start : start + self.PIECE]
+            hashing = self._beside.submit(self._hash.update, rest)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            hashing.result()
 
     def sha256(self) -> str:
         """Return the SHA-256 of what was written so far, in hexadecimal, with all of it on the disk."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ LINE = """compat errors config log plot ranks runtime storage text data model co
 sandbox infer eval agent train recipe plan serve cli"""
 CORRIDOR = LINE.split()
 GROUND = {"compat", "errors", "config", "log", "plot", "ranks", "runtime", "storage"}
-FILES = sorted(PACKAGE.rglob("*.py"))
+CARRIED = PACKAGE / "weights" / "remote_code"
+"""Files that an export carries; Transformers imports them, this package never does."""
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if CARRIED not in path.parents]
 
 
 def imports(path: Path) -> list[str]:
@@ -59,7 +62,21 @@ def test_reference_libraries_stay_at_the_edge(path: Path) -> None:
             assert path.relative_to(PACKAGE).parts[0] == "cli", f"{path} imports {module}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_exports_carry_stands_alone() -> None:
+    allowed = {"torch", "transformers", "sentencepiece", *sys.stdlib_module_names}
+    for path in CARRIED.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, path
+            elif isinstance(node, ast.ImportFrom):
+                module = node.module or ""
+                assert (CARRIED / f"{module}.py").exists() if node.level else module.split(".")[0] in allowed, path
+    carried = {path.stem for path in CARRIED.glob("*.py")}
+    for path in FILES:
+        assert not carried & set(".".join(imports(path)).split(".")), f"{path} imports what exports carry"
+
+
+@pytest.mark.parametrize("path", [*FILES, *CARRIED.glob("*.py")], ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_and_functions_stay_small(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= 500

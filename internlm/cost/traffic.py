@@ -10,7 +10,7 @@ the table are one), W bytes of a group in the dtype of products and F in fp32:
     replicate   all-reduce       1                                                          F / shard / context
     tensor      all-gather       M (4 L + 2)     + 2 M a recomputed block                   A
                 reduce-scatter   M (4 L + 2)     + M a recomputed block                     A
-                all-reduce       head: 2 M a chunk of logits; norms and biases of `wo`: one a reduction
+                all-reduce       head: 2 M a chunk of logits; norms, biases of `wo`: one a reduction
     context     all-to-all       8 M L           + 4 M a recomputed block                   A / tensor; less of few keys
                 all-gather       3 M: log-probabilities, log-normalisers, hits              4, 4, 1 a token
                 all-reduce       M: loss                                                    4
@@ -20,8 +20,9 @@ the table are one), W bytes of a group in the dtype of products and F in fp32:
 A pipeline makes of the first two lines 1, whatever `zero` is: torch neither frees weights nor sums gradients between
 its micro-batches. Whole copies alone sum their gradients in buckets instead, and sliced optimizer states (`sliced`)
 turn the all-reduce into its two halves, a reduce-scatter and an all-gather. Without `sequence` an all-reduce takes the
-place of each reduce-scatter of the tensor axis, and nothing is gathered. Where context does not divide the heads, keys
-and values are gathered instead of traded. Groups of one rank send nothing.
+place of each reduce-scatter of the tensor axis, nothing is gathered, and of the norms only those of heads are summed.
+Where context does not divide the heads, keys and values are gathered instead of traded. Groups of one rank send
+nothing.
 
 The lines follow `internlm.parallel` and torch's fully_shard, and are equal, number for number, to what the real step
 asks of the process group (`tests/parallel/test_traffic.py`). "Recomputed" has three quarters of a tensor block's
@@ -290,6 +291,7 @@ def block_weights(model: ModelConfig) -> list[Weight]:
     for width in (heads, kv, kv):
         weights += [Weight((width, hidden), 0), *[Weight((width,), 0)] * model.qkv_bias]
     weights += [Weight((hidden, heads), 1), *[Weight((hidden,), None)] * model.output_bias]
+    weights += [Weight((model.head_dim,), None)] * (2 * model.qk_norm)
     weights += [Weight((hidden,), None), Weight((ffn, hidden), 0), Weight((ffn, hidden), 0), Weight((hidden, ffn), 1)]
     return weights
 
@@ -400,14 +402,16 @@ def _tensor(run: Run, stages: list[Stage]) -> Iterator[Line]:
         both = 4 * len(stage.layers) + stage.has_first + stage.has_last  # forward and backward
         again = _recomputed(run, stage)
         micro = run.micro_batches
+        summed_late = run.reductions < micro
+        gradient = REDUCE_BYTES if summed_late else run.dtype_bytes
+        if run.model.qk_norm:  # every rank has the norms of its heads whole
+            yield "tensor", "all-reduce", run.reductions * 2 * len(stage.layers), run.model.head_dim * gradient
         if run.sequence:
             yield "tensor", "all-gather", micro * (both + 2 * again), activation
             yield "tensor", "reduce-scatter", micro * (both + again), activation
             # Weights that every rank has whole, and that saw a part of the tokens.
             vectors = (2 + run.model.output_bias) * len(stage.layers) + stage.has_last
-            summed_late = run.reductions < micro
-            size = REDUCE_BYTES if summed_late else run.dtype_bytes
-            yield "tensor", "all-reduce", run.reductions * vectors, run.model.hidden_size * size
+            yield "tensor", "all-reduce", run.reductions * vectors, run.model.hidden_size * gradient
         else:
             yield "tensor", "all-reduce", micro * (both + again), activation
         if stage.has_last:

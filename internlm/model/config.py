@@ -153,6 +153,8 @@ class ModelConfig:
     """Biases on wq, wk, wv."""
     output_bias: bool = False
     """Bias on wo."""
+    qk_norm: bool = False
+    """An RMSNorm over each head of queries and keys, before they are rotated (Qwen3)."""
     tie_embeddings: bool = False
     """Whether the head is the embedding."""
     rope: RopeConfig = RopeConfig()
@@ -183,7 +185,7 @@ class ModelConfig:
 
     @property
     def attention_parameters(self) -> int:
-        """Parameters of one block's attention."""
+        """Parameters of one block's attention, norms of queries and keys left out."""
         heads, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         weights = self.hidden_size * (2 * heads + 2 * kv)
         return weights + (heads + 2 * kv) * self.qkv_bias + self.hidden_size * self.output_bias
@@ -205,7 +207,8 @@ class ModelConfig:
     @property
     def block_parameters(self) -> int:
         """Parameters of one block, norms included."""
-        return self.attention_parameters + self.feed_forward_parameters + 2 * self.hidden_size
+        norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
+        return self.attention_parameters + self.feed_forward_parameters + norms
 
     @property
     def embedding_parameters(self) -> int:

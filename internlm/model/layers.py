@@ -86,11 +86,15 @@ class Attention(nn.Module):
         self.wk = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.wv = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.wo = Linear(width, config.hidden_size, bias=config.output_bias)
+        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.attend: Attend = attention.attend
 
     def forward(self, x: Tensor, rotation: Rotation, documents: Documents) -> Tensor:
         """Return [B, T, D] from the normalised stream x [B, T, D]."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B, T, H or K, E]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         out = self.attend(rotate(q, rotation), rotate(k, rotation), v, documents)
         return self.wo(out.flatten(-2))
 

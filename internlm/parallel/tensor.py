@@ -7,7 +7,7 @@ A matrix cut by columns gives each rank its own heads or ffn channels; the matri
 rank has a partial sum of the whole output, and one collective adds them (Shoeybi et al. 2019). With `sequence` that
 collective leaves each rank its part of the tokens, and norms and residuals are computed once instead of on every rank
 (Korthikanti et al. 2022); it moves no byte more. A norm's weight then sees a part of the tokens only: its gradient is
-the sum over ranks.
+the sum over ranks. So is that of a norm over heads, of which each rank has its own, with `sequence` or without.
 
 The vocabulary is cut too: embedding and head hold V / T ids each, and the loss needs three numbers per token from the
 others (the largest logit, the sum of exponentials, the label's logit).
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from internlm.model.config import ModelConfig
 from internlm.model.heads import LanguageHead, Slice
 from internlm.model.layers import Linear, RMSNorm
 from internlm.model.moe import Mixture, Router
@@ -93,6 +94,17 @@ class TokenNorm(RMSNorm):
         return self.normalise(x, own(self.weight, self.tokens.whole))
 
 
+class HeadNorm(RMSNorm):
+    """A norm over each of the rank's own heads: every rank has a part of its gradient, which is their sum.
+
+    So with `sequence` and without: ranks differ in heads, not in tokens.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised x [B, T, H / T or K / T, E]."""
+        return self.normalise(x, own(self.weight, [Partial()]))
+
+
 class VocabularyEmbedding(nn.Embedding):
     """An embedding with a part of the ids."""
 
@@ -122,12 +134,14 @@ class VocabularyHead(LanguageHead):
 
 
 ROUTER = "feed_forward.router"
+HEAD_NORMS = ("attention.q_norm", "attention.k_norm")
 BLOCK: dict[str, tuple[type[nn.Module], Placement]] = {
     "attention_norm": (TokenNorm, Replicate()),
     "attention.wq": (ColumnLinear, Shard(0)),
     "attention.wk": (ColumnLinear, Shard(0)),
     "attention.wv": (ColumnLinear, Shard(0)),
     "attention.wo": (RowLinear, Shard(1)),
+    **dict.fromkeys(HEAD_NORMS, (HeadNorm, Replicate())),
     "feed_forward_norm": (TokenNorm, Replicate()),
     "feed_forward.w_gate": (ColumnLinear, Shard(0)),
     "feed_forward.w_up": (ColumnLinear, Shard(0)),
@@ -157,12 +171,11 @@ def cut(model: Transformer, mesh: DeviceMesh, *, sequence: bool) -> None:
         if module is not None:
             _convert(module, kind, placement, mesh, tokens)
     for block in model.blocks.values():
-        feed_forward = block.get_submodule("feed_forward")
-        has_experts = isinstance(feed_forward, Mixture)
         for path, (kind, placement) in BLOCK.items():
-            if not path.startswith("feed_forward.") or (path == ROUTER) == has_experts:
+            if _is_part(path, model.config):
                 _convert(block.get_submodule(path), kind, placement, mesh, tokens)
-        if has_experts:  # each rank has a part of every expert's sum
+        feed_forward = block.get_submodule("feed_forward")
+        if isinstance(feed_forward, Mixture):  # each rank has a part of every expert's sum
             feed_forward.register_forward_hook(lambda module, arguments, out: tokens.leave(out))
         for path in ENTERED:
             block.get_submodule(path).register_forward_pre_hook(
@@ -172,6 +185,13 @@ def cut(model: Transformer, mesh: DeviceMesh, *, sequence: bool) -> None:
         model.head.part = _slice(model.config.vocab_size, mesh)
     if model.config.tie_embeddings:
         model.tie()
+
+
+def _is_part(path: str, config: ModelConfig) -> bool:
+    """Return whether a block of such a model has this row of `BLOCK`."""
+    if path in HEAD_NORMS:
+        return config.qk_norm
+    return not path.startswith("feed_forward.") or (path == ROUTER) == (config.experts is not None)
 
 
 def _convert(module: nn.Module, kind: type[nn.Module], placement: Placement, mesh: DeviceMesh, tokens: Tokens) -> None:

@@ -175,7 +175,7 @@ class SentencePieceBackend:
             is_text = len(name) == 1 or name.isspace()
             token = tokenizers.AddedToken(name, normalized=False, special=not is_text)
             (made.add_tokens if is_text else made.add_special_tokens)([token])
-        return made.to_str()
+        return _with_plain_merges(made.to_str())
 
     def _check_convertible(self) -> None:
         bpe = 2  # TrainerSpec.model_type in sentencepiece_model.proto
@@ -272,12 +272,30 @@ class JsonBackend:
     def identity(self) -> bytes:
         """Return the file without its layout and without what is added around a text: `encode` adds nothing."""
         around = ("post_processor", "truncation", "padding")
-        return json.dumps({k: v for k, v in self._spec.items() if k not in around}, sort_keys=True).encode()
+        spec = {key: value for key, value in self._spec.items() if key not in around}
+        merges = spec["model"].get("merges") or []
+        if merges and isinstance(merges[0], str):  # two spellings of one rule
+            spec["model"] = {**spec["model"], "merges": [merge.split(" ") for merge in merges]}
+        return json.dumps(spec, sort_keys=True).encode()
 
     def to_json(self) -> str:
         """Return the file, without a post-processor that puts special tokens around a text."""
         adds = self._library.encode("a").ids != self._library.encode("a", add_special_tokens=False).ids
-        return json.dumps({**self._spec, "post_processor": None}, ensure_ascii=False) if adds else self._text
+        text = json.dumps({**self._spec, "post_processor": None}, ensure_ascii=False) if adds else self._text
+        return _with_plain_merges(text)
+
+
+def _with_plain_merges(text: str) -> str:
+    """Return a `tokenizer.json` whose merges are written as "a b", as before tokenizers 0.20: every version reads it.
+
+    Where a piece holds a space, only the newer spelling, ["a", "b"], can tell.
+    """
+    spec = json.loads(text)
+    merges = spec["model"].get("merges") or []
+    if not merges or isinstance(merges[0], str) or any(" " in piece for merge in merges for piece in merge):
+        return text
+    spec["model"]["merges"] = [" ".join(merge) for merge in merges]
+    return json.dumps(spec, ensure_ascii=False)
 
 
 def _import_tokenizers() -> Any:

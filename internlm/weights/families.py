@@ -1,7 +1,9 @@
 """Model families of Transformers: whose config.json and weight names we read, and which we write.
 
-described, theirs = write(ours, config)            # config.json and weights of a LlamaForCausalLM
-ours = read(theirs, described, path)                # and back
+    described, theirs = write(ours, config)            # config.json and weights of the family that fits
+    ours = read(theirs, described, path)                # and back
+
+What a family is like stands in its row of `family.FAMILIES`; here is what is done with it.
 """
 
 from __future__ import annotations
@@ -14,11 +16,16 @@ import torch
 
 from internlm.errors import WeightsError
 from internlm.model.config import ModelConfig
+from internlm.weights import family as rows
+from internlm.weights import fused
 from internlm.weights import weight as lazy
-from internlm.weights.llama_config import from_llama, to_llama
+from internlm.weights.family_config import describe, understand
 from internlm.weights.load import shapes
-from internlm.weights.names import expert_of, from_transformers, is_stacked, to_transformers
+from internlm.weights.names import from_transformers, is_stacked, to_transformers
 from internlm.weights.weight import Weight, Weights
+
+FOLLOWING = "rotary_emb.inv_freq"
+"""End of a name: old exports carry the rotary frequencies, which follow from the config."""
 
 
 def read_config(fields: dict[str, Any], path: Path) -> ModelConfig:
@@ -31,7 +38,7 @@ def read_config(fields: dict[str, Any], path: Path) -> ModelConfig:
     Raises:
         WeightsError: it is of a family that is not known, or has a part that this decoder has not.
     """
-    return from_llama(fields, path)
+    return understand(fields, path)
 
 
 def read(weights: Weights, fields: dict[str, Any], path: Path) -> Weights:
@@ -43,57 +50,78 @@ def read(weights: Weights, fields: dict[str, Any], path: Path) -> Weights:
         path: of the file, for errors.
 
     Raises:
-        WeightsError: a name is not one of the family's, or experts differ in shape.
+        WeightsError: a name is not one of the family's, a weight comes twice, or the parts of one do not fit.
     """
-    # Old exports carry the rotary frequencies, which follow from the config.
-    named = {name: weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
-    found: dict[str, list[Weight]] = {}  # ours → theirs: one, or one per expert
-    for name in sorted(named, key=lambda name: expert_of(name) or 0):
-        found.setdefault(from_transformers(name), []).append(named[name])
-    order = [name for name in shapes(read_config(fields, path)) if name in found]
+    config = read_config(fields, path)
+    tables = rows.FAMILIES[fields["model_type"]].names
+    found: dict[str, list[tuple[int | None, Weight]]] = {}  # ours → expert and weight: one, or one per expert
+    for name, weight in weights.items():
+        if name.endswith(FOLLOWING):
+            continue
+        ours, expert = from_transformers(name, *tables)
+        pieces = [weight] if len(ours) == 1 else fused.cut(weight, ours, config)
+        for one, piece in zip(ours, pieces, strict=True):
+            found.setdefault(one, []).append((expert, piece))
+    order = [name for name in shapes(config) if name in found]
     order += [name for name in found if name not in set(order)]
-    return {name: _stacked(name, found[name]) if is_stacked(name) else found[name][0] for name in order}
+    return {name: _whole(name, found[name]) for name in order}
 
 
-def write(weights: Weights, config: ModelConfig) -> tuple[dict[str, Any], Weights]:
-    """Return config.json, without token ids and dtype, and the weights by the names of the family that fits.
+def write(weights: Weights, config: ModelConfig, family: str | None = None) -> tuple[dict[str, Any], Weights]:
+    """Return config.json, without token ids and dtype, and the weights by the names of a family.
 
     Args:
         weights: by our names, complete.
         config: shape of the model.
+        family: its `model_type`; None: the plainest that fits and that Transformers loads without further code.
 
     Raises:
-        WeightsError: no family can express the shape.
+        WeightsError: there is no such family, or it cannot express the shape.
     """
-    has_bias = config.qkv_bias or config.output_bias
-    described = to_llama(dataclasses.replace(config, qkv_bias=has_bias, output_bias=has_bias))
+    name = family or rows.fitting(config)
+    rows.check(config, name)
+    row = rows.family_of(name)
+    stored = _with_biases(config, row)
+    needed, dtype = shapes(stored), lazy.main_dtype(weights)
+    groups: dict[str, list[str]] = {}  # theirs → ours
+    for ours in needed:
+        groups.setdefault(to_transformers(ours, None, row.names[0]), []).append(ours)
     theirs: Weights = {}
-    for name in shapes(config):
-        weight = weights[name]
-        if is_stacked(name):
-            weight = lazy.shared(weight, weight.shape[0])
-            for number in range(weight.shape[0]):
-                one = weight.turned(weight.shape[1:], lambda t, number=number: t[number], f"[{number}]")  # type: ignore[misc]
-                theirs[to_transformers(name, number)] = one
+    for their, names in groups.items():
+        parts = [weights[one] if one in weights else lazy.zeros(needed[one], dtype) for one in names]
+        if len(parts) > 1:
+            theirs[their] = fused.join(parts, names, stored)
+        elif is_stacked(names[0]):
+            theirs |= {their.replace("{e}", str(e)): part for e, part in enumerate(_apart(parts[0]))}
         else:
-            theirs[to_transformers(name)] = weight
-    if config.qkv_bias != config.output_bias:
-        theirs |= _absent_biases(config, lazy.main_dtype(weights))
-    return described, theirs
+            theirs[their] = parts[0]
+    return describe(stored, name), theirs
 
 
-def _absent_biases(config: ModelConfig, dtype: torch.dtype) -> Weights:
-    """Return zeros for the attention biases that Llama has and the model has not."""
-    absent = ("wo",) if config.qkv_bias else ("wq", "wk", "wv")
-    weights = {}
-    for name, shape in shapes(config).items():
-        if name.split(".")[-2] in absent:
-            weights[to_transformers(name.removesuffix("weight") + "bias")] = lazy.zeros(shape[:1], dtype)
-    return weights
+def _with_biases(config: ModelConfig, family: rows.Family) -> ModelConfig:
+    """Return the shape with the biases that the family always has, or has with others: zeros, which is exact."""
+    qkv, output = config.qkv_bias or family.qkv_bias is True, config.output_bias
+    if family.qkv_bias == family.output_bias and family.qkv_bias is not False:
+        qkv = output = qkv or output
+    return dataclasses.replace(config, qkv_bias=qkv, output_bias=output)
 
 
-def _stacked(name: str, parts: list[Weight]) -> Weight:
-    """Return the matrices of all experts as one weight."""
-    if len({part.shape for part in parts}) > 1:
+def _apart(weight: Weight) -> list[Weight]:
+    """Return the matrices of all experts, one by one."""
+    weight = lazy.shared(weight, weight.shape[0])
+    return [weight.turned(weight.shape[1:], lambda t, e=e: t[e], f"[{e}]") for e in range(weight.shape[0])]  # type: ignore[misc]
+
+
+def _whole(name: str, parts: list[tuple[int | None, Weight]]) -> Weight:
+    """Return one weight of ours, of one of theirs or of one for each expert."""
+    numbers = [expert for expert, _ in parts]
+    if numbers == [None] or (len(parts) == 1 and not is_stacked(name)):
+        return parts[0][1]
+    parts = sorted(parts, key=lambda part: -1 if part[0] is None else part[0])
+    if not is_stacked(name) or [expert for expert, _ in parts] != list(range(len(parts))):
+        listed = ", ".join(weight.origin for _, weight in parts[:4])
+        raise WeightsError("is there twice, or experts are missing", where=name, got=listed)
+    matrices = [weight for _, weight in parts]
+    if len({matrix.shape for matrix in matrices}) > 1:
         raise WeightsError("the experts differ in shape", where=name)
-    return lazy.joined(parts, (len(parts), *parts[0].shape), torch.stack)
+    return lazy.joined(matrices, (len(matrices), *matrices[0].shape), torch.stack)

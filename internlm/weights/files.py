@@ -27,6 +27,7 @@ from torch import Tensor
 from internlm import storage
 from internlm.errors import WeightsError
 from internlm.weights import weight as lazy
+from internlm.weights.bin_files import open_bins
 from internlm.weights.weight import Weight, Weights
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def _write_shard(path: Path, weights: Weights, done: Callable[[int], None]) -> s
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a CPU tensor, in memory order; a copy only where it is not contiguous."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -151,29 +152,42 @@ def is_finite(tensor: Tensor) -> bool:
 def open_folder(folder: Path) -> Weights:
     """Return the weights of a Transformers folder under their names there, not read yet.
 
+    Safetensors are preferred where there are `.bin` files too.
+
     Raises:
         WeightsError: there are no weight files, or one is missing or damaged.
     """
-    for index in (INDEX, BIN_INDEX):
+    for single, index in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):
         if (folder / index).is_file():
             return _open_indexed(folder, folder / index)
-    if (folder / SINGLE).is_file():
-        return open_safetensors(folder / SINGLE)
-    raise WeightsError(f"holds neither {SINGLE} nor {INDEX}", where=folder)
+        if (folder / single).is_file():
+            return _open_files([folder / single])[folder / single]
+    raise WeightsError(f"holds neither {SINGLE} nor {INDEX}, nor {BIN_SINGLE} or {BIN_INDEX}", where=folder)
+
+
+def _open_files(paths: list[Path]) -> dict[Path, Weights]:
+    """Return the weights of files, told by their names' end."""
+    bins = open_bins([path for path in paths if path.suffix == ".bin"])
+    for path, weights in bins.items():
+        for name, weight in weights.items():
+            if weight.dtype not in NAMES:
+                raise WeightsError("has a dtype that cannot be read", where=f"{path}: {name}", got=str(weight.dtype))
+    return {path: bins[path] if path in bins else open_safetensors(path) for path in paths}
 
 
 def _open_indexed(folder: Path, index: Path) -> Weights:
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = dict.fromkeys(where.values())
+        files = {file: folder / file for file in where.values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"cannot be read: {error}", where=index) from error
-    opened = {file: open_safetensors(folder / file) for file in files}
+    opened = _open_files(list(files.values()))
     weights = {}
     for name, file in where.items():
-        if name not in opened[file]:
+        found = opened[files[file]]
+        if name not in found:
             raise WeightsError(f"{file} has no tensor {name}, which the index says", where=index, do="Copy it again.")
-        weights[name] = opened[file][name]
+        weights[name] = found[name]
     return weights
 
 

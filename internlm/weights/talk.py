@@ -1,7 +1,7 @@
 """How a model is talked to: the files that lie beside the weights in a Transformers folder.
 
     talk = read_talk("llama-folder")        # tokenizer, chat format, ids that end an answer
-    talk.write(folder)                      # tokenizer.json, tokenizer_config.json, generation_config.json
+    talk.write(folder)                      # tokenizer.json, *_config.json, special_tokens_map.json
 
 A chat format that is known here goes by its name and is written by us. One that is not is carried along as the Jinja
 text it is, and so is the tokenizer.json it was written for. Where our template begins with bos, a tokenizer.json that
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 TEMPLATE_KEY = "internlm_template"
 TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
+SPECIAL_FILE = "special_tokens_map.json"
+ROLES = ("bos", "eos", "pad")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Talk:
 
     def role_ids(self) -> dict[str, int | None]:
         """Return the ids of bos, eos and pad under the names of a config.json."""
-        return {f"{role}_token_id": getattr(self.tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad")}
+        return {f"{role}_token_id": getattr(self.tokenizer, f"{role}_id", None) for role in ROLES}
 
     def write(self, folder: Path) -> None:
         """Write the files into a folder."""
@@ -87,6 +89,10 @@ class Talk:
         elif self.foreign is not None:
             described["chat_template"] = self.foreign
         write_json(folder / CONFIG_FILE, described)
+        # The same names again, where older programs look; said to take no white space from the text beside them.
+        exact = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        keys = [f"{role}_token" for role in ROLES if f"{role}_token" in described]
+        write_json(folder / SPECIAL_FILE, {key: {"content": described[key], **exact} for key in keys})
 
 
 def read_talk(folder: str | Path) -> Talk:

@@ -1,6 +1,8 @@
 """Transformers folders, both ways: a plain `LlamaForCausalLM`, so that every other tool loads what we train.
 
-With experts it is a `MixtralForCausalLM`.
+With experts it is a `MixtralForCausalLM`, with norms of queries and keys a `Qwen3ForCausalLM`, with both a
+`Qwen3MoeForCausalLM`; `ExportOptions.family` names any other. Those of InternLM (`internlm`, `internlm2`, `internlm3`)
+are read and written too; Transformers itself loads them with their authors' code only.
 
     export(of_tensors(model.named_parameters()), config, Path("out"), Talk(tokenizer, "chatml"))
     AutoModelForCausalLM.from_pretrained("out")            # no remote code
@@ -10,8 +12,8 @@ Tensors pass one at a time: memory holds one, never a second model. `export(open
 writes the same weight files again.
 
 Where the formats differ:
-- Llama has one switch for the biases of all four attention matrices. Where only some of ours have one, the others are
-  written as zeros, which is exact.
+- Most families have one switch for the biases of all four attention matrices. Where only some of ours have one, the
+  others are written as zeros, which is exact.
 - Transformers measures dynamic NTK from `max_position_embeddings`, so that is our `original_length`; the context goes
   into `internlm_context_length`. Early 4.x measures YaRN from there too: exact only where both lengths are equal.
 - BOS is written by the chat template, and by nothing else: `tokenizer(text)` gives the ids of `Tokenizer.encode`, so no
@@ -32,8 +34,9 @@ from internlm import storage
 from internlm.errors import WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import Transformer
-from internlm.weights import families, files
+from internlm.weights import families, files, remote
 from internlm.weights import weight as lazy
+from internlm.weights.card import card
 from internlm.weights.load import check, load_model
 from internlm.weights.talk import Talk, write_json
 from internlm.weights.weight import Weights
@@ -56,9 +59,13 @@ class ExportOptions:
     replace: bool = False
     """Whether an earlier export may be replaced."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """JSON-able facts for the manifest."""
+    """JSON-able facts for the manifest; the model card takes some (see `card`)."""
     resume: str | None = None
     """Says all that the weights depend on: what an interrupted export with the same text has written is kept."""
+    family: str | None = None
+    """`model_type` to write; None: the plainest that fits and that Transformers loads without further code."""
+    remote_code: bool = False
+    """Whether the folder carries the code that gives it `model.chat`; its family is then `internlm`."""
     progress: Callable[[int], None] = _nobody
     """Told the bytes of each tensor that was written."""
 
@@ -70,7 +77,7 @@ def export(
     talk: Talk = Talk(),  # noqa: B008 (frozen)
     options: ExportOptions = ExportOptions(),
 ) -> Weights:
-    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load without remote code.
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, without remote code but for InternLM's own.
 
     Args:
         weights: our names; a tied head may be left out.
@@ -83,15 +90,17 @@ def export(
         what was written: the weights by the names of the folder, each with its origin.
 
     Raises:
-        WeightsError: weights are missing, left over or of another shape, or Llama cannot express the shape.
+        WeightsError: weights are missing, left over or of another shape, or the family cannot express the shape.
         TokenizerError, DataError: tokenizer and chat format do not belong together.
         StorageError: the folder exists, or could not be written.
     """
     out = Path(out)
     check(weights, config)
-    described, theirs = families.write(weights, config)
+    described, theirs = families.write(weights, config, _family(options))
     theirs = {name: weight.to(options.dtype) for name, weight in theirs.items()}
     talk.check(config.vocab_size)
+    if options.remote_code:
+        described |= remote.fields(talk)
     storage.check_free(out, KIND, replace=options.replace)
     storage.require_space(out, sum(weight.nbytes for weight in theirs.values()), f"export {out.name}")
     with storage.writing(out, KIND, replace=options.replace, resume=options.resume) as folder:
@@ -100,7 +109,10 @@ def export(
         # Transformers 4 reads `torch_dtype`, 5 writes `dtype` and reads both.
         write_json(folder.path / "config.json", described | talk.role_ids() | {"torch_dtype": stored, "dtype": stored})
         talk.write(folder.path)
-        storage.write_text(folder.path / "README.md", _card(config, described["architectures"][0], stored, talk))
+        if options.remote_code:
+            remote.write(folder.path, talk)
+        notes = {"remote_code": options.remote_code, **options.notes}
+        storage.write_text(folder.path / "README.md", card(config, described["architectures"][0], stored, talk, notes))
         folder.meta.update({"internlm_template": talk.template, "dtype": stored, **options.notes})
     return theirs
 
@@ -138,6 +150,22 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | 
     return load_model(read_config(folder), lazy.tensors(open_weights(folder)), dtype=dtype, device=device)
 
 
+def _family(options: ExportOptions) -> str | None:
+    """Return the family to write.
+
+    Raises:
+        WeightsError: another is asked for than the one that the carried code is of.
+    """
+    if not options.remote_code or options.family == remote.FAMILY:
+        return options.family
+    if options.family is not None:
+        raise WeightsError(
+            "the code that gives a folder `model.chat` is InternLM's",
+            where="family", got=options.family, allowed=[remote.FAMILY], do="Leave out one of the two.",
+        )  # fmt: skip
+    return remote.FAMILY
+
+
 def _fields(folder: Path) -> dict[str, Any]:
     """Return the content of config.json."""
     path = folder / "config.json"
@@ -150,36 +178,3 @@ def _fields(folder: Path) -> dict[str, Any]:
     if not isinstance(described, dict):
         raise WeightsError("is no JSON object", where=path)
     return described
-
-
-def _card(config: ModelConfig, model: str, dtype: str, talk: Talk) -> str:
-    """Return the README.md of an export."""
-    can_chat = talk.template is not None or talk.foreign is not None
-    kind = "a base model (plain continuation, no chat format)"
-    if can_chat:
-        kind = f"a chat model (format `{talk.template}`)" if talk.template else "a chat model (its own format)"
-    lines = [
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", "# Model", "",
-        f"A `{model}` with {config.num_parameters:,} parameters, {kind}.", "",
-        "| | |", "|---|---|",
-        f"| layers | {config.num_layers} |",
-        f"| hidden size | {config.hidden_size} |",
-        f"| heads (key-value heads) × head size | {config.num_heads} ({config.num_kv_heads}) × {config.head_dim} |",
-        f"| feed-forward size | {config.ffn_size} |",
-        f"| vocabulary | {config.vocab_size} |",
-        f"| context | {config.context_length} tokens |",
-        f"| stored as | {dtype} |", "",
-        "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        'model = AutoModelForCausalLM.from_pretrained(".")',
-    ]  # fmt: skip
-    if talk.tokenizer is not None:
-        lines.append('tokenizer = AutoTokenizer.from_pretrained(".")')
-        start = "tokenizer.bos_token + " if talk.tokenizer.bos_id is not None else ""
-        ids = f'tokenizer({start}"Once", return_tensors="pt")'
-        if can_chat:
-            question = '[{"role": "user", "content": "Hello"}]'
-            options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
-            ids = f"tokenizer.apply_chat_template({question}, {options})"
-        lines += [f"inputs = {ids}", "print(tokenizer.decode(model.generate(**inputs)[0]))"]
-    lines += ["```", "", "Or talk to it: `internlm chat .`", ""]
-    return "\n".join(lines)

@@ -18,6 +18,7 @@ from internlm.model.layers import Linear, RMSNorm
 from internlm.model.presets import PRESETS, preset
 from internlm.model.rope import Rope, rotate
 from internlm.model.transformer import Transformer, build, init_std
+from internlm.optim.optimizer import role
 
 
 def toy(**changes: object) -> ModelConfig:
@@ -31,6 +32,17 @@ def toy(**changes: object) -> ModelConfig:
         ("internlm-7b", 7_321_948_160, 2048),
         ("internlm-7b-8k", 7_321_948_160, 8192),
         ("internlm-20b", 20_088_714_240, 4096),
+        ("internlm2-1.8b", 1_889_110_016, 32768),
+        ("internlm2-7b", 7_737_708_544, 32768),
+        ("internlm3-8b", 8_804_241_408, 32768),
+        ("llama2-7b", 6_738_415_616, 4096),
+        ("llama3-8b", 8_030_261_248, 8192),
+        ("mistral-7b", 7_241_732_096, 4096),
+        ("qwen2.5-0.5b", 494_032_768, 32768),
+        ("qwen2.5-7b", 7_615_616_512, 131072),
+        ("qwen3-0.6b", 596_049_920, 40960),
+        ("qwen3-4b", 4_022_468_096, 40960),
+        ("qwen3-8b", 8_190_735_360, 40960),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name: str, parameters: int, context: int) -> None:
@@ -46,10 +58,19 @@ def test_counts_are_those_of_the_model_that_is_built(name: str) -> None:
         model = Transformer(config)
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n != "embedding.weight")
+    matrices += config.embedding_parameters * config.tie_embeddings  # it is the head
     assert matrices == config.matmul_parameters
 
 
-@pytest.mark.parametrize("changes", [{"tie_embeddings": True}, {"num_kv_heads": 2, "qkv_bias": True}, {"head_dim": 6}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_embeddings": True},
+        {"num_kv_heads": 2, "qkv_bias": True},
+        {"head_dim": 6},
+        {"qk_norm": True, "head_dim": 6},
+    ],
+)
 def test_counts_follow_the_switches(changes: dict[str, object]) -> None:
     config = toy(**changes)
     assert sum(p.numel() for p in build(config, 0).parameters()) == config.num_parameters
@@ -91,6 +112,35 @@ def test_the_start_has_the_spread_that_the_recipe_says() -> None:
             assert parameter.std().item() == pytest.approx(wanted, rel=0.1), name
     assert init_std(config, "blocks.5.feed_forward.w_down.weight") == pytest.approx(0.05 / math.sqrt(12))
     assert init_std(toy(init=InitConfig(std=1.0).__dict__), "blocks.0.attention.wo.weight") == pytest.approx(0.5)
+
+
+def test_norms_of_heads_start_at_one_and_are_never_decayed() -> None:
+    model = build(toy(qk_norm=True, num_kv_heads=2), 0)
+    for name in ("q_norm", "k_norm"):
+        weight = model.get_parameter(f"blocks.1.attention.{name}.weight")
+        assert torch.equal(weight, torch.ones(8))
+        assert role(f"blocks.1.attention.{name}.weight", weight) == "vector"
+
+
+def test_norms_of_heads_see_each_head_alone_before_it_is_turned() -> None:
+    """A head's size makes no difference: the scores of one that is a hundred times larger are the same."""
+    model = build(toy(qk_norm=True, norm_eps=1e-12), 0)
+    tokens = torch.randint(0, 97, (2, 16))
+    attention_part = model.blocks["0"].get_submodule("attention")
+    seen: list[torch.Tensor] = []
+    plain = attention_part.attend
+
+    def attend(q, k, v, documents):  # type: ignore[no-untyped-def]
+        seen.append(q)
+        return plain(q, k, v, documents)
+
+    attention_part.attend = attend
+    with torch.no_grad():
+        first = model(tokens)
+        attention_part.wq.weight[8:16] *= 100.0  # the second head
+        second = model(tokens)
+    torch.testing.assert_close(first, second)
+    assert seen[0].square().mean(-1).sub(1).abs().max() < 1e-4, "turning keeps the mean square of 1"
 
 
 def test_a_fresh_internlm_has_the_loss_of_a_uniform_guess() -> None:

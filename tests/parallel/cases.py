@@ -78,6 +78,17 @@ def norms_of_parts() -> Any:
     return mock.patch.object(tensor.Tokens, "whole", [Replicate()])
 
 
+def averaged_head_norms() -> Any:
+    """Average the gradients of the norms of heads over tensor ranks, which have different heads, in place of a sum."""
+    plain = tensor.HeadNorm.normalise
+
+    def normalise(self: tensor.HeadNorm, x: Tensor, weight: Tensor) -> Tensor:
+        ranks = dist.get_world_size(self.tokens.group)
+        return plain(self, x, weight / ranks + weight.detach() * (1 - 1 / ranks))
+
+    return mock.patch.object(tensor.HeadNorm, "normalise", normalise)
+
+
 def means_of_micro_batches() -> Any:
     """Divide each micro-batch by its own count and the number of micro-batches."""
     plain = Runner.train
@@ -99,7 +110,9 @@ def gathered_gradients() -> Any:
     return mock.patch.object(collectives, "collect", collectives.gather)
 
 
-BROKEN = {f.__name__: f for f in (norms_of_parts, means_of_micro_batches, same_rows, gathered_gradients)}
+BROKEN = {
+    f.__name__: f for f in (norms_of_parts, averaged_head_norms, means_of_micro_batches, same_rows, gathered_gradients)
+}
 
 
 def everybody_chooses(expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:

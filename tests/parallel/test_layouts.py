@@ -141,10 +141,44 @@ def assert_equal(results: list[dict[str, Any]], alone: dict[str, Any]) -> None:
         assert result["valid"] == pytest.approx(alone["valid"], rel=1e-5)
 
 
+HEADS = {"model": SHAPE | {"qk_norm": True}}
+HEAD_SLICE: list[tuple[int, dict[str, Any], int]] = [(2, {"tensor": 2, "sequence": False}, 4), (2, {"tensor": 2}, 2)]
+HEAD_PROOF: list[tuple[int, dict[str, Any], int]] = [
+    (2, {"tensor": 2, "recompute": FULL}, 1),
+    (2, {"shard": 2, "zero": "3"}, 1),
+    (2, {"context": 2}, 2),
+    (2, {"pipeline": 2}, 1),
+    (4, {"shard": 2, "tensor": 2, "zero": "1"}, 1),
+    (4, {"tensor": 2, "pipeline": 2, "sequence": False}, 1),
+    (4, {"tensor": 2, "context": 2}, 2),
+    (4, {"tensor": 2, "replicate": 2, "recompute": PART}, 1),
+]
+
+
+@pytest.fixture(scope="module")
+def alone_with_head_norms(ranks: Ranks) -> dict[str, Any]:
+    return {}
+
+
+@pytest.mark.parametrize("layout", HEAD_SLICE + HEAD_PROOF, ids=name_of)
+def test_norms_of_heads_do_not_depend_on_the_layout(
+    layout: tuple[int, dict[str, Any], int],
+    ranks: Ranks,
+    recipe: Make,
+    alone_with_head_norms: dict[str, Any],
+    request: pytest.FixtureRequest,
+) -> None:
+    if layout not in HEAD_SLICE and not request.config.getoption("--proof"):
+        pytest.skip("a layout of the proof")
+    assert_as_alone(layout, ranks, recipe, alone_with_head_norms, **HEADS)
+
+
 @pytest.mark.parametrize(
     ("broken", "world", "parallel", "changes"),
     [
         ("norms_of_parts", 2, {"tensor": 2}, {}),
+        ("averaged_head_norms", 2, {"tensor": 2}, HEADS),
+        ("averaged_head_norms", 2, {"tensor": 2, "sequence": False}, HEADS),
         ("means_of_micro_batches", 2, {"shard": 2}, {"data__pack": "whole"}),
         ("same_rows", 2, {"replicate": 2}, {}),
         ("gathered_gradients", 2, {"context": 2}, {"objective": {"kind": "lm", "z_loss": 1e-4}}),

@@ -29,6 +29,7 @@ MODEL: dict[str, Any] = {
 }  # fmt: skip
 ODD = MODEL | {"vocab_size": 283, "hidden_size": 60, "num_heads": 6, "num_kv_heads": 3, "ffn_size": 131}
 TIED = MODEL | {"tie_embeddings": True}
+HEADS = MODEL | {"qk_norm": True}
 FOUR, FIVE = MODEL | {"num_layers": 4}, MODEL | {"num_layers": 5}
 FULL, HALF = {"kind": "full"}, {"kind": "operators", "ratio": 0.5}
 FLAT: dict[str, Any] = {"shard": 1024, "zero": "3"}
@@ -46,6 +47,8 @@ SLICE: list[Case] = [
     ({"replicate": 16, "shard": 64, "optimizer": "all"}, 1, ODD, (0, 1023)),  # the last parts are short
     ({"replicate": 64, "shard": 4, "tensor": 4, "zero": "1"}, 2, MODEL, (0,)),
     ({"replicate": 64, "shard": 4, "tensor": 4, "sequence": False, "zero": "3", "recompute": FULL}, 1, MODEL, (0,)),
+    ({"replicate": 64, "shard": 4, "tensor": 4, "sequence": False, "zero": "1"}, 2, HEADS, (0,)),
+    ({"replicate": 64, "shard": 4, "tensor": 4, "zero": "2", "recompute": FULL}, 1, HEADS, (1023,)),
     ({"replicate": 128, "shard": 1, "context": 8, "recompute": FULL}, 1, MODEL, (7,)),
     ({"shard": 64, "context": 16, "recompute": FULL}, 1, MODEL, (0,)),  # heads do not divide: keys and values travel
     ({"pipeline": 4, "replicate": 32, "shard": 8, "zero": "3"}, 4, FOUR, (0, 256, 1023)),
@@ -55,6 +58,8 @@ PROOF: list[Case] = [
     *[({"replicate": 128, "shard": 8, "zero": zero}, 1, ODD, (0, 1023)) for zero in ("1", "2-gather", "3")],
     (FLAT, 4, MODEL, (0, 1023)),
     ({"replicate": 1024, "shard": 1, "offload": True}, 1, MODEL, (0,)),
+    ({"replicate": 16, "shard": 64, "optimizer": "all"}, 1, HEADS, (0, 1023)),
+    ({"pipeline": 2, "replicate": 16, "shard": 8, "context": 2, "tensor": 2}, 2, FIVE | {"qk_norm": True}, (0, 1023)),
     ({"replicate": 16, "shard": 64, "optimizer": "all"}, 2, MODEL, (0, 1023)),  # some parts have no key rows
     ({"replicate": 8, "shard": 16, "tensor": 8, "optimizer": "all"}, 2, MODEL | {"num_kv_heads": 8}, (0,)),
     ({"replicate": 64, "shard": 4, "tensor": 4, "zero": "2", "recompute": HALF}, 2, MODEL, (1023,)),
@@ -90,7 +95,8 @@ def name_of(value: object) -> str | None:
     if not isinstance(value, dict):
         return None if isinstance(value, tuple) else str(value)
     if "vocab_size" in value:
-        return {283: "odd"}.get(value["vocab_size"], "tied" if "tie_embeddings" in value else "even")
+        special = {"tie_embeddings": "tied", "qk_norm": "heads"}.get([*value][-1], "even")
+        return {283: "odd"}.get(value["vocab_size"], special)
     return "-".join(f"{key}{each}" for key, each in value.items() if not isinstance(each, dict))
 
 

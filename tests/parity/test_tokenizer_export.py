@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,11 @@ from internlm.weights.weight import of_tensors
 
 reference = pytest.importorskip("transformers")
 reference.utils.logging.disable_progress_bar()
+
+SHARED = Path(__file__).parents[2].parent / "shared"
+V7 = SHARED / "tokenizer" / "V7_sft.model"
+NAMES = ["<s>", "</s>", "<eoh>", "<eoa>", "<unk>", "<TOKENS_UNUSED_2>", "<TOKENS_UNUSED_140>"]
+"""Structure of the published vocabulary."""
 
 CONVERSATION = [
     Message("system", "Be brief."),
@@ -138,3 +145,95 @@ def test_our_format_with_a_tokenizer_that_adds_bos_has_it_once(tokenizer: Tokeni
     assert theirs(text).input_ids == ours
     assert ours.count(tokenizer.bos_id) == 1
     assert Tokenizer.load(tmp_path / "b") == Tokenizer.load(source), "what is added around a text decides no id"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an export with InternLM's published vocabulary."""
+    if not V7.exists():
+        pytest.skip(f"{V7} is not here")
+    tokenizer = Tokenizer.load(V7)
+    shape = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=8, num_layers=1, num_heads=1, ffn_size=8)
+    folder = tmp_path_factory.mktemp("published") / "out"
+    folders.export(of_tensors(build(shape, 0).named_parameters()), shape, folder, Talk(tokenizer, "internlm-v1.1"))
+    return folder
+
+
+def strings_of(path: Path) -> Iterator[str]:
+    """Yield every text in a JSON-lines or CSV file."""
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if path.suffix != ".jsonl":
+            yield line
+            continue
+        waiting = [json.loads(line)] if line else []
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, dict | list):
+                waiting += value.values() if isinstance(value, dict) else value
+
+
+def mixed_texts(share: int) -> Iterator[str]:
+    """Yield texts of many languages and of code, `share` bytes of each file, then as many random ones."""
+    for path in sorted(p for p in SHARED.glob("*/**/*") if p.suffix in (".jsonl", ".csv")):
+        taken = 0
+        for text in strings_of(path):
+            yield text
+            taken += len(text.encode())
+            if taken > share:
+                break
+    draw = random.Random(0)
+    ranges = [(0x20, 0x7F), (0, 0x20), (0x4E00, 0x9FFF), (0x3040, 0x30FF), (0x1F300, 0x1FAFF), (0xA0, 0x2FFF)]
+    for _ in range(share // 50):
+        low, high = draw.choice([*ranges, (0, 0xD800), (0xE000, 0x110000)])
+        yield "".join(chr(draw.randrange(low, high)) for _ in range(draw.randrange(1, 60)))
+        yield draw.randbytes(draw.randrange(1, 80)).decode("utf-8", "replace")
+        yield draw.randbytes(draw.randrange(1, 80)).decode("latin-1")
+
+
+def test_the_exported_tokenizer_json_equals_sentencepiece_on_megabytes(
+    published: Path, request: pytest.FixtureRequest
+) -> None:
+    share, least = (300_000, 5_000_000) if request.config.getoption("--proof") else (5_000, 300_000)
+    sentencepiece = pytest.importorskip("sentencepiece")
+    source = sentencepiece.SentencePieceProcessor(model_file=str(V7))
+    theirs = reference.AutoTokenizer.from_pretrained(published, trust_remote_code=False)
+    assert theirs.is_fast
+    size = count = 0
+    batch: list[str] = []
+    for text in [*mixed_texts(share), ""]:
+        # SentencePiece takes a typed ▁ for a space, and knows no name of structure but its user-defined pieces.
+        batch += [] if "▁" in text or any(name in text for name in ("<s>", "</s>", "<unk>")) else [text]
+        if len(batch) < 2000 and text:
+            continue
+        ids = source.encode(batch)
+        assert theirs(batch, add_special_tokens=True)["input_ids"] == ids
+        decoded = theirs.batch_decode(ids)
+        assert decoded == batch == [source.decode(one) for one in ids]
+        size, count, batch = size + sum(len(one.encode()) for one in batch), count + len(batch), []
+    print(f"{size:,} bytes in {count:,} texts")
+    assert size > least, f"{size} bytes in {count} texts"
+
+
+def test_structure_and_stops_of_the_published_vocabulary_are_where_engines_look(published: Path) -> None:
+    theirs = reference.AutoTokenizer.from_pretrained(published, trust_remote_code=False)
+    tokenizer = Tokenizer.load(V7)
+    assert theirs.convert_tokens_to_ids(NAMES) == [tokenizer.special(name) for name in NAMES]
+    assert theirs("a<eoa>b").input_ids == [*tokenizer.encode("a"), 103028, *tokenizer.encode("b")]
+    assert json.loads((published / "generation_config.json").read_text())["eos_token_id"] == [2, 103028]
+    described = json.loads((published / "tokenizer_config.json").read_text())
+    mapped = json.loads((published / "special_tokens_map.json").read_text())
+    assert (described["bos_token"], described["eos_token"]) == ("<s>", "</s>")
+    assert {role: token["content"] for role, token in mapped.items()} == {"bos_token": "<s>", "eos_token": "</s>"}
+    messages = [{"role": m.role, "content": m.content} for m in CONVERSATION]
+    ours = render_prompt(CONVERSATION, get_template("internlm-v1.1"), tokenizer)
+    text = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    for ids in (
+        theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False),
+        theirs(text).input_ids,
+        theirs(text, add_special_tokens=False).input_ids,
+        theirs.encode(text),
+    ):
+        assert ids == ours
+        assert ids.count(1) == 1

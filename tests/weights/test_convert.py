@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,8 +74,8 @@ def test_verifying_finds_weights_under_the_wrong_name(
 ) -> None:
     pytest.importorskip("transformers")
 
-    def swapped(name: str) -> str:
-        return to_transformers(name.replace("wq", "w?").replace("wk", "wq").replace("w?", "wk"))
+    def swapped(name: str, *others: Any) -> str:
+        return to_transformers(name.replace("wq", "w?").replace("wk", "wq").replace("w?", "wk"), *others)
 
     monkeypatch.setattr(families, "to_transformers", swapped)
     model = build(SHAPE, 10)

@@ -1,0 +1,117 @@
+"""`.bin` files, in which models were published before safetensors: pickles that `torch.save` wrote, read lazily.
+
+    weights = open_bin("pytorch_model-00001-of-00008.bin")      # shapes and dtypes, nothing read
+    weights["model.norm.weight"].read()                         # maps the file, gives a view of it
+
+A pickle is a program. Torch's restricted reader runs none of it but what makes tensors, and refuses anything else by
+name. Of all files of a folder one is mapped at a time; going back to another costs a look at its table of contents.
+
+Limit: files older than torch 1.6 (not a zip archive) cannot be mapped, and are in memory whole while they are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from internlm.errors import WeightsError
+from internlm.log import warn_once
+from internlm.weights.weight import Weight, Weights
+
+logger = logging.getLogger(__name__)
+
+_ZIP = b"PK\x03\x04"
+_AGAIN = "Copy the file again."
+
+
+class _Shelf:
+    """The one file that is open, and the tensors in it."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.tensors: dict[str, Tensor] = {}
+        self.lock = threading.Lock()
+
+    def open(self, path: Path) -> dict[str, Tensor]:
+        """Return the tensors of a file, after closing any other."""
+        with self.lock:
+            if path != self.path:
+                self.path, self.tensors = None, {}
+                self.tensors = _load(path)
+                self.path = path
+            return self.tensors
+
+
+def open_bin(path: Path) -> Weights:
+    """Return the weights of a `.bin` file, not read yet.
+
+    Raises:
+        WeightsError: it is missing or damaged, would run code, or holds something else than tensors.
+    """
+    return open_bins([path])[path]
+
+
+def open_bins(paths: list[Path]) -> dict[Path, Weights]:
+    """Return the weights of several `.bin` files, of which one is open at a time; otherwise as `open_bin`."""
+    shelf = _Shelf()
+    found: dict[Path, Weights] = {}
+    for path in paths:
+        found[path] = {
+            name: Weight(tuple(tensor.shape), tensor.dtype, _Reader(shelf, path, name), name)
+            for name, tensor in shelf.open(path).items()
+        }
+    return found
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads one tensor of a file."""
+
+    shelf: _Shelf
+    path: Path
+    name: str
+
+    def __call__(self) -> Tensor:
+        tensors = self.shelf.open(self.path)
+        if self.name not in tensors:
+            raise WeightsError(f"no longer has {self.name}: it was replaced", where=self.path)
+        return tensors[self.name]
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, mapped where that can be."""
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(len(_ZIP)) == _ZIP
+        if not is_zip:
+            warn_once(logger, f"{path} is of a form that cannot be mapped: all of it is in memory while it is read")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"is not only tensors, and nothing in it was run: {_reason(error)}",
+            where=path,
+            do="Do not trust its source; ask for safetensors.",
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WeightsError(f"cannot be read: {_reason(error)}", where=path, do=_AGAIN) from error
+    if not isinstance(content, dict):
+        raise WeightsError("holds no table of tensors", where=path, got=type(content).__name__)
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise WeightsError("holds something else than named tensors", where=path, got=f"{name}: {type(tensor)}")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise WeightsError("holds a tensor that is not plain", where=f"{path}: {name}", got=str(tensor.layout))
+    return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def _reason(error: Exception) -> str:
+    """Return what torch's message says, without its advice to run the file all the same."""
+    text = str(error)
+    at = text.find("WeightsUnpickler error:")
+    return (text[at:] if at >= 0 else text).partition("\n")[0].strip()

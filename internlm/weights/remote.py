@@ -1,0 +1,112 @@
+"""The code that an export carries, so that InternLM's own lines run: `model.chat(tokenizer, "hello", history=[])`.
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)      # AutoModel gives the same model
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+What is carried lies in `remote_code/`: four files that import Transformers (4.30 to 5), torch and sentencepiece, and
+nothing of this package. They know plain and dynamic rotary positions, and biases on all of attention or on none.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from internlm import storage
+from internlm.text.chat import stop_ids
+from internlm.text.templates import EndOfText, Frame, Special, Template, get_template
+from internlm.text.tokenizer import CONFIG_FILE, Tokenizer
+from internlm.weights.talk import Talk, write_json
+
+FAMILY = "internlm"
+"""`model_type` of a folder with this code."""
+CODE = Path(__file__).parent / "remote_code"
+DEFAULT_TEMPLATE = "internlm-v1.1"
+"""Format of `model.chat` where none is recorded, and the vocabulary is InternLM's."""
+_MODEL = "modeling_internlm.InternLMForCausalLM"
+
+
+def fields(talk: Talk) -> dict[str, Any]:
+    """Return what config.json says beside the shape: which classes load the model, and how it is talked to."""
+    loaders = {"AutoConfig": "configuration_internlm.InternLMConfig", "AutoModel": _MODEL}
+    return {"auto_map": loaders | {"AutoModelForCausalLM": _MODEL}, "chat_format": chat_format(talk)}
+
+
+def chat_format(talk: Talk) -> dict[str, Any] | None:
+    """Return the chat format with its special tokens as ids, None where the model has none.
+
+    A model without a recorded format gets that of InternLM's chat models, if its vocabulary has `<eoa>`: the README's
+    lines ask for no format.
+    """
+    tokenizer = talk.tokenizer
+    if tokenizer is None:
+        return None
+    name = talk.template
+    if name is None and talk.foreign is None and "<eoa>" in tokenizer.special_tokens:
+        name = DEFAULT_TEMPLATE
+    if name is None:
+        return None
+    template = get_template(name)
+    return {
+        "name": name,
+        "bos": tokenizer.bos_id if template.bos else None,
+        "system": None if template.system is None else _frame(template.system, tokenizer),
+        "user": _frame(template.user, tokenizer),
+        "assistant": _frame(template.assistant, tokenizer),
+        "default_system": template.default_system,
+        "single_turn": template.single_turn,
+        "stops": _stops(template, talk),
+    }
+
+
+def is_ours(folder: Path) -> bool:
+    """Return whether the code of a folder is the one carried here, to the byte, and all that would be run."""
+    found = {path.name: path.read_bytes() for path in folder.glob("*.py")}
+    if found != {path.name: path.read_bytes() for path in CODE.glob("*.py")}:
+        return False
+    maps = [_auto_map(folder / name) for name in ("config.json", CONFIG_FILE)]
+    # `owner/name--module.Class` would be code from elsewhere.
+    return "--" not in json.dumps(maps)
+
+
+def _auto_map(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("auto_map")
+    except FileNotFoundError:
+        return None
+
+
+def write(folder: Path, talk: Talk) -> None:
+    """Put the code into a folder that `talk` has been written into, and make its tokenizer load by it."""
+    for source in sorted(CODE.glob("*.py")):
+        with storage.explained(f"writing {folder / source.name}"):
+            shutil.copyfile(source, folder / source.name)
+    if talk.tokenizer is None:
+        return
+    if not (folder / "tokenizer.model").exists():
+        # The spelling that old Transformers read too; the tokenizer is loaded without code.
+        talk.tokenizer.write_tokenizer_json(folder / "tokenizer.json")
+        return
+    path = folder / CONFIG_FILE
+    described = json.loads(path.read_text(encoding="utf-8"))
+    del described["add_bos_token"]  # theirs puts bos before a text that has none, so that a template may write it too
+    loader = {"AutoTokenizer": ["tokenization_internlm.InternLMTokenizer", None]}
+    write_json(path, described | {"tokenizer_class": "InternLMTokenizer", "auto_map": loader})
+
+
+def _frame(frame: Frame, tokenizer: Tokenizer) -> list[list[str | int | None]]:
+    """Return prefix and suffix: texts, and ids of special tokens."""
+    return [[_part(part, tokenizer) for part in parts] for parts in frame]
+
+
+def _part(part: str | Special | EndOfText, tokenizer: Tokenizer) -> str | int | None:
+    if isinstance(part, EndOfText):
+        return tokenizer.eos_id
+    return tokenizer.special(part.name) if isinstance(part, Special) else part
+
+
+def _stops(template: Template, talk: Talk) -> list[int]:
+    assert talk.tokenizer is not None, "the caller has seen to it"
+    return list(dict.fromkeys([*stop_ids(template, talk.tokenizer), *talk.stops]))
