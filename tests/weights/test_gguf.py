@@ -1,0 +1,432 @@
+"""GGUF files: read by the package gguf, computed in llama.cpp's form, and back; llama.cpp itself is in parity/."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from internlm import storage
+from internlm.errors import InternLMError, StorageError, UsageError, WeightsError
+from internlm.model.config import (
+    DynamicScaling,
+    ExpertsConfig,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    RopeConfig,
+    YarnScaling,
+)
+from internlm.model.transformer import Transformer, build
+from internlm.text.training import train_bpe
+from internlm.weights import gguf, gguf_file
+from internlm.weights.load import load_model, shapes
+from internlm.weights.talk import Talk
+from internlm.weights.transformers import ExportOptions
+from internlm.weights.weight import Weight, of_tensors, tensors
+
+library = pytest.importorskip("gguf")
+
+SHAPE = ModelConfig(
+    vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, ffn_size=24, qkv_bias=True,
+    output_bias=True, context_length=64,
+)  # fmt: skip
+EXPERTS = ExpertsConfig(count=3, per_token=2)
+LLAMA3 = RopeConfig(base=5e5, scaling=Llama3Scaling(factor=8.0, original_length=32))
+
+
+def rough(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Return a random model whose biases and norms are not the constants they begin as."""
+    model = build(config, 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+            elif "norm" in name:
+                parameter.normal_(1.0, 0.3)
+            elif not name.startswith("embedding"):
+                parameter.mul_(3)
+    return model.to(dtype)
+
+
+def export(model: Transformer, out: Path, talk: Talk = Talk(), **options: Any) -> Path:  # noqa: B008
+    quantization = options.pop("quantization", None)
+    chosen = ExportOptions(**options)
+    gguf.export(of_tensors(model.named_parameters()), model.config, out, talk, chosen, quantization=quantization)
+    (file,) = out.glob("*.gguf")
+    return file
+
+
+def stored(file: Path) -> dict[str, Tensor]:
+    """Return every tensor of a file as the package gguf reads it."""
+    found = {}
+    for tensor in library.GGUFReader(file).tensors:
+        array = torch.from_numpy(np.array(tensor.data))
+        if tensor.tensor_type.name == "BF16":
+            array = array.view(torch.bfloat16)
+        found[tensor.name] = array.reshape(tuple(tensor.shape.tolist()[::-1]))
+    return found
+
+
+def facts(file: Path) -> dict[str, Any]:
+    """Return every field of a file as the package gguf reads it."""
+    return {name: field.contents() for name, field in library.GGUFReader(file).fields.items()}
+
+
+def row_there(row: int, head_dim: int) -> int:
+    """Return where llama.cpp has a row of wq or wk: i and i + E/2 of a head are 2i and 2i + 1."""
+    head, place = divmod(row, head_dim)
+    half = head_dim // 2
+    return head * head_dim + (2 * place if place < half else 2 * (place - half) + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("experts", [None, EXPERTS])
+def test_every_tensor_is_in_the_file_bit_for_bit(
+    dtype: torch.dtype, experts: ExpertsConfig | None, tmp_path: Path
+) -> None:
+    model = rough(replace(SHAPE, experts=experts), dtype)
+    found = stored(export(model, tmp_path / "out"))
+    parts = {
+        "attention_norm": "attn_norm", "feed_forward_norm": "ffn_norm", "wq": "attn_q", "wk": "attn_k", "wv": "attn_v",
+        "wo": "attn_output", "w_gate": "ffn_gate", "w_up": "ffn_up", "w_down": "ffn_down", "router": "ffn_gate_inp",
+        "embedding": "token_embd", "norm": "output_norm", "head": "output",
+    }  # fmt: skip
+    for name, parameter in model.named_parameters():
+        *path, part, kind = name.split(".")
+        theirs = f"blk.{path[1]}.{parts[part]}" if path else parts[part]
+        tensor = found.pop(theirs + ("_exps" if "experts" in path else "") + f".{kind}")
+        if part in ("wq", "wk"):
+            tensor = tensor[[row_there(row, 6) for row in range(len(tensor))]]
+        is_small = parameter.dim() == 1 or part == "router"
+        assert tensor.dtype == (torch.float32 if is_small else dtype), name
+        assert torch.equal(tensor, parameter.to(tensor.dtype)), name
+    assert not found
+
+
+def test_rows_keep_their_order_where_llama_cpp_rotates_as_we_do(tmp_path: Path) -> None:
+    model = rough(replace(SHAPE, qk_norm=True, qkv_bias=False, output_bias=False))
+    file = export(model, tmp_path / "out")
+    assert facts(file)["general.architecture"] == "qwen3"
+    found = stored(file)
+    for ours, theirs in (("wq", "attn_q"), ("wk", "attn_k"), ("q_norm", "attn_q_norm"), ("k_norm", "attn_k_norm")):
+        expected = model.get_parameter(f"blocks.1.attention.{ours}.weight")
+        assert torch.equal(found[f"blk.1.{theirs}.weight"], expected)
+
+
+def rotated(x: Tensor, turns: Tensor) -> Tensor:
+    """Return [T, H, E] with each pair of neighbours turned, as llama.cpp's architecture `llama` does."""
+    angles = torch.arange(len(x))[:, None, None] * turns  # [T, 1, E/2]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = (even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos())
+    return torch.stack(turned, -1).flatten(-2)
+
+
+def logits_there(file: Path, ids: Tensor) -> Tensor:
+    """Return logits [T, V] from what a file says alone, in llama.cpp's form."""
+    t, say = stored(file), facts(file)
+    say = {key.removeprefix("llama."): value for key, value in say.items()}
+    heads, kv, width = (say[f"attention.{key}"] for key in ("head_count", "head_count_kv", "key_length"))
+    turns = say["rope.freq_base"] ** (-torch.arange(0, width, 2) / width)
+    turns = turns / t.get("rope_freqs.weight", 1.0) / say.get("rope.scaling.factor", 1.0)
+    x = t["token_embd.weight"][ids]
+
+    def normed(x: Tensor, name: str) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], t[name], say["attention.layer_norm_rms_epsilon"])
+
+    for block in (f"blk.{i}." for i in range(say["block_count"])):
+        h = normed(x, block + "attn_norm.weight")
+        q, k, v = (
+            F.linear(h, t[f"{block}attn_{part}.weight"], t.get(f"{block}attn_{part}.bias")).unflatten(-1, (-1, width))
+            for part in "qkv"
+        )
+        q, k = rotated(q, turns), rotated(k, turns)
+        k, v = (part.repeat_interleave(heads // kv, 1) for part in (k, v))
+        scores = torch.einsum("the,she->hts", q, k) / width**0.5
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+        mixed = torch.einsum("hts,she->the", scores.softmax(-1), v).flatten(1)
+        x = x + F.linear(mixed, t[block + "attn_output.weight"], t.get(block + "attn_output.bias"))
+        h = normed(x, block + "ffn_norm.weight")
+        if "expert_count" not in say:
+            gate, up, down = (t[f"{block}ffn_{part}.weight"] for part in ("gate", "up", "down"))
+            x = x + (F.silu(h @ gate.T) * (h @ up.T)) @ down.T
+            continue
+        shares, chosen = (h @ t[block + "ffn_gate_inp.weight"].T).softmax(-1).topk(say["expert_used_count"])
+        gate, up, down = (t[f"{block}ffn_{part}_exps.weight"][chosen] for part in ("gate", "up", "down"))
+        inner = F.silu(torch.einsum("tkfd,td->tkf", gate, h)) * torch.einsum("tkfd,td->tkf", up, h)
+        x = x + torch.einsum("tk,tkdf,tkf->td", shares / shares.sum(-1, keepdim=True), down, inner)
+    return normed(x, "output_norm.weight") @ t.get("output.weight", t["token_embd.weight"]).T
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"output_bias": False},
+        {"qkv_bias": False, "num_kv_heads": 4, "tie_embeddings": True},
+        {"rope": LLAMA3, "head_dim": 16},
+        {"rope": RopeConfig(scaling=LinearScaling(factor=4.0))},
+        {"experts": EXPERTS},
+    ],
+)
+def test_the_file_computes_our_logits_in_llama_cpps_form(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = rough(replace(SHAPE, **changes))
+    ids = torch.randint(50, (40,))
+    with torch.inference_mode():
+        expected = model.head.logits(model(ids[None]))[0]
+    found = logits_there(export(model, tmp_path / "out"), ids)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True, "qkv_bias": False, "norm_eps": 1e-6, "context_length": 4096},
+        {"experts": ExpertsConfig(count=3, per_token=2)},
+        {"rope": LLAMA3},
+        {"rope": RopeConfig(base=1.5e6, scaling=LinearScaling(factor=2.5))},
+        {"rope": RopeConfig(scaling=YarnScaling(factor=4.0, original_length=16))},
+        {"qk_norm": True, "qkv_bias": False, "output_bias": False},
+        {"qk_norm": True, "qkv_bias": False, "output_bias": False, "experts": EXPERTS},
+    ],
+)
+def test_a_file_is_read_back_as_the_same_model(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = rough(replace(SHAPE, **changes))
+    file = export(model, tmp_path / "out")
+    assert gguf.is_one(file)
+    assert gguf.is_one(tmp_path / "out")
+    assert gguf.read_config(tmp_path / "out") == gguf.read_config(file) == model.config
+    weights = gguf.open_weights(file)
+    assert list(weights) == list(shapes(model.config))
+    loaded = load_model(gguf.read_config(file), tensors(weights))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name)), name
+
+
+def test_an_own_attention_factor_of_yarn_comes_back(tmp_path: Path) -> None:
+    scaling = YarnScaling(factor=4.0, original_length=16, attention_factor=1.5)
+    config = gguf.read_config(export(rough(replace(SHAPE, rope=RopeConfig(scaling=scaling))), tmp_path / "out"))
+    assert isinstance(config.rope.scaling, YarnScaling)
+    assert config.rope.scaling.attention_factor == pytest.approx(1.5)
+
+
+def test_a_file_of_half_precision_is_one_dtype_when_read(tmp_path: Path) -> None:
+    model = rough(SHAPE, torch.bfloat16)
+    weights = gguf.open_weights(export(model, tmp_path / "out"))
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    for name, tensor in tensors(weights):
+        assert torch.equal(tensor, model.get_parameter(name))
+
+
+def test_8_bit_rows_hold_a_scale_and_32_integers(tmp_path: Path) -> None:
+    model = rough(SHAPE)
+    file = export(model, tmp_path / "out", quantization="q8_0")
+    assert file.name == "out-q8_0.gguf"
+    tensors_there = {tensor.name: tensor for tensor in library.GGUFReader(file).tensors}
+    assert {t.tensor_type.name for t in tensors_there.values()} == {"F32", "F16", "Q8_0"}
+    assert tensors_there["blk.0.ffn_down.weight"].tensor_type.name == "F16"  # rows of 24
+    raw = torch.from_numpy(np.array(tensors_there["blk.1.ffn_up.weight"].data)).view(24, 34)
+    scale, integers = raw[:, :2].contiguous().view(torch.float16).float(), raw[:, 2:].contiguous().view(torch.int8)
+    expected = model.get_parameter("blocks.1.feed_forward.w_up.weight")
+    assert ((scale * integers - expected).abs() <= scale * (0.5 + 127 / 2048)).all()  # the scale is rounded too
+    read = gguf.open_weights(file)["blocks.1.feed_forward.w_up.weight"]
+    assert read.dtype == torch.float32
+    assert torch.equal(read.read(), scale * integers)
+    wq = gguf.open_weights(file)["blocks.0.attention.wq.weight"].read()
+    assert (wq - model.get_parameter("blocks.0.attention.wq.weight")).abs().max() < 0.01
+
+
+def test_the_fields_say_what_the_model_is(tmp_path: Path) -> None:
+    file = export(rough(replace(SHAPE, experts=EXPERTS)), tmp_path / "name", dtype=torch.float16)
+    assert file.name == "name-f16.gguf"
+    said = facts(file)
+    expected = {
+        "general.architecture": "llama", "general.file_type": 1, "general.name": "name", "llama.vocab_size": 50,
+        "llama.context_length": 64, "llama.embedding_length": 32, "llama.block_count": 2,
+        "llama.feed_forward_length": 24, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 6, "llama.attention.value_length": 6, "llama.rope.dimension_count": 6,
+        "llama.rope.freq_base": 10000.0, "llama.expert_count": 3, "llama.expert_used_count": 2,
+        "tokenizer.ggml.model": "none",
+    }  # fmt: skip
+    assert {key: said.get(key) for key in expected} == expected
+    assert storage.read_manifest(tmp_path / "name", "export")["dtype"] == "f16"
+    assert "`name-f16.gguf`" in (tmp_path / "name" / "README.md").read_text()
+
+
+def test_an_export_holds_one_tensor_in_memory_not_the_model(tmp_path: Path) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def zeros(shape: torch.Size) -> Tensor:
+        nonlocal most
+        tensor = torch.zeros(shape)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(t.nbytes for ref in alive if (t := ref()) is not None))
+        return tensor
+
+    weights = {
+        name: Weight(tuple(shape), torch.float32, functools.partial(zeros, shape))
+        for name, shape in shapes(SHAPE).items()
+    }
+    gguf.export(weights, SHAPE, tmp_path / "a")
+    gguf.export(weights, SHAPE, tmp_path / "b", quantization="q8_0")
+    assert 0 < most <= 2 * max(weight.nbytes for weight in weights.values())
+
+
+def test_what_llama_cpp_does_not_have_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("internlm").propagate = True
+    dynamic = RopeConfig(scaling=DynamicScaling(original_length=32))
+    assert facts(export(rough(replace(SHAPE, rope=dynamic)), tmp_path / "out"))["llama.context_length"] == 32
+    assert "no dynamic NTK: the file gives 32 tokens" in caplog.text
+    for changes, message in (
+        ({"experts": replace(EXPERTS, normalize=False)}, r"experts\.normalize.*sum to 1"),
+        ({"qk_norm": True}, r"model\.qkv_bias"),
+        ({"qk_norm": True, "qkv_bias": False, "output_bias": False, "rope": LLAMA3}, r"model\.rope"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            export(rough(replace(SHAPE, **changes)), tmp_path / "no")  # type: ignore[arg-type]
+    with pytest.raises(WeightsError, match=r"cannot be written as it is.*float64.*float32, float16, bfloat16"):
+        export(build(SHAPE, 0, dtype=torch.float64), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_value_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    model = rough(SHAPE)
+    with torch.no_grad():
+        model.head.weight[0, 0] = 1e6
+    with pytest.raises(WeightsError, match=r"output\.weight: is not finite as torch\.float16"):
+        export(model, tmp_path / "out", dtype=torch.float16)
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    with pytest.raises(WeightsError, match=r"head\.weight: is not finite"):
+        export(model, tmp_path / "out", quantization="q8_0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_package_the_next_step_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = rough(SHAPE)
+    plain, small = export(model, tmp_path / "a"), export(model, tmp_path / "b", quantization="q8_0")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UsageError, match=r"need the package gguf.*pip install 'internlm\[gguf\]'"):
+        export(model, tmp_path / "out")
+    assert torch.equal(gguf.open_weights(plain)["norm.weight"].read(), model.norm.weight)
+    with pytest.raises(UsageError, match="need the package gguf"):
+        gguf.open_weights(small)["head.weight"].read()
+
+
+def test_an_interrupted_export_begins_again_and_a_complete_one_is_kept(tmp_path: Path) -> None:
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    model = rough(SHAPE)
+    with pytest.raises(KeyboardInterrupt):
+        export(model, tmp_path / "out", resume="same", progress=stop)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("*.gguf"))
+    export(model, tmp_path / "out", resume="same")
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".gguf", ".md", ".json"}
+    storage.verify(tmp_path / "out")
+    with pytest.raises(StorageError, match="--force"):
+        export(model, tmp_path / "out")
+    export(model, tmp_path / "out", replace=True)
+
+
+def written(path: Path, architecture: str, change: Callable[[Any], None], skipped: str = "") -> Path:
+    """Return a file of another's making: a tiny model without biases of its own."""
+    writer = library.GGUFWriter(path, architecture)
+    writer.add_context_length(64)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(12)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    change(writer)
+    generator = np.random.default_rng(0)
+    rows = {"attn_norm": (8,), "ffn_norm": (8,), "ffn_gate": (12, 8), "ffn_up": (12, 8), "ffn_down": (8, 12)}
+    rows |= {f"attn_{part}": (8, 8) for part in ("q", "k", "v", "output")}
+    shapes_there = {f"blk.0.{name}.weight": shape for name, shape in rows.items()}
+    shapes_there |= {"token_embd.weight": (20, 8), "output_norm.weight": (8,), "output.weight": (20, 8)}
+    if architecture == "qwen2":
+        shapes_there |= {f"blk.0.attn_{part}.bias": (8,) for part in ("q", "k", "v")}
+    for name, shape in shapes_there.items():
+        if name != skipped:
+            writer.add_tensor(name, generator.standard_normal(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_qwen2_of_others_is_read_without_moving_rows(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.gguf", "qwen2", lambda writer: None)
+    config = gguf.read_config(file)
+    assert (config.qkv_bias, config.output_bias, config.head_dim, config.num_kv_heads) == (True, False, 4, 2)
+    weights, there = gguf.open_weights(file), stored(file)
+    assert torch.equal(weights["blocks.0.attention.wq.weight"].read(), there["blk.0.attn_q.weight"])
+    assert torch.equal(weights["blocks.0.attention.wk.bias"].read(), there["blk.0.attn_k.bias"])
+    assert gguf.read_talk(file) == Talk()
+
+
+def test_files_that_this_decoder_cannot_read_are_refused_by_name(tmp_path: Path) -> None:
+    table = np.full(2, 3.0, np.float32)
+    for number, (architecture, change, message) in enumerate(
+        [
+            ("gemma", lambda writer: None, "gemma.*allowed: llama, qwen2"),
+            ("llama", lambda writer: writer.add_sliding_window(512), r"attention\.sliding_window is not supported"),
+            ("llama", lambda writer: writer.add_uint16("split.count", 2), "one part of several"),
+            ("llama", lambda writer: (writer.add_key_length(4), writer.add_value_length(6)), "value_length"),
+            ("llama", lambda writer: (writer.add_key_length(4), writer.add_rope_dimension_count(2)), "dimension_count"),
+            ("llama", lambda writer: writer.add_tensor("rope_freqs.weight", table), "not that of Llama 3.1"),
+            ("llama", lambda writer: writer.add_tensor("blk.0.extra.weight", table), r"blk\.0\.extra\.weight: no such"),
+            ("llama", lambda writer: writer.add_head_count_kv([1, 2]), "num_kv_heads.*a list of 2"),
+            ("llama", lambda writer: writer.add_string("llama.rope.scaling.factor", "x"), "describes no model"),
+            ("llama", lambda writer: writer.add_block_count(10**9), "another number of blocks than the 1 it holds"),
+            ("llama", lambda writer: writer.add_string("llama.rope.scaling.type", "longrope"), "longrope"),
+        ]
+    ):
+        with pytest.raises(WeightsError, match=message):
+            gguf.open_weights(written(tmp_path / f"{number}.gguf", architecture, change))
+    with pytest.raises(WeightsError, match="no table of embeddings"):
+        gguf.read_config(written(tmp_path / "b.gguf", "llama", lambda writer: None, "token_embd.weight"))
+    with pytest.raises(WeightsError, match="holds 12 GGUF files"):
+        gguf.read_config(tmp_path)
+
+
+def test_a_damaged_file_is_explained_wherever_it_is_cut_or_changed(tmp_path: Path) -> None:
+    model = replace(SHAPE, vocab_size=300, num_layers=1, rope=LLAMA3, head_dim=8, ffn_size=8)
+    file = export(build(model, 0), tmp_path / "out", Talk(train_bpe(["a sum"], 270)))
+    data, other = file.read_bytes(), tmp_path / "other.gguf"
+    start = min(tensor.offset for tensor in gguf_file.read_header(file).tensors.values())
+    generator, read, explained = np.random.default_rng(0), 0, []
+    for size in [0, 3, 4, 10, *generator.integers(20, start, 40), start, len(data) // 2]:
+        other.write_bytes(data[:size])
+        with pytest.raises(WeightsError, match=r"other\.gguf"):
+            gguf.open_weights(other)
+    for at in generator.integers(4, start, 600):
+        other.write_bytes(data[:at] + bytes([data[at] ^ int(generator.integers(1, 256))]) + data[at + 1 :])
+        try:
+            dict(tensors(gguf.open_weights(other)))
+            read += 1
+        except InternLMError as error:
+            explained.append(str(error))
+    assert len(explained) == 600 - read > 50
+    assert all("other.gguf" in text for text in explained)
+    with pytest.raises(WeightsError, match="No such file"):
+        gguf.read_config(tmp_path / "nothing.gguf")
+    assert not gguf.is_one(tmp_path / "nothing.gguf")
+    other.rename(tmp_path / "other.txt")
+    assert not gguf.is_one(tmp_path)
