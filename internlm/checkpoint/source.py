@@ -1,25 +1,30 @@
-"""Weights to read, whatever their format: a run, a checkpoint, or a Transformers folder.
+"""Weights to read, whatever their format: one place that tells what a path holds.
 
-source = open_source("runs/a")            # its newest complete checkpoint
-model = source.model(torch.float32)
+    source = open_source("runs/a")            # its newest complete checkpoint
+    model = source.model(torch.float32)
+
+Known are runs and checkpoints of ours, Transformers folders, adapters of PEFT (merged with their base), training
+checkpoints of InternLM v0.2 and InternEvo, and GGUF files.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from internlm.checkpoint import store
-from internlm.errors import StorageError
+from internlm.errors import StorageError, UsageError, WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import Transformer
 from internlm.text.tokenizer import Tokenizer
-from internlm.weights import transformers
+from internlm.weights import adapters, gguf, native, transformers
 from internlm.weights import weight as lazy
 from internlm.weights.load import load_model
 from internlm.weights.talk import Talk, read_talk
@@ -27,14 +32,32 @@ from internlm.weights.weight import Weights
 
 
 @dataclass(frozen=True)
+class Hints:
+    """What a source may not say itself."""
+
+    tokenizer: Path | None = None
+    """Tokenizer file or folder; None: the one that lies there."""
+    base: Path | None = None
+    """What an adapter belongs to; None: the folder that the adapter names."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """What a training checkpoint of InternLM leaves open, such as `num_heads`."""
+
+
+@dataclass(frozen=True)
 class Source:
     """Weights, opened."""
 
     path: Path
+    kind: str
+    """`checkpoint`, `transformers`, `adapter`, `internlm-v0.2` or `gguf`."""
     config: ModelConfig
     weights: Callable[[], Weights]
     """Opens them, by our names."""
     talk: Talk
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What is known of the training, for the model card."""
+    beside: tuple[Path, ...] = ()
+    """Further paths that the weights depend on."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (our name, tensor), read one at a time."""
@@ -42,8 +65,10 @@ class Source:
 
     def state(self) -> str:
         """Return a text that changes when a file of the source does."""
-        files = [self.path] if self.path.is_file() else sorted(p for p in self.path.rglob("*") if p.is_file())
-        facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        facts = []
+        for path in (self.path, *self.beside):
+            files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+            facts += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def model(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
@@ -51,22 +76,75 @@ class Source:
         return load_model(self.config, self.tensors(), dtype=dtype, device=device)
 
 
-def open_source(path: str | Path) -> Source:
-    """Open a run, a checkpoint or a Transformers folder.
+def open_source(path: str | Path, hints: Hints = Hints()) -> Source:
+    """Open what a path holds.
+
+    Args:
+        path: a run, a checkpoint, a Transformers folder, an adapter, a checkpoint of InternLM v0.2, or a GGUF file.
+        hints: what it does not say itself.
 
     Raises:
         StorageError: it is none of these.
+        UsageError: a hint is given that it has no use for.
         WeightsError, TokenizerError: its model or tokenizer is of a kind that is not known.
     """
     path = Path(path)
+    source = _open(path, hints)
+    for name, value, kind in (("base", hints.base, "adapter"), ("settings", hints.settings, "internlm-v0.2")):
+        if value and source.kind != kind:
+            raise UsageError(f"{name} means nothing for this format", where=path, got=source.kind, allowed=[kind])
+    if hints.tokenizer is None:
+        return source
+    # The chat format of a folder was written for the tokenizer that lies there.
+    template = source.talk.template if source.talk.tokenizer is None else None
+    return dataclasses.replace(source, talk=Talk(Tokenizer.load(hints.tokenizer), template))
+
+
+def _open(path: Path, hints: Hints) -> Source:
     if store.is_checkpoint(path) or store.newest(path) is not None:
-        found = store.open_checkpoint(path)
-        tokenizer = None if found.tokenizer_path is None else Tokenizer.load(found.tokenizer_path)
-        return Source(found.path, found.config, found.weights, Talk(tokenizer, found.template))
-    if not (path / "config.json").is_file():
-        raise StorageError(
-            "is no model" if path.exists() else "no such folder",
-            where=path,
-            do="Give a run or a checkpoint of `internlm train`, or a Transformers folder.",
+        return _checkpoint(path)
+    if adapters.is_one(path):
+        return _adapter(path, hints)
+    if (path / "config.json").is_file():
+        config = transformers.read_config(path)
+        return Source(path, "transformers", config, lambda: transformers.open_weights(path), read_talk(path))
+    if native.is_one(path):
+        opened = native.open_checkpoint(path, hints.settings)
+        talk = read_talk(opened.folder)
+        return Source(opened.folder, "internlm-v0.2", opened.config, lambda: opened.weights, talk)
+    if gguf.is_one(path):
+        return Source(path, "gguf", gguf.read_config(path), lambda: gguf.open_weights(path), gguf.read_talk(path))
+    raise StorageError(
+        "is no model" if path.exists() else "no such folder",
+        where=path,
+        do="Give a run or a checkpoint of `internlm train`, a Transformers folder, an adapter, a training checkpoint "
+        "of InternLM v0.2, or a GGUF file.",
+    )
+
+
+def _checkpoint(path: Path) -> Source:
+    found = store.open_checkpoint(path)
+    tokenizer = None if found.tokenizer_path is None else Tokenizer.load(found.tokenizer_path)
+    facts: dict[str, Any] = {name: found.meta[name] for name in ("recipe", "step", "tokens") if name in found.meta}
+    return Source(found.path, "checkpoint", found.config, found.weights, Talk(tokenizer, found.template), facts)
+
+
+def _adapter(path: Path, hints: Hints) -> Source:
+    """Open an adapter with its base, as the model that both are together."""
+    named = adapters.base_of(path)
+    if hints.base is None and (named is None or not Path(named).exists()):
+        raise WeightsError(
+            "the base of this adapter is not here", where=path, got=named, do="Say where it lies: --base FOLDER."
         )
-    return Source(path, transformers.read_config(path), lambda: transformers.open_weights(path), read_talk(path))
+    base = open_source(hints.base or Path(str(named)))
+    adapter = adapters.open_adapter(path, base.config)
+    own = read_talk(path)
+    return Source(
+        path,
+        "adapter",
+        base.config,
+        lambda: adapters.merge(base.weights(), adapter),
+        base.talk if own.tokenizer is None else own,
+        base.facts,
+        (base.path, *base.beside),
+    )

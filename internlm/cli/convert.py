@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,33 +13,57 @@ from internlm.errors import UsageError, WeightsError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from internlm.checkpoint.source import Source
+    from internlm.weights.transformers import ExportOptions
+    from internlm.weights.weight import Weights
 
 DESCRIPTION = """\
 Convert weights between formats.
 
   internlm convert runs/a out                     newest checkpoint of a run → Transformers folder
-  internlm convert runs/a/checkpoints/step-00000100 out --dtype bfloat16
-  internlm convert llama-folder out --max-shard 2GB --verify
+  internlm convert llama-folder out --dtype bfloat16 --max-shard 2GB --verify
+  internlm convert my-lora out --base llama-folder            an adapter of PEFT, merged
+  internlm convert origin_ckpt out --tokenizer V7_sft.model   a training checkpoint of InternLM v0.2
+  internlm convert runs/a out --remote-code       with `model.chat`, as InternLM published it
+  internlm convert runs/a out --to gguf --quantize q8_0       for llama.cpp
+  internlm convert runs/a out --to internlm-v0.2 --tensor 2   a training checkpoint of InternLM v0.2
 
-The result is a plain LlamaForCausalLM: transformers, vLLM, LMDeploy and others load it without our code."""
+Without --to the result is the plainest that transformers, vLLM, LMDeploy and others load without our code: a
+LlamaForCausalLM, or Mixtral or Qwen3 where the model has experts or norms of queries and keys."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = 1e-4
-"""Largest difference of fp32 logits that `--verify` accepts."""
+"""Largest difference of fp32 logits that `--verify` accepts, as a share of the largest logit over 1."""
+QUANTIZED_TOLERANCE = 0.1
+"""The same for 8-bit weights."""
+VERIFY_TEXT = "Ten years ago, 今天天气晴朗适合出门散步: def add(a, b): return a + b\n\t€ naïve 🙂 Привет, 3.14159"
+FORMATS = ("transformers", "gguf", "internlm-v0.2")
+OPTIONS_OF = {"remote_code": "transformers", "quantize": "gguf", "tensor": "internlm-v0.2", "pipeline": "internlm-v0.2"}
+"""Options that one format alone has."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("source", metavar="SRC", help="run, checkpoint or Transformers folder")
+    parser.add_argument("source", metavar="SRC", help="run, checkpoint, Transformers folder, adapter, GGUF file …")
     parser.add_argument("target", metavar="DST", help="folder to write; complete or absent")
-    parser.add_argument("--to", choices=["transformers"], default="transformers", help="format (default: %(default)s)")
+    parser.add_argument(
+        "--to", metavar="FORMAT", default="transformers", help="transformers (default), gguf, internlm-v0.2 or a family"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as stored)")
     parser.add_argument("--max-shard", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
     parser.add_argument("--template", metavar="NAME", help="chat format (default: as recorded in SRC); `none`: none")
+    parser.add_argument("--tokenizer", metavar="PATH", type=Path, help="tokenizer (default: the one in SRC)")
+    parser.add_argument("--base", metavar="PATH", type=Path, help="base of an adapter (default: the one it names)")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="what such a SRC leaves open")
+    parser.add_argument("--licence", metavar="NAME", help="SPDX name, for the model card")
+    parser.add_argument("--remote-code", action="store_true", help="carry the code of `model.chat`")
+    parser.add_argument("--quantize", choices=["q8_0"], help="gguf: integers of 8 bits")
+    parser.add_argument("--tensor", type=int, metavar="N", help="internlm-v0.2: tensor ranks (default: 1)")
+    parser.add_argument("--pipeline", type=int, metavar="N", help="internlm-v0.2: pipeline stages (default: 1)")
     parser.add_argument("--force", action="store_true", help="replace an earlier result")
-    parser.add_argument("--verify", action="store_true", help="load DST with transformers and compare logits with ours")
+    parser.add_argument("--verify", action="store_true", help="compare the logits of SRC and DST on a fixed text")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,40 +71,31 @@ def run(arguments: argparse.Namespace) -> int:
     import dataclasses
 
     from internlm import storage
-    from internlm.checkpoint.source import open_source
+    from internlm.checkpoint.source import Hints, open_source
     from internlm.log import Progress, quantity
-    from internlm.weights import transformers
+    from internlm.weights.transformers import KIND
     from internlm.weights.weight import table
 
-    max_bytes = size_in_bytes(arguments.max_shard, "--max-shard")
+    _check(arguments)
     target = Path(arguments.target)
-    storage.check_free(target, transformers.KIND, replace=arguments.force)
-    source = open_source(arguments.source)
-    talk = source.talk
+    storage.check_free(target, KIND, replace=arguments.force)
+    source = open_source(arguments.source, Hints(arguments.tokenizer, arguments.base, _settings(arguments.set)))
     if arguments.template is not None:
         name = None if arguments.template == "none" else arguments.template
-        talk = dataclasses.replace(talk, template=name, foreign=None)
+        source = dataclasses.replace(source, talk=dataclasses.replace(source.talk, template=name, foreign=None))
     weights = source.weights()
-    dtype = dtype_of(arguments.dtype)
-    total = sum(weight.to(dtype).nbytes for weight in weights.values())
+    total = sum(weight.to(dtype_of(arguments.dtype)).nbytes for weight in weights.values())
     with Progress("converting", total, "B") as shown:
-        options = transformers.ExportOptions(
-            dtype=dtype,
-            max_shard_bytes=max_bytes,
-            replace=arguments.force,
-            notes={"source": str(source.path)},
-            resume=f"{source.state()} {arguments.to} {dtype} {max_bytes}",
-            progress=shown.advance,
-        )
-        written = transformers.export(weights, source.config, target, talk, options)
+        written = _write(arguments, source, weights, _options(arguments, source, shown.advance))
     print(*table(written), sep="\n")
-    total = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in target.iterdir())
+    talk = source.talk
     chat = f"chat format {talk.template}"
     if talk.template is None:
         chat = "no chat format" if talk.foreign is None else "its own chat format, carried along"
-    print(f"{target}: {quantity(source.config.num_parameters)} parameters, {total / 2**20:.1f} MiB, {chat}")
+    print(f"{target}: {quantity(source.config.num_parameters)} parameters, {size / 2**20:.1f} MiB, {chat}")
     if arguments.verify:
-        verify(source, target)
+        verify(source, target, QUANTIZED_TOLERANCE if arguments.quantize else TOLERANCE)
     if talk.tokenizer is None:
         print(f"{source.path} has no tokenizer: none was written")
     else:
@@ -86,35 +103,154 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def verify(source: Source, target: Path) -> float:
-    """Return the largest difference between our fp32 logits and those that Transformers computes from `target`.
+def _check(arguments: argparse.Namespace) -> None:
+    """Check that the options belong to the format.
 
     Raises:
-        UsageError: transformers is not installed.
-        WeightsError: the difference is over TOLERANCE.
+        UsageError: one of them does not, or there is no such format.
+    """
+    from internlm.weights.family import FAMILIES
+
+    allowed = [*FORMATS, *FAMILIES]
+    if arguments.to not in allowed:
+        raise UsageError("no such format", where="--to", got=arguments.to, allowed=allowed)
+    to = arguments.to if arguments.to in FORMATS else "transformers"
+    for option, of in OPTIONS_OF.items():
+        if getattr(arguments, option) and to != of:
+            raise UsageError(f"belongs to --to {of}", where="--" + option.replace("_", "-"), got=f"--to {to}")
+
+
+def _options(arguments: argparse.Namespace, source: Source, progress: Callable[[int], None]) -> ExportOptions:
+    from internlm.weights.transformers import ExportOptions
+
+    notes = {"source": str(source.path), **source.facts}
+    if arguments.licence:
+        notes["licence"] = arguments.licence
+    tokenizer = source.talk.tokenizer
+    depends_on = [source.state(), source.config, source.talk.template, tokenizer and tokenizer.fingerprint]
+    depends_on += [getattr(arguments, name) for name in ("to", "dtype", "max_shard", "set", *OPTIONS_OF)]
+    return ExportOptions(
+        dtype=dtype_of(arguments.dtype),
+        max_shard_bytes=size_in_bytes(arguments.max_shard, "--max-shard"),
+        replace=arguments.force,
+        notes=notes,
+        resume=repr(depends_on),
+        family=None if arguments.to in FORMATS else arguments.to,
+        remote_code=arguments.remote_code,
+        progress=progress,
+    )
+
+
+def _write(arguments: argparse.Namespace, source: Source, weights: Weights, options: ExportOptions) -> Weights:
+    """Write the target, and return what was written."""
+    if arguments.to == "gguf":
+        from internlm.weights import gguf
+
+        return gguf.export(
+            weights, source.config, arguments.target, source.talk, options, quantization=arguments.quantize
+        )
+    if arguments.to == "internlm-v0.2":
+        from internlm.weights import native_write
+
+        layout = native_write.Layout(
+            tensor=arguments.tensor or 1, pipeline=arguments.pipeline or 1, step=source.facts.get("step", 0)
+        )
+        return native_write.export(weights, source.config, arguments.target, source.talk, options, layout)
+    from internlm.weights import transformers
+
+    return transformers.export(weights, source.config, arguments.target, source.talk, options)
+
+
+def verify(source: Source, target: Path, tolerance: float = TOLERANCE) -> float:
+    """Return the largest difference between the fp32 logits of a source and of what was written from it.
+
+    Each side is computed by whoever knows it best: Transformers where it loads the folder, else our model. Models are
+    loaded one after the other, in float32, with the weights of both rounded as the written ones are.
+
+    Raises:
+        WeightsError: the difference is over `tolerance`.
     """
     import torch
 
-    from internlm.weights import transformers
+    from internlm.checkpoint.source import Hints, open_source
 
+    written = open_source(target, Hints())
+    dtype = next(iter(written.weights().values())).dtype
+    ids = _verify_ids(source)
+    ours = _logits_here(source, ids, dtype)
+    size = max(1.0, ours.abs().max().item())
+    others: dict[str, Tensor] = {}
+    for side, name in ((source, "SRC by transformers"), (written, "DST by transformers")):
+        theirs = _logits_there(side, ids, dtype)
+        if theirs is not None:
+            others[name] = theirs
+    if "DST by transformers" not in others:
+        others["DST by our reader"] = _logits_here(written, ids, torch.float32)
+    worst = 0.0
+    for name, logits in others.items():
+        difference = (ours - logits).abs().max().item() / size
+        print(f"verified:     {name}: logits differ by {difference:.1e} at most")
+        if not difference <= tolerance:
+            raise WeightsError(
+                f"other logits come from it ({name}): they differ by {difference:.1e}, over {tolerance:.0e}",
+                where=target,
+                do="Please report this with the config.json.",
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _verify_ids(source: Source) -> Tensor:
+    """Return [1, T] ids of a fixed text, or of no text where there is no tokenizer."""
+    import torch
+
+    tokenizer = source.talk.tokenizer
+    if tokenizer is None:
+        return torch.randint(source.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
+    return torch.tensor([tokenizer.encode(VERIFY_TEXT)])
+
+
+def _logits_here(source: Source, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the logits [1, T, V] of our model, with weights rounded to `dtype`."""
+    import torch
+
+    model = source.model(dtype).float()
+    with torch.inference_mode():
+        return model.head.logits(model(ids))
+
+
+def _logits_there(source: Source, ids: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return the logits [1, T, V] that Transformers computes; None where it does not load such a source."""
+    import torch
+
+    if source.kind != "transformers":
+        return None
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise UsageError("needs transformers", where="--verify", do="pip install 'internlm[hf]'") from None
-    stored = next(iter(transformers.open_weights(target).values())).dtype
-    ours = source.model(stored).float()  # rounded as the written weights are
-    theirs = AutoModelForCausalLM.from_pretrained(target, torch_dtype=torch.float32, trust_remote_code=False).eval()
-    ids = torch.randint(source.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    from internlm.weights import remote
+
+    trusted = remote.is_ours(source.path)
+    described = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    if not trusted and ("auto_map" in described or described["model_type"].startswith("internlm")):
+        return None  # only with code of others, which is not run
+    model = AutoModelForCausalLM.from_pretrained(source.path, torch_dtype=dtype, trust_remote_code=trusted)
+    model = model.eval().float()
     with torch.inference_mode():
-        difference = (ours.head.logits(ours(ids)) - theirs(ids).logits).abs().max().item()
-    print(f"verified:     logits differ from those of transformers by {difference:.1e} at most")
-    if not difference <= TOLERANCE:
-        raise WeightsError(
-            f"Transformers computes other logits from it: they differ by {difference:.1e}, over {TOLERANCE:.0e}",
-            where=target,
-            do="Please report this with the config.json.",
-        )
-    return difference
+        return model(ids).logits
+
+
+def _settings(pairs: list[str]) -> dict[str, str]:
+    """Return `KEY=VALUE` words as a dict.
+
+    Raises:
+        UsageError: a word has no `=`.
+    """
+    for pair in pairs:
+        if "=" not in pair:
+            raise UsageError("is no KEY=VALUE", where="--set", got=pair)
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def size_in_bytes(text: str, where: str) -> int:

@@ -1,7 +1,7 @@
 """Fill a model from a stream of (name, tensor), strictly: every parameter once, nothing left over.
 
 model = empty(config)                      # no memory yet
-fill(model, checkpoint.tensors())          # one tensor in memory at a time beside the model
+fill(model, tensors(checkpoint.weights()))     # one tensor in memory at a time beside the model
 """
 
 from __future__ import annotations

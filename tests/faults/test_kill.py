@@ -17,6 +17,7 @@ import torch
 from internlm import config
 from internlm.checkpoint import store
 from internlm.recipe import Recipe
+from internlm.weights.weight import tensors
 from internlm.train.metrics import read_metrics
 
 
@@ -34,7 +35,7 @@ def test_killed_runs_go_on_from_a_complete_checkpoint_and_end_bitwise_equal(
     straight = tmp_path / "straight.yaml"
     straight.write_text(config.dump(recipe(run=str(tmp_path / "straight"), **changes)))
     assert start(straight).wait() == 0
-    wanted = dict(store.open_checkpoint(tmp_path / "straight").tensors(""))
+    wanted = dict(tensors(store.open_checkpoint(tmp_path / "straight").weights("")))
     generator = random.Random(1)
     killed = 0
     for attempt in range(1000):
