@@ -17,8 +17,8 @@ import torch
 from internlm import config
 from internlm.checkpoint import store
 from internlm.recipe import Recipe
-from internlm.weights.weight import tensors
 from internlm.train.metrics import read_metrics
+from internlm.weights.weight import tensors
 
 
 def start(recipe: Path) -> subprocess.Popen[bytes]:
@@ -61,7 +61,7 @@ def test_killed_runs_go_on_from_a_complete_checkpoint_and_end_bitwise_equal(
             killed += 1
         checkpoint = store.open_checkpoint(run)
         assert checkpoint.step == 60
-        for name, tensor in checkpoint.tensors(""):
+        for name, tensor in tensors(checkpoint.weights("")):
             assert torch.equal(tensor, wanted[name]), name
         steps = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line]
         assert steps == list(range(1, 61))
