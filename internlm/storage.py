@@ -27,8 +27,9 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -304,28 +305,80 @@ def sha256(path: str | Path) -> str:
 class HashedFile:
     """A new file that is hashed while it is written, so that nobody has to read it again for its SHA-256.
 
-    Hashing runs beside the system's write: both leave Python, and each takes about as long as the other.
+    Hashing runs beside the system's write, a few pieces behind: both leave Python. Pieces go through small buffers that
+    stay in the cache. The system copies those 3 times faster than pages of a mapped file, and touching such pages costs
+    more still where they are not in memory yet (6.5 GB: 11 s).
     """
 
-    PIECE = 8 * 2**20
+    PIECE = 2**17
+    """Bytes; 6.5 GB in 6.2 s where pieces of 1 MiB take 8."""
+    SYNC = 2**28
+    """Bytes after which the disk is asked to begin: it would idle until the end otherwise."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by __exit__
         self._hash = hashlib.sha256()
         self._beside = ThreadPoolExecutor(1)
+        self._buffers = deque(memoryview(bytearray(self.PIECE)) for _ in range(8))
+        self._hashing: deque[Future[None]] = deque()
+        self._disk = ThreadPoolExecutor(1)
+        self._syncing: Future[None] | None = None
+        self._waiting = 0  # bytes that the disk was not asked for
 
     def write(self, content: bytes | memoryview) -> None:
         """Append bytes; they may be changed afterwards."""
         whole = memoryview(content)
-        for start in range(0, len(whole), self.PIECE):  # of a size that one reads from the other's cache
-            rest = whole[start : start + self.PIECE]
-            hashing = self._beside.submit(self._hash.update, rest)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            hashing.result()
+        for start in range(0, len(whole), self.PIECE):
+            piece = whole[start : start + self.PIECE]
+            held = self._next()[: len(piece)]
+            held[:] = piece
+            self._put(held)
+
+    def copy(self, source: Path, start: int, size: int, look: Callable[[memoryview], None]) -> None:
+        """Append bytes of another file.
+
+        Args:
+            source: the file.
+            start: the first byte.
+            size: how many.
+            look: is shown each piece before it is written, and may raise.
+
+        Raises:
+            EOFError: the file ends before.
+        """
+        with open(source, "rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_SEQUENTIAL)
+            file.seek(start)
+            while size:
+                held = self._next()[:size]
+                held = held[: file.readinto(held)]
+                if not held:
+                    raise EOFError(f"{source} ends {size} bytes too early")
+                look(held)
+                self._put(held)
+                size -= len(held)
+
+    def _next(self) -> memoryview:
+        """Return a buffer that nobody reads any more."""
+        if len(self._hashing) == len(self._buffers):
+            self._hashing.popleft().result()
+        self._buffers.rotate()
+        return self._buffers[0]
+
+    def _put(self, held: memoryview) -> None:
+        self._hashing.append(self._beside.submit(self._hash.update, held))
+        self._waiting += len(held)
+        while held:
+            held = held[self._file.write(held) :]
+        if self._waiting >= self.SYNC and (self._syncing is None or self._syncing.done()):
+            self._syncing = self._disk.submit(os.fdatasync, self._file.fileno())
+            self._waiting = 0
 
     def sha256(self) -> str:
         """Return the SHA-256 of what was written so far, in hexadecimal, with all of it on the disk."""
+        while self._hashing:
+            self._hashing.popleft().result()
         os.fsync(self._file.fileno())
         return self._hash.hexdigest()
 
@@ -334,6 +387,7 @@ class HashedFile:
 
     def __exit__(self, *exception: object) -> None:
         self._beside.shutdown()
+        self._disk.shutdown()
         self._file.close()
 
 

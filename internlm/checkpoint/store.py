@@ -23,17 +23,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from internlm import config as recipes
 from internlm import storage
@@ -42,6 +37,9 @@ from internlm.errors import InternLMError, StorageError
 from internlm.model.config import ModelConfig
 from internlm.text.tokenizer import Tokenizer
 from internlm.weights.weight import Weight, Weights
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -106,8 +104,7 @@ class Checkpoint:
             if facts is None or tuple(facts.size) != tuple(tensor.shape):
                 found = "is not in the checkpoint" if facts is None else f"has shape {tuple(facts.size)} there"
                 raise StorageError(f"tensor {name} {tuple(tensor.shape)} {found}", where=self.path)
-        with _quiet():
-            load_tensors(into, storage_reader=FileSystemReader(self.path / "tensors"), no_dist=_is_alone())
+        _read_tensors(into, self.path / "tensors", _is_alone())
 
     def weights(self, prefix: str = "model.") -> Weights:
         """Return the tensors whose name begins with `prefix`, by the rest of it, not read yet.
@@ -126,8 +123,7 @@ class Checkpoint:
 
     def _read(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
-        with _quiet():
-            load_tensors({name: tensor}, storage_reader=FileSystemReader(self.path / "tensors"), no_dist=True)
+        _read_tensors({name: tensor}, self.path / "tensors", True)
         return tensor
 
     def holds(self, name: str) -> bool:
@@ -135,6 +131,9 @@ class Checkpoint:
         return name in self._metadata()
 
     def _metadata(self) -> dict[str, TensorStorageMetadata]:
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
         entries = FileSystemReader(self.path / "tensors").read_metadata().state_dict_metadata
         return {name: facts for name, facts in entries.items() if isinstance(facts, TensorStorageMetadata)}
 
@@ -179,7 +178,20 @@ def save(
         on_first(finish)
 
 
+def _read_tensors(into: dict[str, Tensor], folder: Path, alone: bool) -> None:
+    """Fill tensors from a folder. The import takes a second: who reads no checkpoint does not wait for it."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+
+    with _quiet():
+        load_tensors(into, storage_reader=FileSystemReader(folder), no_dist=alone)
+
+
 def _write_tensors(tensors: dict[str, Tensor], folder: Path, target: Path) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+
     writer = FileSystemWriter(folder, sync_files=False)  # storage.writing syncs every file
     try:
         with _quiet():

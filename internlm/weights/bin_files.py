@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import logging
 import pickle
+import struct
 import threading
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +65,13 @@ def open_bins(paths: list[Path]) -> dict[Path, Weights]:
     shelf = _Shelf()
     found: dict[Path, Weights] = {}
     for path in paths:
-        found[path] = {
-            name: Weight(tuple(tensor.shape), tensor.dtype, _Reader(shelf, path, name), name)
-            for name, tensor in shelf.open(path).items()
-        }
+        tensors = shelf.open(path)
+        base = mapped_at(path, tensors)
+        found[path] = {}
+        for name, tensor in tensors.items():
+            place = None if base is None or not tensor.is_contiguous() else (path, tensor.data_ptr() - base)
+            reader = _Reader(shelf, path, name)
+            found[path][name] = Weight(tuple(tensor.shape), tensor.dtype, reader, name, place)
     return found
 
 
@@ -108,6 +114,31 @@ def _load(path: Path) -> dict[str, Tensor]:
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise WeightsError("holds a tensor that is not plain", where=f"{path}: {name}", got=str(tensor.layout))
     return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def mapped_at(path: Path, tensors: Mapping[str, Tensor]) -> int | None:
+    """Return the address that a zip file is mapped at, None where it is not.
+
+    Torch does not tell, but the distance of its storages to each other is that of the records in the file: where every
+    storage lies at a record's offset from one address, that address is it.
+    """
+    addresses = sorted({t.untyped_storage().data_ptr() for t in tensors.values() if t.numel()})
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            records = [entry for entry in archive.infolist() if "/data/" in entry.filename and entry.file_size]
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in records):
+                return None
+            starts = []
+            for entry in records:
+                file.seek(entry.header_offset + 26)  # lengths of name and extra field, which the data follow
+                name, extra = struct.unpack("<HH", file.read(4))
+                starts.append(entry.header_offset + 30 + name + extra)
+    except (zipfile.BadZipFile, OSError, struct.error):
+        return None
+    if not addresses or not starts:
+        return None
+    base = addresses[0] - min(starts)
+    return base if {address - base for address in addresses} <= set(starts) else None
 
 
 def _reason(error: Exception) -> str:

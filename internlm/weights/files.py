@@ -12,10 +12,11 @@ had finished, and goes on with the next one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def write(
             done(sum(weight.nbytes for weight in shard.weights.values()))
             continue
         beside = path.with_suffix(".unfinished")
-        with storage.explained(f"writing {path}"):
+        with storage.explained(f"writing {path}"), one_thread():
             folder.hashes[shard.name] = _write_shard(beside, shard.weights, done)
             os.replace(beside, path)
     if len(shards) > 1:
@@ -124,14 +125,46 @@ def _write_shard(path: Path, weights: Weights, done: Callable[[int], None]) -> s
     with storage.HashedFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, weight in weights.items():
-            tensor = lazy.read(name, weight)
-            if not is_finite(tensor):
-                raise WeightsError(
-                    f"is not finite as {tensor.dtype}", where=name, do="Export as float32 or bfloat16, or train anew."
-                )
-            file.write(as_bytes(tensor))
+            write_weight(file, name, weight)
             done(weight.nbytes)
         return file.sha256()
+
+
+def write_weight(file: storage.HashedFile, name: str, weight: Weight) -> None:
+    """Append the bytes of a weight to a file; what lies in another file as it is, is copied from there.
+
+    Raises:
+        WeightsError: it holds a value that is not finite, or cannot be read.
+    """
+
+    def look(piece: Tensor) -> None:
+        if not is_finite(piece):
+            raise WeightsError(
+                f"is not finite as {weight.dtype}", where=name, do="Export as float32 or bfloat16, or train anew."
+            )
+
+    if weight.place is not None and weight.nbytes:
+        path, start = weight.place
+        try:
+            file.copy(path, start, weight.nbytes, lambda piece: look(torch.frombuffer(piece, dtype=weight.dtype)))
+        except EOFError as error:
+            raise WeightsError(f"cannot be read: {error}", where=name, do="Copy the file again.") from error
+        return
+    flat = lazy.read(name, weight).contiguous().reshape(-1)
+    for piece in flat.split(storage.HashedFile.PIECE // flat.element_size()):  # looked at and written from the cache
+        look(piece)
+        file.write(as_bytes(piece))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread inside the block: those that wait for work would keep the hashing from its core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -200,16 +233,26 @@ def open_safetensors(path: Path) -> Weights:
     problem = "Copy the file again."
     try:
         opened = safe_open(path, framework="pt")
+        starts = _starts(path)
         found: Weights = {}
         for name in opened.keys():  # noqa: SIM118  not a dict
             part = opened.get_slice(name)
             dtype = part.get_dtype()
             if dtype not in _DTYPES:
                 raise WeightsError("has a dtype that cannot be read", where=f"{path}: {name}", got=dtype)
-            found[name] = Weight(tuple(part.get_shape()), _DTYPES[dtype], _Reader(path, opened, name), name)
-    except (SafetensorError, OSError) as error:
+            shape, reader = tuple(part.get_shape()), _Reader(path, opened, name)
+            found[name] = Weight(shape, _DTYPES[dtype], reader, name, (path, starts[name]))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"cannot be read: {error}", where=path, do=problem) from error
     return found
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """Return where each tensor of a safetensors file begins; the library has checked the file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + facts["data_offsets"][0] for name, facts in header.items() if name != "__metadata__"}
 
 
 @dataclass(frozen=True)

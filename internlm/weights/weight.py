@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class Weight:
     """Returns the tensor, on the CPU; it may map a file and must not be written to."""
     origin: str = ""
     """Where it comes from, by the names of the source, for people."""
+    place: tuple[Path, int] | None = None
+    """File and offset where its bytes lie as they are, for whoever copies them; None: only `read` gives them."""
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +50,7 @@ class Weight:
         """Return this weight in another dtype; None: as it is."""
         if dtype is None or dtype == self.dtype:
             return self
-        return replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
+        return replace(self, dtype=dtype, read=lambda: self.read().to(dtype), place=None)
 
 
 Weights = dict[str, Weight]
