@@ -27,6 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proof", action="store_true", help="run the long proofs in full length")
 
 
+LONGEST = ("tests/story/test_story.py", "tests/parallel/test_layouts.py", "tests/launch/test_launch.py")
+"""Files that take minutes: begun first, so that no worker ends with one alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
