@@ -378,14 +378,21 @@ class HashedFile:
         while rest:
             rest = rest[self._file.write(rest) :]
         if self._waiting >= self.SYNC and (self._syncing is None or self._syncing.done()):
+            self._synced()
             self._syncing = self._disk.submit(os.fdatasync, self._file.fileno())
             self._waiting = 0
 
     def sha256(self) -> str:
         """Return the SHA-256 of what was written, in hexadecimal, with all of it on the disk: the last call."""
         self._stop()
+        self._synced()
         os.fsync(self._file.fileno())
         return self._hash.hexdigest()
+
+    def _synced(self) -> None:
+        """Raise what the last sync met: the system tells of a failed write once, a later sync would pass."""
+        if self._syncing is not None:
+            self._syncing.result()
 
     def _stop(self) -> None:
         self._filled.put(None)

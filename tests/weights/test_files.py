@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import subprocess
@@ -118,6 +119,19 @@ folders.export(weights, SHAPE, Path({str(tmp_path / "out")!r}), options=SMALL_FI
     assert 0 < len(second.names) < len(weights_of()) - 10
     folders.export(weights_of(), SHAPE, tmp_path / "whole", options=SMALL_FILES)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_disk_that_fails_behind_the_writing_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system reports a failed write once, to the first sync: here that of the thread beside."""
+
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(storage.HashedFile, "SYNC", 1)
+    monkeypatch.setattr("os.fdatasync", fails)
+    with pytest.raises(StorageError, match="Input/output error"):
+        folders.export(weights_of(), SHAPE, tmp_path / "out", options=SMALL_FILES)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_another_source_left_is_not_used(tmp_path: Path) -> None:
