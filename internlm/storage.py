@@ -27,12 +27,9 @@ import logging
 import os
 import shutil
 import socket
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 from typing import IO, Any
 
 from internlm.errors import StorageError
@@ -301,110 +298,6 @@ def sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class HashedFile:
-    """A new file that is hashed while it is written, so that nobody has to read it again for its SHA-256.
-
-    Hashing runs beside the system's write, a few pieces behind: both leave Python. Pieces go through small buffers that
-    stay in the cache. The system copies those 3 times faster than pages of a mapped file, and touching such pages costs
-    more still where they are not in memory yet (6.5 GB: 11 s).
-    """
-
-    PIECE = 2**18
-    """Bytes, so few that they stay in a core's cache; with 1 MiB it takes a quarter longer."""
-    BUFFERS = 8
-    SYNC = 2**28
-    """Bytes after which the disk is asked to begin: it would idle until the end otherwise."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by __exit__
-        self._hash = hashlib.sha256()
-        # Queues instead of an executor: its futures would take as long as the hashing.
-        self._free: SimpleQueue[memoryview] = SimpleQueue()
-        self._filled: SimpleQueue[tuple[memoryview, int] | None] = SimpleQueue()
-        for _ in range(self.BUFFERS):
-            self._free.put(memoryview(bytearray(self.PIECE)))
-        self._hasher = threading.Thread(target=self._digest, daemon=True)
-        self._hasher.start()
-        self._disk = ThreadPoolExecutor(1)
-        self._syncing: Future[None] | None = None
-        self._waiting = 0  # bytes that the disk was not asked for
-
-    def _digest(self) -> None:
-        while (filled := self._filled.get()) is not None:
-            buffer, size = filled
-            self._hash.update(buffer[:size])
-            self._free.put(buffer)
-
-    def write(self, content: bytes | memoryview) -> None:
-        """Append bytes; they may be changed afterwards."""
-        whole = memoryview(content)
-        for start in range(0, len(whole), self.PIECE):
-            piece = whole[start : start + self.PIECE]
-            buffer = self._free.get()
-            buffer[: len(piece)] = piece
-            self._put(buffer, len(piece))
-
-    def copy(self, source: Path, start: int, size: int, look: Callable[[memoryview], None]) -> None:
-        """Append bytes of another file.
-
-        Args:
-            source: the file.
-            start: the first byte.
-            size: how many.
-            look: is shown each piece before it is written, and may raise.
-
-        Raises:
-            EOFError: the file ends before.
-        """
-        with open(source, "rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_SEQUENTIAL)
-            file.seek(start)
-            while size:
-                buffer = self._free.get()
-                count = file.readinto(buffer[:size])
-                if not count:
-                    raise EOFError(f"{source} ends {size} bytes too early")
-                look(buffer[:count])
-                self._put(buffer, count)
-                size -= count
-
-    def _put(self, buffer: memoryview, size: int) -> None:
-        self._filled.put((buffer, size))
-        self._waiting += size
-        rest = buffer[:size]
-        while rest:
-            rest = rest[self._file.write(rest) :]
-        if self._waiting >= self.SYNC and (self._syncing is None or self._syncing.done()):
-            self._synced()
-            self._syncing = self._disk.submit(os.fdatasync, self._file.fileno())
-            self._waiting = 0
-
-    def sha256(self) -> str:
-        """Return the SHA-256 of what was written, in hexadecimal, with all of it on the disk: the last call."""
-        self._stop()
-        self._synced()
-        os.fsync(self._file.fileno())
-        return self._hash.hexdigest()
-
-    def _synced(self) -> None:
-        """Raise what the last sync met: the system tells of a failed write once, a later sync would pass."""
-        if self._syncing is not None:
-            self._syncing.result()
-
-    def _stop(self) -> None:
-        self._filled.put(None)
-        self._hasher.join()
-
-    def __enter__(self) -> HashedFile:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop()
-        self._disk.shutdown()
-        self._file.close()
 
 
 @contextlib.contextmanager

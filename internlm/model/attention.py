@@ -127,7 +127,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
     return out.transpose(1, 2)
 
 
-@torch.compiler.disable
+@compat.outside_graphs
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """One causal call per span. Outside of compiled graphs: the spans change with every batch."""
     rows: list[list[Tensor]] = []

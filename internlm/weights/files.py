@@ -18,6 +18,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from internlm import storage
 from internlm.errors import WeightsError
+from internlm.hashed_file import HashedFile
 from internlm.weights import weight as lazy
 from internlm.weights.bin_files import open_bins
 from internlm.weights.weight import Weight, Weights
@@ -122,7 +124,7 @@ def _write_shard(path: Path, weights: Weights, done: Callable[[int], None]) -> s
         offset += weight.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
-    with storage.HashedFile(path) as file:
+    with HashedFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, weight in weights.items():
             write_weight(file, name, weight)
@@ -130,7 +132,7 @@ def _write_shard(path: Path, weights: Weights, done: Callable[[int], None]) -> s
         return file.sha256()
 
 
-def write_weight(file: storage.HashedFile, name: str, weight: Weight) -> None:
+def write_weight(file: HashedFile, name: str, weight: Weight) -> None:
     """Append the bytes of a weight to a file; what lies in another file as it is, is copied from there.
 
     Raises:
@@ -146,12 +148,13 @@ def write_weight(file: storage.HashedFile, name: str, weight: Weight) -> None:
     if weight.place is not None and weight.nbytes:
         path, start = weight.place
         try:
-            file.copy(path, start, weight.nbytes, lambda piece: look(torch.frombuffer(piece, dtype=weight.dtype)))
+            shown = partial(torch.frombuffer, dtype=weight.dtype)
+            file.copy(path, start, weight.nbytes, lambda piece: look(shown(piece)), unit=weight.dtype.itemsize)
         except EOFError as error:
             raise WeightsError(f"cannot be read: {error}", where=name, do="Copy the file again.") from error
         return
     flat = lazy.read(name, weight).contiguous().reshape(-1)
-    for piece in flat.split(storage.HashedFile.PIECE // flat.element_size()):  # looked at and written from the cache
+    for piece in flat.split(HashedFile.PIECE // flat.element_size()):  # looked at and written from the cache
         look(piece)
         file.write(as_bytes(piece))
 

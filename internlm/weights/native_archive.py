@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from internlm import storage
 from internlm.errors import WeightsError
+from internlm.hashed_file import HashedFile
 from internlm.weights import files
 from internlm.weights import weight as lazy
 from internlm.weights.weight import Weights
@@ -49,7 +49,7 @@ def write(path: Path, weights: Weights, done: Callable[[int], None] = lambda n: 
         WeightsError: a value is not finite in the dtype it is written in, or a dtype is not one of _STORAGES.
     """
     pickled = _pickled(weights)
-    with storage.HashedFile(path) as file:
+    with HashedFile(path) as file:
         archive = _Archive(file)
         archive.add("data.pkl", memoryview(pickled))
         archive.add("byteorder", memoryview(b"little"))
@@ -72,7 +72,7 @@ class _Archive:
     Python's `zipfile` goes to 64 bits at 2 GiB already, which PyTorch before 2 takes for damage.
     """
 
-    def __init__(self, file: storage.HashedFile) -> None:
+    def __init__(self, file: HashedFile) -> None:
         self.file, self.at, self.entries = file, 0, 0
         self.directory = b""
 

@@ -74,6 +74,13 @@ def test_importing_and_asking_for_help_take_under_half_a_second() -> None:
         assert best < 0.5, arguments
 
 
+def test_a_model_is_read_without_the_compiler() -> None:
+    """It takes more than a second to import, which only who compiles should pay."""
+    code = "import sys, internlm.infer.engine, internlm.cli.convert; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = Path(__file__).parents[2] / "recipes" / "quickstart" / "pretrain.yaml"
     assert main(["train", str(recipe), "--dry-run", "optim.lr=7e-3"]) == 0

@@ -122,13 +122,10 @@ folders.export(weights, SHAPE, Path({str(tmp_path / "out")!r}), options=SMALL_FI
 
 
 def test_a_disk_that_fails_behind_the_writing_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system reports a failed write once, to the first sync: here that of the thread beside."""
-
-    def fails(descriptor: int) -> None:
+    def fails(descriptor: int, content: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(storage.HashedFile, "SYNC", 1)
-    monkeypatch.setattr("os.fdatasync", fails)
+    monkeypatch.setattr("os.write", fails)
     with pytest.raises(StorageError, match="Input/output error"):
         folders.export(weights_of(), SHAPE, tmp_path / "out", options=SMALL_FILES)
     assert not (tmp_path / "out").exists()
