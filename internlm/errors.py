@@ -23,6 +23,8 @@ class InternLMError(Exception):
     """
 
     exit_code = 1
+    where: object
+    """What the complaint is about."""
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class InternLMError(Exception):
         if do:
             text += f". {do}"
         super().__init__(text)
+        self.where = where
 
 
 class UsageError(InternLMError):

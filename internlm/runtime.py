@@ -6,12 +6,14 @@ restarts the process once, visibly, with settings that keep them (measured: `ben
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
 import shutil
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from internlm import ranks
@@ -74,6 +76,22 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS has no affinity
+
+
+def available_memory() -> int:
+    """Return the bytes that this process may still take: free memory, and what its control group leaves."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS tells the whole only
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            free = min(free, max(int(Path(limit).read_text()) - int(Path(used).read_text()), 0))
+    return free
 
 
 def cpp_compiler() -> str | None:

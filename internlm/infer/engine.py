@@ -1,4 +1,4 @@
-"""One engine for chat, serving, evaluation and rollouts: continuous batching, one token per running request and step.
+"""One engine for chat, serving, evaluation and rollouts: continuous batching over a cache in blocks.
 
     engine = Engine.from_folder("export/")
     for delta in engine.stream(Request(tokens=ids, temperature=0, stop_ids=(2,))):
@@ -7,28 +7,32 @@
     engine.add(request) → id        engine.step() → deltas        engine.abort(id)        engine.score(tokens)
 
 Requests wait in order, enter and leave between two steps, and do not see each other: an answer depends on its request
-and seed alone (up to the rounding of matrix products of different batch sizes). Prompts are run one by one, exactly;
-running requests decode together.
+and seed alone (up to the rounding of matrix products of different batch sizes). What goes wrong with a request ends
+that one: a step that fails is taken back, and those who were in it run alone until they succeed or have failed alone.
 
-Limits: one thread (call it from one place); a prompt is run in one piece; the memory for keys and values is bounded by
-`max_batch` and `max_length` only.
+Limits: one thread (`Worker` brings others to it).
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Generator, Iterable
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from internlm import runtime
 from internlm.errors import EngineError
+from internlm.infer.blocks import Blocks
 from internlm.infer.cache import Cache
-from internlm.infer.sample import NOT_FINITE, Rules, choose
+from internlm.infer.request import Chance, Delta, Finished, Request, Result
+from internlm.infer.sample import NOT_FINITE, History, chances, choose, draw
+from internlm.infer.schedule import Counters, Scheduler, Sequence, rules_of
 from internlm.infer.stream import TextStream
 from internlm.model.transformer import Transformer
 from internlm.text.tokenizer import Tokenizer
@@ -37,114 +41,45 @@ from internlm.weights.load import empty, fill
 
 logger = logging.getLogger(__name__)
 
-Finished = Literal["stop", "length", "abort", "error"]
-"""Why an answer ended: a stop token or string came, the length was reached, it was aborted, or the model's numbers were
-not finite."""
+_CPU_CACHE_BYTES = 4 * 2**30
+_CPU_CACHE_SHARE = 0.25
+_GPU_CACHE_SHARE = 0.9
+_MOST_TOP = 100
+_STREAM_STEP = 0x9E3779B97F4A7C15
+"""Between the seeds of a request's answers."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked of the engine."""
+class Limits:
+    """How much the engine takes on at once."""
 
-    tokens: Sequence[int]
-    """The prompt, at least one token."""
-    max_tokens: int = 256
-    """Most tokens to write; less where the context ends before."""
-    temperature: float = 1.0
-    """0 takes the most probable token. This and the next four: see `Rules`."""
-    top_p: float = 1.0
-    """Probability that the tokens kept have together."""
-    top_k: int = 0
-    """Number of tokens kept; 0: all."""
-    min_p: float = 0.0
-    """Least share of the best token's probability."""
-    repetition_penalty: float = 1.0
-    """Over 1 makes tokens that were there before less likely."""
-    seed: int | None = None
-    """Of the random stream; the same seed gives the same answer. None: from the engine's seed and the request's id."""
-    stop_ids: tuple[int, ...] = ()
-    """Tokens that end the answer. They are among the tokens of the result and never in its text."""
-    stop_strings: tuple[str, ...] = ()
-    """Texts that end the answer and are no part of it."""
-    continuation: bool = False
-    """Whether the answer goes on with the prompt's text instead of beginning one of its own (see `TextStream`)."""
-
-    @property
-    def rules(self) -> Rules:
-        """How its tokens are chosen."""
-        return Rules(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty)
+    batch: int = 16
+    """Most sequences that run at once."""
+    length: int | None = None
+    """Most tokens of prompt and answer together; None: the model's context."""
+    cache_tokens: int | None = None
+    """Tokens whose keys and values fit into the cache. None: on a CPU 4 GiB or a quarter of the free memory, on a GPU
+    nine tenths of what is left; never more than `batch` + 1 texts of full length need."""
+    block: int = 32
+    """Tokens of a block: what is shared is shared in whole blocks."""
+    step_tokens: int = 256
+    """Most tokens of a step: a longer prompt is computed in chunks, and those who write go on between them."""
+    share: bool = True
+    """Whether texts that begin alike share blocks."""
 
 
 @dataclass(frozen=True)
-class Delta:
-    """What a step adds to an answer. Text may come later than its tokens (see `TextStream`)."""
+class Stats:
+    """How the engine is doing."""
 
-    id: int
-    tokens: list[int]
-    text: str
-    finished: Finished | None = None
-    """Set in the last delta of a request."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A whole answer."""
-
-    id: int
-    tokens: list[int]
-    """With the stop token, if one ended it."""
-    text: str
-    finished: Finished
-
-
-class _Running:
-    """A request that is being served."""
-
-    def __init__(self, id_: int, request: Request, limit: int, seed: int, engine: Engine) -> None:
-        self.id, self.request, self.limit = id_, request, limit
-        self.rules = request.rules
-        self.written: list[int] = []
-        self.generator = torch.Generator().manual_seed(seed)
-        self.stream: TextStream | None = None
-        if engine.tokenizer is not None:
-            self.stream = TextStream(engine.tokenizer, request.stop_strings, continuation=request.continuation)
-        self.seen: Tensor | None = None
-        if request.repetition_penalty != 1:
-            self.seen = torch.zeros(engine.model.config.vocab_size, dtype=torch.bool, device=engine.device)
-            self.seen[list(request.tokens)] = True
-
-    @property
-    def stored(self) -> int:
-        """Tokens whose keys are in the cache: all but the newest."""
-        return len(self.request.tokens) + len(self.written) - 1
-
-    def draw(self) -> float:
-        """Return the next number of the request's random stream."""
-        if self.rules.temperature == 0:
-            return 0.0
-        return torch.rand((), generator=self.generator, dtype=torch.float64).item()
-
-    def take(self, token: int) -> Delta:
-        """Add a token and return what that means."""
-        if token == NOT_FINITE:
-            return self.end("error")
-        self.written.append(token)
-        if self.seen is not None:
-            self.seen[token] = True
-        is_stop = token in self.request.stop_ids
-        text = self.stream.add([token]) if self.stream is not None and not is_stop else ""
-        finished: Finished | None = None
-        if is_stop or (self.stream is not None and self.stream.stopped):
-            finished = "stop"
-        elif len(self.written) >= self.limit:
-            finished = "length"
-        if finished and self.stream is not None:
-            text += self.stream.finish()
-        return Delta(self.id, [token], text, finished)
-
-    def end(self, why: Finished) -> Delta:
-        """Return the last delta of an answer that ends without a further token."""
-        return Delta(self.id, [], self.stream.finish() if self.stream is not None else "", why)
+    running: int
+    waiting: int
+    blocks: int
+    """Of the cache."""
+    blocks_used: int
+    """By the running."""
+    counters: Counters
+    """Since the start."""
 
 
 class Engine:
@@ -153,32 +88,32 @@ class Engine:
     Args:
         model: its weights are shared, not copied, until `load` gives the engine its own; the module is left as it is.
         tokenizer: for text in deltas and stop strings; None: tokens only.
-        max_batch: most requests that run at once.
-        max_length: most tokens of prompt and answer together; None: the model's context.
+        limits: how much it takes on at once.
         seed: for requests without one.
+
+    Raises:
+        EngineError: a limit is out of range, or the cache has no room for one text of `limits.length`.
     """
 
     def __init__(
         self,
         model: Transformer,
         tokenizer: Tokenizer | None = None,
+        limits: Limits | None = None,
         *,
-        max_batch: int = 16,
-        max_length: int | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value in (("max_batch", max_batch), ("max_length", max_length)):
+        self.tokenizer, self.seed = tokenizer, seed
+        self.limits = limits or Limits()
+        for name in ("batch", "length", "cache_tokens", "block", "step_tokens"):
+            value = getattr(self.limits, name)
             if value is not None and value < 1:
                 raise EngineError("must be at least 1", where=name, got=value)
-        self.tokenizer, self.max_batch, self.seed = tokenizer, max_batch, seed
-        self.max_length = max_length or model.config.context_length
-        self._use(empty(model.config), model.named_parameters())
-        self._owns_weights = False
-        self._next_id = 0
-        self._waiting: deque[_Running] = deque()
-        self._running: list[_Running] = []
         self._inboxes: dict[int, list[Delta]] = {}
         self._unclaimed: list[Delta] = []
+        self._next_id = 0
+        self._use(empty(model.config), model.named_parameters())
+        self._owns_weights = False
 
     @classmethod
     def from_folder(
@@ -187,8 +122,7 @@ class Engine:
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
-        max_batch: int = 16,
-        max_length: int | None = None,
+        limits: Limits | None = None,
         seed: int = 0,
     ) -> Engine:
         """Return an engine for a Transformers folder, with its tokenizer where there is one.
@@ -197,10 +131,10 @@ class Engine:
             folder: config.json, safetensors, tokenizer.json.
             dtype: of the weights; None: as stored.
             device: where it runs.
-            max_batch, max_length, seed: as of the class.
+            limits, seed: as of the class.
         """
         model = transformers.load(folder, dtype=dtype, device=device)
-        return cls(model, Tokenizer.find(folder), max_batch=max_batch, max_length=max_length, seed=seed)
+        return cls(model, Tokenizer.find(folder), limits, seed=seed)
 
     @property
     def device(self) -> torch.device:
@@ -214,12 +148,13 @@ class Engine:
             EngineError: requests are being served.
             WeightsError: the stream does not fit the model; the engine is then not usable until a good one is loaded.
         """
-        if self._running or self._waiting:
+        if self.scheduler.running or self.scheduler.waiting:
             raise EngineError("weights cannot change under running requests", do="Finish or abort them first.")
         if not self._owns_weights:
             own = ((name, torch.empty_like(shared)) for name, shared in self.model.named_parameters())
             self._use(empty(self.model.config), own)
             self._owns_weights = True
+        self.blocks.forget()
         fill(self.model, tensors)
 
     def add(self, request: Request) -> int:
@@ -228,32 +163,39 @@ class Engine:
         Raises:
             EngineError: the request cannot be served; nothing was queued.
         """
-        limit = self._check(request)
+        limit = self.check(request)
         id_, self._next_id = self._next_id, self._next_id + 1
         seed = request.seed if request.seed is not None else ((self.seed << 32) + id_) % 2**63
-        self._waiting.append(_Running(id_, request, limit, seed, self))
+        leader: Sequence | None = None
+        for index in range(request.n):
+            sequence = Sequence(id_, index, request, limit, (seed + index * _STREAM_STEP) % 2**64)
+            if request.timeout is not None:
+                sequence.deadline = time.monotonic() + request.timeout
+            sequence.leader = leader
+            leader = leader or sequence
+            self.scheduler.add(sequence)
         return id_
 
     def abort(self, id: int) -> None:
-        """Stop a request; its last delta says "abort". One that has finished, or never was, is left alone."""
-        for waiting in self._waiting:
-            if waiting.id == id:
-                self._waiting.remove(waiting)
-                self._deliver(Delta(id, [], "", "abort"))
-                return
-        for slot, running in enumerate(self._running):
-            if running.id == id:
-                self._leave(slot)
-                self._deliver(running.end("abort"))
-                return
+        """Stop a request; its last deltas say "abort". One that has finished, or never was, is left alone."""
+        for sequence in [s for s in self.scheduler if s.id == id]:
+            self._end(sequence, "abort")
 
     @property
     def is_busy(self) -> bool:
         """Whether requests wait or run, or deltas have not been fetched."""
-        return bool(self._running or self._waiting or self._unclaimed)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._unclaimed)
+
+    @property
+    def stats(self) -> Stats:
+        """How the engine is doing."""
+        scheduler = self.scheduler
+        used = self.blocks.count - self.blocks.free
+        counters = replace(scheduler.counters)
+        return Stats(len(scheduler.running), len(scheduler.waiting), self.blocks.count, used, counters)
 
     def step(self) -> list[Delta]:
-        """Advance every running request by one token, let waiting ones in, and return what is new.
+        """Compute one step for everyone who fits into it, and return what is new.
 
         Deltas of requests that `stream` or `generate` watch go to those.
         """
@@ -261,37 +203,38 @@ class Engine:
         deltas, self._unclaimed = self._unclaimed, []
         return deltas
 
-    def score(self, tokens: Sequence[int]) -> Tensor:
+    def score(self, tokens: Ordered[int]) -> Tensor:
         """Return the log-probability of each token after the first, in nats, fp32 [T − 1].
 
         Raises:
-            EngineError: fewer than two tokens, more than `max_length`, or ids outside the vocabulary.
+            EngineError: fewer than two tokens, more than the engine's length, or ids outside the vocabulary; or the
+                model's numbers are not finite.
         """
         if len(tokens) < 2:
             raise EngineError("scoring needs at least two tokens", got=len(tokens))
-        self._check_tokens(tokens, self.max_length)
-        with torch.inference_mode():
-            ids = torch.tensor([list(tokens)], device=self.device)
-            return self.model.head(self.cache.score(ids)[:, :-1], ids[:, 1:]).logp[0]
+        (result,) = self.generate([Request(tokens=tokens, max_tokens=0, prompt_logprobs=0)])
+        if result.prompt_logprobs is None or result.finished == "error":
+            raise EngineError(result.problem or "the text could not be scored")
+        return torch.tensor([chance.logprob for chance in result.prompt_logprobs])
 
     def stream(self, request: Request) -> Generator[Delta]:
         """Yield the deltas of one request; leaving early aborts it. Other requests go on meanwhile."""
         id_ = self.add(request)
         inbox = self._inboxes[id_] = []
+        left = request.n
         try:
-            while True:
+            while left:
                 while not inbox:
                     self._advance()
                 delta = inbox.pop(0)
+                left -= delta.finished is not None
                 yield delta
-                if delta.finished:
-                    return
         finally:
             self.abort(id_)
             del self._inboxes[id_]
 
-    def generate(self, requests: Sequence[Request | Sequence[int]], **settings: Any) -> list[Result]:
-        """Return the whole answer of each request, in their order.
+    def generate(self, requests: Ordered[Request | Ordered[int]], **settings: Any) -> list[Result]:
+        """Return the whole answers of each request, in their order.
 
         Args:
             requests: requests, or prompts as lists of ids.
@@ -299,110 +242,304 @@ class Engine:
         """
         wanted = [r if isinstance(r, Request) else Request(tokens=r, **settings) for r in requests]
         for request in wanted:
-            self._check(request)  # all of them, before anything runs
+            self.check(request)  # all of them, before anything runs
         ids = [self.add(request) for request in wanted]
         inboxes = {id_: self._inboxes.setdefault(id_, []) for id_ in ids}
         try:
-            while any(not inbox or not inbox[-1].finished for inbox in inboxes.values()):
+            while any(s.id in inboxes for s in self.scheduler):
                 self._advance()
         finally:
             for id_ in ids:
                 self.abort(id_)
                 del self._inboxes[id_]
-        return [_join(id_, inboxes[id_]) for id_ in ids]
+        return [
+            _join([delta for delta in inboxes[id_] if delta.index == index])
+            for id_, request in zip(ids, wanted, strict=True)
+            for index in range(request.n)
+        ]
+
+    def check(self, request: Request) -> int:
+        """Return how many tokens an answer may have. Any thread may ask.
+
+        Raises:
+            EngineError: the request cannot be served.
+        """
+        vocab = self.model.config.vocab_size
+        rules_of(request).check()
+        for name, good, allowed in (
+            ("max_tokens", request.max_tokens >= (0 if request.prompt_logprobs is not None else 1), "1 or more"),
+            ("n", 1 <= request.n <= 128, "1 to 128"),
+            ("seed", request.seed is None or 0 <= request.seed < 2**63, "0 to 2**63 - 1"),
+            ("min_tokens", request.min_tokens >= 0, "0 or more"),
+            ("logprobs", request.logprobs is None or 0 <= request.logprobs <= _MOST_TOP, f"0 to {_MOST_TOP}"),
+            (
+                "prompt_logprobs",
+                request.prompt_logprobs is None or 0 <= request.prompt_logprobs <= _MOST_TOP,
+                f"0 to {_MOST_TOP}",
+            ),
+            ("timeout", request.timeout is None or request.timeout > 0, "over 0"),
+        ):
+            if not good:
+                raise EngineError("is out of range", where=name, got=getattr(request, name), allowed=[allowed])
+        for id_, bias in request.logit_bias.items():
+            if not 0 <= id_ < vocab:
+                raise EngineError("this id is outside the vocabulary", where="logit_bias", got=id_)
+            if not -100 <= bias <= 100:
+                raise EngineError("is out of range", where="logit_bias", got=bias, allowed=["-100 to 100"])
+        if request.stop_strings and (self.tokenizer is None or "" in request.stop_strings):
+            problem = "need a tokenizer" if self.tokenizer is None else "cannot be empty"
+            raise EngineError(problem, where="stop_strings", got=request.stop_strings)
+        return self._check_length(request)
+
+    def _check_length(self, request: Request) -> int:
+        tokens, vocab = request.tokens, self.model.config.vocab_size
+        if not len(tokens):
+            raise EngineError("the prompt is empty", where="tokens", do="Begin with bos, if there is nothing else.")
+        if len(tokens) > self.length - (request.max_tokens > 0):
+            raise EngineError(
+                f"{len(tokens)} tokens are too many: with the answer there is room for {self.length}",
+                where="tokens",
+                do="Shorten the text, or give the engine a greater length.",
+            )
+        if not (min(tokens) >= 0 and max(tokens) < vocab):
+            wrong = next(id_ for id_ in tokens if not 0 <= id_ < vocab)
+            problem = "this id is outside the vocabulary"
+            raise EngineError(problem, where="tokens", got=wrong, allowed=[f"0 to {vocab - 1}"])
+        return min(request.max_tokens, self.length - len(tokens))
 
     def _advance(self) -> None:
-        """Take one step; one that fails ends the running requests, and nothing of what it stored stays."""
+        """Take one step; when it fails, only who makes it fail pays."""
+        now = time.monotonic()
+        for sequence in [s for s in self.scheduler if s.deadline is not None and now > s.deadline]:
+            self._end(sequence, "timeout")
+        plan = self.scheduler.plan()
+        if not plan:
+            return
         try:
-            self._step()
-        except BaseException:
-            while self._running:
-                self._deliver(Delta(self._running.pop().id, [], "", "abort"))
-            self.cache.clear()
+            self._compute(plan)
+        except Exception as error:
+            self.scheduler.counters.failed_steps += 1
+            taking_part = [sequence for sequence, _ in plan if sequence in self.scheduler.running]
+            if len(plan) > 1:
+                self.scheduler.undo(taking_part, suspect=True)
+                return
+            logger.warning("warning: request %d failed: %s: %s", plan[0][0].id, type(error).__name__, error)
+            for sequence in taking_part:
+                self._end(sequence, "error", f"{type(error).__name__}: {error}")
+        except BaseException:  # Ctrl-C: what was half done is done again
+            self.scheduler.undo([sequence for sequence, _ in plan], suspect=False)
             raise
 
     @torch.inference_mode()
-    def _step(self) -> None:
-        """Decode, let in, sample, deliver, let out."""
-        hidden = []
-        if self._running:
-            newest = torch.tensor([running.written[-1] for running in self._running], device=self.device)
-            hidden.append(self.cache.decode(newest, [running.stored for running in self._running])[:, 0])
-        while self._waiting and len(self._running) < self.max_batch:
-            entering = self._waiting.popleft()
-            slot, prompt = len(self._running), list(entering.request.tokens)
-            self._running.append(entering)  # before its prompt is run: a failure there must end it too
-            self.cache.admit(slot, len(prompt) + entering.limit)
-            hidden.append(self.cache.prefill(slot, torch.tensor([prompt], device=self.device))[:, -1])
-        if not hidden:
-            return
-        logits = self.model.head.logits(torch.cat(hidden))  # [B, V], rows as in self._running
+    def _compute(self, plan: list[tuple[Sequence, int]]) -> None:
+        """Run the model, draw, deliver, let out."""
+        hidden = self.cache.run([sequence.piece(count, self.blocks) for sequence, count in plan])
+        ready: list[Sequence] = []
+        last: list[int] = []
+        row = 0
+        for sequence, count in plan:
+            self._score_prompt(sequence, hidden[row : row + count])
+            row += count
+            if sequence.rest == count:
+                ready.append(sequence)
+                last.append(row - 1)
+        drawing = [(sequence, place) for sequence, place in zip(ready, last, strict=True) if sequence.limit]
+        tokens: list[int] = []
+        told: dict[int, Chance] = {}
+        problems: dict[int, str] = {}
+        if drawing:
+            logits = self._logits(hidden[[place for _, place in drawing]])
+            tokens, told, problems = self._draw([sequence for sequence, _ in drawing], logits)
+        for sequence, count in plan:
+            self.scheduler.done(sequence, count)
+        for sequence in ready:
+            if not sequence.limit:
+                self._end(sequence, "length")
+        for index, (sequence, _) in enumerate(drawing):
+            if index in problems:
+                self.blocks.disown(sequence.table)
+                logger.warning("warning: request %d ended: %s", sequence.id, problems[index])
+                self._end(sequence, "error", problems[index])
+            else:
+                self._take(sequence, tokens[index], told.get(index))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [R, V] in fp32; ids that only pad the vocabulary have none."""
+        logits = self.model.head.logits(hidden)
         if self.tokenizer is not None:
-            logits[:, self.tokenizer.vocab_size :] = float("-inf")  # a padded vocabulary: ids without a token
-        draws = torch.tensor([running.draw() for running in self._running], dtype=torch.float64, device=self.device)
-        seen = [running.seen for running in self._running]
-        chosen = choose(logits, [running.rules for running in self._running], draws, seen).tolist()
-        deltas = [running.take(token) for running, token in zip(self._running, chosen, strict=True)]
-        for delta in deltas:
-            self._deliver(delta)
-        for slot in reversed(range(len(deltas))):
-            if deltas[slot].finished == "error":
-                logger.warning("warning: request %d ended: the model gives logits that are not finite", deltas[slot].id)
-                self.cache.wipe(slot)
-            if deltas[slot].finished:
-                self._leave(slot)
+            logits[:, self.tokenizer.vocab_size :] = float("-inf")
+        return logits
 
-    def _leave(self, slot: int) -> None:
-        """Free a slot; the last one moves into its place, so that the running ones stay together."""
-        last = self._running.pop()
-        if slot < len(self._running):
-            self._running[slot] = last
-            with torch.inference_mode():
-                self.cache.move(len(self._running), slot, last.stored)
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> tuple[list[int], dict[int, Chance], dict[int, str]]:
+        """Return each row's token, how probable those were whose requests ask, and what went wrong with which row."""
+        asking = [i for i, s in enumerate(sequences) if s.request.logprobs is not None]
+        raw = logits[asking] if asking else None  # a copy: the rows are changed below
+        problems: dict[int, str] = {}
+        finite = logits.amax(-1).isfinite().tolist()
+        for index, sequence in enumerate(sequences):
+            try:
+                _edit(sequence, logits[index])
+            except Exception as error:  # a grammar is foreign code
+                problems[index] = f"{type(error).__name__}: {error}"
+        seeds = [draw(s.seed, s.written) if s.rules.temperature else 0.0 for s in sequences]
+        draws = torch.tensor(seeds, dtype=torch.float64, device=self.device)
+        tokens = choose(logits, [s.rules for s in sequences], draws).tolist()
+        for index, token in enumerate(tokens):
+            if token == NOT_FINITE and index not in problems:
+                problem = "nothing may come next" if finite[index] else "the model gives logits that are not finite"
+                problems[index] = problem
+        told: dict[int, Chance] = {}
+        if raw is not None:
+            chosen = [max(tokens[i], 0) for i in asking]
+            tops = [sequences[i].request.logprobs or 0 for i in asking]
+            told = dict(zip(asking, chances(raw, chosen, tops), strict=True))
+        return tokens, told, problems
 
-    def _deliver(self, delta: Delta) -> None:
+    def _score_prompt(self, sequence: Sequence, hidden: Tensor) -> None:
+        """Note how probable the prompt's tokens were, from the hidden states [T, D] of the stretch just computed."""
+        found = sequence.prompt_chances
+        if found is None or len(found) >= sequence.prompt - 1:
+            return
+        # The state of token p tells of token p + 1; what a preempted text computes again is known already.
+        first = len(found) - sequence.computed
+        stop = min(hidden.shape[0], sequence.prompt - 1 - sequence.computed)
+        if first >= stop:
+            return
+        logits = self._logits(hidden[first:stop])
+        if not bool(logits.amax(-1).isfinite().all()):
+            raise EngineError("the model gives logits that are not finite")
+        nexts = sequence.tokens[sequence.computed + first + 1 : sequence.computed + stop + 1]
+        found += chances(logits, nexts, [sequence.request.prompt_logprobs or 0] * len(nexts))
+
+    def _take(self, sequence: Sequence, token: int, chance: Chance | None) -> None:
+        """Add a token to an answer, and deliver what that means."""
+        request = sequence.request
+        finished: Finished | None = None
+        text = ""
+        try:
+            sequence.tokens.append(token)
+            if sequence.history is not None:
+                sequence.history.add(token)
+            if token in request.stop_ids:
+                finished = "stop"
+            else:
+                if sequence.stream is not None:
+                    text = sequence.stream.add([token])
+                    finished = "stop" if sequence.stream.stopped else None
+                if sequence.constraint is not None:
+                    sequence.constraint.accept(token)
+                    if sequence.constraint.is_complete:
+                        finished = "stop"
+            if finished is None and sequence.written >= sequence.limit:
+                finished = "length"
+            if finished and sequence.stream is not None:
+                text += sequence.stream.finish()
+        except Exception as error:
+            logger.warning("warning: request %d failed: %s: %s", sequence.id, type(error).__name__, error)
+            self._end(sequence, "error", f"{type(error).__name__}: {error}")
+            return
+        self.scheduler.counters.written_tokens += 1
+        delta = Delta(sequence.id, [token], text, finished, sequence.index)
+        self._deliver(sequence, delta if chance is None else replace(delta, logprobs=[chance]))
+        if finished:
+            self.scheduler.remove(sequence)
+
+    def _end(self, sequence: Sequence, why: Finished, problem: str | None = None) -> None:
+        """Let a sequence out without a further token."""
+        text = ""
+        if sequence.stream is not None and why != "error":
+            text = sequence.stream.finish()
+        self.scheduler.remove(sequence)
+        self._deliver(sequence, Delta(sequence.id, [], text, why, sequence.index, problem=problem))
+
+    def _deliver(self, sequence: Sequence, delta: Delta) -> None:
+        if not sequence.told:
+            sequence.told = True
+            delta = replace(delta, cached=sequence.cached, prompt_logprobs=sequence.prompt_chances)
         self._inboxes.get(delta.id, self._unclaimed).append(delta)
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Give a sequence what it needs to run."""
+        request = sequence.request
+        length = sequence.prompt + sequence.limit
+        sequence.turns = self.cache.turns(length)
+        # Beyond the trained length, dynamic scaling turns each length's keys differently.
+        rope = self.model.config.rope
+        sequence.kind = None if bool((sequence.turns == self._plain_turns).all()) else (rope, length)
+        if self.tokenizer is not None:
+            sequence.stream = TextStream(
+                self.tokenizer,
+                request.stop_strings,
+                continuation=request.continuation,
+                include_stop=request.include_stop,
+                show_special=request.show_special,
+            )
+        sequence.history = History(
+            sequence.rules, request.tokens, self.model.config.vocab_size, self.device, request.logit_bias
+        )
+        if request.grammar is not None:
+            sequence.constraint = request.grammar.start()
 
     def _use(self, model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Make `model`, filled with `tensors`, the engine's own."""
         fill(model, tensors)
         self.model = model.requires_grad_(False)
-        self.cache = Cache(self.model, self.max_batch, self.max_length)
-
-    def _check(self, request: Request) -> int:
-        """Return how many tokens the request may write.
-
-        Raises:
-            EngineError: the request cannot be served.
-        """
-        request.rules.check()
-        if request.max_tokens < 1:
-            raise EngineError("must be at least 1", where="max_tokens", got=request.max_tokens)
-        if request.seed is not None and not 0 <= request.seed < 2**63:
-            raise EngineError("is out of range", where="seed", got=request.seed, allowed=["0 to 2**63 - 1"])
-        if request.stop_strings and (self.tokenizer is None or "" in request.stop_strings):
-            problem = "need a tokenizer" if self.tokenizer is None else "cannot be empty"
-            raise EngineError(problem, where="stop_strings", got=request.stop_strings)
-        self._check_tokens(request.tokens, self.max_length - 1)
-        return min(request.max_tokens, self.max_length - len(request.tokens))
-
-    def _check_tokens(self, tokens: Sequence[int], most: int) -> None:
-        vocab = self.model.config.vocab_size
-        if not len(tokens):
-            raise EngineError("the prompt is empty", do="Begin with bos, if there is nothing else.")
-        if len(tokens) > most:
-            raise EngineError(
-                f"{len(tokens)} tokens are too many: with the answer there is room for {self.max_length}",
-                do="Shorten the text, or raise max_length.",
+        limits = self.limits
+        context = limits.length or model.config.context_length
+        tokens = limits.cache_tokens or _cache_tokens(model, (limits.batch + 1) * (context + limits.block))
+        fitting = tokens // limits.block * limits.block
+        self.length = context
+        """Most tokens of prompt and answer together."""
+        if fitting < context:
+            per_token = Cache.bytes_per_token(model)
+            problem = (
+                f"the cache has room for {fitting} tokens of {per_token} bytes each, and a text may have {context}"
             )
-        if not (min(tokens) >= 0 and max(tokens) < vocab):
-            wrong = next(id_ for id_ in tokens if not 0 <= id_ < vocab)
-            raise EngineError("this id is outside the vocabulary", got=wrong, allowed=[f"0 to {vocab - 1}"])
+            if limits.length is not None or not fitting:
+                raise EngineError(problem, do="Give it more memory (cache_tokens), or a smaller length.")
+            logger.warning("warning: %s: longer ones are refused", problem)
+            self.length = fitting
+        self.blocks = Blocks(fitting // limits.block, limits.block, share=limits.share)
+        self.scheduler = Scheduler(self.blocks, limits.batch, limits.step_tokens, self._admit)
+        self.cache = Cache(self.model, fitting)
+        self._plain_turns = self.cache.turns(1)
 
 
-def _join(id_: int, deltas: list[Delta]) -> Result:
+def _edit(sequence: Sequence, row: Tensor) -> None:
+    """Change logits [V] in place by what the request and the tokens before say."""
+    history, request = sequence.history, sequence.request
+    assert history is not None, "a sequence that runs was admitted"
+    history.bias(row)
+    if sequence.written < request.min_tokens and request.stop_ids:
+        row[[id_ for id_ in request.stop_ids if 0 <= id_ < row.shape[0]]] = float("-inf")
+    if sequence.constraint is not None:
+        sequence.constraint.mask(row)
+    history.penalise(row)
+
+
+def _cache_tokens(model: Transformer, most: int) -> int:
+    """Return how many tokens the cache shall hold by the memory that is free, `most` at most."""
+    weight = model.embedding.weight
+    if weight.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(weight.device)
+        room = free - (1 - _GPU_CACHE_SHARE) * total
+    else:
+        room = min(_CPU_CACHE_BYTES, _CPU_CACHE_SHARE * runtime.available_memory())
+    return min(most, max(int(room) // Cache.bytes_per_token(model), 0))
+
+
+def _join(deltas: list[Delta]) -> Result:
     """Return the whole answer."""
-    finished = deltas[-1].finished
-    assert finished is not None, "the last delta of an answer says why it ended"
-    text = "".join(delta.text for delta in deltas)
-    return Result(id_, [token for delta in deltas for token in delta.tokens], text, finished)
+    first, last = deltas[0], deltas[-1]
+    assert last.finished is not None, "the last delta of an answer says why it ended"
+    asked = any(delta.logprobs is not None for delta in deltas)
+    return Result(
+        id=last.id,
+        tokens=[token for delta in deltas for token in delta.tokens],
+        text="".join(delta.text for delta in deltas),
+        finished=last.finished,
+        index=last.index,
+        logprobs=[chance for delta in deltas for chance in delta.logprobs or ()] if asked else None,
+        prompt_logprobs=first.prompt_logprobs,
+        problem=last.problem,
+    )

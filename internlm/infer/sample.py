@@ -1,25 +1,28 @@
-"""From logits to a token: repetition penalty → temperature → top-k → top-p → min-p → one draw per request.
+"""From logits to a token: bias → grammar → penalties → temperature → top-k → top-p → min-p → one draw per request.
 
-    choose(logits, rules, draws, seen)          # [B, V] and a number in [0, 1) per row → [B] ids
+    History.edit(row)                           # what depends on the tokens before: in place, a row at a time
+    choose(logits, rules, draws)                # [B, V] and a number in [0, 1) per row → [B] ids
 
-The order is Transformers'. A draw is inverted through the cumulated probabilities (in fp64), so a token depends on the
-request's own random stream and logits alone: the same seed gives the same text in any batch. The one caveat is
-rounding: the logits of a row may differ in their last bits between batch sizes, which moves a token only where the draw
-lies within that of a border.
+The order is Transformers' and vLLM's. A draw is inverted through the cumulated probabilities (in fp64), so a token
+depends on the request's own random stream and logits alone: the same seed gives the same text in any batch. The one
+caveat is rounding: the logits of a row may differ in their last bits between batch sizes, which moves a token only
+where the draw lies within that of a border.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from internlm.errors import EngineError
+from internlm.infer.request import Chance
 
 NOT_FINITE = -1
 """What `choose` gives for a row whose logits are not finite."""
+_WORD = 2**64 - 1
 _PREFIX = 1024
 """Candidates sorted at first. A nucleus nearly always lies inside; a row whose does not is sorted whole."""
 
@@ -37,7 +40,11 @@ class Rules:
     min_p: float = 0.0
     """Tokens under this share of the most probable one's probability go."""
     repetition_penalty: float = 1.0
-    """Divides the positive logits of tokens that were there before, multiplies the negative (Keskar et al. 2019)."""
+    """Divides the positive logits of tokens of prompt and answer, multiplies the negative (Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens of the answer."""
+    frequency_penalty: float = 0.0
+    """Taken off the logits of tokens of the answer, once for each time they are there."""
 
     @property
     def is_filtered(self) -> bool:
@@ -56,24 +63,106 @@ class Rules:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "over 0"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "-2 to 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2"),
         ):
             if not good:
                 raise EngineError("is out of range", where=name, got=getattr(self, name), allowed=[allowed])
 
 
-def choose(logits: Tensor, rules: Sequence[Rules], draws: Tensor, seen: Sequence[Tensor | None]) -> Tensor:
+class History:
+    """What an answer's next logits are changed by: what it may not be, and which tokens there were.
+
+    Args:
+        rules: the penalties are read.
+        prompt: its tokens.
+        vocab_size: of the model.
+        device: of the logits.
+        bias: added to the logits of these ids.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        prompt: Sequence[int],
+        vocab_size: int,
+        device: torch.device,
+        bias: Mapping[int, float] | None = None,
+    ) -> None:
+        self._rules, self._seen, self._counts, self._bias = rules, None, None, None
+        if bias:
+            ids = torch.tensor(list(bias), device=device)
+            self._bias = ids, torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
+        if rules.repetition_penalty != 1:
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self._seen[list(prompt)] = True
+        if rules.presence_penalty or rules.frequency_penalty:
+            self._counts = torch.zeros(vocab_size, device=device)
+
+    def add(self, token: int) -> None:
+        """Count a token of the answer."""
+        if self._seen is not None:
+            self._seen[token] = True
+        if self._counts is not None:
+            self._counts[token] += 1
+
+    def bias(self, row: Tensor) -> None:
+        """Add the bias to the logits [V], in place."""
+        if self._bias is not None:
+            row.index_add_(0, *self._bias)
+
+    def penalise(self, row: Tensor) -> None:
+        """Apply the penalties to the logits [V], in place."""
+        rules = self._rules
+        if self._seen is not None:
+            worse = torch.where(row > 0, row / rules.repetition_penalty, row * rules.repetition_penalty)
+            row.copy_(torch.where(self._seen, worse, row))
+        if self._counts is not None:
+            row -= rules.presence_penalty * (self._counts > 0) + rules.frequency_penalty * self._counts
+
+
+def draw(seed: int, position: int) -> float:
+    """Return a number in [0, 1) for a place of a random stream: a function of its two arguments, on any device.
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood 2014), twice, so that neighbouring seeds share nothing.
+    """
+    return (_mix(_mix(seed) + position) >> 11) * 2.0**-53
+
+
+def _mix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _WORD
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+    return x ^ (x >> 31)
+
+
+def chances(logits: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[Chance]:
+    """Return how probable each token was, before any rule.
+
+    Args:
+        logits: [R, V] fp32.
+        tokens: one for each row.
+        top: how many of the most probable tokens to tell, for each row.
+    """
+    total = logits.logsumexp(-1, keepdim=True)
+    own = (logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None]) - total).squeeze(-1).tolist()
+    most = min(max(top), logits.shape[-1])
+    values, ids = (logits.topk(most, -1)) if most else (logits[:, :0], logits[:, :0].long())
+    rows = zip(tokens, own, ids.tolist(), (values - total).tolist(), top, strict=True)
+    return [
+        Chance(token, logprob, tuple(zip(best[:count], their[:count], strict=True)))
+        for token, logprob, best, their, count in rows
+    ]
+
+
+def choose(logits: Tensor, rules: Sequence[Rules], draws: Tensor) -> Tensor:
     """Return the next token of each row [B]; NOT_FINITE for a row whose logits are not, which leaves the others alone.
 
     Args:
-        logits: [B, V] fp32; changed in place.
+        logits: [B, V] fp32.
         rules: of each row.
         draws: [B] fp64 in [0, 1), from the request's own stream; greedy rows ignore theirs.
-        seen: [V] booleans for rows with a repetition penalty: the tokens of prompt and answer so far.
     """
-    for row, (rule, before) in enumerate(zip(rules, seen, strict=True)):
-        if before is not None:
-            old, penalty = logits[row], rule.repetition_penalty
-            logits[row] = torch.where(before, torch.where(old > 0, old / penalty, old * penalty), old)
     top, chosen = logits.max(-1)
     logits = logits - top[:, None]  # so that a tiny temperature gives −inf for the others, and never inf − inf
     broken = ~top.isfinite()

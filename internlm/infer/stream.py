@@ -24,21 +24,32 @@ class TextStream:
         stop_strings: end the answer and are no part of it; the one complete first counts.
         continuation: whether the tokens go on with a text instead of beginning one. It matters with vocabularies that
             put a space before every text: at a beginning it is taken off, as `Tokenizer.decode` does.
+        include_stop: whether the stop string is a part of the text after all.
+        show_special: whether special tokens have a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), *, continuation: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str] = (),
+        *,
+        continuation: bool = False,
+        include_stop: bool = False,
+        show_special: bool = False,
+    ) -> None:
         self.stopped = False
         """Whether a stop string came up."""
         self._tokenizer, self._stops = tokenizer, tuple(stop_strings)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._drops_space = not continuation and puts_space_first(tokenizer)
         self._held = ""
+        self._include_stop, self._show_special = include_stop, show_special
 
     def add(self, ids: Iterable[int]) -> str:
         """Return the text that these tokens decide; "" once stopped."""
         if self.stopped:
             return ""
-        data = b"".join(self._tokenizer.token_bytes(id_) for id_ in ids)
+        data = b"".join(self._tokenizer.token_bytes(id_, skip_special=not self._show_special) for id_ in ids)
         if data and self._drops_space:
             self._drops_space = False
             data = data.removeprefix(b" ")
@@ -58,7 +69,7 @@ class TextStream:
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return self._held[: min(found)[1]]
+            return self._held[: min(found)[0 if self._include_stop else 1]]
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text

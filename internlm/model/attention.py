@@ -82,7 +82,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         documents: from `arrange`.
     """
     if documents.path == "dense":
-        return _sdpa(q, k, v)
+        return sdpa(q, k, v)
     if documents.path == "blocks":
         return _attend_blocks(q, k, v, documents)
     if documents.path == "varlen":
@@ -93,7 +93,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     if documents.path == "flex":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return compat.flex_attention(q, k, v, documents.mask).transpose(1, 2)
-    return _sdpa(q, k, v, documents.mask)
+    return sdpa(q, k, v, documents.mask)
 
 
 def attend_from(q: Tensor, k: Tensor, v: Tensor, documents: Documents, first: int) -> Tensor:
@@ -110,11 +110,17 @@ def attend_from(q: Tensor, k: Tensor, v: Tensor, documents: Documents, first: in
     mask = place[queries, None] >= place  # [Q, T]
     if documents.ids is not None:
         mask = mask & (documents.ids[:, None, queries, None] == documents.ids[:, None, None, :])  # [B, 1, Q, T]
-    return _sdpa(q, k, v, mask)
+    return sdpa(q, k, v, mask)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return SDPA over [B, T, heads, E] tensors; causal without a mask."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the attention output [B, Q, H, E] where the mask says which keys each query sees; causal without one.
+
+    Args:
+        q: [B, Q, H, E].
+        k, v: [B, T, K, E]; H is a multiple of K.
+        mask: booleans that broadcast to [B, H, Q, T].
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = False
     if q.shape[1] != k.shape[1]:
@@ -133,7 +139,7 @@ def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Ten
     rows: list[list[Tensor]] = []
     row_first = -1
     for first, last, start, stop in documents.spans:
-        out = _sdpa(q[first:last, start:stop], k[first:last, start:stop], v[first:last, start:stop])
+        out = sdpa(q[first:last, start:stop], k[first:last, start:stop], v[first:last, start:stop])
         if first == row_first:
             rows[-1].append(out)
         else:

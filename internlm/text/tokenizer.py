@@ -173,15 +173,15 @@ class Tokenizer:
             joined = joined.removeprefix(b" ")
         return joined.decode("utf-8", "replace")
 
-    def token_bytes(self, id: int) -> bytes:
-        """Return the UTF-8 bytes that a token stands for; b"" for a special token.
+    def token_bytes(self, id: int, *, skip_special: bool = True) -> bytes:
+        """Return the UTF-8 bytes that a token stands for; b"" for a special token, or its name.
 
         Raises:
             TokenizerError: the id is outside the vocabulary.
         """
         if not 0 <= id < self.vocab_size:
             raise self._outside(id)
-        return self._byte_tables()[0][id]
+        return self._byte_tables()[0 if skip_special else 1][id]
 
     def config(self) -> dict[str, Any]:
         """Return the content of a `tokenizer_config.json`: what the vocabulary file does not say by itself."""

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from internlm.errors import EngineError, WeightsError
-from internlm.infer.engine import Delta, Engine, Request
+from internlm.infer.cache import Piece
+from internlm.infer.engine import Engine, Limits
+from internlm.infer.request import Constraint, Delta, Request
 from internlm.model.config import DynamicScaling, ModelConfig, RopeConfig
 from internlm.model.transformer import Transformer, build
 from internlm.text.training import train_bpe
@@ -41,22 +43,6 @@ def full_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
         return model.head.logits(model(torch.tensor([ids])))[0]
 
 
-class Spy(Engine):
-    """Keeps the logits of every step."""
-
-    def __init__(self, *args, **settings) -> None:
-        super().__init__(*args, **settings)
-        self.steps: list[torch.Tensor] = []
-        plain = self.model.head.logits
-
-        def watched(hidden: torch.Tensor) -> torch.Tensor:
-            out = plain(hidden)
-            self.steps.append(out.clone())
-            return out
-
-        self.model.head.logits = watched  # type: ignore[method-assign]
-
-
 def finish(engine: Engine) -> dict[int, list[Delta]]:
     found: dict[int, list[Delta]] = {}
     while engine.is_busy:
@@ -66,32 +52,38 @@ def finish(engine: Engine) -> dict[int, list[Delta]]:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_cached_decoding_has_the_logits_of_a_full_forward_at_every_step(kv_heads: int) -> None:
+@pytest.mark.parametrize(("block", "step_tokens"), [(1, 7), (3, 64), (16, 1), (32, 256)])
+def test_cached_decoding_has_the_logits_of_a_full_forward_at_every_step(
+    kv_heads: int, block: int, step_tokens: int
+) -> None:
     model = random_model(replace(SHAPE, num_kv_heads=kv_heads))
-    engine = Spy(model)
-    prompts = [prompt(n) for n in (5, 1, 300, 40)]  # 300 + 20 makes the cache grow
-    answers = engine.generate(prompts, max_tokens=20, temperature=0)
-    for row, (start, answer) in enumerate(zip(prompts, answers, strict=True)):
-        expected = full_logits(model, start + answer.tokens)[len(start) - 1 : -1]
-        got = torch.stack([step[row] for step in engine.steps])
+    engine = Engine(model, limits=Limits(block=block, step_tokens=step_tokens))
+    prompts = [prompt(n) for n in (5, 1, 60, 40)]
+    answers = engine.generate(prompts, max_tokens=20, temperature=0, logprobs=100)
+    for start, answer in zip(prompts, answers, strict=True):
+        expected = full_logits(model, start + answer.tokens)[len(start) - 1 : -1].log_softmax(-1)
+        assert answer.logprobs is not None
         assert expected.std() > 0.5
-        assert (got - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+        for chance, token, row in zip(answer.logprobs, answer.tokens, expected, strict=True):
+            assert chance.token == token == chance.top[0][0] == int(row.argmax())
+            assert chance.logprob == pytest.approx(float(row[token]), abs=5e-5)
+            assert [logprob for _, logprob in chance.top] == pytest.approx(row.topk(100).values.tolist(), abs=5e-5)
 
 
 def test_an_answer_does_not_depend_on_its_neighbours() -> None:
     prompts = [prompt(n, seed) for n, seed in [(3, 0), (90, 1), (12, 2), (300, 3), (7, 4), (31, 5), (64, 6)]]
     lengths = [30, 4, 17, 9, 25, 1, 12]
-    requests = [Request(p, max_tokens=n, temperature=0) for p, n in zip(prompts, lengths, strict=True)]
-    alone = [Engine(MODEL, max_batch=1).generate([request])[0].tokens for request in requests]
-    for max_batch in (2, 3, 16):
-        together = Engine(MODEL, max_batch=max_batch).generate(requests)
+    requests = [Request(tokens=p, max_tokens=n, temperature=0) for p, n in zip(prompts, lengths, strict=True)]
+    alone = [Engine(MODEL, limits=Limits(batch=1)).generate([request])[0].tokens for request in requests]
+    for batch in (2, 3, 16):
+        together = Engine(MODEL, limits=Limits(batch=batch)).generate(requests)
         assert [result.tokens for result in together] == alone
 
 
 def test_requests_that_arrive_later_change_nothing() -> None:
-    requests = [Request(prompt(10 + i), max_tokens=15, temperature=0) for i in range(6)]
+    requests = [Request(tokens=prompt(10 + i), max_tokens=15, temperature=0) for i in range(6)]
     alone = [Engine(MODEL).generate([request])[0].tokens for request in requests]
-    engine = Engine(MODEL, max_batch=3)
+    engine = Engine(MODEL, limits=Limits(batch=3))
     got: dict[int, list[int]] = {}
     for request in requests:
         engine.add(request)
@@ -105,9 +97,9 @@ def test_requests_that_arrive_later_change_nothing() -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}, {"top_k": 20, "min_p": 0.02, "repetition_penalty": 1.3}])
 def test_the_same_seed_gives_the_same_answer_alone_and_in_any_batch(settings: dict[str, float]) -> None:
-    requests = [Request(prompt(20, i), max_tokens=25, seed=i, **settings) for i in range(5)]  # type: ignore[arg-type]
+    requests = [Request(tokens=prompt(20, i), max_tokens=25, seed=i, **settings) for i in range(5)]  # type: ignore[arg-type]
     alone = [Engine(MODEL, seed=9).generate([request])[0].tokens for request in requests]
-    together = Engine(MODEL, seed=4, max_batch=3).generate(requests)
+    together = Engine(MODEL, limits=Limits(batch=3), seed=4).generate(requests)
     assert [result.tokens for result in together] == alone
     other = Engine(MODEL).generate([replace(requests[0], seed=77)])[0].tokens
     assert other != alone[0]
@@ -123,18 +115,18 @@ def test_without_a_seed_requests_differ_and_the_engine_seed_repeats_them() -> No
 
 def test_the_repetition_penalty_sees_prompt_and_answer() -> None:
     start = prompt(6)
-    (answer,) = Engine(MODEL).generate([Request(start, max_tokens=40, temperature=0, repetition_penalty=1e6)])
+    (answer,) = Engine(MODEL).generate([Request(tokens=start, max_tokens=40, temperature=0, repetition_penalty=1e6)])
     assert len(set(answer.tokens)) == 40
     assert not set(answer.tokens) & set(start)
 
 
 def test_a_stop_id_ends_the_answer_and_is_not_shown() -> None:
     engine = Engine(MODEL, TOKENIZER)
-    free = engine.generate([Request(prompt(9), max_tokens=12, temperature=0)])[0]
+    free = engine.generate([Request(tokens=prompt(9), max_tokens=12, temperature=0)])[0]
     assert (free.finished, len(free.tokens)) == ("length", 12)
     stop = next(token for i, token in enumerate(free.tokens) if i > 2 and token not in free.tokens[:i])
     cut = free.tokens.index(stop)
-    stopped = engine.generate([Request(prompt(9), max_tokens=12, temperature=0, stop_ids=(stop,))])[0]
+    stopped = engine.generate([Request(tokens=prompt(9), max_tokens=12, temperature=0, stop_ids=(stop,))])[0]
     assert stopped.finished == "stop"
     assert stopped.tokens == free.tokens[: cut + 1]
     assert stopped.text == TOKENIZER.decode(free.tokens[:cut], skip_special=True)
@@ -158,7 +150,7 @@ class Dictated(Engine):
 
 def test_a_stop_string_across_tokens_ends_the_answer_and_is_cut_off() -> None:
     engine = Dictated("say END. more")
-    deltas = list(engine.stream(Request([1], max_tokens=13, temperature=0, stop_strings=("END.", "zzz"))))
+    deltas = list(engine.stream(Request(tokens=[1], max_tokens=13, temperature=0, stop_strings=("END.", "zzz"))))
     assert "".join(delta.text for delta in deltas) == "say "
     assert deltas[-1].finished == "stop"
     assert len(deltas) == 8
@@ -166,12 +158,12 @@ def test_a_stop_string_across_tokens_ends_the_answer_and_is_cut_off() -> None:
 
 
 def test_characters_come_whole() -> None:
-    deltas = list(Dictated("你👋").stream(Request([1], max_tokens=7, temperature=0)))
+    deltas = list(Dictated("你👋").stream(Request(tokens=[1], max_tokens=7, temperature=0)))
     assert [delta.text for delta in deltas] == ["", "", "你", "", "", "", "👋"]
 
 
 def test_a_character_cut_by_the_length_is_marked() -> None:
-    deltas = list(Dictated("a你").stream(Request([1], max_tokens=3, temperature=0)))
+    deltas = list(Dictated("a你").stream(Request(tokens=[1], max_tokens=3, temperature=0)))
     assert [delta.text for delta in deltas] == ["a", "", "\ufffd"]
     assert deltas[-1].finished == "length"
 
@@ -187,24 +179,28 @@ def test_ids_that_pad_the_vocabulary_are_never_written() -> None:
         return out
 
     engine.model.head.logits = padded  # type: ignore[method-assign]
-    for request in (Request(prompt(3), 20, temperature=0), Request(prompt(3), 20), Request(prompt(3), 20, top_p=0.9)):
+    for request in (
+        Request(tokens=prompt(3), max_tokens=20, temperature=0),
+        Request(tokens=prompt(3), max_tokens=20),
+        Request(tokens=prompt(3), max_tokens=20, top_p=0.9),
+    ):
         (answer,) = engine.generate([request])
         assert max(answer.tokens) < TOKENIZER.vocab_size
 
 
 def test_the_context_bounds_the_answer() -> None:
-    engine = Engine(MODEL, max_length=30)
-    (answer,) = engine.generate([Request(prompt(25), max_tokens=50, temperature=0)])
+    engine = Engine(MODEL, limits=Limits(length=30))
+    (answer,) = engine.generate([Request(tokens=prompt(25), max_tokens=50, temperature=0)])
     assert (answer.finished, len(answer.tokens)) == ("length", 5)
     with pytest.raises(EngineError, match="30 tokens are too many"):
-        engine.add(Request(prompt(30)))
-    assert len(engine.generate([Request(prompt(29), max_tokens=9)])[0].tokens) == 1
+        engine.add(Request(tokens=prompt(30)))
+    assert len(engine.generate([Request(tokens=prompt(29), max_tokens=9)])[0].tokens) == 1
 
 
 def test_abort_ends_running_and_waiting_requests_and_leaves_the_others_alone() -> None:
-    requests = [Request(prompt(10, i), max_tokens=10, temperature=0) for i in range(4)]
+    requests = [Request(tokens=prompt(10, i), max_tokens=10, temperature=0) for i in range(4)]
     alone = [Engine(MODEL).generate([request])[0].tokens for request in requests]
-    engine = Engine(MODEL, max_batch=2)
+    engine = Engine(MODEL, limits=Limits(batch=2))
     ids = [engine.add(request) for request in requests]
     got = {id_: [] for id_ in ids}
     for delta in engine.step():
@@ -226,7 +222,7 @@ def test_abort_ends_running_and_waiting_requests_and_leaves_the_others_alone() -
 
 
 def test_two_streams_share_the_engine_and_leaving_one_frees_its_slot() -> None:
-    requests = [Request(prompt(10, i), max_tokens=8, temperature=0) for i in range(2)]
+    requests = [Request(tokens=prompt(10, i), max_tokens=8, temperature=0) for i in range(2)]
     alone = [Engine(MODEL).generate([request])[0].tokens for request in requests]
     engine = Engine(MODEL)
     first, second = engine.stream(requests[0]), engine.stream(requests[1])
@@ -241,7 +237,7 @@ def test_scores_are_the_log_softmax_of_the_model() -> None:
     engine, ids = Engine(MODEL), prompt(50)
     expected = full_logits(MODEL, ids).log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
     assert (engine.score(ids) - expected).abs().max() < 1e-5
-    engine.add(Request(prompt(5), max_tokens=4, temperature=0))
+    engine.add(Request(tokens=prompt(5), max_tokens=4, temperature=0))
     engine.step()
     assert (engine.score(ids) - expected).abs().max() < 1e-5  # in the middle of an answer
     left = [token for deltas in finish(engine).values() for delta in deltas for token in delta.tokens]
@@ -251,7 +247,7 @@ def test_scores_are_the_log_softmax_of_the_model() -> None:
 def test_with_dynamic_scaling_the_base_of_each_request_is_its_own() -> None:
     scaling = RopeConfig(scaling=DynamicScaling(original_length=32))
     model = random_model(replace(SHAPE, rope=scaling))
-    requests = [Request(prompt(n), max_tokens=20, temperature=0) for n in (8, 80, 30)]
+    requests = [Request(tokens=prompt(n), max_tokens=20, temperature=0) for n in (8, 80, 30)]
     alone = [Engine(model).generate([request])[0].tokens for request in requests]
     assert [r.tokens for r in Engine(model).generate(requests)] == alone
     long = prompt(60)
@@ -286,7 +282,7 @@ def test_the_given_model_is_left_as_it_is() -> None:
 
 def test_weights_do_not_change_under_running_requests() -> None:
     engine = Engine(MODEL)
-    engine.add(Request(prompt(3)))
+    engine.add(Request(tokens=prompt(3)))
     with pytest.raises(EngineError, match="running requests"):
         engine.load(MODEL.named_parameters())
 
@@ -308,49 +304,289 @@ def test_a_tied_model_is_served() -> None:
     assert engine.model.head.weight is engine.model.embedding.weight
 
 
-def test_a_step_that_fails_ends_the_running_requests_and_the_next_works() -> None:
-    engine = Engine(MODEL)
-    plain = engine.model.head.logits
+class Faulty(Engine):
+    """Fails in a step in which one token is computed."""
 
-    def fail(hidden: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError("no room")
+    def __init__(self, token: int, error: Exception, times: int = 10**9) -> None:
+        super().__init__(MODEL)
+        plain = self.cache.run
 
-    engine.model.head.logits = fail  # type: ignore[method-assign]
-    engine.add(Request(prompt(4)))
-    with pytest.raises(torch.OutOfMemoryError):
+        def run(pieces: list[Piece]) -> torch.Tensor:
+            nonlocal times
+            if times and any(token in piece.tokens for piece in pieces):
+                times -= 1
+                raise error
+            return plain(pieces)
+
+        self.cache.run = run  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("a kernel failed")])
+def test_a_step_that_fails_ends_only_the_request_that_makes_it_fail(error: Exception) -> None:
+    healthy = [prompt(n, 3) for n in (20, 9, 33)]
+    assert not any(7 in tokens for tokens in healthy)
+    wanted = [r.tokens for r in Engine(MODEL).generate(healthy, max_tokens=6, temperature=0)]
+    assert not any(7 in tokens for tokens in wanted)
+    engine = Faulty(7, error)
+    results = engine.generate([healthy[0], [7] * 12, *healthy[1:]], max_tokens=6, temperature=0)
+    assert [r.tokens for r in (results[0], *results[2:])] == wanted
+    assert results[1].finished == "error"
+    assert str(error) in (results[1].problem or "")
+    engine.blocks.check()
+    assert engine.blocks.free == engine.blocks.count
+
+
+def test_a_step_that_fails_once_costs_nobody_their_answer() -> None:
+    prompts = [prompt(20, 3), [7] * 12]
+    wanted = [r.tokens for r in Engine(MODEL).generate(prompts, max_tokens=6, temperature=0)]
+    engine = Faulty(7, RuntimeError("once"), times=1)
+    assert [r.tokens for r in engine.generate(prompts, max_tokens=6, temperature=0)] == wanted
+    assert engine.stats.counters.failed_steps == 1
+
+
+def test_ctrl_c_in_a_step_leaves_an_engine_that_goes_on() -> None:
+    engine = Faulty(7, KeyboardInterrupt(), times=1)  # type: ignore[arg-type]
+    engine.add(Request(tokens=[7, 8, 9], max_tokens=5, temperature=0))
+    with pytest.raises(KeyboardInterrupt):
         engine.step()
-    engine.model.head.logits = plain  # type: ignore[method-assign]
-    assert [delta.finished for delta in engine.step()] == ["abort"]
-    assert engine.generate([prompt(4)], max_tokens=2)[0].finished == "length"
+    (deltas,) = finish(engine).values()
+    wanted = Engine(MODEL).generate([[7, 8, 9]], max_tokens=5, temperature=0)[0].tokens
+    assert [token for delta in deltas for token in delta.tokens] == wanted
+
+
+@pytest.mark.parametrize(("block", "step_tokens"), [(4, 16), (1, 5), (16, 256)])
+def test_preempted_requests_give_the_answers_they_give_alone(block: int, step_tokens: int) -> None:
+    prompts = [prompt(n, 1) for n in (30, 20, 41, 7, 25, 33)]
+    settings = {"max_tokens": 40, "top_p": 0.9, "seed": 3}
+    alone = [Engine(MODEL).generate([p], **settings)[0].tokens for p in prompts]
+    tight = Limits(cache_tokens=112, length=96, block=block, step_tokens=step_tokens, batch=4)
+    engine = Engine(MODEL, limits=tight)
+    assert [r.tokens for r in engine.generate(prompts, **settings)] == alone
+    assert engine.stats.counters.preemptions > 0
+    engine.blocks.check()
+    assert engine.blocks.free == engine.blocks.count
+
+
+def test_a_beginning_that_is_in_the_cache_is_not_computed_again() -> None:
+    engine = Engine(MODEL, limits=Limits(block=8))
+    system = prompt(50)
+    wanted = [Engine(MODEL).generate([[*system, i]], max_tokens=10, temperature=0)[0].tokens for i in range(3)]
+    for i in range(3):
+        deltas = list(engine.stream(Request(tokens=[*system, i], max_tokens=10, temperature=0)))
+        assert [token for delta in deltas for token in delta.tokens] == wanted[i]
+        assert deltas[0].cached == (48 if i else 0)
+        assert all(delta.cached is None for delta in deltas[1:])
+    off = Engine(MODEL, limits=Limits(block=8, share=False))
+    off.generate([system], max_tokens=1)
+    assert next(off.stream(Request(tokens=system))).cached == 0
+
+
+def test_other_weights_find_nothing_in_the_cache() -> None:
+    engine = Engine(MODEL, limits=Limits(block=8))
+    engine.load(MODEL.named_parameters())
+    engine.generate([prompt(50)], max_tokens=1)
+    other = random_model(seed=2)
+    engine.load(other.named_parameters())
+    (delta, *_) = engine.stream(Request(tokens=prompt(50), max_tokens=1, temperature=0))
+    assert delta.cached == 0
+    assert delta.tokens == Engine(other).generate([prompt(50)], max_tokens=1, temperature=0)[0].tokens
+
+
+def test_the_answers_of_one_request_share_its_prompt_and_differ() -> None:
+    engine = Engine(MODEL, limits=Limits(block=8))
+    results = engine.generate([Request(tokens=prompt(50), n=4, max_tokens=12, seed=5)])
+    assert [r.index for r in results] == [0, 1, 2, 3]
+    assert len({tuple(r.tokens) for r in results}) == 4
+    assert engine.stats.counters.cached_tokens == 3 * 48
+    alone = Engine(MODEL).generate([Request(tokens=prompt(50), max_tokens=12, seed=5)])
+    assert results[0].tokens == alone[0].tokens
+    greedy = engine.generate([Request(tokens=prompt(50), n=3, max_tokens=12, temperature=0)])
+    assert len({tuple(r.tokens) for r in greedy}) == 1
+
+
+def test_the_first_answer_of_several_may_end_before_the_others_begin() -> None:
+    engine = Engine(MODEL, limits=Limits(block=8, batch=1))
+    results = engine.generate([Request(tokens=prompt(20), n=3, max_tokens=1, seed=5)])
+    assert [r.finished for r in results] == ["length"] * 3
+    id_ = engine.add(Request(tokens=prompt(20), n=3))
+    engine.abort(id_)
+    assert [delta.finished for delta in engine.step()] == ["abort"] * 3
+
+
+def test_a_request_ends_when_its_time_is_over() -> None:
+    engine = Engine(MODEL, limits=Limits(batch=1))
+    long = engine.add(Request(tokens=prompt(5), max_tokens=300, timeout=0.05))
+    waiting = engine.add(Request(tokens=prompt(5), max_tokens=300, timeout=0.01))
+    ends = {id_: deltas[-1].finished for id_, deltas in finish(engine).items()}
+    assert ends == {long: "timeout", waiting: "timeout"}
+    assert engine.blocks.free == engine.blocks.count
+
+
+def test_prompts_are_scored_with_the_answer_and_in_chunks() -> None:
+    tokens = prompt(60)
+    expected = full_logits(MODEL, tokens).log_softmax(-1)[:-1]
+    engine = Engine(MODEL, limits=Limits(block=8, step_tokens=7))
+    engine.generate([tokens], max_tokens=1)  # what is in the cache has no probabilities: it is computed again
+    (result,) = engine.generate([Request(tokens=tokens, max_tokens=4, temperature=0, prompt_logprobs=2)])
+    assert len(result.tokens) == 4
+    assert result.prompt_logprobs is not None
+    assert [chance.token for chance in result.prompt_logprobs] == tokens[1:]
+    for chance, row in zip(result.prompt_logprobs, expected, strict=True):
+        assert chance.logprob == pytest.approx(float(row[chance.token]), abs=5e-5)
+        assert [token for token, _ in chance.top] == row.topk(2).indices.tolist()
+
+
+def test_penalties_and_bias_are_openai_s() -> None:
+    start = prompt(6)
+    engine = Engine(MODEL)
+    (first,) = engine.generate([Request(tokens=start, max_tokens=1, temperature=0, logprobs=100)])
+    assert first.logprobs is not None
+    best, second = first.logprobs[0].top[:2]
+    gap = best[1] - second[1]
+    for bias, token in ((-gap - 0.01, second[0]), (-gap + 0.01, best[0])):
+        (answer,) = engine.generate([Request(tokens=start, max_tokens=1, temperature=0, logit_bias={best[0]: bias})])
+        assert answer.tokens == [token]
+    (free,) = engine.generate([Request(tokens=start, max_tokens=40, temperature=0)])
+    (fresh,) = engine.generate([Request(tokens=start, max_tokens=40, temperature=0, frequency_penalty=2.0)])
+    assert max(fresh.tokens.count(t) for t in fresh.tokens) < max(free.tokens.count(t) for t in free.tokens)
+
+
+def test_stop_ids_cannot_come_before_the_least_length() -> None:
+    engine = Engine(MODEL)
+    (free,) = engine.generate([Request(tokens=prompt(9), max_tokens=12, temperature=0)])
+    stop = free.tokens[0]
+    (answer,) = engine.generate(
+        [Request(tokens=prompt(9), max_tokens=12, temperature=0, stop_ids=(stop,), min_tokens=5)]
+    )
+    assert stop not in answer.tokens[:5]
+    assert len(answer.tokens) >= 5
+
+
+class Countdown:
+    """A constraint: three tokens, each one less than the one before."""
+
+    def __init__(self) -> None:
+        self.left = [30, 29, 28]
+
+    def mask(self, logits: torch.Tensor) -> None:
+        keep = logits[self.left[0]].clone()
+        logits.fill_(float("-inf"))
+        logits[self.left[0]] = keep
+
+    def accept(self, token: int) -> None:
+        assert token == self.left.pop(0)
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.left
+
+    def start(self) -> Constraint:
+        return Countdown()
+
+
+def test_a_constraint_decides_what_may_come_and_when_it_is_enough() -> None:
+    engine = Engine(MODEL)
+    free = engine.generate([Request(tokens=prompt(4), max_tokens=9, temperature=0)])[0].tokens
+    results = engine.generate(
+        [
+            Request(tokens=prompt(4), max_tokens=9, n=2, grammar=Countdown()),
+            Request(tokens=prompt(4), max_tokens=9, temperature=0),
+        ]
+    )
+    assert [r.tokens for r in results] == [[30, 29, 28], [30, 29, 28], free]
+    assert [r.finished for r in results] == ["stop", "stop", "length"]
+
+
+def test_a_constraint_that_fails_or_leaves_nothing_ends_its_request_alone() -> None:
+    class Broken(Countdown):
+        def start(self) -> Constraint:
+            return Broken()
+
+        def mask(self, logits: torch.Tensor) -> None:
+            raise ValueError("bad grammar")
+
+    class Empty(Broken):
+        def start(self) -> Constraint:
+            return Empty()
+
+        def mask(self, logits: torch.Tensor) -> None:
+            logits.fill_(float("-inf"))
+
+    engine = Engine(MODEL)
+    wanted = engine.generate([Request(tokens=prompt(4), max_tokens=9, temperature=0)])[0].tokens
+    broken, empty, other = engine.generate(
+        [
+            Request(tokens=prompt(4), grammar=Broken()),
+            Request(tokens=prompt(4), grammar=Empty()),
+            Request(tokens=prompt(4), max_tokens=9, temperature=0),
+        ]
+    )
+    assert (broken.finished, broken.problem) == ("error", "ValueError: bad grammar")
+    assert (empty.finished, empty.problem) == ("error", "nothing may come next")
+    assert other.tokens == wanted
+
+
+def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(MODEL, TOKENIZER)
+    requests = [Request(tokens=prompt(4, i), max_tokens=9, temperature=0) for i in range(2)]
+    wanted = [r.tokens for r in engine.generate(requests)]
+    bad = next(token for token in wanted[0] if token not in wanted[1])
+    plain = type(TOKENIZER).token_bytes
+
+    def fails(self: object, id: int, **options: bool) -> bytes:
+        if id == bad:
+            raise ValueError("no such piece")
+        return plain(TOKENIZER, id, **options)
+
+    monkeypatch.setattr(type(TOKENIZER), "token_bytes", fails)
+    first, second = engine.generate(requests)
+    assert (first.finished, first.problem) == ("error", "ValueError: no such piece")
+    assert second.tokens == wanted[1]
+
+
+def test_a_cache_that_is_too_small_says_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(EngineError, match=r"room for 96 tokens of 576 bytes each, and a text may have 100"):
+        Engine(MODEL, limits=Limits(length=100, cache_tokens=100))
+    engine = Engine(MODEL, limits=Limits(cache_tokens=100))
+    assert engine.length == 96
+    assert "longer ones are refused" in caplog.text
+    with pytest.raises(EngineError, match="there is room for 96"):
+        engine.add(Request(tokens=prompt(96)))
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request([]), "the prompt is empty"),
-        (Request([5, 300]), r"outside the vocabulary \(got 300\).*0 to 299"),
-        (Request([-1]), "outside the vocabulary"),
-        (Request([1], max_tokens=0), "max_tokens"),
-        (Request([1], temperature=-0.1), "temperature"),
-        (Request([1], temperature=float("nan")), "temperature"),
-        (Request([1], top_p=0.0), "top_p"),
-        (Request([1], top_k=-1), "top_k"),
-        (Request([1], min_p=1.5), "min_p"),
-        (Request([1], repetition_penalty=0.0), "repetition_penalty"),
-        (Request([1], seed=-3), "seed"),
-        (Request([1], stop_strings=("x",)), "need a tokenizer"),
+        (Request(tokens=[]), "the prompt is empty"),
+        (Request(tokens=[5, 300]), r"outside the vocabulary \(got 300\).*0 to 299"),
+        (Request(tokens=[-1]), "outside the vocabulary"),
+        (Request(tokens=[1], max_tokens=0), "max_tokens"),
+        (Request(tokens=[1], temperature=-0.1), "temperature"),
+        (Request(tokens=[1], temperature=float("nan")), "temperature"),
+        (Request(tokens=[1], top_p=0.0), "top_p"),
+        (Request(tokens=[1], top_k=-1), "top_k"),
+        (Request(tokens=[1], min_p=1.5), "min_p"),
+        (Request(tokens=[1], repetition_penalty=0.0), "repetition_penalty"),
+        (Request(tokens=[1], seed=-3), "seed"),
+        (Request(tokens=[1], n=0), "n:"),
+        (Request(tokens=[1], presence_penalty=2.5), "presence_penalty"),
+        (Request(tokens=[1], logprobs=101), "logprobs"),
+        (Request(tokens=[1], logit_bias={300: 1.0}), "logit_bias"),
+        (Request(tokens=[1], logit_bias={3: float("nan")}), "logit_bias"),
+        (Request(tokens=[1], timeout=0.0), "timeout"),
+        (Request(tokens=[1], stop_strings=("x",)), "need a tokenizer"),
     ],
 )
 def test_requests_that_cannot_be_served_are_refused_before_anything_runs(request_: Request, message: str) -> None:
     engine = Engine(MODEL)
     with pytest.raises(EngineError, match=message):
-        engine.generate([Request([1], max_tokens=1), request_])
+        engine.generate([Request(tokens=[1], max_tokens=1), request_])
     assert not engine.is_busy
 
 
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(EngineError, match="cannot be empty"):
-        Engine(MODEL, TOKENIZER).add(Request([1], stop_strings=("",)))
+        Engine(MODEL, TOKENIZER).add(Request(tokens=[1], stop_strings=("",)))
 
 
 def test_scoring_needs_two_tokens() -> None:
@@ -368,43 +604,9 @@ def test_a_request_whose_numbers_are_not_finite_ends_alone_and_leaves_nothing_be
     wanted = [r.tokens for r in engine.generate(healthy, max_tokens=4, temperature=0.0)]
     mixed = [healthy[0], [7] * 60, healthy[1], [5, 7], healthy[2]]
     for temperature in (0.0, 1.0):
-        results = engine.generate([Request(p, max_tokens=4, temperature=temperature, top_p=0.9, seed=1) for p in mixed])
+        results = engine.generate(mixed, max_tokens=4, temperature=temperature, top_p=0.9, seed=1)
         assert [r.finished for r in results] == ["length", "error", "length", "error", "length"]
         assert [len(r.tokens) for r in results] == [4, 0, 4, 0, 4]
         if temperature == 0:
             assert [r.tokens for r in results[::2]] == wanted
     assert [r.tokens for r in engine.generate(healthy, max_tokens=4, temperature=0.0)] == wanted
-
-
-@pytest.mark.parametrize("where", ["admit", "prefill"])
-def test_running_out_of_memory_on_a_prompt_ends_that_request_and_the_next_works(
-    where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = Engine(build(SHAPE, 0))
-
-    def fail(*arguments: object) -> None:
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(engine.cache, where, fail)
-    with pytest.raises(torch.OutOfMemoryError):
-        engine.generate([[1, 2]], max_tokens=2)
-    assert not engine.is_busy
-    monkeypatch.undo()
-    assert len(engine.generate([[1, 2]], max_tokens=2)[0].tokens) == 2
-
-
-def test_a_cache_that_could_not_grow_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(build(SHAPE, 0))
-    make = engine.cache._new
-    calls = iter(range(100))
-
-    def fail_late(slots: int, length: int) -> torch.Tensor:
-        if next(calls) == 2:
-            raise torch.OutOfMemoryError("no room")
-        return make(slots, length)
-
-    monkeypatch.setattr(engine.cache, "_new", fail_late)
-    with pytest.raises(torch.OutOfMemoryError):
-        engine.generate([[1, 2]], max_tokens=2)
-    monkeypatch.undo()
-    assert len(engine.generate([[1, 2]], max_tokens=2)[0].tokens) == 2

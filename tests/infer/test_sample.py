@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from internlm.infer.sample import NOT_FINITE, Rules, choose
+from internlm.infer.sample import NOT_FINITE, History, Rules, chances, choose, draw
 
 VOCAB = 12
 
@@ -14,7 +14,7 @@ def draw_many(logits: torch.Tensor, rules: Rules, count: int, seed: int = 0) -> 
     """Return how often each token came."""
     draws = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     rows = logits.expand(count, -1).clone()
-    chosen = choose(rows, [rules] * count, draws, [None] * count)
+    chosen = choose(rows, [rules] * count, draws)
     return torch.bincount(chosen, minlength=logits.shape[-1])
 
 
@@ -84,31 +84,75 @@ def test_zero_temperature_takes_the_most_probable_token() -> None:
     logits = torch.randn(6, VOCAB)
     best = logits.argmax(-1)
     draws = torch.rand(6, dtype=torch.float64)
-    assert torch.equal(choose(logits, [Rules(temperature=0, top_p=0.5)] * 6, draws, [None] * 6), best)
+    assert torch.equal(choose(logits, [Rules(temperature=0, top_p=0.5)] * 6, draws), best)
 
 
 def test_rows_with_different_rules_do_not_touch_each_other() -> None:
     rules = [Rules(temperature=0), Rules(), Rules(top_k=3), Rules(top_p=0.6), Rules(temperature=0.5, min_p=0.1)]
     logits = torch.randn(5, VOCAB)
     draws = torch.rand(5, dtype=torch.float64)
-    together = choose(logits.clone(), rules, draws, [None] * 5)
-    alone = [choose(logits[i : i + 1].clone(), [rules[i]], draws[i : i + 1], [None])[0] for i in range(5)]
+    together = choose(logits.clone(), rules, draws)
+    alone = [choose(logits[i : i + 1].clone(), [rules[i]], draws[i : i + 1])[0] for i in range(5)]
     assert together.tolist() == [int(token) for token in alone]
 
 
-def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits() -> None:
-    logits = torch.tensor([[3.0, 2.0, -1.0, 1.9]])
-    seen = torch.tensor([True, False, True, False])
-    rules = [Rules(temperature=0, repetition_penalty=2.0)]
-    assert choose(logits, rules, torch.zeros(1, dtype=torch.float64), [seen]).item() == 1
-    assert logits.tolist() == [[1.5, 2.0, -2.0, pytest.approx(1.9)]]
+def changed(
+    logits: list[float], rules: Rules, prompt: list[int], answer: list[int], bias: dict[int, float]
+) -> list[float]:
+    """Return logits after what the tokens before do to them."""
+    history = History(rules, prompt, len(logits), torch.device("cpu"), bias)
+    for token in answer:
+        history.add(token)
+    row = torch.tensor(logits)
+    history.bias(row)
+    history.penalise(row)
+    return row.tolist()
 
 
-@pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_draw_give_tokens_with_probability(draw: float) -> None:
+def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_all_tokens_before() -> None:
+    rules = Rules(repetition_penalty=2.0)
+    assert changed([3.0, 2.0, -1.0, 1.75], rules, [0, 0], [2], {}) == [1.5, 2.0, -2.0, 1.75]
+
+
+def test_presence_counts_once_and_frequency_each_time_and_the_prompt_not_at_all() -> None:
+    rules = Rules(presence_penalty=0.5, frequency_penalty=0.25)
+    assert changed([1.0, 1.0, 1.0, 1.0], rules, [3, 3], [0, 1, 1], {}) == [0.25, 0.0, 1.0, 1.0]
+    assert changed([1.0, 1.0], Rules(presence_penalty=-2.0), [], [0], {}) == [3.0, 1.0]
+
+
+def test_bias_comes_before_the_penalties() -> None:
+    assert changed([1.0, 1.0], Rules(repetition_penalty=2.0), [0], [], {0: 3.0}) == [2.0, 1.0]
+
+
+def test_chances_are_the_log_softmax_and_its_best() -> None:
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
+    expected = logits.log_softmax(-1)
+    found = chances(logits, [4, 0, 7], [0, 2, 12])
+    for row, (chance, token, count) in enumerate(zip(found, [4, 0, 7], [0, 2, 12], strict=True)):
+        assert chance.token == token
+        assert chance.logprob == pytest.approx(float(expected[row, token]), abs=1e-6)
+        best = expected[row].topk(count)
+        assert [id_ for id_, _ in chance.top] == best.indices.tolist()
+        assert [p for _, p in chance.top] == pytest.approx(best.values.tolist(), abs=1e-6)
+
+
+def test_draws_are_even_and_neither_seeds_nor_places_are_related() -> None:
+    grid = torch.tensor([[draw(seed, place) for place in range(200)] for seed in range(200)])
+    assert float(grid.min()) >= 0
+    assert float(grid.max()) < 1
+    counts = torch.histc(grid.flatten().float(), 50, 0, 1)
+    assert chi_square(counts, torch.full((50,), 1 / 50)) < 86.0  # the 99.9 % point for 49 degrees
+    for lines in (grid, grid.T):
+        related = torch.corrcoef(lines)[~torch.eye(200, dtype=torch.bool)]
+        assert float(related.abs().max()) < 0.36  # 5 standard deviations for 200 numbers
+    assert draw(3, 5) == draw(3, 5)
+
+
+@pytest.mark.parametrize("end", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_draw_give_tokens_with_probability(end: float) -> None:
     logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf")]])
     for rules in (Rules(), Rules(top_p=0.99)):
-        token = choose(logits.clone(), [rules], torch.tensor([draw], dtype=torch.float64), [None]).item()
+        token = choose(logits.clone(), [rules], torch.tensor([end], dtype=torch.float64)).item()
         assert token in (1, 2)
 
 
@@ -117,12 +161,12 @@ def test_the_ends_of_the_draw_give_tokens_with_probability(draw: float) -> None:
 def test_a_row_that_is_not_finite_is_told_apart_and_leaves_the_others_alone(bad: float, rules: Rules) -> None:
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
     draws = torch.full((3,), 0.4, dtype=torch.float64)
-    wanted = choose(logits.clone(), [rules] * 3, draws, [None] * 3)
+    wanted = choose(logits.clone(), [rules] * 3, draws)
     logits[1, 4] = bad
-    assert choose(logits, [rules] * 3, draws, [None] * 3).tolist() == [wanted[0], NOT_FINITE, wanted[2]]
+    assert choose(logits, [rules] * 3, draws).tolist() == [wanted[0], NOT_FINITE, wanted[2]]
 
 
 @pytest.mark.parametrize("rules", [Rules(temperature=1e-40), Rules(temperature=1e-40, top_p=0.9)])
 def test_a_tiny_temperature_takes_the_most_probable_token(rules: Rules) -> None:
     logits = torch.tensor([[1.0, 30.0, 2.0, 29.9] + [0.0] * 8])
-    assert choose(logits.clone(), [rules], torch.tensor([0.999], dtype=torch.float64), [None]).tolist() == [1]
+    assert choose(logits.clone(), [rules], torch.tensor([0.999], dtype=torch.float64)).tolist() == [1]

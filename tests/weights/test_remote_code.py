@@ -19,7 +19,8 @@ import sentencepiece
 import torch
 
 from internlm.errors import WeightsError
-from internlm.infer.engine import Engine, Request
+from internlm.infer.engine import Engine
+from internlm.infer.request import Request
 from internlm.model.config import DynamicScaling, LinearScaling, ModelConfig, RopeConfig
 from internlm.model.transformer import Transformer, build
 from internlm.text.chat import Message, render_prompt
@@ -168,7 +169,7 @@ class World:
         stops = tuple(remote.chat_format(Talk(self.tokenizers[name], self.templates[name]))["stops"])  # type: ignore[index]
         engine = Engine(self.models[name], self.tokenizers[name])
         prompts = [self.prompt(name, asked) for asked in case["conversations"]]
-        requests = [Request(ids, NEW_TOKENS, temperature=0, stop_ids=stops) for ids in prompts]
+        requests = [Request(tokens=ids, max_tokens=NEW_TOKENS, temperature=0, stop_ids=stops) for ids in prompts]
         return [result.text for result in engine.generate(requests)]
 
 

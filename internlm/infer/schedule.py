@@ -1,0 +1,260 @@
+"""Who computes what in the next step: continuous batching, prompts in chunks, admission, preemption.
+
+    plan = scheduler.plan()                     # [(sequence, how many of its tokens)]
+
+A sequence is a text: prompt and what was written of the answer. `computed` tokens of it are in the cache; the rest is
+to be computed, one token for an answer that is being written, many for a prompt (or for a text that lost its place).
+When nothing is left to compute, a token is drawn and becomes the rest. A step has a budget of tokens: first everyone
+who is writing gets one, then prompts are filled in, the oldest first, and new ones are let in while there is room.
+
+When the cache is full, the youngest running sequence loses its blocks and waits at the front, to be computed again:
+the oldest always goes on, so that everyone ends. A request that would not fit into the empty cache is refused by the
+engine beforehand.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from internlm.infer.blocks import Blocks
+from internlm.infer.cache import Piece
+from internlm.infer.request import Chance, Constraint, Request
+from internlm.infer.sample import History, Rules
+from internlm.infer.stream import TextStream
+
+
+class Sequence:
+    """One text in the making: one answer to a request.
+
+    Args:
+        id, index: the request, and which of its answers.
+        request: what is asked.
+        limit: tokens that the answer may have.
+        seed: of its random stream.
+    """
+
+    def __init__(self, id: int, index: int, request: Request, limit: int, seed: int) -> None:
+        self.id, self.index, self.request, self.limit, self.seed = id, index, request, limit, seed
+        self.rules = rules_of(request)
+        self.tokens = list(request.tokens)
+        self.prompt = len(self.tokens)
+        self.computed = 0
+        """Tokens whose keys and values are in the cache."""
+        self.table: list[int] = []
+        """The blocks where they are."""
+        self.leader: Sequence | None = None
+        """The first answer to the same request, whose prompt this one waits for, to share its blocks."""
+        self.deadline: float | None = None
+        self.is_suspect = False
+        """Whether a step with it failed: it runs alone until it succeeds."""
+        self.has_run = False
+        self.cached: int | None = None
+        """Tokens of the prompt that were in the cache when it was admitted first."""
+        self.told = False
+        """Whether its first delta went out."""
+        self.prompt_chances: list[Chance] | None = [] if request.prompt_logprobs is not None else None
+        self.turns: Tensor | None = None
+        self.kind: object = None
+        """Texts of one kind share blocks."""
+        self.stream: TextStream | None = None
+        self.history: History | None = None
+        self.constraint: Constraint | None = None
+
+    @property
+    def written(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - self.prompt
+
+    @property
+    def rest(self) -> int:
+        """Tokens to compute before the next can be drawn."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def prompt_is_ready(self) -> bool:
+        """Whether its prompt has been computed."""
+        return self.computed >= self.prompt or self.written > 0
+
+    def piece(self, count: int, blocks: Blocks) -> Piece:
+        """Return the stretch of so many tokens that comes next."""
+        assert self.turns is not None, "a sequence gets its rotation when it is admitted"
+        end = self.computed + count
+        return Piece(self.tokens[self.computed : end], self.computed, blocks.runs(self.table, end), self.turns)
+
+
+@dataclass
+class Counters:
+    """What has happened since the start."""
+
+    prompt_tokens: int = 0
+    """Tokens of admitted prompts."""
+    cached_tokens: int = 0
+    """Of them, those that were in the cache already."""
+    written_tokens: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    failed_steps: int = 0
+
+
+class Scheduler:
+    """The waiting and the running.
+
+    Args:
+        blocks: of the cache.
+        max_batch: most sequences that run at once.
+        max_step_tokens: most tokens of a step.
+        admit: called with a sequence when it is let in for the first time.
+    """
+
+    def __init__(self, blocks: Blocks, max_batch: int, max_step_tokens: int, admit: Callable[[Sequence], None]) -> None:
+        self.blocks, self.max_batch, self.max_step_tokens = blocks, max_batch, max_step_tokens
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        """The oldest first, as in `waiting`."""
+        self.counters = Counters()
+        self._admit = admit
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self.running
+        yield from self.waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a new sequence at the end of the queue."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Let a sequence out, wherever it is."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+        for other in self.waiting:
+            if other.leader is sequence:
+                other.leader = None  # nobody waits for one that is gone
+
+    def plan(self) -> list[tuple[Sequence, int]]:
+        """Return what the next step computes; empty only when nobody waits or runs.
+
+        Blocks for all of it are taken.
+        """
+        suspect = next((s for s in self if s.is_suspect), None)
+        if suspect is not None:
+            return self._alone(suspect)
+        plan: list[tuple[Sequence, int]] = []
+        budget = self.max_step_tokens
+        writing_first = sorted(self.running, key=lambda s: s.rest > 1)  # stable: the oldest first in both parts
+        for sequence in writing_first:
+            if sequence not in self.running or budget == 0:
+                continue
+            count = min(sequence.rest, budget)
+            if self._make_room(sequence, count, plan):
+                plan.append((sequence, count))
+                budget -= count
+        while budget and self.waiting and len(self.running) < self.max_batch:
+            sequence = self.waiting[0]
+            if sequence.leader is not None and not sequence.leader.prompt_is_ready:
+                break
+            count = self._let_in(sequence, budget)
+            if not count:
+                break
+            plan.append((sequence, count))
+            budget -= count
+        self.counters.steps += 1
+        return plan
+
+    def done(self, sequence: Sequence, count: int) -> None:
+        """Note that tokens of a sequence are computed."""
+        size = self.blocks.size
+        filled = (sequence.computed + count) // size > sequence.computed // size
+        sequence.computed += count
+        sequence.is_suspect = False
+        if filled:
+            self.blocks.publish(sequence.table, sequence.tokens, sequence.computed, sequence.kind)
+
+    def undo(self, sequences: list[Sequence], *, suspect: bool) -> None:
+        """Take sequences out of the cache, to be computed again; their step failed, or the room is needed."""
+        for sequence in sequences:
+            if sequence in self.running:
+                self.running.remove(sequence)
+                insort(self.waiting, sequence, key=_age)
+            self._release(sequence)
+            sequence.is_suspect = suspect
+
+    def _alone(self, sequence: Sequence) -> list[tuple[Sequence, int]]:
+        """Return a plan of one sequence, which a failed step has put into the waiting line."""
+        budget = self.max_step_tokens
+        if sequence in self.running:
+            count = min(sequence.rest, budget)
+            return [(sequence, count)] if self._make_room(sequence, count, []) else []
+        while not (count := self._let_in(sequence, budget)):
+            assert self.running, "one sequence fits into the empty cache"
+            self._preempt(self.running[-1])
+        return [(sequence, count)]
+
+    def _let_in(self, sequence: Sequence, budget: int) -> int:
+        """Admit one of the waiting line, and return how many of its tokens are computed; 0: no room."""
+        if not sequence.has_run:
+            self._admit(sequence)
+        # Every token of a prompt whose probabilities are asked for has to be computed.
+        scored = sequence.prompt_chances is not None and len(sequence.prompt_chances) < sequence.prompt - 1
+        table = [] if scored else self.blocks.match(sequence.tokens, sequence.kind)
+        computed = len(table) * self.blocks.size
+        # All of a prompt must find room, not its first chunk only: it would be taken back at once.
+        needed = self.blocks.needed(len(sequence.tokens)) - len(table)
+        most = self.blocks.needed(sequence.prompt + sequence.limit) - len(table)
+        more = self.blocks.take(needed, table[-1] if table else None, hint=most)
+        if more is None:
+            self.blocks.release(table)
+            return 0
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_age)
+        sequence.table, sequence.computed = [*table, *more], computed
+        if not sequence.has_run:
+            sequence.has_run, sequence.cached = True, computed
+            self.counters.prompt_tokens += sequence.prompt
+            self.counters.cached_tokens += computed
+        return min(sequence.rest, budget)
+
+    def _make_room(self, sequence: Sequence, count: int, plan: list[tuple[Sequence, int]]) -> bool:
+        """Take the blocks that a running sequence needs for so many more tokens; False where it had to leave itself."""
+        needed = self.blocks.needed(sequence.computed + count) - len(sequence.table)
+        if needed <= 0:
+            return True
+        while (more := self.blocks.take(needed, sequence.table[-1])) is None:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            plan[:] = [entry for entry in plan if entry[0] is not youngest]
+            if youngest is sequence:
+                return False
+        sequence.table += more
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.counters.preemptions += 1
+        self.undo([sequence], suspect=False)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.table)
+        sequence.table, sequence.computed = [], 0
+
+
+def _age(sequence: Sequence) -> tuple[int, int]:
+    return sequence.id, sequence.index
+
+
+def rules_of(request: Request) -> Rules:
+    """Return how the tokens of a request are chosen."""
+    return Rules(
+        request.temperature,
+        request.top_p,
+        request.top_k,
+        request.min_p,
+        request.repetition_penalty,
+        request.presence_penalty,
+        request.frequency_penalty,
+    )
