@@ -82,6 +82,21 @@ def _flex(device_type: str) -> Any:
     return torch.compile(flex) if device_type == "cuda" else flex
 
 
+def attention_and_mass(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return attention without a mask [B, H, Q, E] and the log of its denominators [B, H, Q]; None where torch tells none.
+
+    The operator of scaled_dot_product_attention on CPUs, which throws the second away (2.11 to 2.13).
+
+    Args:
+        q: [B, H, Q, E].
+        k, v: [B, H, T, E].
+    """
+    if q.device.type != "cpu" or not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
+        return None
+    out, mass = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return out, mass
+
+
 def as_products(x: Tensor) -> Tensor:
     """Return x in the dtype in which autocast makes products here; x itself without it. On meta torch cannot say."""
     device = x.device.type
@@ -139,6 +154,81 @@ def _opaque_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @_opaque_linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@functools.cache
+def has_packed_onednn_linear() -> bool:
+    """Return whether oneDNN takes fp32 weights in an order of its own here."""
+    if not has_onednn_linear():
+        return False
+    x, w = torch.ones(2, 4, device="cpu"), torch.ones(3, 4, device="cpu")
+    try:
+        return torch.equal(onednn_linear(x, pack_onednn_linear(w)), x @ w.t())
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+
+
+def pack_onednn_linear(weight: Tensor) -> Tensor:
+    """Return a copy of a weight [N, K], fp32, in the order that suits oneDNN; only `onednn_linear` can read it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+
+@functools.cache
+def has_fp16_linear() -> bool:
+    """Return whether fbgemm multiplies fp32 rows by packed fp16 weights here (x86 builds)."""
+    x, w = torch.ones(2, 4, device="cpu"), torch.ones(3, 4, device="cpu")
+    try:
+        return torch.equal(fp16_linear(x, pack_fp16_linear(w, None)), x @ w.t())
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+
+
+def pack_fp16_linear(weight: Tensor, bias: Tensor | None) -> Any:
+    """Return a weight [N, K] and a bias [N], both fp32, packed for `fp16_linear`; the weight is rounded to fp16."""
+    return torch.ops.quantized.linear_prepack_fp16(weight, bias)
+
+
+def fp16_linear(x: Tensor, packed: Any) -> Tensor:
+    """Return x [..., K], fp32, times a packed weight + bias; products and sums are in fp32."""
+    return torch.ops.quantized.linear_dynamic_fp16(x, packed)
+
+
+@functools.cache
+def has_int8_linear() -> bool:
+    """Return whether oneDNN multiplies 7-bit rows by 8-bit weights here, and without an error at the largest values.
+
+    Instructions before VNNI add pairs of products in 16 bits: 255 · 127 · 2 does not fit there, 127 · 127 · 2 does.
+    """
+    x = torch.full((3, 64), 127, dtype=torch.uint8, device="cpu")
+    x[1:] = 0
+    w = torch.full((5, 64), 127, dtype=torch.int8, device="cpu")
+    w[1:] = -127
+    try:
+        out = int8_linear(x, pack_int8_linear(w), torch.ones(5, device="cpu"))
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return torch.equal(out.double(), (x.double() - 64) @ w.double().t())
+
+
+def pack_int8_linear(weight: Tensor) -> Tensor:
+    """Return a copy of a weight [N, K], int8, in the order that suits oneDNN."""
+    return torch.ops.onednn.qlinear_prepack(weight, None)
+
+
+def int8_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """Return (x − 64) [M, K] times a packed weight, each column times its scale [N], fp32.
+
+    Sums are made in 32-bit integers: a row's result does not depend on the others, nor on the order.
+
+    Args:
+        x: uint8, at most 127.
+        packed: of `pack_int8_linear`, all within ±127.
+        scales: fp32.
+    """
+    zeros = torch.zeros(len(scales), dtype=torch.int64)
+    return torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 64, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
 
 
 def has_grouped_product(*factors: Tensor) -> bool:
