@@ -83,7 +83,7 @@ def _flex(device_type: str) -> Any:
 
 
 def attention_and_mass(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return attention without a mask [B, H, Q, E] and the log of its denominators [B, H, Q]; None where torch tells none.
+    """Return attention without a mask [B, H, Q, E] and the log of its denominators [B, H, Q], where torch tells them.
 
     The operator of scaled_dot_product_attention on CPUs, which throws the second away (2.11 to 2.13).
 

@@ -31,9 +31,12 @@ from internlm.errors import EngineError
 from internlm.infer.blocks import Blocks
 from internlm.infer.cache import Cache
 from internlm.infer.request import Chance, Delta, Finished, Request, Result
-from internlm.infer.sample import NOT_FINITE, History, chances, choose, draw
+from internlm.infer.runner import Runner
+from internlm.infer.sample import History
 from internlm.infer.schedule import Counters, Scheduler, Sequence, rules_of
 from internlm.infer.stream import TextStream
+from internlm.model import quant
+from internlm.model.quant import Kind
 from internlm.model.transformer import Transformer
 from internlm.text.tokenizer import Tokenizer
 from internlm.weights import transformers
@@ -89,10 +92,13 @@ class Engine:
         model: its weights are shared, not copied, until `load` gives the engine its own; the module is left as it is.
         tokenizer: for text in deltas and stop strings; None: tokens only.
         limits: how much it takes on at once.
+        pack: form of the linear layers on a CPU (`model.quant`): "fp32" is exact, "fp16" and "int8" are faster and
+            round the weights. The packed weights are the engine's own; the model's are let go. None: as they are.
         seed: for requests without one.
 
     Raises:
-        EngineError: a limit is out of range, or the cache has no room for one text of `limits.length`.
+        EngineError: a limit is out of range, the cache has no room for one text of `limits.length`, or the layers
+            cannot be packed.
     """
 
     def __init__(
@@ -101,9 +107,10 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         limits: Limits | None = None,
         *,
+        pack: Kind | None = None,
         seed: int = 0,
     ) -> None:
-        self.tokenizer, self.seed = tokenizer, seed
+        self.tokenizer, self.pack, self.seed = tokenizer, pack, seed
         self.limits = limits or Limits()
         for name in ("batch", "length", "cache_tokens", "block", "step_tokens"):
             value = getattr(self.limits, name)
@@ -123,6 +130,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         limits: Limits | None = None,
+        pack: Kind | None = None,
         seed: int = 0,
     ) -> Engine:
         """Return an engine for a Transformers folder, with its tokenizer where there is one.
@@ -131,10 +139,10 @@ class Engine:
             folder: config.json, safetensors, tokenizer.json.
             dtype: of the weights; None: as stored.
             device: where it runs.
-            limits, seed: as of the class.
+            limits, pack, seed: as of the class.
         """
         model = transformers.load(folder, dtype=dtype, device=device)
-        return cls(model, Tokenizer.find(folder), limits, seed=seed)
+        return cls(model, Tokenizer.find(folder), limits, pack=pack, seed=seed)
 
     @property
     def device(self) -> torch.device:
@@ -150,6 +158,10 @@ class Engine:
         """
         if self.scheduler.running or self.scheduler.waiting:
             raise EngineError("weights cannot change under running requests", do="Finish or abort them first.")
+        if self.pack is not None:  # packed anew, from a copy
+            device = self.device
+            self._use(empty(self.model.config), ((name, tensor.to(device, copy=True)) for name, tensor in tensors))
+            return
         if not self._owns_weights:
             own = ((name, torch.empty_like(shared)) for name, shared in self.model.named_parameters())
             self._use(empty(self.model.config), own)
@@ -330,86 +342,20 @@ class Engine:
             self.scheduler.undo([sequence for sequence, _ in plan], suspect=False)
             raise
 
-    @torch.inference_mode()
     def _compute(self, plan: list[tuple[Sequence, int]]) -> None:
-        """Run the model, draw, deliver, let out."""
-        hidden = self.cache.run([sequence.piece(count, self.blocks) for sequence, count in plan])
-        ready: list[Sequence] = []
-        last: list[int] = []
-        row = 0
-        for sequence, count in plan:
-            self._score_prompt(sequence, hidden[row : row + count])
-            row += count
-            if sequence.rest == count:
-                ready.append(sequence)
-                last.append(row - 1)
-        drawing = [(sequence, place) for sequence, place in zip(ready, last, strict=True) if sequence.limit]
-        tokens: list[int] = []
-        told: dict[int, Chance] = {}
-        problems: dict[int, str] = {}
-        if drawing:
-            logits = self._logits(hidden[[place for _, place in drawing]])
-            tokens, told, problems = self._draw([sequence for sequence, _ in drawing], logits)
+        """Run the model, deliver, let out."""
+        outcomes = self.runner.run(plan)
         for sequence, count in plan:
             self.scheduler.done(sequence, count)
-        for sequence in ready:
-            if not sequence.limit:
-                self._end(sequence, "length")
-        for index, (sequence, _) in enumerate(drawing):
-            if index in problems:
-                self.blocks.disown(sequence.table)
-                logger.warning("warning: request %d ended: %s", sequence.id, problems[index])
-                self._end(sequence, "error", problems[index])
+        for outcome in outcomes:
+            if outcome.problem is not None:
+                self.blocks.disown(outcome.sequence.table)
+                logger.warning("warning: request %d ended: %s", outcome.sequence.id, outcome.problem)
+                self._end(outcome.sequence, "error", outcome.problem)
+            elif outcome.token is None:
+                self._end(outcome.sequence, "length")
             else:
-                self._take(sequence, tokens[index], told.get(index))
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [R, V] in fp32; ids that only pad the vocabulary have none."""
-        logits = self.model.head.logits(hidden)
-        if self.tokenizer is not None:
-            logits[:, self.tokenizer.vocab_size :] = float("-inf")
-        return logits
-
-    def _draw(self, sequences: list[Sequence], logits: Tensor) -> tuple[list[int], dict[int, Chance], dict[int, str]]:
-        """Return each row's token, how probable those were whose requests ask, and what went wrong with which row."""
-        asking = [i for i, s in enumerate(sequences) if s.request.logprobs is not None]
-        raw = logits[asking] if asking else None  # a copy: the rows are changed below
-        problems: dict[int, str] = {}
-        finite = logits.amax(-1).isfinite().tolist()
-        for index, sequence in enumerate(sequences):
-            try:
-                _edit(sequence, logits[index])
-            except Exception as error:  # a grammar is foreign code
-                problems[index] = f"{type(error).__name__}: {error}"
-        seeds = [draw(s.seed, s.written) if s.rules.temperature else 0.0 for s in sequences]
-        draws = torch.tensor(seeds, dtype=torch.float64, device=self.device)
-        tokens = choose(logits, [s.rules for s in sequences], draws).tolist()
-        for index, token in enumerate(tokens):
-            if token == NOT_FINITE and index not in problems:
-                problem = "nothing may come next" if finite[index] else "the model gives logits that are not finite"
-                problems[index] = problem
-        told: dict[int, Chance] = {}
-        if raw is not None:
-            chosen = [max(tokens[i], 0) for i in asking]
-            tops = [sequences[i].request.logprobs or 0 for i in asking]
-            told = dict(zip(asking, chances(raw, chosen, tops), strict=True))
-        return tokens, told, problems
-
-    def _score_prompt(self, sequence: Sequence, hidden: Tensor) -> None:
-        """Note how probable the prompt's tokens were, from the hidden states [T, D] of the stretch just computed."""
-        found = sequence.prompt_chances
-        if found is None or len(found) >= sequence.prompt - 1:
-            return
-        # The state of token p tells of token p + 1; what a preempted text computes again is known already.
-        first = len(found) - sequence.computed
-        stop = min(hidden.shape[0], sequence.prompt - 1 - sequence.computed)
-        if first >= stop:
-            return
-        logits = self._logits(hidden[first:stop])
-        if not bool(logits.amax(-1).isfinite().all()):
-            raise EngineError("the model gives logits that are not finite")
-        nexts = sequence.tokens[sequence.computed + first + 1 : sequence.computed + stop + 1]
-        found += chances(logits, nexts, [sequence.request.prompt_logprobs or 0] * len(nexts))
+                self._take(outcome.sequence, outcome.token, outcome.chance)
 
     def _take(self, sequence: Sequence, token: int, chance: Chance | None) -> None:
         """Add a token to an answer, and deliver what that means."""
@@ -484,6 +430,8 @@ class Engine:
         """Make `model`, filled with `tensors`, the engine's own."""
         fill(model, tensors)
         self.model = model.requires_grad_(False)
+        if self.pack is not None:
+            quant.pack(self.model, self.pack)
         limits = self.limits
         context = limits.length or model.config.context_length
         tokens = limits.cache_tokens or _cache_tokens(model, (limits.batch + 1) * (context + limits.block))
@@ -502,19 +450,9 @@ class Engine:
         self.blocks = Blocks(fitting // limits.block, limits.block, share=limits.share)
         self.scheduler = Scheduler(self.blocks, limits.batch, limits.step_tokens, self._admit)
         self.cache = Cache(self.model, fitting)
+        words = None if self.tokenizer is None else self.tokenizer.vocab_size
+        self.runner = Runner(self.model, self.cache, self.blocks, words)
         self._plain_turns = self.cache.turns(1)
-
-
-def _edit(sequence: Sequence, row: Tensor) -> None:
-    """Change logits [V] in place by what the request and the tokens before say."""
-    history, request = sequence.history, sequence.request
-    assert history is not None, "a sequence that runs was admitted"
-    history.bias(row)
-    if sequence.written < request.min_tokens and request.stop_ids:
-        row[[id_ for id_ in request.stop_ids if 0 <= id_ < row.shape[0]]] = float("-inf")
-    if sequence.constraint is not None:
-        sequence.constraint.mask(row)
-    history.penalise(row)
 
 
 def _cache_tokens(model: Transformer, most: int) -> int:

@@ -53,13 +53,15 @@ class Slice:
 class LanguageHead(nn.Module):
     """Hidden states and labels → TokenOutputs. Its weight [V, D] may be the embedding's.
 
-    `part` is a seam: None here, set from outside where the vocabulary is spread over devices.
+    `part` is a seam: None here, set from outside where the vocabulary is spread over devices. `packed` is another:
+    where it is set, it stands for the weight, in `logits` only.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.part: Slice | None = None
+        self.packed: nn.Module | None = None
 
     def table(self) -> Tensor:
         """Return the weight that products are made with."""
@@ -74,6 +76,7 @@ class LanguageHead(nn.Module):
             coefficients: [B, T] fp32, what each log-probability is multiplied by in the loss; tokens with 0 are not
                 computed at all on the CPU, and their outputs are 0 there.
         """
+        assert self.packed is None, "a packed head gives logits only"
         # Autocast reaches some of the products in the functions below and not others: cast here, once.
         hidden = compat.as_products(hidden)
         with compat.without_autocast(hidden):
@@ -98,6 +101,8 @@ class LanguageHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] in fp32, for decoding: only ever asked for a few tokens."""
+        if self.packed is not None:
+            return self.packed(hidden)
         product = F.linear if torch.is_grad_enabled() else _product(hidden, self.weight)
         return product(hidden, self.weight).float()
 

@@ -75,7 +75,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions.
 
     `attend` is a seam: a plain function here, replaced from outside by what spreads a sequence over devices or keeps
-    the keys and values of earlier tokens.
+    the keys and values of earlier tokens. `wqkv` is another: where it is set, it stands for wq, wk and wv.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -89,10 +89,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.attend: Attend = attention.attend
+        self.wqkv: nn.Module | None = None
 
     def forward(self, x: Tensor, rotation: Rotation, documents: Documents) -> Tensor:
         """Return [B, T, D] from the normalised stream x [B, T, D]."""
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B, T, H or K, E]
+        parts = (self.wq(x), self.wk(x), self.wv(x)) if self.wqkv is None else self.wqkv(x)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [B, T, H or K, E]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out = self.attend(rotate(q, rotation), rotate(k, rotation), v, documents)
@@ -100,17 +102,22 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020): w_down(silu(w_gate x) · w_up x)."""
+    """SwiGLU (Shazeer 2020): w_down(silu(w_gate x) · w_up x).
+
+    `w_gate_up` is a seam: where it is set, it stands for w_gate and w_up.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.w_gate = Linear(config.hidden_size, config.ffn_size, bias=False)
         self.w_up = Linear(config.hidden_size, config.ffn_size, bias=False)
         self.w_down = Linear(config.ffn_size, config.hidden_size, bias=False)
+        self.w_gate_up: nn.Module | None = None
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         """Return [B, T, D] from the normalised stream x [B, T, D]; where documents lie makes no difference."""
-        return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
+        gate, up = (self.w_gate(x), self.w_up(x)) if self.w_gate_up is None else self.w_gate_up(x)
+        return self.w_down(F.silu(gate) * up)
 
 
 class Block(nn.Module):

@@ -270,6 +270,22 @@ def test_weights_are_shared_until_others_are_loaded() -> None:
     assert engine.model.norm.weight.data_ptr() == own, "a second load reuses the memory"
 
 
+def test_packed_layers_give_the_answers_of_plain_ones_and_can_be_loaded_anew() -> None:
+    other = random_model(seed=2)
+    prompts = [prompt(n) for n in (20, 3)]
+    engine = Engine(random_model(), pack="fp32")
+    for model in (MODEL, other):
+        wanted = [r.tokens for r in Engine(model).generate(prompts, max_tokens=12, temperature=0)]
+        assert [r.tokens for r in engine.generate(prompts, max_tokens=12, temperature=0)] == wanted
+        engine.load(other.named_parameters())
+    text = prompt(60)
+    for kind, most in (("fp16", 0.02), ("int8", 1.0)):
+        rounded = Engine(MODEL, pack=kind)  # type: ignore[arg-type]
+        away = (rounded.score(text) - Engine(MODEL).score(text)).abs().max()
+        assert 0 < away < most
+    assert torch.equal(MODEL.norm.weight, random_model().norm.weight), "the given model is left as it is"
+
+
 def test_the_given_model_is_left_as_it_is() -> None:
     model = random_model()
     ids = torch.tensor([prompt(12)])

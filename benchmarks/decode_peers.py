@@ -1,0 +1,186 @@
+"""The contenders of decode_cpu.py, each in a process of its own that answers requests on its standard input.
+
+    python benchmarks/decode_peers.py NAME FOLDER THREADS LENGTH     # one JSON object a line: {"prompts": …, "new": …}
+
+A contender is a function that loads the folder and returns `answer(prompts, new) -> tokens`; prompts have one length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Answer = Callable[[list[list[int]], int], list[list[int]]]
+
+
+def internlm(kind: str | None, folder: Path, length: int) -> Answer:
+    """Our engine; `kind`: how its linear layers are packed."""
+    from internlm.infer.engine import Engine, Limits
+
+    # Prompts come again: one that is found in the cache would look like a fast one.
+    limits = Limits(batch=64, length=length, cache_tokens=17 * length, share=False)
+    engine = Engine.from_folder(folder, limits=limits, pack=kind)
+
+    def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
+        return [result.tokens for result in engine.generate(prompts, max_tokens=new, temperature=0)]
+
+    return answer
+
+
+def transformers(cache: str, folder: Path, length: int) -> Answer:
+    """`generate` with a growing ("dynamic") or a fixed ("static") cache."""
+    import torch
+
+    model = _transformers(folder)
+
+    def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
+        ids = torch.tensor(prompts)
+        options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        if cache == "static":
+            options["cache_implementation"] = "static"
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        return out[:, ids.shape[1] :].tolist()
+
+    return answer
+
+
+def transformers_batching(folder: Path, length: int) -> Answer:
+    """`generate_batch`, its continuous batching, with a cache that is sized by hand: by itself it does not end."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    model = _transformers(folder)
+    page = 32
+    sizes = ContinuousBatchingConfig(num_blocks=17 * (length // page + 1), page_size=page, max_batch_tokens=2048)
+
+    def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
+        config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1)
+        out = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=sizes)
+        return [list(one.generated_tokens) for one in out.values()]
+
+    return answer
+
+
+def litgpt(folder: Path, length: int) -> Answer:
+    """Litgpt's own model and cache in its `generate`'s loop; it knows batches of one length."""
+    import torch
+    from litgpt import GPT, Config
+    from safetensors.torch import load_file
+
+    shape = json.loads((folder / "config.json").read_text())
+    config = Config(
+        name="benchmark", block_size=length, vocab_size=shape["vocab_size"], padded_vocab_size=shape["vocab_size"],
+        n_layer=shape["num_hidden_layers"], n_head=shape["num_attention_heads"], n_embd=shape["hidden_size"],
+        rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm",
+        norm_eps=shape["rms_norm_eps"], mlp_class_name="LLaMAMLP", intermediate_size=shape["intermediate_size"],
+    )  # fmt: skip
+    model = GPT(config).eval()
+    named: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        named |= load_file(file)
+    places = {
+        "lm_head.weight": "lm_head.weight", "transformer.wte.weight": "model.embed_tokens.weight",
+        "transformer.ln_f.weight": "model.norm.weight",
+    }  # fmt: skip
+    parts = {
+        "norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "attn.proj": "self_attn.o_proj",
+        "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj",
+    }  # fmt: skip
+    state = {own: named[theirs] for own, theirs in places.items()}
+    for i in range(config.n_layer):
+        own, theirs = f"transformer.h.{i}.", f"model.layers.{i}."
+        state |= {f"{own}{a}.weight": named[f"{theirs}{b}.weight"] for a, b in parts.items()}
+        qkv = [named[f"{theirs}self_attn.{x}_proj.weight"] for x in "qkv"]
+        state[f"{own}attn.qkv.weight"] = torch.cat(qkv)
+    model.load_state_dict(state)
+
+    @torch.inference_mode()
+    def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
+        model.set_kv_cache(batch_size=len(prompts), max_seq_length=length)
+        ids = torch.tensor(prompts)
+        start = ids.shape[1]
+        logits = model(ids, torch.arange(start))[:, -1]
+        out = [logits.argmax(-1)]
+        for place in range(start, start + new - 1):
+            out.append(model(out[-1][:, None], torch.tensor([place]))[:, -1].argmax(-1))
+        return torch.stack(out, 1).tolist()
+
+    return answer
+
+
+def llama_cpp(folder: Path, length: int) -> Answer:
+    """llama.cpp on the GGUF folder beside this one; one prompt at a time, as its Python package decodes."""
+    from llama_cpp import Llama
+
+    threads = int(sys.argv[3])
+    model = Llama(
+        str(next(folder.parent.glob("gguf/*.gguf"))),
+        n_ctx=length,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+        n_batch=512,
+    )
+
+    def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
+        if len(prompts) > 1:
+            raise NotImplementedError("one prompt at a time")
+        model.reset()
+        stream = model.generate(prompts[0], temp=0.0, top_k=1, repeat_penalty=1.0)
+        return [[next(stream) for _ in range(new)]]
+
+    return answer
+
+
+def _transformers(folder: Path) -> Any:
+    import transformers as library
+
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+    return library.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+CONTENDERS: dict[str, Callable[[Path, int], Answer]] = {
+    "internlm": lambda folder, length: internlm("fp32", folder, length),
+    "internlm fp16": lambda folder, length: internlm("fp16", folder, length),
+    "internlm int8": lambda folder, length: internlm("int8", folder, length),
+    "transformers": lambda folder, length: transformers("dynamic", folder, length),
+    "transformers static": lambda folder, length: transformers("static", folder, length),
+    "transformers batching": transformers_batching,
+    "litgpt": litgpt,
+    "llama.cpp": llama_cpp,
+}
+
+
+def main() -> None:
+    name, folder, threads, length = sys.argv[1:]
+    replies = os.fdopen(os.dup(1), "w", buffering=1)  # what a library prints must not be taken for a reply
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            import torch
+
+            torch.set_num_threads(int(threads))
+            answer = CONTENDERS[name](Path(folder), int(length))
+        except Exception as error:
+            print(json.dumps({"failed": f"{type(error).__name__}: {error}"}), file=replies)
+            return
+        print(json.dumps({"ready": True}), file=replies)
+        for line in sys.stdin:
+            wanted = json.loads(line)
+            try:
+                begin = time.perf_counter()
+                tokens = answer(wanted["prompts"], wanted["new"])
+                reply = {"seconds": time.perf_counter() - begin, "tokens": tokens}
+            except Exception as error:
+                reply = {"failed": f"{type(error).__name__}: {error}"}
+            print(json.dumps(reply), file=replies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Linear layers in the form that a CPU multiplies fastest by few rows, for decoding.
+
+    pack(model, "fp16")           # in place; the weights it was made of are given up
+
+A step of decoding reads every weight for a handful of rows. Plain products are slow at that; packed ones are up to four
+times faster at 1 to 16 rows. q, k and v become one product, gate and up another.
+
+    kind    memory   what is rounded
+    fp32    1        nothing: sums are made in another order, 2e-6 of plain products
+    fp16    1/2      weights, to 11 bits
+    int8    1/4      weights, to 8 bits with a scale for each output; activations, to 14 bits with a scale for each row
+
+"int8" keeps activations at 14 bits: a row is two digits of 7 bits, x ≈ s · (128 · a + b), and both are multiplied by
+the weight as rows of one integer product. Its sums are exact, and exact on processors without VNNI too, where 8 bits
+overflow. So the weights' rounding is the whole cost in quality, also where activations have outliers, at twice the
+rows.
+
+
+Neighbours: with "fp16" and "int8" a row's result is bitwise the same alone and in any batch; with "fp32" to 2e-6, as
+oneDNN chooses the order of a sum by the number of rows. fbgemm's own dynamic int8 is not offered: it scales all rows by
+the largest activation of the batch.
+
+Limits: CPU, inference. Experts stay as they are. A tied head is packed apart from the embedding, whose rows are looked
+up in fp32. Weights are loaded before packing: load into a new model, and pack block by block (`pack_block`,
+`pack_head`) so that no more than one layer is held twice.
+"""
+
+from __future__ import annotations
+
+import logging
+from operator import attrgetter
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from internlm import compat
+from internlm.errors import EngineError
+from internlm.log import warn_once
+from internlm.model.heads import LanguageHead
+from internlm.model.layers import Block, FeedForward, Linear
+from internlm.model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["fp32", "fp16", "int8"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_FP16_MAX = 65504.0
+_INT8_MAX = 127
+_ROW_MAX = 63 * 128 + 63
+"""Largest activation in two digits of −64 … 63, kept symmetric."""
+_ROWS = 1024
+"""Rows of a weight that are rounded at a time: the head's is large."""
+_TINY = 1e-30
+"""Scale of a row of zeros."""
+
+
+class PackedLinear(nn.Module):
+    """x [..., in] → x · weight transposed + bias [..., out], fp32, without parameters. One subclass for each kind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out] from x [..., in]."""
+        raise NotImplementedError
+
+
+class PlainLinear(PackedLinear):
+    """Nothing packed: for machines without the kernels."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out] from x [..., in]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class Fp32Linear(PackedLinear):
+    """fp32 weights in oneDNN's order."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = compat.pack_onednn_linear(weight), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out] from x [..., in]."""
+        return compat.onednn_linear(x, self.weight, self.bias)
+
+
+class Fp16Linear(PackedLinear):
+    """fp16 weights in fbgemm's order; activations and sums in fp32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.packed = compat.pack_fp16_linear(weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out] from x [..., in]."""
+        return compat.fp16_linear(x, self.packed)
+
+
+class Int8Linear(PackedLinear):
+    """int8 weights with a scale for each output; rows as two digits of 7 bits."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        largest = torch.linalg.vector_norm(weight, float("inf"), 1)
+        self.scales = torch.where(largest > 0, largest / _INT8_MAX, 1.0)
+        rounded = torch.empty(weight.shape, dtype=torch.int8)
+        for part, scale, out in zip(*(x.split(_ROWS) for x in (weight, self.scales, rounded)), strict=True):
+            out.copy_((part / scale[:, None]).round_().clamp_(-_INT8_MAX, _INT8_MAX))
+        self.weight, self.bias = compat.pack_int8_linear(rounded), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out] from x [..., in]."""
+        rows = x.reshape(-1, x.shape[-1])
+        scale = rows.abs().amax(1, keepdim=True).clamp_(min=_TINY * _ROW_MAX).div_(_ROW_MAX)
+        # 64 is added to both digits, and ½ because the conversion cuts off.
+        whole = (rows / scale).add_(64 * 128 + 64 + 0.5).to(torch.int16)
+        digits = torch.cat((whole >> 7, whole & 127)).to(torch.uint8)
+        high, low = compat.int8_linear(digits, self.weight, self.scales).chunk(2)
+        out = torch.add(low, high, alpha=128).mul_(scale)
+        if self.bias is not None:
+            out += self.bias
+        return out.view(*x.shape[:-1], -1)
+
+
+class Joined(nn.Module):
+    """Several layers of the same input as one product.
+
+    Args:
+        product: their weights, one below the other.
+        sizes: outputs of each.
+    """
+
+    def __init__(self, product: PackedLinear, sizes: list[int]) -> None:
+        super().__init__()
+        self.product, self.sizes = product, sizes
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return each layer's [..., out] from x [..., in], as views of one tensor."""
+        return self.product(x).split(self.sizes, -1)
+
+
+def pack(model: Transformer, kind: Kind) -> None:
+    """Replace the linear layers of a model and its head by packed ones, in place; it then computes in fp32.
+
+    Raises:
+        EngineError: the kind is unknown, the model is not on the CPU, or a layer cannot be packed; nothing was changed.
+    """
+    blocks = [block for block in model.blocks.values() if isinstance(block, Block)]
+    for block in blocks:
+        _check(block, kind)
+    _check(model.head, kind)
+    for block in blocks:
+        pack_block(block, kind)
+    pack_head(model.head, kind)
+    model.float().requires_grad_(False)
+
+
+@torch.no_grad()
+def pack_block(block: Block, kind: Kind) -> None:
+    """Replace the linear layers of one block by packed ones, in place; norms become fp32. Experts are left.
+
+    Raises:
+        EngineError: as `pack`; nothing was changed.
+    """
+    _check(block, kind)
+    attention, feed_forward = block.attention, block.feed_forward
+    attention.wqkv = _join(attention, ("wq", "wk", "wv"), kind)
+    attention.wo = _product([attention.wo], kind)  # type: ignore[assignment]
+    if isinstance(feed_forward, FeedForward):
+        feed_forward.w_gate_up = _join(feed_forward, ("w_gate", "w_up"), kind)
+        feed_forward.w_down = _product([feed_forward.w_down], kind)  # type: ignore[assignment]
+    else:
+        warn_once(logger, "experts are not packed: their weights stay in fp32, and their products are plain ones")
+    block.float().requires_grad_(False)
+
+
+@torch.no_grad()
+def pack_head(head: LanguageHead, kind: Kind) -> None:
+    """Give a head a packed weight and make it let go of its own, in place; it then gives logits only.
+
+    Raises:
+        EngineError: as `pack`; nothing was changed.
+    """
+    _check(head, kind)
+    head.packed = _product([head], kind)
+    head.register_parameter("weight", None)
+
+
+def _join(owner: nn.Module, names: tuple[str, ...], kind: Kind) -> Joined:
+    """Return these layers of a module as one, and take them out of it."""
+    layers = [getattr(owner, name) for name in names]
+    joined = Joined(_product(layers, kind), [layer.out_features for layer in layers])
+    for name in names:
+        setattr(owner, name, None)
+    return joined
+
+
+def _product(layers: list[nn.Module], kind: Kind) -> PackedLinear:
+    """Return the packed product of layers with the same input."""
+    weights = [layer.get_parameter("weight").detach().float() for layer in layers]
+    biases = [bias.detach().float() for layer in layers if (bias := getattr(layer, "bias", None)) is not None]
+    assert len(biases) in (0, len(layers)), "layers that are joined have biases alike"
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return pack_weight(weight, torch.cat(biases) if biases else None, kind)
+
+
+def pack_weight(weight: Tensor, bias: Tensor | None, kind: Kind) -> PackedLinear:
+    """Return the packed product of a weight [out, in] and a bias [out], fp32, of this kind or the next better there is.
+
+    What cannot be had here, and a weight that the kind cannot hold, gets the next better one, with a warning.
+    """
+    if kind == "int8":
+        if not compat.has_int8_linear():
+            return _instead("int8 products are missing on this machine", weight, bias, "fp16")
+        if not _largest(weight).isfinite():
+            return _instead("weights that are not finite cannot be int8", weight, bias, "fp32")
+        return Int8Linear(weight, bias)
+    if kind == "fp16":
+        if not compat.has_fp16_linear():
+            return _instead("fp16 products are missing on this machine", weight, bias, "fp32")
+        if not _largest(weight) <= _FP16_MAX:  # also false for what is not a number
+            return _instead(f"weights beyond ±{_FP16_MAX:.0f} do not fit into fp16", weight, bias, "fp32")
+        return Fp16Linear(weight, bias)
+    if not compat.has_packed_onednn_linear():
+        warn_once(logger, "packed fp32 products are missing on this machine: plain ones are slower with few rows")
+        return PlainLinear(weight, bias)
+    return Fp32Linear(weight, bias)
+
+
+def _largest(weight: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(weight, float("inf"))
+
+
+def _instead(problem: str, weight: Tensor, bias: Tensor | None, kind: Kind) -> PackedLinear:
+    warn_once(logger, f"{problem}: {kind} is used instead, at twice the memory or more")
+    return pack_weight(weight, bias, kind)
+
+
+def _check(module: nn.Module, kind: Kind) -> None:
+    """Raise EngineError unless a block or a head can be packed."""
+    if kind not in KINDS:
+        raise EngineError("is no kind of packed weights", where="kind", got=kind, allowed=KINDS)
+    if isinstance(module, Block):
+        names = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]
+        if isinstance(module.feed_forward, FeedForward):
+            names += [f"feed_forward.{name}" for name in ("w_gate", "w_up", "w_down")]
+        layers = {name: attrgetter(name)(module) for name in names}
+    else:
+        layers = {"head": module}
+    for name, layer in layers.items():
+        if layer is None or isinstance(layer, PackedLinear) or getattr(layer, "packed", None) is not None:
+            raise EngineError("is packed already", where=name, do="Load the weights into a new model and pack that.")
+        if type(layer) not in (Linear, LanguageHead):
+            do = "Merge adapters first; nothing else may have changed the layers."
+            raise EngineError("only plain layers can be packed", where=name, got=type(layer).__name__, do=do)
+        device = layer.weight.device.type
+        if device != "cpu":
+            do = "Load its weights first." if device == "meta" else "Move the model to the CPU, or leave it unpacked."
+            raise EngineError("packed weights are for the CPU", where=name, got=device, do=do)
