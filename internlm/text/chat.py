@@ -11,6 +11,8 @@ cannot become one. The one border inside text is the beginning of an answer, whe
 over it, `render(conversation)` begins with the ids of `render_prompt(conversation[:-1])`, and an answer is trained on
 just the ids after which it will be generated.
 
+What a template has no place for, calls of tools and their results, a format of `internlm.text.tools` writes out first.
+
 Limit: with a vocabulary that puts a space before every text (Llama 1 and 2) each stretch of text gets one.
 """
 
@@ -22,10 +24,21 @@ from dataclasses import dataclass
 
 from internlm.errors import DataError, TokenizerError
 from internlm.log import warn_once
-from internlm.text.templates import Part, Special, Template
+from internlm.text.templates import Frame, Part, Special, Template
 from internlm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A tool that the model wants to be run."""
+
+    id: str
+    """By which the result names the call it belongs to."""
+    name: str
+    arguments: str
+    """A JSON object, as the model wrote it."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +46,24 @@ class Message:
     """What one party of a conversation says."""
 
     role: str
-    """system, user or assistant."""
+    """system, user, assistant, or tool: the result of a call, which a format of `internlm.text.tools` writes out."""
     content: str
     name: str | None = None
     """Who says it; no format writes it yet."""
+    calls: tuple[ToolCall, ...] = ()
+    """Calls that an assistant message ends with; written out by a format of `internlm.text.tools`."""
+    call_id: str | None = None
+    """Which call a tool's result belongs to."""
+
+
+@dataclass(frozen=True)
+class Framed(Message):
+    """A message that a tool format wrote out: with special tokens in its content, or in a frame of its own."""
+
+    parts: tuple[Part, ...] = ()
+    """The content again, its special tokens as such."""
+    frame: Frame | None = None
+    """What stands around it instead of the template's frame."""
 
 
 Conversation = Sequence[Message]
@@ -66,8 +93,12 @@ def render(messages: Conversation, template: Template, tokenizer: Tokenizer) -> 
     return writer.ids, writer.mask
 
 
-def render_prompt(messages: Conversation, template: Template, tokenizer: Tokenizer) -> list[int]:
+def render_prompt(
+    messages: Conversation, template: Template, tokenizer: Tokenizer, begin: Sequence[Part] = ()
+) -> list[int]:
     """Return the ids after which the model writes the next answer; the last message is the user's.
+
+    With `begin` they end with the beginning of that answer, encoded by itself as an answer is.
 
     Raises:
         DataError: the messages are not [system], user, assistant, …, user.
@@ -81,6 +112,7 @@ def render_prompt(messages: Conversation, template: Template, tokenizer: Tokeniz
         )  # fmt: skip
     writer = _Writer(tokenizer)
     writer.conversation(messages, template, answer_follows=True)
+    writer.begin_answer(begin)
     return writer.ids
 
 
@@ -104,6 +136,11 @@ def _check(messages: Conversation, template: Template) -> None:
             raise DataError("the content is not a text", where=where, got=message.content)
         if message.role == "system" and number > 1:
             raise DataError("a system message can only be the first", where=where)
+        if message.calls:
+            raise DataError(
+                "the calls of a message are not written out", where=where, got=message.calls[0].name,
+                do="Render the conversation with a format of internlm.text.tools first.",
+            )  # fmt: skip
         if message.name is not None:
             warn_once(logger, f"template {template.name} does not write names: {message.name!r} has no effect")
     offset = len(messages) - len(_turns(messages)) + 1
@@ -125,6 +162,16 @@ def _turns(messages: Conversation) -> Conversation:
     return messages[1:] if messages[0].role == "system" else messages
 
 
+def _content(message: Message) -> tuple[Part, ...]:
+    return message.parts if isinstance(message, Framed) else (message.content,)
+
+
+def _framed(message: Message, usual: Frame) -> tuple[Part, ...]:
+    """Return the parts of a message in its own frame, or in the usual one of its role."""
+    frame = message.frame if isinstance(message, Framed) and message.frame is not None else usual
+    return (*frame.prefix, *_content(message), *frame.suffix)
+
+
 class _Writer:
     """Ids in the making."""
 
@@ -138,22 +185,27 @@ class _Writer:
         """Write messages that have been checked; with `answer_follows`, what stands before the next answer too."""
         if template.bos:
             self._role("bos", self.tokenizer.bos_id)
-        content = messages[0].content if messages[0].role == "system" else template.default_system
-        if template.system is not None and content:
-            self._parts((*template.system.prefix, content, *template.system.suffix))
+        first = messages[0] if messages[0].role == "system" else Message("system", template.default_system or "")
+        if template.system is not None and first.content:
+            self._parts(_framed(first, template.system))
         for message in _turns(messages):
             if message.role == "user":
-                self._parts((*template.user.prefix, message.content, *template.user.suffix))
+                self._parts(_framed(message, template.user))
                 continue
             suffix = template.assistant.suffix
             end = max((index + 1 for index, part in enumerate(suffix) if not isinstance(part, str)), default=0)
             self._parts(template.assistant.prefix)
             self._cut()
-            self._parts((message.content, *suffix[:end]))
+            self._parts((*_content(message), *suffix[:end]))
             self._cut(trained=True)
             self._parts(suffix[end:])
         if answer_follows:
             self._parts(template.assistant.prefix)
+        self._cut()
+
+    def begin_answer(self, parts: Sequence[Part]) -> None:
+        """Write the beginning of the answer that follows."""
+        self._parts(parts)
         self._cut()
 
     def _parts(self, parts: Iterable[Part]) -> None:

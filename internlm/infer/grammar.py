@@ -1,0 +1,311 @@
+r"""Structured output: answers that are JSON, follow a schema, match a regular expression, or are one of several texts.
+
+    grammar = compile("json_schema", '{"type": "object", …}', tokenizer, vocab_size, stop_ids)
+    engine.add(Request(tokens=ids, stop_ids=stop_ids, grammar=grammar))
+
+A token may come next when its bytes can go on with the answer; a stop id, when the answer may end. Among those the
+model chooses by its own probabilities. Where nothing more can follow (after the last brace) the answer ends by itself.
+
+The work behind `Grammar` is llguidance's (https://github.com/guidance-ai/llguidance, 1.9.1), not xgrammar's (0.2.9):
+  - it refuses a schema that it cannot follow in full (`not`, `uniqueItems`, `oneOf` that overlaps, unknown formats),
+    where xgrammar lets answers through that break it;
+  - it makes states when they are reached, so that compiling takes 1 ms (xgrammar: 75 ms for the schema below, and no
+    end within 100 s for `(.|\n){20,4000}`), and bounds the work of a step;
+  - it is one wheel of 3 MB without dependencies; xgrammar's brings Triton (286 MB) and Transformers.
+
+For V = 103,168 on one core (a 2-core x86 server, fp32 row; 177 tokens of JSON under a schema of four properties, any
+object, a regular expression): a mask takes 205–225 µs, 740 at most, of which writing the row is 100; `accept` 9 µs,
+`start` 25 µs; the first grammar for a tokenizer 0.6 s, to read its vocabulary. Texts made to hurt got single masks of
+up to 70 ms, for which the whole batch waits.
+
+Limits: properties come in the schema's order, and keys that it does not name may come twice. A regular expression is of
+the Rust kind (https://docs.rs/regex/latest/regex/#syntax: no look-around, no back-references; `\w` and `\d` are
+Unicode's) and the whole answer must match. A grammar is Lark as llguidance reads it, or GBNF. With a vocabulary that
+puts a space before every text (Llama 1 and 2) no answer begins with a space of its own, as `TextStream` would cut it
+off; a grammar that asks for one gets an answer without.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from internlm.errors import EngineError
+from internlm.infer.request import Constraint, Grammar
+from internlm.infer.stream import puts_space_first
+from internlm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import llguidance
+
+_Flags = npt.NDArray[np.bool_]
+Kind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+
+MOST_SIZE = 2**16
+"""Characters of a schema, expression, list or grammar."""
+MOST_DEPTH = 64
+"""Of a schema's own nesting."""
+MOST_SECONDS = 5.0
+"""For trying a text out."""
+_TRIALS = threading.BoundedSemaphore(2)  # processes at once: each may take a core and a gigabyte
+_TRIAL = Path(__file__).with_name("grammar_trial.py")
+_WHITE_SPACE = r"[ \n\r\t]{0,32}"  # between the parts of JSON; without a bound, weak models write white space for ever
+_OPTIONS = '\n%llguidance {"no_forcing": true}\n'  # else only the tokenizer's own split of a text is allowed
+
+
+_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+
+
+def compile(kind: str, text: str, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int]) -> Grammar:
+    """Return what answers must look like, for `Request.grammar`; the last ones are kept and found again.
+
+    It may run in any thread. A text that was not seen before is tried out in another process first, which takes a tenth
+    of a second and ends after `MOST_SECONDS`: some texts would keep the library busy for ever.
+
+    Args:
+        kind: what `text` is: a JSON Schema, a regular expression, a JSON list of texts, a Lark or GBNF grammar. For
+            "json_object" it counts for nothing.
+        text: as said.
+        tokenizer: gives the bytes of each token; special tokens have none, so that they are never a part of an answer.
+        vocab_size: of the model; ids beyond the tokenizer's are never allowed.
+        stop_ids: those of the request: allowed where the answer may end, and never as a part of it.
+
+    Raises:
+        EngineError: the text is not valid, not supported, too large or matched by nothing; or the library is missing.
+    """
+    if kind not in get_args(Kind):
+        raise EngineError("is no kind of grammar", where="response_format", got=kind, allowed=get_args(Kind))
+    size = min(vocab_size, tokenizer.vocab_size)
+    stops = frozenset(id_ for id_ in stop_ids if 0 <= id_ < size)
+    return _compile(kind, "" if kind == "json_object" else text, tokenizer, size, stops)
+
+
+class _Compiled:
+    """A grammar for a vocabulary; every answer gets a copy of its matcher, which has read nothing yet."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, stops: frozenset[int], begins: _Flags) -> None:
+        self._matcher, self._stops, self._begins = matcher, sorted(stops), begins
+
+    def start(self) -> Constraint:
+        return _Running(self._matcher.deep_copy(), self._stops, self._begins)
+
+
+class _Running:
+    """One answer's place in its grammar.
+
+    Args:
+        matcher: its own.
+        stops: ids that end it.
+        begins: which of the vocabulary's ids may be the first, as far as the grammar leaves a choice.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, stops: list[int], begins: _Flags) -> None:
+        self._matcher, self._stops, self._begins = matcher, stops, begins
+        self._is_first = True
+
+    def mask(self, logits: Tensor) -> None:
+        """Set the logits [V] of every token that may not come next to −inf, in place.
+
+        Raises:
+            EngineError: nothing may, or finding out is too much work.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():  # a dead end, too
+            raise EngineError(_explain(self._matcher.get_error(), "grammar"), where="grammar")
+        size = len(self._begins)
+        allowed = np.unpackbits(bits, count=size, bitorder="little").view(np.bool_)
+        if self._is_first and (allowed & self._begins).any():
+            allowed &= self._begins
+        forbidden = np.ones(logits.shape[0], np.bool_)
+        np.logical_not(allowed, out=forbidden[:size])
+        forbidden[self._stops] = not self._matcher.is_accepting()
+        logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), float("-inf"))
+
+    def accept(self, token: int) -> None:
+        """Go on by a token.
+
+        Raises:
+            EngineError: it may not come here.
+        """
+        if not self._matcher.consume_token(token):
+            raise EngineError(_explain(self._matcher.get_error(), "grammar"), where="grammar", got=token)
+        self._is_first = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer is whole, so that nothing may follow."""
+        return self._matcher.is_stopped()
+
+
+class _Vocabulary:
+    """A tokenizer in the form that the library asks for; one id more stands for its own end of text.
+
+    Args:
+        tokenizer: gives the bytes.
+        size: ids that count.
+        stops: ids that are no text here, whatever their bytes.
+    """
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+    special_token_ids: tuple[int, ...] = ()
+
+    def __init__(self, tokenizer: Tokenizer, size: int, stops: frozenset[int]) -> None:
+        entries = [b"" if id_ in stops else tokenizer.token_bytes(id_) for id_ in range(size)]
+        self.tokens = [*entries, b""]
+        self.eos_token_id = size
+
+    def __call__(self, text: str) -> list[int]:
+        """Never called, as nothing is forced; the library wants to find it."""
+        raise NotImplementedError
+
+
+@functools.lru_cache(maxsize=4)
+def _vocabulary(tokenizer: Tokenizer, size: int, stops: frozenset[int]) -> llguidance.LLTokenizer:
+    wrapper: Any = _Vocabulary(tokenizer, size, stops)
+    return _library().LLTokenizer(wrapper, n_vocab=size + 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _beginnings(tokenizer: Tokenizer, size: int) -> _Flags:
+    """Return which ids do not begin with a space that `TextStream` would cut off."""
+    if not puts_space_first(tokenizer):
+        return np.ones(size, np.bool_)
+    return np.array([not tokenizer.token_bytes(id_).startswith(b" ") for id_ in range(size)])
+
+
+@functools.lru_cache(maxsize=64)
+def _compile(kind: str, text: str, tokenizer: Tokenizer, size: int, stops: frozenset[int]) -> _Compiled:
+    where = "response_format" if kind.startswith("json") else kind
+    library = _library()
+    if len(text) > MOST_SIZE:
+        raise EngineError("is too long", where=where, got=f"{len(text)} characters", allowed=[f"up to {MOST_SIZE}"])
+    try:
+        text.encode()
+        lark = _lark(kind, text, where)
+        if kind in ("json_schema", "regex", "grammar"):
+            lark = _try_out(lark, kind, where)
+        grammar = library.LLMatcher.grammar_from_lark(lark + _OPTIONS)
+    except UnicodeEncodeError as error:
+        raise EngineError("has unpaired surrogates, which are no characters", where=where) from error
+    limits = library.LLParserLimits(verbose_errors=False)
+    matcher = library.LLMatcher(_vocabulary(tokenizer, size, stops), grammar, log_level=0, limits=limits)
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # what nothing matches has no first token
+    if matcher.is_error():
+        raise EngineError(_explain(matcher.get_error(), kind), where=where)
+    return _Compiled(matcher, stops, _beginnings(tokenizer, size))
+
+
+def _try_out(lark: str, kind: str, where: str) -> str:
+    """Return the grammar as Lark once it has compiled in a process that could be stopped (see `grammar_trial`).
+
+    Raises:
+        EngineError: it has not.
+    """
+    request = json.dumps({"lark": lark, "is_foreign": kind == "grammar"})
+    command = [sys.executable, "-P", str(_TRIAL)]
+    pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+    try:
+        with _TRIALS:
+            done = subprocess.run(command, input=request, stdout=pipe, stderr=nowhere, text=True, timeout=MOST_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(f"takes over {MOST_SECONDS:g} s to compile", where=where, do="Make it simpler.") from error
+    if done.returncode != 0:
+        raise EngineError(
+            "takes too much memory to compile, or breaks the compiler", where=where, do="Make it simpler."
+        )
+    answer = json.loads(done.stdout)
+    if answer["problem"] is not None:
+        raise EngineError(_explain(answer["problem"], kind), where=where)
+    return str(answer["lark"])
+
+
+def _lark(kind: str, text: str, where: str) -> str:
+    """Return the grammar in the library's form of Lark, or what may be GBNF as it is.
+
+    https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+    """
+    if kind == "json_object":
+        return _of_schema({"type": "object"})
+    if kind == "json_schema":
+        schema = _parse(text, where)
+        if not isinstance(schema, dict):
+            raise EngineError("a JSON Schema is an object", where=where, got=text[:40])
+        return _of_schema(schema)
+    if kind == "regex":
+        return f"start: /{_library().regex_to_lark(text, use_ascii='')}/"
+    if kind == "choice":
+        choices = _parse(text, where)
+        if not (isinstance(choices, list) and choices and all(isinstance(choice, str) for choice in choices)):
+            raise EngineError("must be a JSON list of texts, at least one", where=where)
+        return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    return text
+
+
+def _of_schema(schema: dict[str, Any]) -> str:
+    # The schema's own settings for the library are replaced: it may not switch off that what is unknown is refused.
+    settings = {"whitespace_pattern": _WHITE_SPACE, "coerce_one_of": False, "lenient": False}
+    return f"start: %json {json.dumps({**schema, 'x-guidance': settings})}"
+
+
+def _parse(text: str, where: str) -> Any:
+    """Return the JSON value.
+
+    Raises:
+        EngineError: it is none, or nested too deeply.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        value = json.loads(text, parse_constant=refuse)
+    except RecursionError as error:
+        raise EngineError("is nested too deeply", where=where, allowed=[f"up to {MOST_DEPTH} levels"]) from error
+    except ValueError as error:
+        raise EngineError(f"is no JSON: {error}", where=where) from error
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MOST_DEPTH:
+            raise EngineError("is nested too deeply", where=where, allowed=[f"up to {MOST_DEPTH} levels"])
+        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = [inner for part in parts for inner in part]
+    return value
+
+
+def _explain(message: str, kind: str) -> str:
+    """Return a message of the library without the pictures that follow."""
+    if message.startswith("NoExtension"):
+        return "no text that this vocabulary can write matches"
+    if message.startswith("panic:"):
+        return "is too large or deep for the compiler"
+    # Places are those of the Lark text, which only its author has seen.
+    message = message if kind == "grammar" else _PLACE.sub("", message)
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return next((line for line in lines if line.startswith("error:")), lines[0] if lines else "failed")[:300]
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise EngineError(
+            "structured output needs llguidance, which is not installed",
+            where="response_format",
+            do="Install it: pip install 'internlm[serve]'",
+        ) from error
+    return llguidance
