@@ -23,6 +23,9 @@ VERBS = {
     "launch": "start a training on several ranks, of one machine or more",
     "convert": "convert weights between formats",
     "chat": "talk to a model in the terminal",
+    "serve": "serve a model to OpenAI's clients",
+    "web": "serve a model and open its chat page",
+    "deploy": "hand a model over to LMDeploy, vLLM, SGLang or llama.cpp",
     "doctor": "show versions, devices and which fast paths are active",
 }
 

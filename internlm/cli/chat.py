@@ -5,44 +5,88 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import sys
 from typing import TYPE_CHECKING
 
 from internlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from internlm.serve.terminal import Chat
+    from internlm.serve.answer import Answerer
+    from internlm.serve.conversation import Chat
+    from internlm.serve.terminal import Screen
 
 DESCRIPTION = """\
-Talk to a model: a run, a checkpoint or a Transformers folder.
+Talk to a model: a run, a checkpoint or a Transformers folder, or one behind an OpenAI-style URL.
 
-  internlm chat out                               questions and answers; /help, /clear, /exit; Ctrl-C stops an answer
+  internlm chat out                               questions and answers; /help says more; Ctrl-C stops an answer
   internlm chat out -p "What is a prime?"         one question
   internlm chat out < question.txt                the whole input is one question
   internlm chat runs/a --temperature 0            always the most probable token
+  internlm chat --url http://127.0.0.1:8000       the same with the model of a server
 
 A model trained without a chat format goes on with the text it is given. Remarks go to stderr, answers to stdout."""
+
+KEY_VARIABLE = "INTERNLM_API_KEY"
+_ENGINES = ("turbomind", "pytorch", "torch")
+"""LMDeploy's: `lmdeploy chat turbomind DIR`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", metavar="DIR", help="run, checkpoint or Transformers folder")
+    parser.add_argument("words", metavar="DIR", nargs="*", help="run, checkpoint or Transformers folder")
+    parser.add_argument("--url", help="of a server, in the place of DIR")
+    parser.add_argument("--model", "--model-name", metavar="NAME", help="the server's model (default: its first)")
+    parser.add_argument("--api-key", metavar="KEY", help=f"of the server; better in {KEY_VARIABLE}")
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="ask this and leave")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--template", metavar="NAME", help="chat format (default: as recorded); `none`: continue text")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="default: %(default)s; 0: greedy")
     parser.add_argument("--top-p", type=float, default=0.8, metavar="P", help="default: %(default)s")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all tokens")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of an answer; default: %(default)s")
     parser.add_argument("--seed", type=int, metavar="S", help="makes answers repeatable")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: cuda where there is one)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: auto, cuda where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object (with -p or piped input)")
+    parser.add_argument("--no-history", action="store_true", help="do not remember what is typed")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer one question, or converse."""
-    from internlm.serve import terminal
+    from internlm.serve.answer import Settings
+    from internlm.serve.conversation import Chat
+    from internlm.serve.terminal import Screen, say
 
-    question = arguments.prompt
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
+    question = _question(arguments)
+    screen = Screen(sys.stdout, sys.stderr)
+    settings = Settings(
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        max_tokens=arguments.max_tokens,
+        seed=arguments.seed,
+    )
+    chat = Chat(_answerer(arguments, screen), settings, arguments.system, screen.note)
+    if question is None:
+        return _converse(chat, screen, remembers=not arguments.no_history)
+    if not arguments.json:
+        say(chat, chat.answer(question), screen)
+    else:
+        answer = "".join(chat.answer(question))
+        print(json.dumps({"answer": answer, **_facts(chat)}, ensure_ascii=False))
+    return 130 if chat.last is not None and chat.last.finished == "abort" else 0
+
+
+def _question(arguments: argparse.Namespace) -> str | None:
+    """Return the one question there is to ask; None where a person will type.
+
+    Raises:
+        UsageError: there is no place it could come from, or it is empty.
+    """
+    question: str | None = arguments.prompt
     if question is None and sys.stdin is None:
         raise UsageError("there is no input to read a question from", do="Give -p TEXT.")
     if question is None and not sys.stdin.isatty():
@@ -51,65 +95,84 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--json needs a question", do="Give -p, or pipe one in.")
     if question is not None and not question.strip():
         raise UsageError("the question is empty", do="Give -p TEXT, or pipe a text in.")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
-    chat = _open(arguments)
-    if question is None:
-        return _talk(chat)
-    if not arguments.json:
-        terminal.say(chat, question, sys.stdout)
-    else:
-        answer = "".join(chat.answer(question))
-        prompt_tokens, tokens, finished = chat.last
-        facts = {"answer": answer, "prompt_tokens": prompt_tokens, "tokens": tokens, "finished": finished}
-        print(json.dumps(facts, ensure_ascii=False))
-    return 130 if chat.last[2] == "abort" else 0
+    return question
 
 
-def _open(arguments: argparse.Namespace) -> Chat:
-    """Return a conversation with the model."""
+def _answerer(arguments: argparse.Namespace, screen: Screen) -> Answerer:
+    """Return who answers."""
+    words = list(arguments.words)
+    if len(words) == 2 and words[0] in _ENGINES:
+        screen.note(f"`{words.pop(0)}` is an engine of LMDeploy; here there is one engine, and it needs no name")
+    if arguments.url is not None:
+        if words:
+            raise UsageError("give a folder or --url, not both", got=words[0])
+        for name in ("template", "device"):
+            if getattr(arguments, name) is not None:
+                raise UsageError("is the server's business, and means nothing with --url", where=f"--{name}")
+        return _server(arguments)
+    if len(words) != 1:
+        raise UsageError("give one folder of a model, or --url", got=" ".join(words) or None)
+    if arguments.api_key is not None:
+        raise UsageError("means nothing without --url", where="--api-key")
+    if arguments.model is not None:
+        screen.note(f"--model {arguments.model} has no effect without --url; --template chooses a chat format")
+    return _engine(arguments, words[0], screen)
+
+
+def _server(arguments: argparse.Namespace) -> Answerer:
+    from internlm.infer.client import Client
+    from internlm.serve.answer import FromServer
+
+    key = arguments.api_key or os.environ.get(KEY_VARIABLE) or None
+    return FromServer(Client(arguments.url, arguments.model, key))
+
+
+def _engine(arguments: argparse.Namespace, path: str, screen: Screen) -> Answerer:
     import secrets
 
     import torch
 
     from internlm.checkpoint.source import open_source
-    from internlm.infer.engine import Engine
-    from internlm.serve.terminal import Chat, Settings, note_to_stderr
+    from internlm.infer.engine import Engine, Limits
+    from internlm.serve.local import FromEngine
     from internlm.text.templates import get_template
 
-    device = arguments.device
+    device = arguments.device or "auto"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise UsageError("no such device here", where="--device", got=device, allowed=["auto", "cpu", "cuda"])
-    source = open_source(arguments.model)
+    source = open_source(path)
     name = arguments.template or source.talk.template
     if name is None:
-        note_to_stderr("no chat format is recorded: the model goes on with your text; --template NAME chooses one")
+        screen.note("no chat format is recorded: the model goes on with your text; --template NAME chooses one")
     template = None if name in (None, "none") else get_template(name)
     # bf16 products are several times slower than fp32 on CPUs without AMX.
     model = source.model(torch.float32 if device == "cpu" else torch.bfloat16, device)
-    engine = Engine(model, source.talk.tokenizer, max_batch=1, seed=secrets.randbits(30))
-    settings = Settings(
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        max_tokens=arguments.max_tokens,
-        seed=arguments.seed,
-        system=arguments.system,
-        stops=source.talk.stops,
-    )
-    return Chat(engine, template, settings, note_to_stderr)
+    engine = Engine(model, source.talk.tokenizer, Limits(batch=1), seed=secrets.randbits(30))
+    return FromEngine(engine, template, source.talk.stops, path)
 
 
-def _talk(chat: Chat) -> int:
+def _facts(chat: Chat) -> dict[str, object]:
+    """Return what --json says beside the answer."""
+    facts = chat.last
+    assert facts is not None, "an answer was given"
+    times = {"first_s": facts.first_s, "seconds": facts.seconds}
+    return {
+        "prompt_tokens": facts.prompt_tokens,
+        "cached_tokens": facts.cached_tokens,
+        "tokens": facts.tokens,
+        "finished": facts.finished,
+        **{name: None if value is None else round(value, 3) for name, value in times.items()},
+    }
+
+
+def _converse(chat: Chat, screen: Screen, *, remembers: bool) -> int:
     """Converse at a terminal."""
-    import contextlib
+    from internlm.serve.lines import InputHistory, open_input, state_file
+    from internlm.serve.terminal import Terminal
 
-    from internlm.serve.terminal import converse
-
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (editing and history at the prompt)
-    print("/help lists the commands, /exit leaves", file=sys.stderr)
-    converse(chat, lambda: input("\n> "), sys.stdout)
+    inputs = InputHistory(state_file() if remembers else None)
+    screen.note(f"{chat.answerer.name}; /help lists the commands, /exit leaves")
+    Terminal(chat, screen, inputs).converse(open_input(inputs))
     return 0

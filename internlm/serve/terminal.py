@@ -1,220 +1,281 @@
 """A conversation in the terminal: `internlm chat`.
 
-    chat = Chat(engine, get_template("internlm"), Settings())
-    for text in chat.answer("hello"): ...        # streams; the turn is kept for the next question
+    screen = Screen(sys.stdout, sys.stderr)
+    chat = Chat(answerer, Settings(), note=screen.note)
+    Terminal(chat, screen).converse(read)        # asks and answers until the input ends or `/exit`
 
-With a template, every question sees the turns before it; without one (a base model), the model goes on with the text it
-is given and nothing is remembered. When the context is full the oldest turns are dropped, and that is said.
+Answers go to one stream, everything else to the other, so that a file may take the answers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shutil
 import signal
-import sys
+import textwrap
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TextIO
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import NamedTuple, TextIO
 
-from internlm.errors import EngineError, InternLMError, UsageError
-from internlm.infer.engine import Engine, Finished, Request
-from internlm.text.chat import Message, render_prompt
-from internlm.text.templates import Template
-from internlm.weights.talk import Talk
+from internlm.errors import InternLMError, UsageError, did_you_mean
+from internlm.serve.conversation import Chat
+from internlm.serve.lines import QUOTES, InputHistory, Read, read_input
 
-HELP = """\
-  /clear   forget the conversation
-  /help    show this
-  /exit    leave (also Ctrl-D)
-  Ctrl-C stops an answer; what was said of it is kept."""
 HIDDEN = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 """Control characters: a model must not be able to steer the terminal."""
+_SHOWN = 60
+"""Characters of a question in a note."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How answers are written."""
-
-    temperature: float = 0.8
-    """0 takes the most probable token."""
-    top_p: float = 0.8
-    """Probability that the tokens kept have together."""
-    max_tokens: int = 512
-    """Most tokens of an answer."""
-    seed: int | None = None
-    """The n-th answer is drawn with seed + n; None: from the engine's seed."""
-    system: str | None = None
-    """System message; None: the template's own, if it has one."""
-    stops: tuple[int, ...] = ()
-    """Ids that end an answer, beside eos and those of the template."""
-
-
-class Chat:
-    """One conversation with a model.
+class Screen:
+    """Where a conversation is shown.
 
     Args:
-        engine: with a tokenizer.
-        template: chat format; None: plain continuation.
-        settings: how answers are written.
-        note: told what the user should know (turns dropped, an answer cut).
+        out: takes the answers.
+        remarks: takes everything else.
+    """
+
+    def __init__(self, out: TextIO, remarks: TextIO) -> None:
+        self.out, self.remarks = out, remarks
+        has_colours = remarks.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+        self._dim, self._plain = ("\x1b[2m", "\x1b[0m") if has_colours else ("", "")
+        self._in_line = False
+
+    def write(self, piece: str) -> None:
+        """Show a piece of an answer, at once."""
+        piece = piece.translate(HIDDEN)
+        self.out.write(piece)
+        self.out.flush()
+        if piece:
+            self._in_line = not piece.endswith("\n")
+
+    def end(self) -> None:
+        """End the line that an answer is in, if it is in one."""
+        if self._in_line:
+            self.out.write("\n")
+            self.out.flush()
+            self._in_line = False
+
+    def note(self, text: str) -> None:
+        """Show a remark, apart from the answers."""
+        self.show(f"[{text}]")
+
+    def show(self, text: str) -> None:
+        """Show lines that are no answer."""
+        self.end()
+        self.remarks.write(f"{self._dim}{text.translate(HIDDEN)}{self._plain}\n")
+        self.remarks.flush()
+
+
+def say(chat: Chat, pieces: Generator[str], screen: Screen) -> None:
+    """Show an answer of the chat while it comes. Ctrl-C ends it after the step that is being computed, twice at once.
 
     Raises:
-        UsageError: the template has no place for the system message.
-        TokenizerError: the tokenizer lacks a token of the template.
+        KeyboardInterrupt: at the second Ctrl-C.
+        InternLMError: as of `Chat.answer`.
     """
-
-    def __init__(
-        self, engine: Engine, template: Template | None, settings: Settings, note: Callable[[str], None] | None = None
-    ) -> None:
-        if engine.tokenizer is None:
-            raise UsageError("talking needs a tokenizer, and the model came without one")
-        self.engine, self.template, self.settings = engine, template, settings
-        self.tokenizer = engine.tokenizer
-        self.note = note or (lambda text: None)
-        self.history: list[Message] = []
-        self.answers = 0
-        self.interrupted = False
-        """Set from outside (a signal) to end the answer after its next token."""
-        self.last: tuple[int, int, Finished] = (0, 0, "stop")
-        """Of the last answer: tokens of the prompt, tokens of the answer, why it ended."""
-        if settings.system and (template is None or template.system is None):
-            name = "plain continuation" if template is None else f"template {template.name}"
-            raise UsageError(f"{name} has no place for a system message", where="--system")
-        known = None if template is None else template.name
-        self.stops = tuple(Talk(self.tokenizer, known, stops=settings.stops).stop_ids())
-        self._prompt("a")  # a template that does not fit says so now, not after the first question
-
-    def answer(self, question: str) -> Iterator[str]:
-        """Yield the pieces of an answer; then the turn belongs to the conversation.
-
-        Raises:
-            EngineError: the question alone is longer than the context, or the model's numbers are not finite; the
-                conversation is as before.
-        """
-        prompt = self._prompt(question)
-        settings = self.settings
-        request = Request(
-            tokens=prompt,
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=None if settings.seed is None else settings.seed + self.answers,
-            stop_ids=self.stops,
-            continuation=self.template is None,
-        )
-        self.interrupted = False
-        text, count, finished = "", 0, None
-        with contextlib.closing(self.engine.stream(request)) as deltas:
-            for delta in deltas:
-                text, count, finished = text + delta.text, count + len(delta.tokens), delta.finished
-                if delta.text:
-                    yield delta.text
-                if self.interrupted:
-                    break
-        if finished == "error":
-            raise EngineError("the model gives logits that are not finite", do="Its weights are damaged or overflow.")
-        self.answers += 1
-        self.last = len(prompt), count, finished or "abort"
-        if self.template is not None and text:
-            self.history += [Message("user", question), Message("assistant", text)]
-        if finished == "length":
-            room = self.engine.max_length - len(prompt)
-            why = "--max-tokens" if settings.max_tokens <= room else "the model's context"
-            self.note(f"the answer was cut after {count} tokens ({why})")
-
-    def clear(self) -> None:
-        """Forget the conversation."""
-        self.history.clear()
-
-    def _prompt(self, question: str) -> list[int]:
-        """Return the ids to answer, dropping the oldest turns that leave no room."""
-        if self.template is None:
-            start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-            return start + self.tokenizer.encode(question)
-        kept = [] if self.template.single_turn else list(self.history)
-        system = [] if self.settings.system is None else [Message("system", self.settings.system)]
-        room = self.engine.max_length - min(self.settings.max_tokens, self.engine.max_length // 4)
-        dropped = 0
-        while True:
-            prompt = render_prompt([*system, *kept, Message("user", question)], self.template, self.tokenizer)
-            if len(prompt) <= room or not kept:
-                break
-            del kept[:2]
-            dropped += 1
-        if len(prompt) >= self.engine.max_length:
-            return prompt  # the engine refuses it; the conversation stays as it was
-        self.history[:] = kept
-        if dropped:
-            self.note(f"the context is full: the oldest {dropped} turn{'s' if dropped > 1 else ''} dropped")
-        return prompt
-
-
-def converse(chat: Chat, read_line: Callable[[], str], out: TextIO) -> None:
-    """Ask and answer until the input ends or `/exit`.
-
-    Args:
-        chat: the conversation.
-        read_line: returns the next line; raises EOFError at the end and KeyboardInterrupt on Ctrl-C.
-        out: where answers go.
-    """
-    while True:
+    with _interruptible(chat) as times, contextlib.closing(pieces):
         try:
-            line = read_line().strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            chat.note("/exit or Ctrl-D leaves")
-            continue
-        if line == "/exit":
-            return
-        if line == "/clear":
-            chat.clear()
-            chat.note("forgotten")
-        elif line == "/help":
-            out.write(HELP + "\n")
-        elif re.fullmatch(r"/[a-z]+", line):
-            chat.note(f"no such command: {line}; /help lists them")
-        elif line:
-            try:
-                say(chat, line, out)
-            except InternLMError as error:
-                chat.note(str(error))
-
-
-def say(chat: Chat, question: str, out: TextIO) -> str:
-    """Write an answer to `out` while it comes, and return it. Ctrl-C ends the answer, not the program."""
-    pieces = []
-    with _interruptible(chat):
-        for piece in chat.answer(question):
-            pieces.append(piece)
-            out.write(piece.translate(HIDDEN))
-            out.flush()
-    out.write("\n")
-    out.flush()
-    return "".join(pieces)
+            for piece in pieces:
+                screen.write(piece)
+        except KeyboardInterrupt:  # of an answerer that is ended so, wherever the signal found the program
+            if times() > 1:
+                raise
+        finally:
+            screen.end()
 
 
 @contextlib.contextmanager
-def _interruptible(chat: Chat) -> Iterator[None]:
-    """Let the first Ctrl-C inside the block end the answer, and a second one everything."""
+def _interruptible(chat: Chat) -> Iterator[Callable[[], int]]:
+    """Let the first Ctrl-C inside the block end the answer, and any further one raise; yield a count of them."""
+    count = 0
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
+        yield lambda: count  # only the main thread may set handlers
         return
 
     def handle(number: int, frame: object) -> None:
-        if chat.interrupted:
+        nonlocal count
+        count += 1
+        if count > 1:
             raise KeyboardInterrupt
-        chat.interrupted = True
+        chat.answerer.interrupt()
 
     before = signal.signal(signal.SIGINT, handle)
     try:
-        yield
+        yield lambda: count
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def note_to_stderr(text: str) -> None:
-    """Show a remark apart from the answers."""
-    print(f"[{text}]", file=sys.stderr, flush=True)
+class Command(NamedTuple):
+    """What may be typed instead of a question."""
+
+    argument: str
+    """What may stand after it, for the help; "": nothing."""
+    help: str
+    run: Callable[[Terminal, str], None]
+
+
+class Terminal:
+    """Reads questions and commands, and shows answers.
+
+    Args:
+        chat: the conversation.
+        screen: where it is shown.
+        inputs: remembers what was typed.
+    """
+
+    def __init__(self, chat: Chat, screen: Screen, inputs: InputHistory | None = None) -> None:
+        self.chat, self.screen = chat, screen
+        self.inputs = inputs or InputHistory(None)
+        self.file: Path | None = None
+        """Where the conversation was saved or loaded last."""
+        self._leaving = False
+
+    def converse(self, read: Read) -> None:
+        """Ask and answer until the input ends or `/exit`."""
+        while not self._leaving:
+            try:
+                text, is_plain = read_input(read)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self.screen.note("/exit or Ctrl-D leaves")
+                continue
+            if not text.strip():
+                continue
+            self.inputs.add(text)
+            try:
+                if is_plain:
+                    self._do(text)
+                else:
+                    say(self.chat, self.chat.answer(text), self.screen)
+            except InternLMError as error:
+                self.screen.note(str(error))
+            except KeyboardInterrupt:
+                continue  # pressed twice, or between answers: nobody wants to lose the conversation by that
+
+    def _do(self, text: str) -> None:
+        """Carry out a command, or ask a question."""
+        name, _, argument = text.partition(" ")
+        if text in ("end", "exit"):
+            name, argument = {"end": "/clear", "exit": "/exit"}[text], ""
+            self.screen.note(f"{text} means {name} here; {QUOTES}{text}{QUOTES} asks it")
+        if not re.fullmatch(r"/[a-z]+", name):  # a path is a question, not a command
+            say(self.chat, self.chat.answer(text), self.screen)
+            return
+        command = COMMANDS.get(name)
+        if command is None:
+            advice = did_you_mean(name, COMMANDS)
+            raise UsageError(f"no such command: {name}. {advice + ' ' if advice else ''}/help lists them")
+        if argument and not command.argument:
+            raise UsageError("nothing stands after this command", where=name, got=argument)
+        command.run(self, argument.strip())
+
+    def clear(self, _: str) -> None:
+        """Forget the conversation."""
+        self.chat.clear()
+        self.screen.note("forgotten")
+
+    def retry(self, _: str) -> None:
+        """Ask the last question again."""
+        say(self.chat, self.chat.retry(), self.screen)
+
+    def undo(self, _: str) -> None:
+        """Take back the last turn."""
+        question = " ".join(self.chat.undo().split())
+        self.screen.note(f"taken back: {question if len(question) <= _SHOWN else question[: _SHOWN - 1] + '…'}")
+
+    def system(self, argument: str) -> None:
+        """Show or set the system message."""
+        if argument:
+            self.chat.use(self.chat.settings, None if argument == "none" else argument)
+        shown = "the chat format's own" if self.chat.system is None else self.chat.system
+        self.screen.note(f"system message: {shown}")
+
+    def set(self, argument: str) -> None:
+        """Show or change the settings."""
+        name, _, value = re.sub(r"\s*=\s*", " ", argument, count=1).partition(" ")
+        if name:  # without a value this says only whether there is such a setting
+            changed = self.chat.settings.parsed(name, value.strip() or "none")
+            self.chat.use(changed if value.strip() else self.chat.settings, self.chat.system)
+        told = self.chat.settings.as_json()
+        for key in [name] if name else told:
+            shown = "none" if told[key] in (None, []) else told[key]
+            self.screen.show(f"{key:19}{shown}")
+
+    def save(self, argument: str) -> None:
+        """Write the conversation to a file."""
+        path = self._path(argument, "/save")
+        self.chat.save(path)
+        self.file = path
+        self.screen.note(f"saved in {path}")
+
+    def load(self, argument: str) -> None:
+        """Go on with a saved conversation."""
+        path = self._path(argument, "/load")
+        self.chat.load(path)
+        self.file = path
+        count = len(self.chat.history) // 2
+        self.screen.note(f"{count} turn{'s' if count != 1 else ''} loaded from {path}")
+
+    def _path(self, argument: str, command: str) -> Path:
+        if not argument and self.file is None:
+            raise UsageError("a file is wanted", where=command, do=f"Say {command} FILE.")
+        return self.file if not argument and self.file is not None else Path(os.path.expanduser(argument))
+
+    def stats(self, _: str) -> None:
+        """Show figures of the last answer and of the conversation."""
+        facts, length = self.chat.last, self.chat.answerer.length
+        lines = [("turns", str(len(self.chat.history) // 2)), ("model", self.chat.answerer.name)]
+        if facts is not None:
+            speed, used = facts.tokens_per_s, (facts.prompt_tokens or 0) + (facts.tokens or 0)
+            share = "" if length is None else f" of {length} ({used / length:.0%})"
+            cached = "" if facts.cached_tokens is None else f", {facts.cached_tokens} cached"
+            lines += [
+                ("prompt", f"{_shown(facts.prompt_tokens)} tokens{cached}"),
+                ("answer", f"{_shown(facts.tokens)} tokens, {facts.finished}"),
+                ("first text", "none" if facts.first_s is None else f"after {facts.first_s:.2f} s"),
+                ("speed", "unknown" if speed is None else f"{speed:.1f} tokens/s"),
+                ("context", f"{used or '?'}{share} tokens used"),
+            ]
+        self.screen.show("\n".join(f"{name:12}{value}" for name, value in lines))
+
+    def help(self, _: str) -> None:
+        """Show the commands."""
+        width = max(shutil.get_terminal_size().columns, 36)
+        lines = []
+        for name, command in COMMANDS.items():
+            head = f"{name} {command.argument}".strip()
+            lines += textwrap.wrap(f"{head:18} {command.help}", width - 1, subsequent_indent=" " * 19)
+        lines += textwrap.wrap(_KEYS, width - 1)
+        self.screen.show("\n".join(lines))
+
+    def leave(self, _: str) -> None:
+        """End the conversation."""
+        self._leaving = True
+
+
+COMMANDS = {
+    "/clear": Command("", "forget the conversation", Terminal.clear),
+    "/retry": Command("", "another answer to the last question", Terminal.retry),
+    "/undo": Command("", "take back the last turn", Terminal.undo),
+    "/system": Command("TEXT", "system message; none: the format's own", Terminal.system),
+    "/set": Command("NAME VALUE", "change how answers are written; alone it shows the settings", Terminal.set),
+    "/save": Command("FILE", "write the conversation to a file", Terminal.save),
+    "/load": Command("FILE", "go on with a saved one", Terminal.load),
+    "/stats": Command("", "tokens, speed, context", Terminal.stats),
+    "/help": Command("", "show this", Terminal.help),
+    "/exit": Command("", "leave (also Ctrl-D)", Terminal.leave),
+}
+_KEYS = (
+    f"Several lines stand between {QUOTES} and {QUOTES}, or come with Alt-Enter where prompt_toolkit is installed. "
+    "Ctrl-C stops an answer; what was said of it is kept."
+)
+
+
+def _shown(count: int | None) -> str:
+    return "?" if count is None else str(count)

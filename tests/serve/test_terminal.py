@@ -1,4 +1,4 @@
-"""`internlm chat`: turns, commands, interrupts, one-shot and piped use."""
+"""`internlm chat`: turns, commands, interrupts and files, with a scripted answerer."""
 
 from __future__ import annotations
 
@@ -6,239 +6,383 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import pytest
 
-from internlm.checkpoint import store
-from internlm.cli import main
-from internlm.errors import EngineError, TokenizerError, UsageError
-from internlm.infer.engine import Delta, Engine, Request
-from internlm.model.config import ModelConfig
-from internlm.model.transformer import build
-from internlm.serve.terminal import HIDDEN, Chat, Settings, converse, say
-from internlm.text.chat import Message, render_prompt
-from internlm.text.templates import get_template
-from internlm.text.tokenizer import Tokenizer
-from internlm.text.training import train_bpe
-from internlm.weights import transformers as folders
-from internlm.weights.talk import Talk
-from internlm.weights.weight import of_tensors
-
-TOKENIZER = train_bpe(["What is the sum of the numbers? Be brief, and say 4 now."] * 3, 300)
-SHAPE = ModelConfig(vocab_size=300, hidden_size=16, num_layers=1, num_heads=2, ffn_size=16, context_length=128)
-TEMPLATE = get_template("internlm")
+from internlm.data.formats import Conversation, read_samples
+from internlm.errors import DataError, EngineError, StorageError, UsageError
+from internlm.serve.answer import Facts, Settings
+from internlm.serve.conversation import Chat
+from internlm.serve.lines import InputHistory
+from internlm.serve.terminal import COMMANDS, Screen, Terminal, say
+from internlm.text.chat import Message
+from tests.serve.parrots import Parrot
 
 
-class Parrot(Engine):
-    """Answers every request with the next of its lines, and keeps the prompts."""
+class Talk:
+    """A terminal whose lines are a script."""
 
-    def __init__(self, *lines: str, max_length: int = 128) -> None:
-        super().__init__(build(SHAPE, 0), TOKENIZER, max_length=max_length)
-        self.lines, self.requests = list(lines), []
+    def __init__(self, parrot: Parrot, settings: Settings | None = None, system: str | None = None) -> None:
+        self.out, self.remarks = io.StringIO(), io.StringIO()
+        self.screen = Screen(self.out, self.remarks)
+        self.chat = Chat(parrot, settings, system, self.screen.note)
+        self.inputs = InputHistory(None)
 
-    def stream(self, request: Request) -> Iterator[Delta]:  # type: ignore[override]
-        self.requests.append(request)
-        words = self.lines.pop(0).split(" ")
-        for number, word in enumerate(words):
-            yield Delta(0, [1], word + " " * (number < len(words) - 1), "stop" if number == len(words) - 1 else None)
+    def __call__(self, *lines: str | type[BaseException]) -> str:
+        """Type lines (or what a key raises), and return the answers shown since the last call."""
+        script = iter(lines)
+
+        def read(prompt: str) -> str:
+            line = next(script, EOFError)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        before = len(self.out.getvalue())
+        Terminal(self.chat, self.screen, self.inputs).converse(read)
+        return self.out.getvalue()[before:]
+
+    @property
+    def notes(self) -> str:
+        return self.remarks.getvalue()
 
 
-def talk(chat: Chat, *lines: str) -> str:
-    script = iter(lines)
+def user(text: str) -> Message:
+    return Message("user", text)
 
-    def read() -> str:
-        try:
-            return next(script)
-        except StopIteration:
-            raise EOFError from None
 
-    out = io.StringIO()
-    converse(chat, read, out)
-    return out.getvalue()
+def assistant(text: str) -> Message:
+    return Message("assistant", text)
 
 
 def test_every_question_sees_the_turns_before_it() -> None:
-    engine = Parrot("It is 4.", "And now 5.")
-    assert talk(Chat(engine, TEMPLATE, Settings(system="Be brief.")), "What?", "More?") == "It is 4.\nAnd now 5.\n"
-    turns = [Message("system", "Be brief."), Message("user", "What?")]
-    assert engine.requests[0].tokens == render_prompt(turns, TEMPLATE, TOKENIZER)
-    turns += [Message("assistant", "It is 4."), Message("user", "More?")]
-    assert engine.requests[1].tokens == render_prompt(turns, TEMPLATE, TOKENIZER)
-    assert set(engine.requests[0].stop_ids) == {TOKENIZER.eos_id, TOKENIZER.special("<|end|>")}
+    parrot = Parrot("It is 4.", "And now 5.")
+    assert Talk(parrot, system="Be brief.")("What?", "More?") == "It is 4.\nAnd now 5.\n"
+    system = Message("system", "Be brief.")
+    assert parrot.asked == [
+        [system, user("What?")],
+        [system, user("What?"), assistant("It is 4."), user("More?")],
+    ]
 
 
-def test_clear_forgets_and_exit_leaves() -> None:
-    engine = Parrot("one", "two", "never")
-    assert talk(Chat(engine, TEMPLATE, Settings()), "a", "/clear", "b", "/exit", "c") == "one\ntwo\n"
-    assert engine.requests[1].tokens == render_prompt([Message("user", "b")], TEMPLATE, TOKENIZER)
+@pytest.mark.parametrize(("clear", "leave"), [("/clear", "/exit"), ("end", "exit"), (" /clear ", "exit ")])
+def test_clear_forgets_and_exit_leaves_also_in_the_words_of_lmdeploy(clear: str, leave: str) -> None:
+    parrot = Parrot("one", "two", "never")
+    talk = Talk(parrot)
+    assert talk("a", clear, "b", leave, "c") == "one\ntwo\n"
+    assert parrot.asked[1] == [user("b")]
+    assert ('"""end""" asks it' in talk.notes) == (clear == "end")
 
 
-def test_help_and_unknown_commands_ask_nothing() -> None:
-    notes: list[str] = []
-    engine = Parrot("reply")
-    out = talk(Chat(engine, TEMPLATE, Settings(), notes.append), "/help", "/quit", "  ", "/usr/bin is what?")
-    assert "/clear" in out
-    assert "no such command: /quit" in notes[0]
-    assert len(engine.requests) == 1, "a path is a question, not a command"
+def test_help_names_every_command_at_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in ("40", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        talk = Talk(Parrot())
+        talk("/help")
+        assert all(name in talk.notes for name in COMMANDS)
+        assert max(map(len, talk.notes.splitlines())) < int(columns)
 
 
-def test_a_base_model_continues_and_remembers_nothing() -> None:
-    engine = Parrot("x", "y")
-    talk(Chat(engine, None, Settings()), "Once upon", "a time")
-    assert engine.requests[0].tokens == [TOKENIZER.bos_id, *TOKENIZER.encode("Once upon")]
-    assert engine.requests[1].tokens == [TOKENIZER.bos_id, *TOKENIZER.encode("a time")]
-    assert engine.requests[1].continuation
+def test_unknown_commands_ask_nothing_and_paths_are_questions() -> None:
+    parrot = Parrot("reply", "reply")
+    talk = Talk(parrot)
+    talk("/cleer", "/wxyz", "  ", "/usr/bin is what?", "/undo it", "/ is a path too")
+    assert "no such command: /cleer. Did you mean '/clear'? /help lists them" in talk.notes
+    assert "no such command: /wxyz. /help lists them" in talk.notes
+    assert "/undo: nothing stands after this command (got 'it')" in talk.notes
+    assert [asked[-1].content for asked in parrot.asked] == ["/usr/bin is what?", "/ is a path too"]
 
 
-def test_the_oldest_turns_are_dropped_when_the_context_is_full_and_that_is_said() -> None:
-    notes: list[str] = []
-    engine = Parrot(*["What is the sum of the numbers? say"] * 8, max_length=64)
-    chat = Chat(engine, TEMPLATE, Settings(max_tokens=16), notes.append)
-    talk(chat, *[f"What is the sum? {i}" for i in range(8)])
-    assert all(len(request.tokens) <= 48 for request in engine.requests)
-    assert any("oldest 1 turn dropped" in note for note in notes)
-    assert chat.history[-2].content == "What is the sum? 7"
-    assert chat.history[0].content != "What is the sum? 0"
+def test_retry_asks_again_and_replaces_the_answer() -> None:
+    parrot = Parrot("one", "two", "three")
+    talk = Talk(parrot, Settings(seed=7))
+    assert talk("a", "b", "/retry") == "one\ntwo\nthree\n"
+    assert parrot.asked[2] == parrot.asked[1] == [user("a"), assistant("one"), user("b")]
+    assert talk.chat.history == [user("a"), assistant("one"), user("b"), assistant("three")]
+    assert [settings.seed for settings in parrot.settings] == [7, 8, 9], "or it would say the same again"
 
 
-def test_a_question_longer_than_the_context_is_refused_and_the_conversation_goes_on() -> None:
-    notes: list[str] = []
-    chat = Chat(Engine(build(SHAPE, 0), TOKENIZER), TEMPLATE, Settings(max_tokens=2, seed=0), notes.append)
-    talk(chat, "What is the sum? " * 40, "What?")
-    assert "tokens are too many" in notes[0]
-    assert not any("too many" in note for note in notes[1:])
+def test_retry_without_a_question_says_so() -> None:
+    talk = Talk(Parrot("one"))
+    talk("/retry", "a", "/undo", "/retry")
+    assert talk.notes.count("there is no question to ask again") == 2
 
 
-def test_a_refused_question_leaves_the_conversation_as_it_was() -> None:
-    notes: list[str] = []
-    chat = Chat(Engine(build(SHAPE, 0), TOKENIZER), TEMPLATE, Settings(max_tokens=2, seed=0), notes.append)
-    chat.history = before = [Message("user", "a"), Message("assistant", "b")]
-    with pytest.raises(EngineError, match="too many"):
-        list(chat.answer("What is the sum? " * 40))
-    assert chat.history == before == [Message("user", "a"), Message("assistant", "b")]
-    assert not any("dropped" in note for note in notes)
+def test_a_failed_question_leaves_the_conversation_as_it_was_and_can_be_asked_again() -> None:
+    parrot = Parrot("one", EngineError("half an answer"), EngineError("broken"), "two")
+    talk = Talk(parrot)
+    shown = talk("a", "b")
+    assert shown == "one\nhalf an answer\n", "what came of it was shown"
+    assert talk.chat.history == [user("a"), assistant("one")]
+    talk("/retry")
+    assert talk.chat.history == [user("a"), assistant("one")]
+    talk("/retry")
+    assert talk.chat.history == [user("a"), assistant("one"), user("b"), assistant("two")]
+    assert "[half an answer]" in talk.notes
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said() -> None:
-    class Interrupted(Parrot):
-        def stream(self, request: Request) -> Iterator[Delta]:  # type: ignore[override]
-            for number, delta in enumerate(super().stream(request)):
-                if number == 1:
-                    os.kill(os.getpid(), signal.SIGINT)
-                yield delta
-
-    engine = Interrupted("one two three four", "fine")
-    before = signal.getsignal(signal.SIGINT)
-    chat = Chat(engine, TEMPLATE, Settings())
-    assert talk(chat, "count") == "one two \n"
-    assert chat.last[2] == "abort"
-    assert chat.history[-1] == Message("assistant", "one two ")
-    assert signal.getsignal(signal.SIGINT) is before
+def test_a_retry_that_fails_keeps_the_answer_before() -> None:
+    talk = Talk(Parrot("one", EngineError("broken")))
+    talk("a", "/retry")
+    assert talk.chat.history == [user("a"), assistant("one")]
 
 
-def test_a_format_with_one_question_forgets_the_one_before() -> None:
-    engine = Parrot("x", "y")
-    chat = Chat(engine, get_template("alpaca"), Settings())
-    talk(chat, "a", "b")
-    assert engine.requests[1].tokens == render_prompt([Message("user", "b")], get_template("alpaca"), TOKENIZER)
+def test_undo_takes_back_the_last_turn() -> None:
+    parrot = Parrot("one", "two", "three")
+    talk = Talk(parrot)
+    talk("a", "你" * 100, "/undo", "c", "/undo", "/undo", "/undo")
+    assert parrot.asked[2] == [user("a"), assistant("one"), user("c")]
+    assert f"[taken back: {'你' * 59}…]" in talk.notes
+    assert "there is no turn to take back" in talk.notes
+    assert talk.chat.history == []
 
 
-def test_control_characters_do_not_reach_the_terminal() -> None:
-    out = io.StringIO()
-    answer = say(Chat(Parrot("a\x1b[2J\tb\nc\x07"), TEMPLATE, Settings()), "x", out)
-    assert out.getvalue() == "a[2J\tb\nc\n"
-    assert answer == "a\x1b[2J\tb\nc\x07"
+def test_the_system_message_can_be_shown_changed_and_taken_off() -> None:
+    parrot = Parrot("one", "two", "three")
+    talk = Talk(parrot)
+    talk("/system", "/system Be  brief.", "a", "/system", "/system none", "b")
+    assert "[system message: the chat format's own]" in talk.notes
+    assert talk.notes.count("[system message: Be  brief.]") == 2
+    assert parrot.asked[0] == [Message("system", "Be  brief."), user("a")]
+    assert parrot.asked[1] == [user("a"), assistant("one"), user("b")]
 
 
-def test_what_does_not_fit_is_said_before_the_first_question() -> None:
-    with pytest.raises(UsageError, match="no place for a system message"):
-        Chat(Parrot(), get_template("internlm-v1.0"), Settings(system="x"))
-    with pytest.raises(TokenizerError, match="no such special token"):
-        Chat(Parrot(), get_template("chatml"), Settings())
-    with pytest.raises(UsageError, match="needs a tokenizer"):
-        Chat(Engine(build(SHAPE, 0)), None, Settings())
-
-
-def test_the_same_seed_gives_the_same_conversation() -> None:
-    def conversation(seed: int) -> str:
-        chat = Chat(Engine(build(SHAPE, 0), TOKENIZER), TEMPLATE, Settings(seed=seed, max_tokens=6))
-        return talk(chat, "a", "a")
-
-    assert conversation(1) == conversation(1)
-    assert conversation(1) != conversation(2)
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "out"
-    folders.export(of_tensors(build(SHAPE, 0).named_parameters()), SHAPE, folder, Talk(TOKENIZER, "internlm"))
-    return folder
-
-
-OPTIONS = ["--temperature", "0", "--max-tokens", "5"]
-
-
-def test_a_piped_question_is_answered_like_one_given_with_p(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, "-m", "internlm", "chat", str(exported), *OPTIONS]
-    piped = subprocess.run(command, input=b"What is\nthe sum?\n", capture_output=True, timeout=120)
-    assert piped.returncode == 0, piped.stderr.decode()
-    assert main(["chat", str(exported), "-p", "What is\nthe sum?", *OPTIONS]) == 0
-    answer = capsys.readouterr().out
-    assert piped.stdout.decode() == answer
-    assert main(["chat", str(exported), "-p", "What is\nthe sum?", "--json", *OPTIONS]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["answer"].translate(HIDDEN) + "\n" == answer
-    assert (facts["tokens"], facts["finished"]) == (5, "length")
-    prompt = render_prompt([Message("user", "What is\nthe sum?")], TEMPLATE, Tokenizer.load(exported))
-    assert facts["prompt_tokens"] == len(prompt)
-
-
-def test_a_checkpoint_of_a_run_answers_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    TOKENIZER.save(tmp_path / "tokenizer")
-    tensors = {f"model.{name}": p.detach() for name, p in build(SHAPE, 0).named_parameters()}
-    for template in ("internlm", None):
-        run = tmp_path / str(template)
-        store.save(store.path_of(run, 3), tensors, SHAPE, tmp_path / "tokenizer", {"step": 3, "template": template})
-        assert main(["chat", str(run), "-p", "What?", *OPTIONS]) == 0
-        said = capsys.readouterr()
-        assert said.out
-        assert ("no chat format is recorded" in said.err) == (template is None)
+def test_settings_can_be_shown_and_changed() -> None:
+    parrot = Parrot("one", "two", "three")
+    talk = Talk(parrot, Settings(temperature=0.5))
+    talk("/set", "/set temperature 0", "/set top_k=5", "/set seed  3", '/set stop ["a", "b c"]', "x")
+    assert "temperature        0.5\n" in talk.notes
+    assert "temperature        0\n" in talk.notes
+    assert "seed               none\n" in talk.notes
+    assert parrot.settings[0] == Settings(temperature=0, top_k=5, seed=3, stop=("a", "b c"))
+    talk("/set stop ###", "/set seed none", "/set top_p .5", "/set temperature default", "y")
+    assert parrot.settings[1] == Settings(top_k=5, top_p=0.5, stop=("###",))
 
 
 @pytest.mark.parametrize(
-    ("words", "stdin", "code", "message"),
+    ("line", "message"),
     [
-        (["nothing", "-p", "x"], "", 1, "no such folder"),
-        (["MODEL"], "\n", 2, "the question is empty"),
-        (["MODEL", "-p", ""], "", 2, "the question is empty"),
-        (["MODEL", "-p", "x", "--template", "internln"], "", 1, "Did you mean 'internlm'?"),
-        (["MODEL", "-p", "x", "--temperature", "-1"], "", 1, "temperature: is out of range"),
-        (["MODEL", "-p", "x", "--template", "none", "--system", "y"], "", 2, "no place for a system message"),
+        ("/set temprature 1", "no such setting (got 'temprature'); allowed: temperature, "),
+        ("/set temprature", "Did you mean 'temperature'?"),
+        ("/set temperature hot", "temperature: is no number (got 'hot')"),
+        ("/set temperature -1", "temperature: is out of range"),
+        ("/set top_k 1.5", "top_k: is no whole number (got 1.5)"),
+        ('/set stop ["a", 1]', "stop: is no text, and no list of texts"),
+        ('/set stop ["a"', "stop: is no JSON"),
     ],
 )
-def test_wrong_use_says_what_is_wrong(
-    words: list[str],
-    stdin: str,
-    code: int,
-    message: str,
-    exported: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_a_wrong_setting_changes_nothing(line: str, message: str) -> None:
+    talk = Talk(Parrot())
+    talk(line)
+    assert message in talk.notes
+    assert talk.chat.settings == Settings()
+
+
+def test_a_saved_conversation_goes_on_in_another_chat(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "my talk.jsonl"
+    talk = Talk(Parrot("one\u2028", "二 \x1b"), Settings(temperature=0.3, seed=5, stop=("###",)), system="Be brief.")
+    talk("a", '"""', "line\tone", "line two", '"""', f"/save {file}")
+    assert f"[saved in {file}]" in talk.notes
+    parrot = Parrot("three")
+    other = Talk(parrot)
+    other(f"/load {file}", "c", "/save", "/load")
+    assert f"[2 turns loaded from {file}]" in other.notes
+    assert f"[3 turns loaded from {file}]" in other.notes, "the file is known by now"
+    assert other.chat.history[:4] == talk.chat.history
+    assert other.chat.history[2] == user("line\tone\nline two")
+    assert parrot.asked[0][0] == Message("system", "Be brief.")
+    assert parrot.settings[0] == Settings(temperature=0.3, seed=5 + 2, stop=("###",)), "the random stream goes on"
+    assert file.read_text(encoding="utf-8").count("\n") == 1
+
+
+def test_a_saved_conversation_can_be_trained_on(tmp_path: Path) -> None:
+    talk = Talk(Parrot("one", "two"), system="Be brief.")
+    talk("a", "b", f"/save {tmp_path / 'talk.jsonl'}")
+    (sample,) = read_samples(tmp_path / "talk.jsonl")
+    assert isinstance(sample, Conversation)
+    assert list(sample.messages) == [Message("system", "Be brief."), *talk.chat.history]
+
+
+def test_only_saved_conversations_are_written_over(tmp_path: Path) -> None:
+    file = tmp_path / "main.py"
+    file.write_text("print()\n")
+    talk = Talk(Parrot("one"))
+    talk("a", f"/save {file}", f"/save {tmp_path}", "/save", f"/save {file}/x", f"/save {'x' * 300}")
+    assert file.read_text() == "print()\n"
+    assert talk.notes.count("exists and is no saved conversation. Choose another name.") == 2
+    assert "/save: a file is wanted. Say /save FILE." in talk.notes
+    assert len(list(tmp_path.iterdir())) == 1
+    talk(f"/save {tmp_path / 'talk'}")
+    talk.chat.clear()
+    talk(f"/save {tmp_path / 'talk'}")
+    assert json.loads((tmp_path / "talk").read_text())["messages"] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (None, StorageError),
+        (b"", DataError),
+        (b"\xff\xfe", DataError),
+        (b"[" * 100000, DataError),
+        (b"{}\n{}\n", DataError),
+        (b'{"messages": 3}', DataError),
+        (b'{"messages": [3]}', DataError),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', DataError),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', DataError),
+        (b'{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "b"}]}', DataError),
+        (b'{"messages": [], "settings": 1}', DataError),
+        (b'{"messages": [], "answers": -1}', DataError),
+        (b'{"messages": [], "settings": {"temprature": 1}}', UsageError),
+        (b'{"messages": [], "settings": {"temperature": "1"}}', UsageError),
+        (b'{"messages": [], "settings": {"seed": true}}', UsageError),
+        (b'{"messages": [], "settings": {"temperature": -1}}', EngineError),
+    ],
+)
+def test_what_is_no_saved_conversation_changes_nothing(
+    content: bytes | None, error: type[Exception], tmp_path: Path
+) -> None:
+    talk = Talk(Parrot("one"), Settings(temperature=0.1), system="x")
+    talk("a")
+    if content is not None:
+        (tmp_path / "talk").write_bytes(content)
+    with pytest.raises(error):
+        talk.chat.load(tmp_path / "talk")
+    assert (talk.chat.history, talk.chat.system) == ([user("a"), assistant("one")], "x")
+    assert talk.chat.settings == Settings(temperature=0.1)
+
+
+def test_stats_tell_of_the_last_answer_and_the_context() -> None:
+    talk = Talk(Parrot("one two three", length=100))
+    talk("/stats", "a", "/stats")
+    before, after = talk.notes.split("turns")[1:]
+    assert before.split() == ["0", "model", "parrot"]
+    assert "prompt      10 tokens, 4 cached\n" in after
+    assert "answer      3 tokens, stop\n" in after
+    assert "context     13 of 100 (13%) tokens used\n" in after
+    assert "tokens/s" in after
+    assert "first text  after 0.0" in after
+
+
+def test_quoted_lines_are_one_question_and_never_a_command() -> None:
+    parrot = Parrot(*["ok"] * 4)
+    talk = Talk(parrot)
+    talk('"""', "/clear", "", "  b ", '"""', '"""/exit"""', '"""a', 'b"""  ', '"""', "c", '"""')
+    assert [asked[-1].content for asked in parrot.asked] == ["/clear\n\n  b ", "/exit", "a\nb", "c"]
+    assert talk.inputs.texts == ["/clear\n\n  b ", "/exit", "a\nb", "c"]
+
+
+def test_ctrl_c_at_the_prompt_drops_what_was_typed_and_says_how_to_leave() -> None:
+    parrot = Parrot("one")
+    talk = Talk(parrot)
+    talk('"""', "lost", KeyboardInterrupt, "a", '"""', "lost too")
+    assert [asked[-1].content for asked in parrot.asked] == ["a"]
+    assert "/exit or Ctrl-D leaves" in talk.notes
+
+
+def test_the_oldest_turns_are_dropped_when_the_context_is_full_and_that_is_said() -> None:
+    talk = Talk(Parrot("one", "two", "three", turns=1))
+    assert talk("a", "b", "c") == "one\ntwo\nthree\n"
+    assert talk.notes == "[the context is full: the oldest 1 turn dropped]\n"
+    assert talk.chat.history == [user("b"), assistant("two"), user("c"), assistant("three")]
+    talk.chat.answerer = parrot = Parrot("four", turns=0)
+    talk("d")
+    assert parrot.asked == [[user("d")]]
+    assert "the oldest 2 turns dropped" in talk.notes
+
+
+class Interrupted(Parrot):
+    """Hears Ctrl-C after each of its words but the first."""
+
+    def answer(self, messages: Sequence[Message], settings: Settings) -> Generator[str]:
+        for number, piece in enumerate(super().answer(messages, settings)):
+            if number:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield piece
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    talk = Talk(Interrupted("one two three four", "fine"))
+    assert talk("count", "more") == "one two\nfine\n"
+    assert talk.chat.history[1] == assistant("one two")
+    assert talk.notes == "[stopped]\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_answer_that_ctrl_c_breaks_off_by_an_exception_is_kept_too() -> None:
+    class Blocked(Interrupted):
+        def interrupt(self) -> None:
+            raise KeyboardInterrupt
+
+    talk = Talk(Blocked("one two three four", "fine"))
+    say(talk.chat, talk.chat.answer("count"), talk.screen)
+    assert talk("more") == "fine\n"
+    assert talk.chat.history[:2] == [user("count"), assistant("one")]
+    assert talk.notes == "[stopped]\n"
+
+
+def test_a_second_ctrl_c_ends_the_answer_at_once_and_the_chat_goes_on() -> None:
+    class Deaf(Interrupted):
+        def interrupt(self) -> None:
+            pass
+
+    before = signal.getsignal(signal.SIGINT)
+    talk = Talk(Deaf("one two three four", "fine"))
+    assert talk("count", "more") == "one two\nfine\n"
+    assert talk.chat.history[1] == assistant("one two")
+    pieces = talk.chat.answerer.lines = ["one two three four"]  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        say(talk.chat, talk.chat.answer("count"), talk.screen)
+    assert not pieces
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("reason", ["timeout", "content_filter"])
+def test_an_answer_that_the_server_ends_early_is_kept_with_a_note(reason: str) -> None:
+    class Ended(Parrot):
+        def answer(self, messages: Sequence[Message], settings: Settings) -> Generator[str]:
+            yield from super().answer(messages, settings)
+            self.facts = Facts(reason)
+
+    talk = Talk(Ended("one"))
+    talk("a")
+    assert talk.chat.history == [user("a"), assistant("one")]
+    assert talk.notes == f"[the answer ended early: {reason}]\n"
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    talk = Talk(Parrot("a\x1b[2J\tb\nc\x07\x9b", EngineError("\x1b[2J")))
+    assert talk("x") == "a[2J\tb\nc\n"
+    assert talk.chat.history[1].content == "a\x1b[2J\tb\nc\x07\x9b"
+    talk("y", "/system \x1b]0;title\x07")
+    assert "\x1b" not in talk.notes
+
+
+def test_remarks_stand_on_lines_of_their_own_and_are_dim_only_where_colours_are_wanted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-    assert main(["chat", *(word.replace("MODEL", str(exported)) for word in words)]) == code
-    assert message in capsys.readouterr().err
-
-
-def test_json_needs_a_question(exported: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    class Terminal(io.StringIO):
+    class Tty(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr("sys.stdin", Terminal())
-    assert main(["chat", str(exported), "--json"]) == 2
-    assert "--json needs a question" in capsys.readouterr().err
+    def shown(**environment: str) -> str:
+        for name in ("NO_COLOR", "TERM"):
+            monkeypatch.setenv(name, environment.get(name, ""))
+        both = Tty()
+        chat = Chat(Parrot(""), note=(screen := Screen(both, both)).note)
+        screen.write("half a line")
+        say(chat, chat.answer("x"), screen)
+        return both.getvalue()
+
+    assert shown(TERM="xterm") == "half a line\n\x1b[2m[the answer is empty]\x1b[0m\n"
+    for environment in ({"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb"}):
+        assert shown(**environment) == "half a line\n[the answer is empty]\n"
+
+
+def test_text_that_is_no_unicode_is_mended_before_it_is_asked() -> None:
+    parrot = Parrot("one")
+    Talk(parrot)("a\udcffb\0c")
+    assert parrot.asked[0] == [user("a?bc")]

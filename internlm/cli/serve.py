@@ -1,0 +1,180 @@
+"""`internlm serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from internlm.errors import UsageError
+
+if TYPE_CHECKING:
+    from internlm.serve.openai import Served
+
+DESCRIPTION = """\
+Serve a model (a run, a checkpoint, a Transformers folder) to OpenAI's clients, with a chat page at /.
+
+  internlm serve out                                       http://127.0.0.1:8000, for this machine only
+  internlm serve out --host 0.0.0.0 --api-key secret       for others, who need the key
+  internlm serve out --model-name my-model --max-batch 32 --max-length 4096
+
+Keys also come from a file (--api-key-file, one a line) and from the variable INTERNLM_API_KEY. Ctrl-C or SIGTERM lets
+answers under way end; a second one does not. LMDeploy's `api_server DIR --server-name … --server-port …` works."""
+
+KEY_VARIABLE = "INTERNLM_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("model", nargs="+", metavar="DIR", help="run, checkpoint or Transformers folder")
+    add("--host", "--server-name", metavar="HOST", help="where to listen; default: 127.0.0.1")
+    add("--port", "--server-port", type=int, metavar="PORT", help="default: 8000; 0: any that is free")
+    add("--model-name", action="append", metavar="NAME", help="what clients call it; may be given several times")
+    add("--template", metavar="NAME", help="chat format (default: as recorded); `none`: no chat")
+    add("--tokenizer", type=Path, metavar="PATH", help="tokenizer, where none lies beside the model")
+    add("--device", default="auto", help="cpu, cuda, … (default: cuda where there is one)")
+    add("--max-batch", "--max-batch-size", type=int, default=16, metavar="N", help="answers at once; default: 16")
+    add(
+        "--max-length", "--session-len", type=int, metavar="N", help="tokens of prompt and answer; default: the model's"
+    )
+    add("--cache-gib", type=float, metavar="GIB", help="memory for keys and values; default: by what is free")
+    add("--max-waiting", type=int, default=256, metavar="N", help="answers that may wait; more get 429; default: 256")
+    add("--request-timeout", type=float, metavar="S", help="seconds after which an answer ends; default: none")
+    add("--drain-seconds", type=float, default=30.0, metavar="S", help="for answers under way at the end; default: 30")
+    add("--api-key", action="append", metavar="KEY", help="clients must send it; may be given several times")
+    add("--api-keys", nargs="+", action="extend", dest="api_key", metavar="KEY", help=argparse.SUPPRESS)
+    add("--api-key-file", type=Path, metavar="FILE", help="keys, one a line")
+    add("--allow-origin", action="append", default=[], metavar="URL", help="a site whose pages may call (CORS)")
+    add("--ssl-certfile", metavar="FILE", help="TLS certificate (PEM)")
+    add("--ssl-keyfile", metavar="FILE", help="its private key (PEM)")
+
+
+def run(arguments: argparse.Namespace, ready: Callable[[str], None] | None = None) -> int:
+    """Serve until a signal comes; `ready` gets the address when there is something to see."""
+    _foreign_spelling(arguments)
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"the server needs {error.name}", do="pip install 'internlm[serve]'") from error
+    from internlm.infer.worker import Worker
+    from internlm.serve import run as process
+    from internlm.serve.app import Access, make_app
+    from internlm.serve.metrics import Metrics
+
+    _check(arguments)
+    keys = _keys(arguments)
+    address = process.Address(arguments.host, arguments.port, arguments.ssl_certfile, arguments.ssl_keyfile)
+    listener = process.bind(address)  # a port that is taken says so now, not after the weights were read
+    served = _open(arguments)
+    metrics = Metrics()
+    worker = Worker(served.engine, max_waiting=arguments.max_waiting, note_wait=metrics.queue.observe)
+    app = make_app(served, worker, Access(keys, tuple(arguments.allow_origin)), metrics)
+    _warn_of_strangers(arguments.host, keys)
+    server = process.Server(app, worker, address, drain_seconds=arguments.drain_seconds)
+    url = process.url_of(address, listener)
+    _note(f"serving {', '.join(served.names)} at {url} (Ctrl-C ends)")
+    if ready is not None:
+        ready(url)
+    return process.run(server, listener)
+
+
+def _warn_of_strangers(host: str, keys: tuple[str, ...]) -> None:
+    """Say so when others may use the model without a key."""
+    if host not in ("127.0.0.1", "localhost", "::1") and not keys:
+        _note("warning: anyone who reaches this machine may use the model: --api-key KEY asks for a key")
+
+
+def _foreign_spelling(arguments: argparse.Namespace) -> None:
+    """Take LMDeploy's `api_server DIR`, and its default address, and say how it is written here."""
+    words = arguments.model
+    lmdeploy = len(words) == 2 and words[0] == "api_server"
+    if lmdeploy:
+        _note(f"note: here this is written `internlm serve {words[1]}`, with --host and --port")
+    elif len(words) > 1:
+        raise UsageError("one model is served", got=" ".join(words))
+    arguments.model = words[-1]
+    if arguments.host is None:
+        arguments.host = "127.0.0.1"
+    if arguments.port is None:
+        arguments.port = 23333 if lmdeploy else 8000
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Check what no one else does."""
+    for name in ("max_waiting", "drain_seconds"):
+        if getattr(arguments, name) < 0:
+            raise UsageError("must be 0 or more", where=f"--{name.replace('_', '-')}", got=getattr(arguments, name))
+    for name in ("cache_gib", "request_timeout"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError("must be over 0", where=f"--{name.replace('_', '-')}", got=value)
+    for option, file in (("--ssl-certfile", arguments.ssl_certfile), ("--ssl-keyfile", arguments.ssl_keyfile)):
+        if file is not None and not Path(file).is_file():
+            raise UsageError("no such file", where=option, got=file)
+    if arguments.ssl_keyfile and not arguments.ssl_certfile:
+        raise UsageError("a key needs its certificate: --ssl-certfile", where="--ssl-keyfile")
+
+
+def _keys(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Return all keys: of the command line, the file and the environment."""
+    keys = list(arguments.api_key or [])
+    if arguments.api_key_file is not None:
+        try:
+            lines = arguments.api_key_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot be read: {error}", where="--api-key-file") from error
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise UsageError("holds no key", where=arguments.api_key_file)
+        keys += found
+    if os.environ.get(KEY_VARIABLE):
+        keys.append(os.environ[KEY_VARIABLE])
+    if any(not key.strip() for key in keys):
+        raise UsageError("a key is empty", where="--api-key")
+    return tuple(dict.fromkeys(keys))
+
+
+def _open(arguments: argparse.Namespace) -> Served:
+    """Return the model, ready to be served."""
+    import dataclasses
+    import secrets
+
+    import torch
+
+    from internlm.checkpoint.source import Hints, open_source
+    from internlm.infer.cache import Cache
+    from internlm.infer.engine import Engine, Limits
+    from internlm.serve.openai import Served
+    from internlm.text.templates import get_template
+
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise UsageError("no such device here", where="--device", got=device, allowed=["auto", "cpu", "cuda"])
+    source = open_source(arguments.model, Hints(tokenizer=arguments.tokenizer))
+    talk = source.talk
+    if arguments.template == "none":
+        talk = dataclasses.replace(talk, template=None)
+    elif arguments.template is not None:
+        talk = dataclasses.replace(talk, template=get_template(arguments.template).name)
+    if talk.template is None:
+        _note("no chat format is recorded: /v1/completions only; --template NAME chooses one")
+    # bf16 products are several times slower than fp32 on CPUs without AMX.
+    model = source.model(torch.float32 if device == "cpu" else torch.bfloat16, device)
+    cache = None
+    if arguments.cache_gib is not None:
+        cache = max(1, int(arguments.cache_gib * 2**30) // Cache.bytes_per_token(model))
+    limits = Limits(batch=arguments.max_batch, length=arguments.max_length, cache_tokens=cache)
+    engine = Engine(model, talk.tokenizer, limits, seed=secrets.randbits(30))
+    names = tuple(dict.fromkeys(arguments.model_name or [Path(arguments.model).resolve().name]))
+    return Served(engine, talk, names, timeout=arguments.request_timeout)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,72 @@
+"""What a client is told when something goes wrong: one error object, everywhere.
+
+{"error": {"message": "…", "type": "invalid_request_error", "param": "temperature", "code": null}}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from internlm.errors import InternLMError
+from internlm.infer.worker import Busy, Stopping
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+}
+PARAMS = {"tokens": "prompt", "stop_strings": "stop", "prompt_logprobs": "logprobs", "stop_ids": "stop_token_ids"}
+"""Field of an engine's request → of the client's, where they differ."""
+
+
+class ApiError(InternLMError):
+    """A request that gets an error response.
+
+    Args:
+        message: what was wrong, and what to do.
+        status: of the response.
+        param: the field it is about.
+        code: a word that programs look at.
+    """
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+
+def body_of(message: str, status: int, param: str | None = None, code: str | None = None) -> bytes:
+    """Return the body of an error response: ASCII, since a message may hold what UTF-8 cannot write."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return json.dumps({"error": error}).encode()
+
+
+def from_error(error: InternLMError) -> ApiError:
+    """Return how an error of ours is told to a client."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, Busy):
+        return ApiError(str(error), status=429, code="too_many_requests")
+    if isinstance(error, Stopping):
+        return ApiError(str(error), status=503, code="unavailable")
+    where = error.where if isinstance(error.where, str) and error.where.isidentifier() else None
+    return ApiError(str(error), param=PARAMS.get(where, where) if where else None)
+
+
+def from_validation(errors: Sequence[Any]) -> ApiError:
+    """Return how a body that does not fit its type is told: the first fault that pydantic found, without its input."""
+    if not errors:
+        return ApiError("the body cannot be read")
+    first = errors[0]
+    path = [str(part) for part in first.get("loc", ()) if part != "body"]
+    if first.get("type") in ("json_invalid", "missing") and (not path or path[0].isdigit()):
+        what = "the body is no JSON" if first["type"] == "json_invalid" else "the body is missing"
+        return ApiError(f"{what}: send JSON with Content-Type: application/json")
+    text = str(first.get("msg", "is wrong")).removeprefix("Value error, ")
+    param = path[0] if path else None
+    place = ".".join(part for part in path if "[" not in part)[:200]
+    return ApiError(f"{place}: {text}" if place else text, param=param)

@@ -1,0 +1,160 @@
+"""A real server on a free port of this machine, in a thread, over a tiny random model."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import httpx
+import torch
+
+from internlm.infer.engine import Engine, Limits
+from internlm.infer.request import Delta, Request
+from internlm.infer.worker import Worker
+from internlm.model.config import ModelConfig
+from internlm.model.transformer import Transformer, build
+from internlm.serve.app import Access, make_app
+from internlm.serve.metrics import Metrics
+from internlm.serve.openai import Served
+from internlm.serve.run import Address, Server, bind, url_of
+from internlm.text.training import train_bpe
+from internlm.weights.talk import Talk
+
+TOKENIZER = train_bpe(["What is the sum? Say 4 now, 你好 the cat sat on the mat. END"] * 4, 320)
+SHAPE = ModelConfig(vocab_size=324, hidden_size=32, num_layers=2, num_heads=2, ffn_size=32, context_length=256)
+
+
+def random_model(config: ModelConfig = SHAPE, seed: int = 1) -> Transformer:
+    model = build(config, seed=0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.25 * noise)
+    return model
+
+
+_CLIENT = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
+
+
+class SlowEngine(Engine):
+    """Waits before each step, so that a test can do something meanwhile."""
+
+    pause = 0.0
+    fail: BaseException | None = None
+
+    def step(self) -> list[Delta]:
+        time.sleep(self.pause)
+        if self.fail is not None:
+            raise self.fail
+        return super().step()
+
+
+class Script:
+    """A grammar that allows these tokens alone; where one is None, it breaks."""
+
+    def __init__(self, tokens: Sequence[int | None]) -> None:
+        self.tokens, self.at = tokens, 0
+
+    def start(self) -> Script:
+        return Script(self.tokens)
+
+    def mask(self, logits: torch.Tensor) -> None:
+        token = self.tokens[self.at]
+        if token is None:
+            raise RuntimeError("boom")
+        logits.fill_(float("-inf"))
+        logits[token] = 0.0
+
+    def accept(self, token: int) -> None:
+        self.at += 1
+
+    is_complete = False
+
+
+class ScriptedEngine(SlowEngine):
+    """Writes its script, whatever it is asked."""
+
+    script: Sequence[int | None] = ()
+
+    def add(self, request: Request) -> int:
+        return super().add(replace(request, grammar=Script(self.script)))
+
+
+def scripted(text: str) -> SlowEngine:
+    """Return an engine that writes this text and then ends."""
+    engine = ScriptedEngine(random_model(replace(SHAPE, context_length=2048)), TOKENIZER)
+    engine.script = [*TOKENIZER.encode(text), TOKENIZER.eos_id]
+    return engine
+
+
+def slow_engine(pause: float = 0.0, context: int = 256, **limits: Any) -> SlowEngine:
+    engine = SlowEngine(random_model(replace(SHAPE, context_length=context)), TOKENIZER, Limits(**limits))
+    engine.pause = pause
+    return engine
+
+
+@dataclass
+class Running:
+    """A server that runs."""
+
+    url: str
+    server: Server
+    worker: Worker
+    engine: SlowEngine
+    metrics: Metrics
+    thread: threading.Thread
+
+    def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        if body is not None:
+            options["json"] = body
+        return _CLIENT.post(self.url + path, **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return _CLIENT.get(self.url + path, **options)
+
+
+@contextlib.contextmanager
+def serving(
+    engine: SlowEngine | None = None,
+    *,
+    template: str | None = "internlm",
+    access: Access | None = None,
+    max_waiting: int = 256,
+    timeout: float | None = None,
+    names: tuple[str, ...] = ("tiny", "alias"),
+    drain: float = 5.0,
+    address: Address | None = None,
+) -> Iterator[Running]:
+    """Serve inside the block."""
+    engine = engine or slow_engine()
+    metrics = Metrics()
+    worker = Worker(engine, max_waiting=max_waiting, note_wait=metrics.queue.observe)
+    served = Served(engine, Talk(TOKENIZER, template), names, timeout=timeout)
+    address = address or Address(port=0)
+    listener = bind(address)
+    server = Server(make_app(served, worker, access or Access(), metrics), worker, address, drain_seconds=drain)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield Running(url_of(address, listener), server, worker, engine, metrics, thread)
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+        worker.close()
+
+
+def until(condition: Any, seconds: float = 5.0) -> bool:
+    """Wait until a condition holds, and say whether it does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
