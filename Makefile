@@ -33,7 +33,7 @@ proof: .venv/.dev  ## the long proofs: hundreds of kills and resumes, every layo
 
 .venv/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot,hf,track,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot,hf,track,serve,dev]'
 	touch $@ .venv/.quickstart
 
 clean:

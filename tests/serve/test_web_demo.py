@@ -1,0 +1,105 @@
+"""`streamlit run web_demo.py` in a real browser, with the Streamlit that is on the path (1.24 or later)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serve.chromium import chromium
+from tests.serve.openai_stub import Answer, Stub, serving
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def stub() -> Iterator[Stub]:
+    with serving(key="secret") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def demo(stub: Stub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    program = shutil.which("streamlit")
+    if program is None:
+        pytest.skip("no streamlit here")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--server.port", str(port), "--server.address", "127.0.0.1", "--server.headless", "true"]
+    options += ["--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none"]
+    words = [program, "run", str(ROOT / "web_demo.py"), *options, "--", "--url", stub.url]
+    home = tmp_path_factory.mktemp("home")
+    environment = {**os.environ, "INTERNLM_API_KEY": "secret", "HOME": str(home)}
+    with (home / "log").open("wb") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, cwd=home)
+    try:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, (home / "log").read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture
+def page(demo: str, stub: Stub) -> Iterator[Any]:
+    stub.requests.clear()
+    with chromium() as browser:
+        page = browser.new_page()
+        page.set_default_timeout(20_000)
+        page.goto(demo)
+        page.locator("textarea").wait_for()
+        yield page
+
+
+def ask(page: Any, text: str, answer: str) -> None:
+    page.locator("textarea").fill(text)
+    page.locator("textarea").press("Enter")
+    page.locator("[data-testid=stChatMessageContent]", has_text=answer).wait_for()
+    page.locator("[data-testid=stChatMessageContent]", has_text="▌").wait_for(state="hidden")
+
+
+def test_it_talks_with_the_settings_of_the_sidebar_and_forgets_on_demand(page: Any, stub: Stub) -> None:
+    stub.answers = [Answer(["**One", ".**"]), Answer(["Two."]), Answer(["Three."])]
+    ask(page, "first", "One.")
+    body = stub.requests[0]
+    assert (body["max_tokens"], body["top_p"], body["temperature"]) == (8000, 0.8, 0.8)
+    assert body["model"] == "tiny"
+    assert page.locator("[data-testid=stChatMessageContent] strong").inner_text() == "One."
+    sliders = page.get_by_role("slider")
+    for slider, low, high in zip(sliders.all(), (32, 0, 0), (16000, 1, 1), strict=True):
+        names = ("aria-valuemin", "aria-valuemax") if slider.get_attribute("aria-valuemin") else ("min", "max")
+        assert [float(slider.get_attribute(name)) for name in names] == [low, high]
+    sliders.nth(2).press("ArrowLeft")
+    page.wait_for_timeout(1000)  # the slider's value reaches Streamlit by and by
+    ask(page, "second", "Two.")
+    assert [message["content"] for message in stub.requests[1]["messages"]] == ["first", "**One.**", "second"]
+    assert stub.requests[1]["temperature"] == pytest.approx(0.79)
+    page.get_by_role("button", name="Clear Chat History").click()
+    page.locator("[data-testid=stChatMessageContent]").first.wait_for(state="detached")
+    ask(page, "third", "Three.")
+    assert stub.requests[2]["messages"] == [{"role": "user", "content": "third"}]
+
+
+def test_html_in_an_answer_stays_text_and_an_error_is_shown(page: Any, stub: Stub) -> None:
+    trap = "Look: <img src=x onerror=document.title='hacked'> there"
+    stub.answers = [Answer([trap]), Answer([], status=500, message="broken")]
+    ask(page, "hi", "there")
+    assert page.title() != "hacked"
+    page.locator("textarea").fill("again")
+    page.locator("textarea").press("Enter")
+    page.get_by_text("the server refuses (500): broken").wait_for()
+    ask(page, "once more", "Fine.")
+    assert [message["content"] for message in stub.requests[2]["messages"]][::2] == ["hi", "once more"]
