@@ -1,0 +1,336 @@
+"""Packed linear layers: the same answers to what a kind rounds, rows that do not see each other, memory given back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from internlm import compat, log
+from internlm.config import decode
+from internlm.errors import EngineError
+from internlm.model import quant
+from internlm.model.config import ModelConfig
+from internlm.model.lora import LoraConfig, apply_lora
+from internlm.model.quant import KINDS, Kind, pack, pack_block, pack_head, pack_weight
+from internlm.model.transformer import Transformer, build
+
+HAVE = {"fp32": compat.has_packed_onednn_linear, "fp16": compat.has_fp16_linear, "int8": compat.has_int8_linear}
+TOLERANCE = {"fp32": 5e-6, "fp16": 2e-3, "int8": 4e-2}
+"""Largest difference of logits, over the largest logit."""
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "odd": {"vocab_size": 101, "hidden_size": 33, "num_heads": 3, "head_dim": 10, "ffn_size": 57},
+    "biases": {"qkv_bias": True, "output_bias": True},
+    "grouped": {"num_kv_heads": 2, "qkv_bias": True},
+    "qk_norm": {"qk_norm": True, "head_dim": 6, "num_kv_heads": 1},
+    "tied": {"tie_embeddings": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "_warned", set())
+
+
+def model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Transformer:
+    """A small model all of whose weights, norms and biases too, are random."""
+    shape = {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 56}
+    made = build(decode(ModelConfig, shape | changes), seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return made.to(dtype)
+
+
+def logits(made: Transformer, length: int = 9) -> Tensor:
+    ids = torch.randint(made.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return made.head.logits(made(ids))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def need(kind: str) -> None:
+    if not HAVE[kind]():
+        pytest.skip(f"no {kind} products on this machine")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_packed_model_says_the_same_to_what_its_kind_rounds(name: str, kind: Kind) -> None:
+    made = model(**CONFIGS[name])
+    wanted = logits(made)
+    pack(made, kind)
+    got = logits(made)
+    assert distance(got, wanted) < TOLERANCE[kind]
+    if kind != "fp32" and HAVE[kind]():
+        assert not torch.equal(got, wanted), "nothing was rounded: was it packed?"
+
+
+def test_every_product_is_packed_and_only_embedding_and_norms_stay_parameters() -> None:
+    made = model(qk_norm=True, qkv_bias=True, output_bias=True, tie_embeddings=True)
+    pack(made, "fp32")
+    names = {name for name, _ in made.named_parameters()}
+    assert "embedding.weight" in names
+    assert all("norm" in name for name in names - {"embedding.weight"})
+    packed = [module for module in made.modules() if isinstance(module, quant.PackedLinear)]
+    assert len(packed) == made.config.num_layers * 4 + 1
+    assert not any(p.requires_grad for p in made.parameters())
+
+
+def test_packing_block_by_block_is_packing_the_model() -> None:
+    whole, parts = model(), model()
+    pack(whole, "fp16")
+    for block in parts.blocks.values():
+        pack_block(block, "fp16")  # type: ignore[arg-type]
+    pack_head(parts.head, "fp16")
+    assert torch.equal(logits(whole), logits(parts))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_model_of_bf16_weights_computes_in_fp32(kind: Kind) -> None:
+    made = model(dtype=torch.bfloat16, tie_embeddings=True)
+    wide = model(dtype=torch.bfloat16, tie_embeddings=True).float()
+    wide.tie()
+    pack(made, kind)
+    got = logits(made)
+    assert got.dtype == torch.float32
+    assert distance(got, logits(wide)) < TOLERANCE[kind]
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8"])
+@pytest.mark.parametrize(("outputs", "inputs"), [(56, 32), (33, 65), (1, 7), (300, 1030)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_is_bitwise_the_same_alone_and_in_any_batch(kind: Kind, outputs: int, inputs: int, threads: int) -> None:
+    need(kind)
+    torch.manual_seed(0)
+    layer = pack_weight(torch.randn(outputs, inputs), torch.randn(outputs), kind)
+    rows = torch.randn(150, inputs) * torch.logspace(-3, 3, 150)[:, None]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        alone = torch.cat([layer(row[None]) for row in rows])
+        for count in (2, 3, 4, 5, 7, 8, 13, 16, 17, 32, 64, 65, 128, 150):
+            assert torch.equal(layer(rows[-count:]), alone[-count:]), f"{count} rows"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_fp32_rows_differ_between_batches_by_the_order_of_sums_at_most() -> None:
+    need("fp32")
+    torch.manual_seed(0)
+    weight, rows = torch.randn(300, 1030), torch.randn(64, 1030)
+    layer = pack_weight(weight, None, "fp32")
+    alone = torch.cat([layer(row[None]) for row in rows])
+    exact = rows.double() @ weight.double().t()
+    for count in (2, 4, 16, 64):
+        assert distance(layer(rows[:count]), alone[:count]) < 2e-6
+    assert distance(layer(rows).double(), exact) < 2e-6
+
+
+def test_int8_rounds_weights_only_even_where_activations_have_outliers() -> None:
+    need("int8")
+    torch.manual_seed(0)
+    weight, bias = torch.randn(40, 70), torch.randn(40)
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    rounded = (weight / scale).round() * scale
+    x = torch.randn(3, 5, 70)
+    layer = pack_weight(weight, bias, "int8")
+    assert distance(layer(x), x @ rounded.t() + bias) < 2e-4
+    x[..., 3] = 100  # 14 bits of the largest still leave 6 bits to the others
+    by_row = layer(x) - (x @ rounded.t() + bias)
+    assert by_row.abs().max() < 100 / 8127 * 0.5 * rounded.abs().sum(1).max()
+    assert by_row.std() < 0.1, "8 bits of activations would be off by 1.9 here"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_is_not_finite_leaves_the_others_alone(kind: Kind) -> None:
+    need(kind)
+    torch.manual_seed(0)
+    layer = pack_weight(torch.randn(24, 40), torch.randn(24), kind)
+    x = torch.randn(4, 40)
+    wanted = layer(x)
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    got = layer(x)
+    assert torch.equal(got[[0, 3]], wanted[[0, 3]])
+    assert not got[1].isfinite().any()
+    assert not got[2].isfinite().any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_and_weights_of_zeros_give_the_bias(kind: Kind) -> None:
+    need(kind)
+    weight, bias = torch.randn(6, 8), torch.randn(6)
+    weight[2] = 0
+    layer = pack_weight(weight, bias, kind)
+    assert torch.equal(layer(torch.zeros(2, 8)), bias.expand(2, -1))
+    assert torch.equal(layer(torch.randn(3, 8))[:, 2], bias[2].expand(3))
+
+
+def test_weights_beyond_fp16_stay_in_fp32_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    need("fp16")
+    made = model()
+    with torch.no_grad():
+        made.blocks["1"].feed_forward.w_down.weight[0, 0] = 70000.0  # type: ignore[union-attr,operator,index]
+    wanted = logits(made)
+    pack(made, "fp16")
+    kinds = {name: type(m) for name, m in made.named_modules() if isinstance(m, quant.PackedLinear)}
+    assert kinds.pop("blocks.1.feed_forward.w_down") is not quant.Fp16Linear
+    assert set(kinds.values()) == {quant.Fp16Linear}
+    assert distance(logits(made), wanted) < TOLERANCE["fp16"]
+    assert "do not fit into fp16" in caplog.text
+
+
+def test_int8_weights_that_are_not_finite_stay_in_fp32() -> None:
+    need("int8")
+    weight = torch.randn(5, 6)
+    weight[1, 1] = float("nan")
+    out = pack_weight(weight, None, "int8")(torch.ones(1, 6))
+    assert out.isnan().tolist() == [[False, True, False, False, False]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_machine_without_the_kernels_gets_plain_products_and_a_warning(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("has_packed_onednn_linear", "has_fp16_linear", "has_int8_linear"):
+        monkeypatch.setattr(compat, name, lambda: False)
+    made = model(tie_embeddings=True)
+    wanted = logits(made)
+    pack(made, kind)
+    assert distance(logits(made), wanted) < TOLERANCE["fp32"]
+    assert "missing on this machine" in caplog.text
+    assert caplog.text.count("packed fp32 products are missing") == 1
+
+
+@pytest.mark.parametrize(("probe", "kernel"), [("has_fp16_linear", "fp16_linear"), ("has_int8_linear", "int8_linear")])
+def test_a_kernel_that_fails_or_overflows_counts_as_missing(
+    probe: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Tensor:
+        raise RuntimeError("no such engine")
+
+    has, works = getattr(compat, probe).__wrapped__, getattr(compat, kernel)
+    monkeypatch.setattr(compat, kernel, fails)
+    assert not has()
+    monkeypatch.setattr(compat, kernel, lambda *given: works(*given) + 1)
+    assert not has()
+
+
+def test_experts_stay_as_they_are_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    made = model(experts={"count": 4}, dtype=torch.bfloat16)
+    wide = model(experts={"count": 4}, dtype=torch.bfloat16).float()
+    pack(made, "fp32")
+    assert "experts are not packed" in caplog.text
+    assert distance(logits(made), logits(wide)) < TOLERANCE["fp32"]
+
+
+def test_what_cannot_be_packed_is_refused_and_left_as_it_was() -> None:
+    config = model().config
+    with torch.device("meta"):
+        empty = Transformer(config)
+    with pytest.raises(EngineError, match=r"attention\.wq: .*for the CPU \(got 'meta'\)\. Load"):
+        pack(empty, "fp32")
+    far = model()
+    with compat.fake_tensors():
+        weight = torch.nn.Parameter(torch.empty(32, 32, device="cuda"))
+    far.blocks["1"].attention.wq.weight = weight  # type: ignore[union-attr]
+    with pytest.raises(EngineError, match=r"for the CPU \(got 'cuda'\)"):
+        pack(far, "fp16")
+    assert not any(isinstance(module, quant.PackedLinear) for module in far.modules())
+    adapted = model()
+    apply_lora(adapted, LoraConfig(targets=("w_down",)))
+    with pytest.raises(EngineError, match=r"feed_forward\.w_down: .*LoraLinear.*Merge"):
+        pack(adapted, "int8")
+    assert not any(isinstance(module, quant.PackedLinear) for module in adapted.modules())
+    made = model()
+    with pytest.raises(EngineError, match="allowed: fp32, fp16, int8"):
+        pack(made, "int4")  # type: ignore[arg-type]
+    pack(made, "fp32")
+    for again in (lambda: pack(made, "fp32"), lambda: pack_head(made.head, "fp32")):
+        with pytest.raises(EngineError, match="packed already"):
+            again()
+    with pytest.raises(AssertionError, match="logits only"):
+        made.head(torch.zeros(1, 1, 32), torch.zeros(1, 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_are_let_go(kind: Kind) -> None:
+    made = model()
+    kept = [weakref.ref(p) for n, p in made.named_parameters() if n.endswith("weight") and p.ndim == 2]
+    assert len(kept) == 1 + 2 * 7 + 1
+    pack(made, kind)
+    assert [ref() is not None for ref in kept].count(True) == 1  # the embedding
+
+
+_WEIGH = """
+import json, torch
+from internlm import compat
+from internlm.model.config import ModelConfig
+from internlm.model.quant import pack
+from internlm.model.transformer import build
+
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+torch.set_num_threads(1)
+for probe in (compat.has_packed_onednn_linear, compat.has_fp16_linear, compat.has_int8_linear):
+    probe()
+config = ModelConfig(vocab_size=4096, hidden_size=1024, num_layers=2, num_heads=8, ffn_size=3072)
+ids = torch.zeros(1, 4, dtype=torch.long)
+changes = {}
+for kind in ("fp32", "fp32", "fp16", "int8"):  # the first time is not counted: it loads libraries
+    model = build(config, 0)
+    before = held()
+    pack(model, kind)
+    with torch.inference_mode():
+        model.head.logits(model(ids))
+    changes[kind] = (held() - before) / (4 * config.matmul_parameters)
+    del model
+print(json.dumps(changes))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_a_packed_model_takes_the_memory_of_its_packed_weights() -> None:
+    # Large blocks then go back to the system at once, and what is held is what is used.
+    environment = os.environ | {"GLIBC_TUNABLES": "", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", _WEIGH], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    changes = json.loads(ran.stdout)
+    for kind, share in (("fp32", 1.0), ("fp16", 0.5), ("int8", 0.25)):
+        if HAVE[kind]():
+            assert share - 1 - 0.02 < changes[kind] < share - 1 + 0.06, changes
+
+
+_EXACT = """
+import torch
+from internlm import compat
+assert compat.has_int8_linear()
+weight = torch.randint(-127, 128, (70, 1030), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+weight[0], weight[1] = 127, -127
+for rows in (1, 2, 5, 32):
+    x = torch.randint(0, 128, (rows, 1030), generator=torch.Generator().manual_seed(rows)).to(torch.uint8)
+    x[0] = 127
+    got = compat.int8_linear(x, compat.pack_int8_linear(weight), torch.ones(70))
+    assert torch.equal(got, ((x.long() - 64) @ weight.long().t()).float()), rows
+"""
+
+
+def test_int8_sums_are_exact_without_vnni_too() -> None:
+    need("int8")
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", _EXACT], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
