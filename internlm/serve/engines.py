@@ -1,0 +1,233 @@
+"""Other inference engines, as data: what each does with an export of ours, and how we know.
+
+    SUPPORT["stop strings"]["lmdeploy"]     # Claim(says="one token each; …", how="source", version="0.18.0")
+
+A claim is only as good as how it was made, and that stands beside it: read in the source of a version, run with it, or
+taken from its documentation. What nobody looked at has no row. `internlm deploy --table` prints the table, and
+docs/serving.md holds the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+How = Literal["source", "ran", "documented"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """A program that serves models."""
+
+    title: str
+    version: str
+    """The version that was read."""
+    program: str
+    """What must be on PATH."""
+    install: str
+    """One line that brings it."""
+    key_variable: str | None = None
+    """Environment variable that it takes a key from; None: from its command line only, which others can read."""
+    template_names: Mapping[str, str] = field(default_factory=dict)
+    """Regular expression on the lower-case path of a model → the built-in chat format that it selects."""
+
+
+ENGINES: dict[str, Engine] = {
+    "lmdeploy": Engine(
+        title="LMDeploy",
+        version="0.18.0",
+        program="lmdeploy",
+        install="pip install lmdeploy",
+        template_names={
+            "llama-?2": "llama2",
+            "codellama": "codellama",
+            "^(?!.*llava).*vicuna": "vicuna",
+            "wizardlm": "wizardlm",
+            r"^(?!.*(mistral|v1\.6-34b))(?=.*llava)(?=.*v1)|llava-1\.5": "llava-v1",
+            r"llava-v1\.6-34b": "llava-chatml",
+            "chatglm2": "chatglm",
+            "cogvlm(?!2)": "cogvlm",
+            "^(?=.*mistral).*(instruct|llava)": "mistral",
+            "^(?=.*mixtral).*(instruct|llava)": "mixtral",
+            "^(?=.*v1-1).*internvl-chat": "internvl-zh",
+            "^(?!.*vl2)(?=.*chat).*deepseek-vl": "deepseek-vl",
+            "deepseek-vl2": "deepseek-vl2",
+        },
+    ),
+    "vllm": Engine(
+        title="vLLM", version="0.33.0", program="vllm", install="pip install vllm",
+        key_variable="VLLM_API_KEY",
+    ),
+    "sglang": Engine(
+        title="SGLang",
+        version="0.5.23",
+        program="sglang",
+        install="pip install sglang",
+        template_names={
+            r"vicuna|llava-v1\.5|llava-next-video-7b": "vicuna_v1.1",
+            r"llava-v1\.6-(yi-)?34b|llava-next-video-34b|llava-onevision-qwen2": "chatml-llava",
+            "internvl": "internvl-2-5",
+            r"moss.*vl": "moss-vl",
+            "janus": "janus-pro",
+            r"deepseek.*vl2": "deepseek-vl2",
+            "deepseek-ocr": "deepseek-ocr",
+            "unlimited": "unlimited-ocr",
+            "paddleocr": "paddle-ocr",
+            "phi-4-multimodal": "phi-4-mm",
+            r"minicpm-v(?!-4[._][67])": "minicpmv",
+            r"minicpm-o(?!-4[._][67])": "minicpmo",
+            r"\bpoints\b": "points-v15-chat",
+            "whisper": "whisper",
+        },
+    ),
+    "llama.cpp": Engine(
+        title="llama.cpp", version="0c1e570 (in llama-cpp-python 0.3.36)", program="llama-server",
+        install="conda install -c conda-forge llama.cpp", key_variable="LLAMA_API_KEY",
+    ),
+}  # fmt: skip
+
+ARCHITECTURES = (
+    "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM",
+    "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
+)  # fmt: skip
+"""Classes of config.json that LMDeploy, vLLM and SGLang load without code from the folder."""
+REFUSED = {
+    "lmdeploy": "LMDeploy removed InternLM of 2023 in 0.15 (in 0.14 only its PyTorch engine still has it)",
+    "vllm": "vLLM 0.23 was the last with InternLM of 2023",
+    "sglang": "SGLang 0.5.23 has no InternLM of 2023",
+}
+"""Why an engine does not take an InternLMForCausalLM."""
+WITHOUT_OUTPUT_BIAS = {
+    "vllm": ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+}
+"""Classes in which an engine has no bias on wo, whatever `attention_bias` says."""
+WITHOUT_TIED_HEAD = {
+    "lmdeploy": ("MixtralForCausalLM",),
+    "sglang": ("MixtralForCausalLM", "Qwen3MoeForCausalLM"),
+}
+"""Classes in which an engine reads `lm_head` and does not tie it to the embedding."""
+TURBOMIND = tuple(name for name in ARCHITECTURES if name != "MistralForCausalLM")
+"""Classes that LMDeploy's TurboMind has; its PyTorch engine has all."""
+TURBOMIND_HEADS = (64, 128, 192, 256)
+"""Head sizes that LMDeploy's TurboMind has attention kernels for (0.16 source, which the wheel of 0.18 lacks)."""
+TURBOMIND_KV_HEAD = 128
+"""Head size at which TurboMind keeps keys and values in 4 or 8 bits (0.16 documentation)."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What an engine does, and how that is known."""
+
+    says: str
+    how: How
+    version: str
+    """Of the engine that was looked at."""
+
+    def __str__(self) -> str:
+        return f"{self.says} [{self.how} {self.version}]"
+
+
+def _row(how: Mapping[str, tuple[How, str]] | None = None, **cells: str) -> dict[str, Claim]:
+    """Return a row; a claim was read in the source of `Engine.version` unless `how` says otherwise."""
+    row = {}
+    for name, engine in ENGINES.items():
+        made, version = (how or {}).get(name, ("source", engine.version.split()[0]))
+        row[name] = Claim(cells[name.replace(".", "")], made, version)
+    return row
+
+
+_RAN: dict[str, tuple[How, str]] = {"llama.cpp": ("ran", "0c1e570")}
+
+SUPPORT: dict[str, dict[str, Claim]] = {
+    "InternLM of 2023 as published": _row(
+        lmdeploy="no since 0.15", vllm="no; 0.23 was the last", sglang="no", llamacpp="no"
+    ),
+    "our plain export": _row(
+        _RAN, lmdeploy="yes", vllm="yes", sglang="yes", llamacpp="yes, as GGUF (logits compared)"
+    ),
+    "biases of q, k, v and o": _row(
+        _RAN,
+        lmdeploy="yes",
+        vllm="yes; Qwen3 classes have none on o",
+        sglang="yes",
+        llamacpp="yes; not with norms of q and k",
+    ),
+    "dynamic NTK past the trained length": _row(
+        {"lmdeploy": ("source", "0.16.0")},
+        lmdeploy="TurboMind: per request",
+        vllm="no: the base stays",
+        sglang="one fixed base; none at factor 1",
+        llamacpp="no",
+    ),
+    "chat format is read from": _row(
+        lmdeploy="some names in the path, else the tokenizer; --chat-template hf: the tokenizer",
+        vllm="the tokenizer",
+        sglang="some names in the path, else the tokenizer",
+        llamacpp="the GGUF file",
+    ),
+    "ids that end an answer": _row(
+        lmdeploy="list in generation_config.json",
+        vllm="list in generation_config.json",
+        sglang="list in generation_config.json",
+        llamacpp="eos, eot and eom of the file",
+    ),
+    "stop strings": _row(lmdeploy="one token each; longer ones are dropped", vllm="any", sglang="any", llamacpp="any"),
+    "presence, frequency penalty": _row(
+        lmdeploy="accepted, no effect", vllm="yes", sglang="yes", llamacpp="yes"
+    ),
+    "logit bias": _row(lmdeploy="PyTorch engine", vllm="yes", sglang="yes", llamacpp="yes"),
+    "logprobs": _row(
+        lmdeploy="with --logprobs-mode; not in streamed completions",
+        vllm="yes",
+        sglang="yes",
+        llamacpp="yes; not with tools in a stream",
+    ),
+    "seed of a request": _row(
+        lmdeploy="yes", vllm="yes", sglang="with --enable-deterministic-inference", llamacpp="yes"
+    ),
+    "structured output": _row(
+        lmdeploy="JSON schema, regex", vllm="JSON schema, regex, grammar", sglang="JSON schema, regex, grammar",
+        llamacpp="JSON schema, grammar",
+    ),
+    "tools": _row(
+        lmdeploy="--tool-call-parser; no ReAct of InternLM 1",
+        vllm="--enable-auto-tool-choice --tool-call-parser; no ReAct",
+        sglang="--tool-call-parser; no ReAct",
+        llamacpp="by the chat format",
+    ),
+    "prefix cache": _row(
+        lmdeploy="--enable-prefix-caching", vllm="on", sglang="on", llamacpp="on, per slot"
+    ),
+    "LoRA beside the base": _row(
+        lmdeploy="PyTorch engine: --adapters",
+        vllm="--enable-lora --lora-modules",
+        sglang="--lora-paths",
+        llamacpp="--lora, as GGUF",
+    ),
+    "quantised weights": _row(
+        lmdeploy="AWQ, GPTQ, fp8, mxfp4", vllm="AWQ, GPTQ, fp8, int8 …", sglang="AWQ, GPTQ, fp8, int8 …",
+        llamacpp="GGUF types; ours: q8_0",
+    ),
+    "quantised keys and values": _row(
+        {"lmdeploy": ("documented", "0.16.0")},
+        lmdeploy="--quant-policy 4, 8; TurboMind: head size 128 only",
+        vllm="--kv-cache-dtype",
+        sglang="--kv-cache-dtype",
+        llamacpp="--cache-type-k, --cache-type-v",
+    ),
+    "CPU": _row(
+        _RAN, lmdeploy="no", vllm="in a build of its own", sglang="--device cpu", llamacpp="yes"
+    ),
+    "several GPUs": _row(
+        lmdeploy="--tp", vllm="--tensor-parallel-size", sglang="--tp-size", llamacpp="layers shared out"
+    ),
+}  # fmt: skip
+"""Feature → engine → claim."""
+
+
+def markdown() -> str:
+    """Return the table as Markdown: a row for each feature, a column for each engine."""
+    rows = [["", *(f"{engine.title} {engine.version}" for engine in ENGINES.values())], ["---"] * (len(ENGINES) + 1)]
+    rows += [[feature, *(str(row[name]) for name in ENGINES)] for feature, row in SUPPORT.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
