@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of an answer; default: %(default)s")
     parser.add_argument("--seed", type=int, metavar="S", help="makes answers repeatable")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: auto, cuda where there is one)")
+    parser.add_argument(
+        "--pack",
+        choices=["fp32", "fp16", "int8"],
+        help="on a CPU, pack the linear layers: fp32 is exact, fp16 and int8 are faster and round",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object (with -p or piped input)")
     parser.add_argument("--no-history", action="store_true", help="do not remember what is typed")
 
@@ -106,7 +111,7 @@ def _answerer(arguments: argparse.Namespace, screen: Screen) -> Answerer:
     if arguments.url is not None:
         if words:
             raise UsageError("give a folder or --url, not both", got=words[0])
-        for name in ("template", "device"):
+        for name in ("template", "device", "pack"):
             if getattr(arguments, name) is not None:
                 raise UsageError("is the server's business, and means nothing with --url", where=f"--{name}")
         return _server(arguments)
@@ -149,7 +154,7 @@ def _engine(arguments: argparse.Namespace, path: str, screen: Screen) -> Answere
     template = None if name in (None, "none") else get_template(name)
     # bf16 products are several times slower than fp32 on CPUs without AMX.
     model = source.model(torch.float32 if device == "cpu" else torch.bfloat16, device)
-    engine = Engine(model, source.talk.tokenizer, Limits(batch=1), seed=secrets.randbits(30))
+    engine = Engine(model, source.talk.tokenizer, Limits(batch=1), pack=arguments.pack, seed=secrets.randbits(30))
     return FromEngine(engine, template, source.talk.stops, path)
 
 

@@ -35,12 +35,19 @@ LlamaForCausalLM, or Mixtral or Qwen3 where the model has experts or norms of qu
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = 1e-4
-"""Largest difference of fp32 logits that `--verify` accepts, as a share of the largest logit over 1."""
+"""Largest difference of fp32 logits that `--verify` accepts, as a share of the largest logit."""
 QUANTIZED_TOLERANCE = 0.1
 """The same for 8-bit weights."""
 VERIFY_TEXT = "Ten years ago, 今天天气晴朗适合出门散步: def add(a, b): return a + b\n\t€ naïve 🙂 Привет, 3.14159"
 FORMATS = ("transformers", "gguf", "internlm-v0.2")
-OPTIONS_OF = {"remote_code": "transformers", "quantize": "gguf", "tensor": "internlm-v0.2", "pipeline": "internlm-v0.2"}
+MAX_SHARD = "5GB"
+OPTIONS_OF = {
+    "max_shard": "transformers",
+    "remote_code": "transformers",
+    "quantize": "gguf",
+    "tensor": "internlm-v0.2",
+    "pipeline": "internlm-v0.2",
+}
 """Options that one format alone has."""
 
 
@@ -52,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to", metavar="FORMAT", default="transformers", help="transformers (default), gguf, internlm-v0.2 or a family"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as stored)")
-    parser.add_argument("--max-shard", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
+    parser.add_argument("--max-shard", metavar="SIZE", help=f"largest weight file (default: {MAX_SHARD})")
     parser.add_argument("--template", metavar="NAME", help="chat format (default: as recorded in SRC); `none`: none")
     parser.add_argument("--tokenizer", metavar="PATH", type=Path, help="tokenizer (default: the one in SRC)")
     parser.add_argument("--base", metavar="PATH", type=Path, help="base of an adapter (default: the one it names)")
@@ -83,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.template is not None:
         name = None if arguments.template == "none" else arguments.template
         source = dataclasses.replace(source, talk=dataclasses.replace(source.talk, template=name, foreign=None))
+    _check_apart(arguments, source)
     weights = source.weights()
     total = sum(weight.to(dtype_of(arguments.dtype)).nbytes for weight in weights.values())
     with Progress("converting", total, "B") as shown:
@@ -116,8 +124,25 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("no such format", where="--to", got=arguments.to, allowed=allowed)
     to = arguments.to if arguments.to in FORMATS else "transformers"
     for option, of in OPTIONS_OF.items():
-        if getattr(arguments, option) and to != of:
+        given = getattr(arguments, option)
+        if given is not None and given is not False and to != of:  # 0 is given too
             raise UsageError(f"belongs to --to {of}", where="--" + option.replace("_", "-"), got=f"--to {to}")
+    if arguments.quantize and arguments.dtype:
+        raise UsageError("means nothing beside --quantize", where="--dtype", got=arguments.dtype, do="Leave out one.")
+
+
+def _check_apart(arguments: argparse.Namespace, source: Source) -> None:
+    """Check that replacing the target does not delete what it is made of, nor what `--verify` compares it with.
+
+    Raises:
+        UsageError: the source is the target, or lies in it.
+    """
+    target = Path(arguments.target).resolve()
+    for path in (Path(arguments.source), source.path, *source.beside):
+        if target.exists() and target in (path.resolve(), *path.resolve().parents):
+            raise UsageError(
+                "would be replaced, and SRC with it", where="DST", got=arguments.target, do="Choose another name."
+            )
 
 
 def _options(arguments: argparse.Namespace, source: Source, progress: Callable[[int], None]) -> ExportOptions:
@@ -128,10 +153,10 @@ def _options(arguments: argparse.Namespace, source: Source, progress: Callable[[
         notes["licence"] = arguments.licence
     tokenizer = source.talk.tokenizer
     depends_on = [source.state(), source.config, source.talk.template, tokenizer and tokenizer.fingerprint]
-    depends_on += [getattr(arguments, name) for name in ("to", "dtype", "max_shard", "set", *OPTIONS_OF)]
+    depends_on += [getattr(arguments, name) for name in ("to", "dtype", "set", *OPTIONS_OF)]
     return ExportOptions(
         dtype=dtype_of(arguments.dtype),
-        max_shard_bytes=size_in_bytes(arguments.max_shard, "--max-shard"),
+        max_shard_bytes=size_in_bytes(arguments.max_shard or MAX_SHARD, "--max-shard"),
         replace=arguments.force,
         notes=notes,
         resume=repr(depends_on),
@@ -153,7 +178,9 @@ def _write(arguments: argparse.Namespace, source: Source, weights: Weights, opti
         from internlm.weights import native_write
 
         layout = native_write.Layout(
-            tensor=arguments.tensor or 1, pipeline=arguments.pipeline or 1, step=source.facts.get("step", 0)
+            tensor=1 if arguments.tensor is None else arguments.tensor,
+            pipeline=1 if arguments.pipeline is None else arguments.pipeline,
+            step=source.facts.get("step", 0),
         )
         return native_write.export(weights, source.config, arguments.target, source.talk, options, layout)
     from internlm.weights import transformers
@@ -176,9 +203,11 @@ def verify(source: Source, target: Path, tolerance: float = TOLERANCE) -> float:
 
     written = open_source(target, Hints())
     dtype = next(iter(written.weights().values())).dtype
+    if dtype.itemsize == 1:  # no arithmetic has it, and float32 holds its values
+        dtype = torch.float32
     ids = _verify_ids(source)
     ours = _logits_here(source, ids, dtype)
-    size = max(1.0, ours.abs().max().item())
+    size = ours.abs().max().item() or 1.0
     others: dict[str, Tensor] = {}
     for side, name in ((source, "SRC by transformers"), (written, "DST by transformers")):
         theirs = _logits_there(side, ids, dtype)

@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--template", metavar="NAME", help="chat format (default: as recorded); `none`: no chat")
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer, where none lies beside the model")
     add("--device", default="auto", help="cpu, cuda, … (default: cuda where there is one)")
+    add(
+        "--pack",
+        choices=["fp32", "fp16", "int8"],
+        help="on a CPU, pack the linear layers: fp32 is exact, fp16 and int8 are faster and round",
+    )
     add("--max-batch", "--max-batch-size", type=int, default=16, metavar="N", help="answers at once; default: 16")
     add(
         "--max-length", "--session-len", type=int, metavar="N", help="tokens of prompt and answer; default: the model's"
@@ -171,7 +176,7 @@ def _open(arguments: argparse.Namespace) -> Served:
     if arguments.cache_gib is not None:
         cache = max(1, int(arguments.cache_gib * 2**30) // Cache.bytes_per_token(model))
     limits = Limits(batch=arguments.max_batch, length=arguments.max_length, cache_tokens=cache)
-    engine = Engine(model, talk.tokenizer, limits, seed=secrets.randbits(30))
+    engine = Engine(model, talk.tokenizer, limits, pack=arguments.pack, seed=secrets.randbits(30))
     names = tuple(dict.fromkeys(arguments.model_name or [Path(arguments.model).resolve().name]))
     return Served(engine, talk, names, timeout=arguments.request_timeout)
 
