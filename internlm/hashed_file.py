@@ -82,14 +82,17 @@ class HashedFile:
             file.seek(start)
             while size:
                 place = (self._buffer[self._used :] if apart is None else apart)[:size]
-                count = file.readinto(place)
-                if not count:
-                    raise EOFError(f"{source} ends {size} bytes too early")
-                look(place[:count])
+                count = 0
+                while count < len(place):  # a read may give less than there is
+                    part = file.readinto(place[count:])
+                    if not part:
+                        raise EOFError(f"{source} ends {size - count} bytes too early")
+                    count += part
+                look(place)
                 if apart is None:
                     self._advance(count)
                 else:
-                    self.write(place[:count])
+                    self.write(place)
                 size -= count
 
     def sha256(self) -> str:

@@ -57,6 +57,38 @@ def test_pieces_of_any_size_come_out_as_they_went_in(tmp_path: Path, seed: int) 
     assert digest == hashlib.sha256(expected).hexdigest()
 
 
+def test_a_read_that_gives_less_than_asked_splits_no_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        def __init__(self, path: Path, *_: object, **__: object) -> None:
+            self.file = os.open(path, os.O_RDONLY)
+
+        def __enter__(self) -> Slow:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            os.close(self.file)
+
+        def fileno(self) -> int:
+            return self.file
+
+        def seek(self, at: int) -> None:
+            os.lseek(self.file, at, os.SEEK_SET)
+
+        def readinto(self, place: memoryview) -> int:
+            part = os.read(self.file, min(len(place), 7))
+            place[: len(part)] = part
+            return len(part)
+
+    (tmp_path / "source").write_bytes(bytes(range(240)))
+    sizes: list[int] = []
+    with HashedFile(tmp_path / "out") as file:
+        monkeypatch.setattr("internlm.hashed_file.open", Slow, raising=False)
+        file.copy(tmp_path / "source", 0, 240, lambda piece: sizes.append(len(piece)), unit=8)
+        file.sha256()
+    assert all(size % 8 == 0 for size in sizes)
+    assert (tmp_path / "out").read_bytes() == bytes(range(240))
+
+
 def test_a_source_that_ends_too_early_is_said(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"abc")
     with HashedFile(tmp_path / "out") as file, pytest.raises(EOFError, match="2 bytes too early"):

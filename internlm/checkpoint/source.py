@@ -97,14 +97,16 @@ def open_source(path: str | Path, hints: Hints = Hints()) -> Source:
         return source
     # The chat format of a folder was written for the tokenizer that lies there.
     template = source.talk.template if source.talk.tokenizer is None else None
-    return dataclasses.replace(source, talk=Talk(Tokenizer.load(hints.tokenizer), template))
+    talk = Talk(Tokenizer.load(hints.tokenizer), template, generation=source.talk.generation)
+    return dataclasses.replace(source, talk=talk)
 
 
-def _open(path: Path, hints: Hints) -> Source:
+def _open(path: Path, hints: Hints, above: tuple[Path, ...] = ()) -> Source:
+    """Open what a path holds; `above`: the adapters that it is the base of."""
     if store.is_checkpoint(path) or store.newest(path) is not None:
         return _checkpoint(path)
     if adapters.is_one(path):
-        return _adapter(path, hints)
+        return _adapter(path, hints, above)
     if (path / "config.json").is_file():
         config = transformers.read_config(path)
         return Source(path, "transformers", config, lambda: transformers.open_weights(path), read_talk(path))
@@ -129,14 +131,17 @@ def _checkpoint(path: Path) -> Source:
     return Source(found.path, "checkpoint", found.config, found.weights, Talk(tokenizer, found.template), facts)
 
 
-def _adapter(path: Path, hints: Hints) -> Source:
+def _adapter(path: Path, hints: Hints, above: tuple[Path, ...]) -> Source:
     """Open an adapter with its base, as the model that both are together."""
     named = adapters.base_of(path)
     if hints.base is None and (named is None or not Path(named).exists()):
         raise WeightsError(
             "the base of this adapter is not here", where=path, got=named, do="Say where it lies: --base FOLDER."
         )
-    base = open_source(hints.base or Path(str(named)))
+    lies = hints.base or Path(str(named))
+    if lies.exists() and lies.resolve() in (path.resolve() for path in (path, *above)):
+        raise WeightsError("names itself as its base", where=path, got=lies, do="Say where it lies: --base FOLDER.")
+    base = _open(lies, Hints(), (*above, path))
     adapter = adapters.open_adapter(path, base.config)
     own = read_talk(path)
     return Source(

@@ -70,7 +70,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"cannot be read: {error}", where=path) from error
     if not isinstance(fields, dict):
         raise WeightsError("is no JSON object", where=path)

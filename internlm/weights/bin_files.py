@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import pickle
 import struct
+import sys
 import threading
 import zipfile
 from collections.abc import Mapping
@@ -95,7 +96,9 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             is_zip = file.read(len(_ZIP)) == _ZIP
-        if not is_zip:
+        if is_zip:
+            check_archive(path)
+        else:
             warn_once(logger, f"{path} is of a form that cannot be mapped: all of it is in memory while it is read")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except pickle.UnpicklingError as error:
@@ -114,6 +117,30 @@ def _load(path: Path) -> dict[str, Tensor]:
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise WeightsError("holds a tensor that is not plain", where=f"{path}: {name}", got=str(tensor.layout))
     return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def check_archive(path: Path) -> None:
+    """Check that a zip file is what `torch.save` writes: not compressed, and of this machine's byte order.
+
+    Of what is compressed, a few bytes may become all of the memory; of another order, mapped numbers would be wrong.
+
+    Raises:
+        WeightsError: it is not.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+            orders = [entry for entry in entries if entry.filename.rpartition("/")[2] == "byteorder"]
+            order = archive.read(orders[0]).decode("ascii", "replace") if orders and not packed else sys.byteorder
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        raise WeightsError(f"cannot be read: {_reason(error)}", where=path, do=_AGAIN) from error
+    if packed:
+        raise WeightsError("is compressed, which torch.save never does", where=path, do="Save it again with torch.")
+    if order != sys.byteorder:
+        raise WeightsError(
+            "is of another byte order", where=path, got=order, allowed=[sys.byteorder], do="Ask for safetensors."
+        )
 
 
 def mapped_at(path: Path, tensors: Mapping[str, Tensor]) -> int | None:

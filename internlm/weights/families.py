@@ -53,18 +53,40 @@ def read(weights: Weights, fields: dict[str, Any], path: Path) -> Weights:
         WeightsError: a name is not one of the family's, a weight comes twice, or the parts of one do not fit.
     """
     config = read_config(fields, path)
+    if config.num_layers > len(weights):  # else as many layers would be made to compare them
+        raise WeightsError(f"says that there are {config.num_layers} layers of {len(weights)} weights", where=path)
     tables = rows.FAMILIES[fields["model_type"]].names
     found: dict[str, list[tuple[int | None, Weight]]] = {}  # ours → expert and weight: one, or one per expert
     for name, weight in weights.items():
         if name.endswith(FOLLOWING):
             continue
         ours, expert = from_transformers(name, *tables)
+        if not weight.dtype.is_floating_point:
+            raise WeightsError("holds integers, which are no weights", where=f"{path.parent}: {name}", got=weight.dtype)
         pieces = [weight] if len(ours) == 1 else fused.cut(weight, ours, config)
         for one, piece in zip(ours, pieces, strict=True):
             found.setdefault(one, []).append((expert, piece))
     order = [name for name in shapes(config) if name in found]
     order += [name for name in found if name not in set(order)]
-    return {name: _whole(name, found[name]) for name in order}
+    whole = {name: _whole(name, found[name]) for name in order}
+    if config.tie_embeddings and {"head.weight", "embedding.weight"} <= whole.keys():
+        _check_tied(whole["head.weight"], whole["embedding.weight"], path)
+    return whole
+
+
+def _check_tied(head: Weight, embedding: Weight, path: Path) -> None:
+    """Check that a head that is said to be the embedding, and is there too, is it.
+
+    Raises:
+        WeightsError: it is another. Transformers 4 takes the embedding then, 5 the head.
+    """
+    if head.place is not None and head.place == embedding.place:
+        return
+    if head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):
+        raise WeightsError(
+            f"says that the head is the embedding, and there is a {head.origin} that is another", where=path,
+            do="Set tie_word_embeddings to false in it, if that head is the model's; else delete the head.",
+        )  # fmt: skip
 
 
 def write(weights: Weights, config: ModelConfig, family: str | None = None) -> tuple[dict[str, Any], Weights]:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from internlm import storage
-from internlm.errors import WeightsError
+from internlm.errors import StorageError, WeightsError
 from internlm.hashed_file import HashedFile
 from internlm.weights import weight as lazy
 from internlm.weights.bin_files import open_bins
@@ -79,6 +79,21 @@ def plan(weights: Weights, max_bytes: int) -> list[Shard]:
     if len(groups) == 1:
         return [Shard(SINGLE, groups[0])]
     return [Shard(f"model-{n:05d}-of-{len(groups):05d}.safetensors", group) for n, group in enumerate(groups, 1)]
+
+
+def require_space(folder: storage.Writing, total_bytes: int, what: str) -> None:
+    """Check that the disk has room for an export, what an interrupted one has left of it counted as there.
+
+    Raises:
+        StorageError: naming what is missing; a folder with nothing in it is removed.
+    """
+    there = sum(file.stat().st_size for file in folder.path.iterdir())
+    try:
+        storage.require_space(folder.path, total_bytes - there, what)
+    except StorageError:
+        with contextlib.suppress(OSError):  # not empty: the next try goes on with it
+            folder.path.rmdir()
+        raise
 
 
 def write(
@@ -194,10 +209,10 @@ def open_folder(folder: Path) -> Weights:
         WeightsError: there are no weight files, or one is missing or damaged.
     """
     for single, index in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):
+        if (folder / single).is_file():  # before an index, as Transformers has it
+            return _open_files([folder / single])[folder / single]
         if (folder / index).is_file():
             return _open_indexed(folder, folder / index)
-        if (folder / single).is_file():
-            return _open_files([folder / single])[folder / single]
     raise WeightsError(f"holds neither {SINGLE} nor {INDEX}, nor {BIN_SINGLE} or {BIN_INDEX}", where=folder)
 
 
@@ -215,15 +230,21 @@ def _open_indexed(folder: Path, index: Path) -> Weights:
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {file: folder / file for file in where.values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"cannot be read: {error}", where=index) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"cannot be read: {error}", where=index, do="Copy it again.") from error
+    for file in files:
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise WeightsError("names a file outside of its folder", where=index, got=file, do="Do not trust it.")
     opened = _open_files(list(files.values()))
-    weights = {}
+    weights: Weights = {}
+    for file, path in files.items():
+        found = opened[path]
+        for name in found:  # those that the index leaves out too: whoever reads them says what they are
+            if where.get(name, file) == file:
+                weights[name] = found[name]
     for name, file in where.items():
-        found = opened[files[file]]
-        if name not in found:
+        if name not in opened[files[file]]:
             raise WeightsError(f"{file} has no tensor {name}, which the index says", where=index, do="Copy it again.")
-        weights[name] = found[name]
     return weights
 
 

@@ -108,9 +108,9 @@ def export(
     theirs = _written(weights, config, options.dtype, quantization)
     talk.check(config.vocab_size)
     storage.check_free(out, KIND, replace=options.replace)
-    storage.require_space(out, sum(weight.nbytes for weight in theirs.values()), f"export {out.name}")
     tag = TYPES[theirs["token_embd.weight"].dtype].lower() if quantization is None else quantization
     with storage.writing(out, KIND, replace=options.replace, resume=options.resume) as folder:
+        files.require_space(folder, sum(weight.nbytes for weight in theirs.values()), f"export {out.name}")
         talk.write(folder.path)
         name = out.name.removesuffix(".gguf")
         path = folder.path / f"{name}-{tag}.gguf"
@@ -126,6 +126,8 @@ def export(
             gguf_vocabulary.describe(writer, talk, folder.path, config.vocab_size)
             with storage.explained(f"writing {path}"):
                 _write(writer, theirs, options.progress)
+                with open(beside, "rb") as written:
+                    os.fsync(written.fileno())  # its name says that it is complete, after a power cut too
                 os.replace(beside, path)
         storage.write_text(folder.path / "README.md", _card(config, path.name, talk))
         folder.meta.update({"internlm_template": talk.template, "dtype": tag, **options.notes})
@@ -165,7 +167,9 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Return the weights of a GGUF file by our names, not read yet; norms and biases in the dtype of the matrices.
+    """Return the weights of a GGUF file by our names, not read yet.
+
+    Norms, biases and routers are float32 there; they come in the dtype of the matrices where it holds all their values.
 
     Raises:
         UsageError: the package gguf is not installed.
@@ -186,6 +190,9 @@ def open_weights(path: str | Path) -> Weights:
     order = [name for name in shapes(config) if name in found]
     order += [name for name in found if name not in set(order)]
     dtype = lazy.main_dtype(found)
+    others = {name: weight for name, weight in found.items() if torch.promote_types(weight.dtype, dtype) != dtype}
+    if any(not torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for _, tensor in lazy.tensors(others)):
+        return {name: found[name] for name in order}
     return {name: found[name].to(dtype) for name in order}
 
 

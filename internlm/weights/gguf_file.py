@@ -132,7 +132,7 @@ def read_header(path: Path) -> Header:
             alignment = found.get("general.alignment", 32)
             start = -(-cursor.at // alignment) * alignment
             size = len(data)
-    except (OSError, ValueError, struct.error, ZeroDivisionError, TypeError) as error:
+    except (OSError, ValueError, struct.error, ZeroDivisionError, TypeError, RecursionError) as error:
         raise WeightsError(f"cannot be read: {error}", where=path, do="Copy the file again.") from error
     placed = [Stored(name, path, shape, kind, start + offset) for name, shape, kind, offset in listed]
     for tensor in placed:

@@ -23,11 +23,20 @@ from internlm.weights.native_merge import Parts, Reading
 
 logger = logging.getLogger(__name__)
 
+
+def _positive(text: str) -> float:
+    """Return a number over 0; raise ValueError for any other."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
 _YES = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 OVERRIDES: dict[str, tuple[Callable[[str], Any], str]] = {
     "num_heads": (int, "query heads"),
-    "norm_eps": (float, "added to the mean square in RMSNorm"),
-    "rope_base": (float, "base of the rotary positions"),
+    "norm_eps": (_positive, "added to the mean square in RMSNorm"),
+    "rope_base": (_positive, "base of the rotary positions"),
     "context_length": (int, "longest text trained for, in tokens"),
     "rotary": ({"half": "half", "interleaved": "interleaved"}.__getitem__, "half or interleaved (adapt_hf is false)"),
     "w2": ({"up": "up", "down": "down"}.__getitem__, "what w2 is: up (v0.2) or down (InternEvo since March 2024)"),

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from internlm.errors import WeightsError
 
 CONFIG = "model_config.pt"
+_SHOWN = 8
+"""Missing files that an error lists; a file of an odd name may make them many."""
 _MODEL = re.compile(r"model_tp(\d+)(?:_wp(\d+))?_pp(\d+)\.pt")
 _FSDP = re.compile(r"model_tp\d+_pp\d+_(?:dp|zo)\d+\.pt")
 _TRAINER = ("optimizer_", "topo_", "context.pt", "schedulder.pt", "sampler.pt", "config_file.pt")
@@ -117,9 +120,9 @@ def _check(found: Files) -> None:
     """Refuse a checkpoint in which a rank's file is missing."""
     stages, tensor = found.stages, found.tensor
     if not found.is_weight_parallel:
-        absent = [
-            f"model_tp{t}_pp{p}.pt" for p in range(stages) for t in range(tensor) if Place(p, t) not in found.places
-        ]
+        every = (Place(p, t) for p in range(stages) for t in range(tensor))
+        missing = (place for place in every if place not in found.places)
+        absent = [f"model_tp{place.tensor}_pp{place.stage}.pt" for place in islice(missing, _SHOWN)]
     else:
         # Tensor and weight ranks count the same processes: not every pair has a file.
         weight = 1 + max(place.weight for place in found.places)
@@ -135,7 +138,9 @@ def _check(found: Files) -> None:
             for t in sorted(set(range(tensor)) - {place.tensor for place in of_stage[p]})
         ]
     if absent:
-        raise WeightsError(f"is not whole: {', '.join(absent[:8])} missing", where=found.folder, do="Copy it again.")
+        raise WeightsError(
+            f"is not whole: {', '.join(absent[:_SHOWN])} missing", where=found.folder, do="Copy it again."
+        )
 
 
 def _checkpoints(path: Path) -> list[Path]:

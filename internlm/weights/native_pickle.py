@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from internlm.errors import WeightsError
+from internlm.weights.bin_files import check_archive
 
 FRAMEWORK = "internlm."
 """How names of the framework's classes begin."""
@@ -39,6 +40,7 @@ def load(path: Path) -> Any:
         WeightsError: it names anything but tensors, plain containers and classes of the framework, or is damaged.
     """
     try:
+        check_archive(path)
         # Only names that are not known to be harmless; found by reading the program, without running it.
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
         foreign = [name for name in names if not name.startswith(FRAMEWORK)]

@@ -28,7 +28,7 @@ from torch import Tensor
 from internlm import storage
 from internlm.errors import WeightsError
 from internlm.model.config import DynamicScaling, ModelConfig
-from internlm.weights import native_archive, native_config
+from internlm.weights import files, native_archive, native_config
 from internlm.weights import weight as lazy
 from internlm.weights.load import check, shapes
 from internlm.weights.native_files import CONFIG
@@ -93,8 +93,8 @@ def export(
     }
     storage.check_free(out, KIND, replace=options.replace)
     total = sum(weight.nbytes for rank in ranks.values() for weight in rank.values())
-    storage.require_space(out, total, f"export {out.name}")
     with storage.writing(out, KIND, replace=options.replace, resume=options.resume) as folder:
+        files.require_space(folder, total, f"export {out.name}")
         for (tensor, stage), rank in ranks.items():
             _write(folder, f"model_tp{tensor}_pp{stage}.pt", rank, options)
             topology = {} if layout.embed_split_hidden or stage else {_embedding(dialect, layout): {"dim": 0}}
@@ -131,7 +131,9 @@ def _check(config: ModelConfig, layout: Layout, dialect: str) -> None:
     for where, (is_wrong, what) in wrong.items():
         if is_wrong:
             raise WeightsError(f"InternLM v0.2 ({dialect}) has no {what}", where=where)
-    if layout.pipeline > config.num_layers or min(layout.pipeline, layout.tensor) < 1:
+    if layout.tensor < 1:
+        raise WeightsError("must be at least 1", where="tensor", got=layout.tensor)
+    if not 1 <= layout.pipeline <= config.num_layers:
         raise WeightsError(f"{config.num_layers} layers cannot be cut", where="pipeline", got=layout.pipeline)
     for name in ("num_heads", "num_kv_heads", "ffn_size", "vocab_size", "hidden_size"):
         if getattr(config, name) % layout.tensor:

@@ -26,12 +26,18 @@ CODE = Path(__file__).parent / "remote_code"
 DEFAULT_TEMPLATE = "internlm-v1.1"
 """Format of `model.chat` where none is recorded, and the vocabulary is InternLM's."""
 _MODEL = "modeling_internlm.InternLMForCausalLM"
+_MODEL_MAP = {
+    "AutoConfig": "configuration_internlm.InternLMConfig",
+    "AutoModel": _MODEL,
+    "AutoModelForCausalLM": _MODEL,
+}
+_TOKENIZER_MAP = {"AutoTokenizer": ["tokenization_internlm.InternLMTokenizer", None]}
+_KNOWN: dict[str, Any] = _MODEL_MAP | _TOKENIZER_MAP
 
 
 def fields(talk: Talk) -> dict[str, Any]:
     """Return what config.json says beside the shape: which classes load the model, and how it is talked to."""
-    loaders = {"AutoConfig": "configuration_internlm.InternLMConfig", "AutoModel": _MODEL}
-    return {"auto_map": loaders | {"AutoModelForCausalLM": _MODEL}, "chat_format": chat_format(talk)}
+    return {"auto_map": _MODEL_MAP, "chat_format": chat_format(talk)}
 
 
 def chat_format(talk: Talk) -> dict[str, Any] | None:
@@ -62,20 +68,26 @@ def chat_format(talk: Talk) -> dict[str, Any] | None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Return whether the code of a folder is the one carried here, to the byte, and all that would be run."""
+    """Return whether the code of a folder is the one carried here, to the byte, and all that would be run.
+
+    A folder in it is enough to say no: Transformers also runs `custom_generate/generate.py`, unasked, and whatever an
+    `auto_map` names in a folder.
+    """
+    if any(path.is_dir() for path in folder.iterdir()):
+        return False
     found = {path.name: path.read_bytes() for path in folder.glob("*.py")}
     if found != {path.name: path.read_bytes() for path in CODE.glob("*.py")}:
         return False
-    maps = [_auto_map(folder / name) for name in ("config.json", CONFIG_FILE)]
-    # `owner/name--module.Class` would be code from elsewhere.
-    return "--" not in json.dumps(maps)
+    return all(_is_known(folder / name) for name in ("config.json", CONFIG_FILE))
 
 
-def _auto_map(path: Path) -> Any:
+def _is_known(path: Path) -> bool:
+    """Return whether a file maps to nothing but the code carried here, not to `owner/name--module.Class` or others."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("auto_map")
+        found = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
     except FileNotFoundError:
-        return None
+        return True
+    return isinstance(found, dict) and all(_KNOWN.get(name) == loader for name, loader in found.items())
 
 
 def write(folder: Path, talk: Talk) -> None:
@@ -92,8 +104,7 @@ def write(folder: Path, talk: Talk) -> None:
     path = folder / CONFIG_FILE
     described = json.loads(path.read_text(encoding="utf-8"))
     del described["add_bos_token"]  # theirs puts bos before a text that has none, so that a template may write it too
-    loader = {"AutoTokenizer": ["tokenization_internlm.InternLMTokenizer", None]}
-    write_json(path, described | {"tokenizer_class": "InternLMTokenizer", "auto_map": loader})
+    write_json(path, described | {"tokenizer_class": "InternLMTokenizer", "auto_map": _TOKENIZER_MAP})
 
 
 def _frame(frame: Frame, tokenizer: Tokenizer) -> list[list[str | int | None]]:

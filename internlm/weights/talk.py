@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Talk:
     """A chat format that is not known here, as `chat_template` of a tokenizer_config.json."""
     stops: tuple[int, ...] = ()
     """Ids that end an answer, beside eos and those of the template."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Further fields of a generation_config.json, such as `temperature`, carried along."""
 
     def stop_ids(self) -> list[int]:
         """Return every id that ends an answer."""
@@ -73,7 +75,7 @@ class Talk:
     def write(self, folder: Path) -> None:
         """Write the files into a folder."""
         stops = self.stop_ids()
-        write_json(folder / GENERATION_FILE, self.role_ids() | {"eos_token_id": stops or None})
+        write_json(folder / GENERATION_FILE, self.generation | self.role_ids() | {"eos_token_id": stops or None})
         if self.tokenizer is None:
             return
         self.tokenizer.save(folder)
@@ -100,6 +102,7 @@ def read_talk(folder: str | Path) -> Talk:
 
     Raises:
         TokenizerError: the tokenizer is damaged, or of a kind that is not known.
+        WeightsError: a file that says how to use it is damaged.
     """
     folder = Path(folder)
     described = _read_json(folder / CONFIG_FILE)
@@ -111,9 +114,14 @@ def read_talk(folder: str | Path) -> Talk:
         name = next((name for name, template in TEMPLATES.items() if found == jinja(template)), None)
     if name is None and found is not None:
         logger.warning("warning: the chat template of %s is not known here: it is carried along, not used", folder)
-    eos = _read_json(folder / GENERATION_FILE).get("eos_token_id")
+    generation = _read_json(folder / GENERATION_FILE)
+    eos = generation.get("eos_token_id")
+    if not generation:  # Transformers takes it from there then
+        eos = _read_json(folder / "config.json").get("eos_token_id")
     stops = tuple(id_ for id_ in (eos if isinstance(eos, list) else [eos]) if isinstance(id_, int))
-    return Talk(Tokenizer.find(folder), name, None if name else found, stops)
+    ours = {"transformers_version", "_from_model_config", *(f"{role}_token_id" for role in ROLES)}
+    further = {name: value for name, value in generation.items() if name not in ours}
+    return Talk(Tokenizer.find(folder), name, None if name else found, stops, further)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -122,9 +130,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON object's file; nothing where there is none."""
+    """Return the content of a JSON object's file; nothing where there is none.
+
+    Raises:
+        WeightsError: it is damaged.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return content if isinstance(content, dict) else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"cannot be read: {error}", where=path, do="Copy the file again.") from error
+    if not isinstance(content, dict):
+        raise WeightsError("is no JSON object", where=path, do="Copy the file again.")
+    return content

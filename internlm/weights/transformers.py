@@ -102,8 +102,8 @@ def export(
     if options.remote_code:
         described |= remote.fields(talk)
     storage.check_free(out, KIND, replace=options.replace)
-    storage.require_space(out, sum(weight.nbytes for weight in theirs.values()), f"export {out.name}")
     with storage.writing(out, KIND, replace=options.replace, resume=options.resume) as folder:
+        files.require_space(folder, sum(weight.nbytes for weight in theirs.values()), f"export {out.name}")
         files.write(folder, theirs, options.max_shard_bytes, options.progress)
         stored = str(lazy.main_dtype(theirs)).removeprefix("torch.")
         # Transformers 4 reads `torch_dtype`, 5 writes `dtype` and reads both.
@@ -173,7 +173,7 @@ def _fields(folder: Path) -> dict[str, Any]:
         described = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WeightsError("no config.json: this is no Transformers folder", where=folder) from None
-    except (ValueError, NotADirectoryError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise WeightsError(f"cannot be read: {error}", where=path) from error
     if not isinstance(described, dict):
         raise WeightsError("is no JSON object", where=path)

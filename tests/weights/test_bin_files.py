@@ -6,7 +6,9 @@ import gc
 import json
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from internlm.errors import WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
-from internlm.weights import bin_files, files
+from internlm.weights import bin_files, files, native_pickle
 from internlm.weights import transformers as folders
 from internlm.weights import weight as lazy
 from internlm.weights.weight import of_tensors
@@ -136,6 +138,22 @@ def test_a_file_that_was_cut_off_is_named(kept: int, tmp_path: Path) -> None:
     (folder / files.BIN_SINGLE).write_bytes(data[:kept])
     with pytest.raises(WeightsError, match=r"pytorch_model\.bin: "):
         folders.load(folder)
+
+
+@pytest.mark.parametrize("change", ["compressed", "of another byte order"])
+@pytest.mark.parametrize("opened", [files.open_folder, native_pickle.load])
+def test_an_archive_that_torch_would_not_write_here_is_refused(
+    opened: Callable[[Path], Any], change: str, tmp_path: Path
+) -> None:
+    path = tmp_path / files.BIN_SINGLE
+    torch.save({"x": torch.zeros(10**5)}, tmp_path / "good")
+    way = zipfile.ZIP_DEFLATED if change == "compressed" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(tmp_path / "good") as good, zipfile.ZipFile(path, "w", way) as archive:
+        for name in good.namelist():
+            is_order = name.endswith("/byteorder") and change != "compressed"
+            archive.writestr(name, b"big" if is_order else good.read(name))
+    with pytest.raises(WeightsError, match=change):
+        opened(tmp_path if opened is files.open_folder else path)
 
 
 def test_a_file_of_the_index_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from internlm.checkpoint import store
 from internlm.checkpoint.source import open_source
 from internlm.cli import main
-from internlm.cli.convert import size_in_bytes, verify
+from internlm.cli.convert import QUANTIZED_TOLERANCE, TOLERANCE, size_in_bytes, verify
 from internlm.errors import UsageError, WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
@@ -83,6 +83,18 @@ def test_verifying_finds_weights_under_the_wrong_name(
     monkeypatch.undo()
     with pytest.raises(WeightsError, match="other logits"):
         verify(open_source(run), tmp_path / "out")
+
+
+@pytest.mark.parametrize("tolerance", [TOLERANCE, QUANTIZED_TOLERANCE])
+def test_verifying_sees_other_weights_however_small_the_logits_are(tolerance: float, tmp_path: Path) -> None:
+    for seed in range(2):
+        model = build(SHAPE, seed)
+        with torch.no_grad():
+            model.head.weight.mul_(1e-4)
+        folders.export(of_tensors(model.named_parameters()), SHAPE, tmp_path / str(seed))
+    assert verify(open_source(tmp_path / "0"), tmp_path / "0", tolerance) <= tolerance
+    with pytest.raises(WeightsError, match="other logits"):
+        verify(open_source(tmp_path / "0"), tmp_path / "1", tolerance)
 
 
 def test_what_is_no_model_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,24 @@ def test_an_interrupted_export_goes_on_where_it_was(error: BaseException, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
 
 
+def test_what_lies_there_already_needs_no_room_a_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    total = sum(weight.nbytes for weight in weights_of().values())
+    free = total + 2000  # bytes
+
+    def usage(path: Path) -> SimpleNamespace:
+        used = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+        return SimpleNamespace(free=free - used)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    with pytest.raises(KeyboardInterrupt):
+        folders.export(Interrupted(20, KeyboardInterrupt()).weights, SHAPE, tmp_path / "out", options=SMALL_FILES)
+    assert usage(tmp_path).free < total
+    folders.export(weights_of(), SHAPE, tmp_path / "out", options=SMALL_FILES)
+    with pytest.raises(StorageError, match="needs"):
+        folders.export(weights_of(), SHAPE, tmp_path / "more", options=SMALL_FILES)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_an_export_that_was_killed_goes_on(tmp_path: Path) -> None:
     """The process dies as by `kill -9` while it reads its twentieth tensor."""
     script = f"""
@@ -159,6 +178,41 @@ def test_a_source_that_changes_under_the_reader_is_noticed(tmp_path: Path) -> No
     with pytest.raises(WeightsError, match=r"model\.norm\.weight: was announced as \(16,\)"):
         folders.export(weights, SHAPE, tmp_path / "out", options=SMALL_FILES)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_that_the_index_leaves_out_is_not_lost_without_a_word(tmp_path: Path) -> None:
+    folders.export(weights_of(), SHAPE, tmp_path / "out", options=SMALL_FILES)
+    path = tmp_path / "out" / files.INDEX
+    index = json.loads(path.read_text())
+    file = index["weight_map"].pop("model.norm.weight")
+    path.write_text(json.dumps(index))
+    assert folders.load(tmp_path / "out").norm.weight.numel() == SHAPE.hidden_size
+    tensors = load_file(tmp_path / "out" / file)
+    save_file(tensors | {"model.layers.0.more.weight": torch.ones(2)}, tmp_path / "out" / file)
+    with pytest.raises(WeightsError, match="more"):
+        folders.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("way", ["../elsewhere/", "/"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(way: str, tmp_path: Path) -> None:
+    folders.export(weights_of(), SHAPE, tmp_path / "out", options=SMALL_FILES)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    (tmp_path / "out").mkdir()
+    index = (tmp_path / "elsewhere" / files.INDEX).read_text()
+    prefix = way if way != "/" else f"{tmp_path / 'elsewhere'}/"
+    (tmp_path / "out" / files.INDEX).write_text(index.replace('"model-', f'"{prefix}model-'))
+    with pytest.raises(WeightsError, match="outside of its folder"):
+        files.open_folder(tmp_path / "out")
+
+
+def test_one_file_goes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    folders.export(weights_of(0), SHAPE, tmp_path / "out", options=SMALL_FILES)
+    folders.export(weights_of(1), SHAPE, tmp_path / "one")
+    (tmp_path / "one" / files.SINGLE).rename(tmp_path / "out" / files.SINGLE)
+    name = "model.embed_tokens.weight"
+    opened = files.open_folder(tmp_path / "out")
+    assert torch.equal(opened[name].read(), weights_of(1)["embedding.weight"].read())
+    assert not torch.equal(opened[name].read(), weights_of(0)["embedding.weight"].read())
 
 
 def test_an_index_that_lies_is_named(tmp_path: Path) -> None:

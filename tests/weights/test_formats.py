@@ -135,8 +135,13 @@ def test_the_card_says_what_the_run_was(folder: Path, tmp_path: Path) -> None:
         (["--set", "num_heads"], "--set: is no KEY=VALUE"),
         (["--set", "num_heads=2"], "settings means nothing"),
         (["--base", "x"], "base means nothing"),
+        (["--to", "gguf", "--max-shard", "1GB"], "--max-shard: belongs to --to transformers"),
+        (["--to", "gguf", "--quantize", "q8_0", "--dtype", "float16"], "--dtype: means nothing beside --quantize"),
         (["--to", "qwen2"], "output_bias"),
         (["--to", "internlm-v0.2", "--tensor", "3"], "tensor"),
+        (["--to", "internlm-v0.2", "--tensor", "0"], "tensor: must be at least 1"),
+        (["--to", "internlm-v0.2", "--pipeline", "0"], "pipeline: 3 layers cannot be cut"),
+        (["--to", "llama", "--tensor", "0"], "--tensor: belongs to"),
         (["--to", "internlm", "--remote-code", "--max-shard", "x"], "--max-shard"),
     ],
 )
@@ -157,6 +162,63 @@ def test_the_code_of_others_is_never_run(folder: Path, tmp_path: Path, capsys: p
     assert convert(tmp_path / "code", tmp_path / "out", "--verify") == 0
     assert "SRC by transformers" not in capsys.readouterr().out
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("place", ["custom_generate/generate.py", "sub/configuration.py"])
+def test_code_that_transformers_would_find_by_itself_is_not_run(place: str, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    assert convert(folder, tmp_path / "code", "--remote-code") == 0
+    mark, code = tmp_path / "mark", tmp_path / "code" / place
+    code.parent.mkdir()
+    code.write_text(f"open({str(mark)!r}, 'w')\nclass X: pass\ndef generate(*_, **__): pass\n")
+    if place.startswith("sub"):
+        described = json.loads((tmp_path / "code" / "config.json").read_text())
+        described["auto_map"]["AutoConfig"] = "sub/configuration.X"
+        (tmp_path / "code" / "config.json").write_text(json.dumps(described))
+    assert convert(tmp_path / "code", tmp_path / "out", "--verify") == 0
+    assert not mark.exists()
+
+
+def test_a_source_is_never_replaced_by_what_is_made_of_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(folder, folder, "--force", "--dtype", "float16", "--verify") == 2
+    assert "SRC with it" in capsys.readouterr().err
+    assert convert(folder, tmp_path / "out") == 0
+    inner = tmp_path / "out" / "inner"
+    folder.rename(inner)
+    assert convert(inner, tmp_path / "out", "--force") == 2
+    assert open_source(inner).config == SHAPE
+    assert convert(tmp_path / "out", inner / "deeper") == 0, "beside or below it there is room"
+
+
+def test_an_adapter_that_names_itself_as_its_base_is_an_error(folder: Path, tmp_path: Path) -> None:
+    model = open_source(folder).model()
+    chosen = lora.LoraConfig(rank=4, targets=("blocks.*.attention.wq",))
+    lora.apply_lora(model, chosen)
+    for parameter in lora.lora_parameters(model).values():
+        torch.nn.init.ones_(parameter)
+    first, second = tmp_path / "first", tmp_path / "second"
+    adapters.export(adapters.of_model(model, chosen, base=str(second)), first)
+    adapters.export(adapters.of_model(model, chosen, base=str(first)), second)
+    with pytest.raises(WeightsError, match="names itself as its base"):
+        open_source(first)
+    assert open_source(first, Hints(base=folder)).config == SHAPE
+
+
+def test_what_a_folder_says_of_generating_goes_along(folder: Path, tmp_path: Path) -> None:
+    path = folder / "generation_config.json"
+    said = json.loads(path.read_text()) | {"temperature": 0.7, "repetition_penalty": 1.05}
+    path.write_text(json.dumps(said | {"transformers_version": "4.30.2"}))
+    assert convert(folder, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / path.name).read_text()) == said
+    path.write_text("{")
+    with pytest.raises(WeightsError, match="generation_config"):
+        open_source(folder)
+    path.unlink()
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | {"eos_token_id": [2, 7]}))
+    assert {2, 7} <= set(open_source(folder).talk.stop_ids()), "where Transformers finds them too"
 
 
 def test_a_hint_of_use_to_no_one_is_an_error(folder: Path) -> None:

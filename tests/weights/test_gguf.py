@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -229,6 +230,35 @@ def test_a_file_of_half_precision_is_one_dtype_when_read(tmp_path: Path) -> None
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     for name, tensor in tensors(weights):
         assert torch.equal(tensor, model.get_parameter(name))
+
+
+def test_norms_that_half_precision_cannot_hold_stay_as_they_are(tmp_path: Path) -> None:
+    model = rough(replace(SHAPE, qkv_bias=True), torch.float32)
+    weights = gguf.open_weights(export(model, tmp_path / "out", dtype=torch.float16))
+    assert weights["head.weight"].dtype == torch.float16
+    for name, tensor in tensors(weights):
+        expected = model.get_parameter(name)
+        assert torch.equal(tensor, expected if expected.dim() == 1 else expected.half()), name
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux which file it is")
+def test_a_file_has_its_name_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str]] = []
+    sync, rename = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        sync(descriptor)
+
+    def renamed(old: Path, new: Path) -> None:
+        calls.append(("rename", Path(old).name))
+        rename(old, new)
+
+    monkeypatch.setattr("os.fsync", synced)
+    monkeypatch.setattr("os.replace", renamed)
+    export(rough(SHAPE), tmp_path / "out")
+    at = calls.index(("rename", "out-f32.unfinished"))
+    assert ("sync", "out-f32.unfinished") in calls[:at]
 
 
 def test_8_bit_rows_hold_a_scale_and_32_integers(tmp_path: Path) -> None:

@@ -227,6 +227,13 @@ def test_missing_last_ranks_are_noticed_by_what_they_held(of: str, tmp_path: Pat
         native.open_weights(path)
 
 
+def test_an_odd_rank_in_a_name_is_answered_at_once(tmp_path: Path) -> None:
+    path = write(random(SHAPE), replace(V02, tensor=1, pipeline=1), tmp_path)
+    shutil.copyfile(path / "model_tp0_pp0.pt", path / f"model_tp{10**9}_pp{10**9}.pt")
+    with pytest.raises(WeightsError, match=r"model_tp1_pp0\.pt, .* missing"):
+        native.open_weights(path)
+
+
 def test_a_missing_weight_rank_is_refused(tmp_path: Path) -> None:
     old = replace(V02, layers=2, weight=4, tensor=2)
     path = write(random(replace(SHAPE, num_layers=2)), old, tmp_path)
@@ -319,6 +326,9 @@ def test_wrong_overrides_are_errors(tmp_path: Path) -> None:
     path = write(random(SHAPE), V02, tmp_path)
     with pytest.raises(WeightsError, match="num_heads"):
         native.read_config(path, {"num_head": 4})
+    for name, value in (("norm_eps", "nan"), ("norm_eps", "0"), ("rope_base", "-1"), ("rope_base", "inf")):
+        with pytest.raises(WeightsError, match=f"{name}: has no such value"):
+            native.read_config(tmp_path, {name: value})
     with pytest.raises(WeightsError, match="w2: has no such value"):
         native.read_config(path, {"w2": "left"})
 

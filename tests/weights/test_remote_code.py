@@ -387,6 +387,11 @@ def test_only_the_code_carried_here_counts_as_ours(world: World, tmp_path: Path)
     shutil.copyfile(remote.CODE / code.name, code)
     (folder / "more.py").write_text("")
     assert not remote.is_ours(folder)
+    (folder / "more.py").unlink()
+    assert remote.is_ours(folder)
+    inside = {**described, "auto_map": {**described["auto_map"], "AutoConfig": "../more.InternLMConfig"}}
+    (folder / "config.json").write_text(json.dumps(inside))
+    assert not remote.is_ours(folder)
     assert not remote.is_ours(tmp_path)
 
 

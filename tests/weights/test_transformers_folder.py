@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from internlm import storage
+from internlm.checkpoint.source import open_source
 from internlm.errors import InternLMError, StorageError, WeightsError
 from internlm.model.config import DynamicScaling, ModelConfig, RopeConfig, YarnScaling
 from internlm.model.transformer import Transformer, build
@@ -83,6 +84,47 @@ def test_a_tied_head_is_one_tensor_and_may_come_along(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(tmp_path / "a" / "model.safetensors")
     loaded = folders.load(tmp_path / "a")
     assert loaded.head.weight is loaded.embedding.weight
+
+
+def test_a_tied_head_that_is_another_than_the_embedding_is_an_error(tmp_path: Path) -> None:
+    model = build(replace(SHAPE, tie_embeddings=True), 0)
+    folders.export(of_tensors(model.named_parameters()), model.config, tmp_path / "a")
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(file)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, file)
+    assert torch.equal(folders.load(tmp_path / "a").head.weight, head)
+    save_file(tensors | {"lm_head.weight": head + 1e-3}, file)
+    with pytest.raises(WeightsError, match=r"lm_head\.weight that is another"):
+        folders.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rms_norm_eps": float("nan")},
+        {"rms_norm_eps": -1.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": -5.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 0.0}},
+        {"num_key_value_heads": -1},
+        {"tie_word_embeddings": "false"},
+        {"attention_bias": "false"},
+        {"num_hidden_layers": 10**9},
+    ],
+    ids=str,
+)
+def test_numbers_that_no_model_has_are_refused(change: dict[str, object], tmp_path: Path) -> None:
+    folders.export(of_tensors(build(SHAPE, 0).named_parameters()), SHAPE, tmp_path / "a")
+    with pytest.raises(WeightsError, match=r"config\.json"):
+        folders.open_weights(changed_config(tmp_path / "a", tmp_path / "b", **change))
+
+
+def test_integers_are_no_weights(tmp_path: Path) -> None:
+    folders.export(of_tensors(build(SHAPE, 0).named_parameters()), SHAPE, tmp_path / "a")
+    file = tmp_path / "a" / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": torch.ones(50, 16, dtype=torch.int8)}, file)
+    with pytest.raises(WeightsError, match=r"lm_head\.weight: holds integers"):
+        folders.load(tmp_path / "a")
 
 
 def test_absent_biases_are_written_as_zeros(tmp_path: Path) -> None:
@@ -234,6 +276,15 @@ def test_a_shape_that_transformers_refuses_is_not_exported(tmp_path: Path) -> No
     config = ModelConfig(vocab_size=50, hidden_size=18, num_layers=1, num_heads=4, head_dim=4, ffn_size=8)
     with pytest.raises(WeightsError, match=r"is loaded only where hidden_size 18 is a multiple.*: mistral, internlm3"):
         export(build(config, 0), tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["{", "[" * 10**5, "[]"], ids=["cut", "deep", "list"])
+def test_a_damaged_description_is_named(name: str, content: str, tmp_path: Path) -> None:
+    folders.export(of_tensors(build(SHAPE, 0).named_parameters()), SHAPE, tmp_path / "a")
+    (tmp_path / "a" / name).write_text(content)
+    with pytest.raises(WeightsError, match=name):
+        open_source(tmp_path / "a")
 
 
 def test_broken_folders_are_explained(tmp_path: Path) -> None:
