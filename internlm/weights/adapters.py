@@ -24,8 +24,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ from internlm.model import lora
 from internlm.model.config import ModelConfig
 from internlm.model.lora import LoraConfig, Update
 from internlm.model.transformer import Transformer
-from internlm.weights import adapter_config, files
+from internlm.weights import adapter_config, card, files
 from internlm.weights import weight as lazy
 from internlm.weights.adapter_config import FILE, theirs
 from internlm.weights.bin_files import open_bin
@@ -223,7 +225,7 @@ def export(adapter: Adapter, out: str | Path, options: ExportOptions = ExportOpt
         os.replace(folder.path / files.SINGLE, folder.path / WEIGHTS)
         folder.hashes[WEIGHTS] = folder.hashes.pop(files.SINGLE)
         write_json(folder.path / FILE, described)
-        storage.write_text(folder.path / "README.md", _card(adapter))
+        storage.write_text(folder.path / "README.md", _card(adapter, options.notes))
         folder.meta.update(options.notes)
     return named
 
@@ -326,17 +328,16 @@ def _open_weights(folder: Path) -> Weights:
     return open_bin(folder / BIN)
 
 
-def _card(adapter: Adapter) -> str:
+def _card(adapter: Adapter, notes: Mapping[str, Any]) -> str:
     """Return the README.md of an adapter."""
     config = adapter.config
     kind = ("rank-stabilised " if config.rank_stabilized else "") + ("DoRA" if config.dora else "LoRA")
     parameters = sum(torch.Size(weight.shape).numel() for weight in adapter.weights.values())
     base = adapter.base or "the base model"
-    lines = [
-        "---", "library_name: peft", "pipeline_tag: text-generation", "---", "", "# Adapter", "",
-        f"A {kind} adapter of rank {config.rank} with {parameters:,} parameters, for `{base}`.", "",
+    use = [
         "```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
         f'base = AutoModelForCausalLM.from_pretrained("{base}")',
-        'model = PeftModel.from_pretrained(base, ".")', "```", "",
+        'model = PeftModel.from_pretrained(base, ".")', "```",
     ]  # fmt: skip
-    return "\n".join(lines)
+    about = [f"A {kind} adapter of rank {config.rank} with {parameters:,} parameters, for `{base}`."]
+    return card.page("peft", about, use, {"name": "Adapter", **notes}, card.window(adapter.model))

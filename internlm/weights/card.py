@@ -36,17 +36,35 @@ def card(config: ModelConfig, model: str, dtype: str, talk: Talk, notes: Mapping
             `tokens`, `data` (text, or names), `evaluation` (text, or numbers by name), `limits` (text), `licence`
             (its SPDX name) and `remote_code` (whether the folder carries its code). All are optional.
     """
+    about = [_summary(config, model, talk), "", *shape(config, dtype)]
+    use = _use(talk, bool(notes.get("remote_code")))
+    return page("transformers", about, use, notes, window(config))
+
+
+def page(library: str | None, about: list[str], use: list[str], notes: Mapping[str, Any], window: str = "") -> str:
+    """Return a README.md with every section, whatever is exported.
+
+    Args:
+        library: of the Hub's names, which loads it; None: there is none.
+        about: what it is.
+        use: how it is used.
+        notes: as of `card`.
+        window: a sentence on what it can read.
+    """
     licence = notes.get("licence")
-    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    head: dict[str, Any] = {"pipeline_tag": "text-generation"}
+    if library is not None:
+        head = {"library_name": library, **head}
     if licence is not None:
         head["license"] = licence
+    limits = [notes["limits"], ""] if notes.get("limits") else []
     sections = {
-        "": [_summary(config, model, talk), "", *_shape(config, dtype)],
-        "Use": _use(talk, bool(notes.get("remote_code"))),
+        "": about,
+        "Use": use,
         "Training": _training(notes),
         "Data": _data(notes),
         "Evaluation": _evaluation(notes.get("evaluation")),
-        "Limits": [*([notes["limits"], ""] if notes.get("limits") else []), _window(config), LIMITS],
+        "Limits": [*limits, *([window] if window else []), LIMITS],
         "Licence": [f"`{licence}`" if licence else f"{UNKNOWN} Ask who gave you the model before you use it."],
     }
     lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "", f"# {notes.get('name', 'Model')}", ""]
@@ -64,7 +82,8 @@ def _summary(config: ModelConfig, model: str, talk: Talk) -> str:
     return f"A `{model}` with {config.num_parameters:,} parameters, {kind}."
 
 
-def _shape(config: ModelConfig, dtype: str) -> list[str]:
+def shape(config: ModelConfig, dtype: str) -> list[str]:
+    """Return a table of a model's shape."""
     rows = {
         "layers": config.num_layers,
         "hidden size": config.hidden_size,
@@ -141,5 +160,6 @@ def _evaluation(results: Any) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in results.items())]
 
 
-def _window(config: ModelConfig) -> str:
+def window(config: ModelConfig) -> str:
+    """Return the sentence on what a model can read."""
     return f"It reads {config.context_length:,} tokens at most, prompt and answer together."

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ from torch import Tensor
 from internlm import storage
 from internlm.errors import WeightsError
 from internlm.model.config import ModelConfig
-from internlm.weights import files, gguf_config, gguf_file, gguf_vocabulary
+from internlm.weights import card, files, gguf_config, gguf_file, gguf_vocabulary
 from internlm.weights import talk as talks
 from internlm.weights import weight as lazy
 from internlm.weights.load import check, shapes
@@ -129,7 +129,7 @@ def export(
                 with open(beside, "rb") as written:
                     os.fsync(written.fileno())  # its name says that it is complete, after a power cut too
                 os.replace(beside, path)
-        storage.write_text(folder.path / "README.md", _card(config, path.name, talk))
+        storage.write_text(folder.path / "README.md", _card(config, path.name, talk, tag, options.notes))
         folder.meta.update({"internlm_template": talk.template, "dtype": tag, **options.notes})
     return theirs
 
@@ -303,13 +303,10 @@ def _translated(name: str, table: dict[str, str]) -> str | None:
     return found and found.replace("{i}", number[0])
 
 
-def _card(config: ModelConfig, file: str, talk: Talk) -> str:
+def _card(config: ModelConfig, file: str, talk: Talk, dtype: str, notes: Mapping[str, Any]) -> str:
     """Return the README.md of an export."""
     chats = talk.template is not None or talk.foreign is not None
     kind = "a chat model" if chats else "a base model (plain continuation, no chat format)"
-    lines = [
-        "---", "library_name: gguf", "pipeline_tag: text-generation", "---", "", "# Model", "",
-        f"`{file}`: {config.num_parameters:,} parameters, {kind}, for llama.cpp and the programs around it.", "",
-        "```sh", f"llama-cli -m {file} {'-cnv --jinja' if chats else '-no-cnv -p Once'}", "```", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    about = [f"`{file}`: {config.num_parameters:,} parameters, {kind}, for llama.cpp and the programs around it.", ""]
+    use = ["```sh", f"llama-cli -m {file} {'-cnv --jinja' if chats else '-no-cnv -p Once'}", "```"]
+    return card.page("gguf", [*about, *card.shape(config, dtype)], use, notes, card.window(config))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from torch import Tensor
 from internlm import storage
 from internlm.errors import WeightsError
 from internlm.model.config import DynamicScaling, ModelConfig
-from internlm.weights import files, native_archive, native_config
+from internlm.weights import card, files, native_archive, native_config
 from internlm.weights import weight as lazy
 from internlm.weights.load import check, shapes
 from internlm.weights.native_files import CONFIG
@@ -106,7 +106,8 @@ def export(
         torch.save({"step": layout.step}, folder.path / f"{layout.step}.step")
         if talk.tokenizer is not None:
             talk.write(folder.path)
-        storage.write_text(folder.path / "README.md", _card(dialect, layout))
+        readme = _card(config, dialect, layout, str(dtype).removeprefix("torch."), options.notes)
+        storage.write_text(folder.path / "README.md", readme)
         folder.meta.update({"internlm_template": talk.template, **options.notes})
     return {f"tp[{t}]_pp[{p}] {name}": weight for (t, p), rank in ranks.items() for name, weight in rank.items()}
 
@@ -286,12 +287,12 @@ def _write(folder: storage.Writing, name: str, weights: Weights, options: Export
         os.replace(beside, path)
 
 
-def _card(dialect: str, layout: Layout) -> str:
+def _card(config: ModelConfig, dialect: str, layout: Layout, dtype: str, notes: Mapping[str, Any]) -> str:
     """Return the README.md of a checkpoint."""
-    lines = [
-        "# Training checkpoint for InternLM v0.2", "",
-        f"Model type `{dialect}`, tensor {layout.tensor}, pipeline {layout.pipeline}; the values of its section",
-        "`model` are in `model_config.pt`, and as Python in `config_file.pt`. Weights only:", "",
-        "```python", 'load_ckpt_info = dict(path="local:.", content=("model",), ckpt_type="internlm")', "```", "",
+    about = [
+        f"Weights only, of model type `{dialect}`, tensor {layout.tensor}, pipeline {layout.pipeline}; the values of",
+        "its section `model` are in `model_config.pt`, and as Python in `config_file.pt`.", "",
     ]  # fmt: skip
-    return "\n".join(lines)
+    use = ["```python", 'load_ckpt_info = dict(path="local:.", content=("model",), ckpt_type="internlm")', "```"]
+    name = {"name": "Training checkpoint for InternLM v0.2"}
+    return card.page(None, [*about, *card.shape(config, dtype)], use, {**name, **notes}, card.window(config))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from internlm.model import lora
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
 from internlm.text.training import train_bpe
+from internlm.weights import adapters, gguf, native_write
 from internlm.weights import transformers as folders
 from internlm.weights.card import UNKNOWN, card
 from internlm.weights.talk import Talk
@@ -90,3 +93,27 @@ def test_the_lines_of_the_card_run(tmp_path: Path, template: str | None, monkeyp
     exec(lines[1].replace("**inputs", "**inputs, max_new_tokens=2"))
     assert len(said) == 1
     assert said[0].startswith("<|bos|>")
+
+
+def test_every_kind_of_export_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    shape = replace(SHAPE, ffn_size=256)
+    model = build(shape, 0)
+    weights, talk = of_tensors(model.named_parameters()), Talk(train_bpe(["What is the sum?"] * 3, 300))
+    known = folders.ExportOptions(notes={"licence": "MIT", "tokens": 1_000_000, "source": "runs/a"})
+    gguf.export(weights, shape, tmp_path / "gguf", talk, known)
+    native_write.export(weights, shape, tmp_path / "native", talk, known)
+    config = lora.LoraConfig(rank=2, targets=("*.wq",))
+    lora.apply_lora(model, config)
+    lora.initialize_lora(model, 0)
+    adapters.export(adapters.of_model(model, config), tmp_path / "adapter", known)
+    for kind in ("gguf", "native", "adapter"):
+        text = (tmp_path / kind / "README.md").read_text(encoding="utf-8")
+        found = sections(text)
+        assert list(found) == ["Use", "Training", "Data", "Evaluation", "Limits", "Licence"]
+        assert "1,000,000 tokens" in found["Training"]
+        assert "runs/a" in found["Training"]
+        assert found["Evaluation"] == UNKNOWN
+        assert "64 tokens" in found["Limits"]
+        assert "MIT" in found["Licence"]
+        assert yaml.safe_load(text.split("---")[1])["license"] == "MIT"
