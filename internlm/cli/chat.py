@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pack",
         choices=["fp32", "fp16", "int8"],
-        help="on a CPU, pack the linear layers: fp32 is exact, fp16 and int8 are faster and round",
+        metavar="KIND",
+        help="of products on a CPU: fp32 is exact, fp16 and int8 are faster and round",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object (with -p or piped input)")
     parser.add_argument("--no-history", action="store_true", help="do not remember what is typed")

@@ -19,7 +19,6 @@ Serve a model (a run, a checkpoint, a Transformers folder) to OpenAI's clients, 
 
   internlm serve out                                       http://127.0.0.1:8000, for this machine only
   internlm serve out --host 0.0.0.0 --api-key secret       for others, who need the key
-  internlm serve out --model-name my-model --max-batch 32 --max-length 4096
 
 Keys also come from a file (--api-key-file, one a line) and from the variable INTERNLM_API_KEY. Ctrl-C or SIGTERM lets
 answers under way end; a second one does not. LMDeploy's `api_server DIR --server-name … --server-port …` works."""
@@ -40,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--pack",
         choices=["fp32", "fp16", "int8"],
-        help="on a CPU, pack the linear layers: fp32 is exact, fp16 and int8 are faster and round",
+        metavar="KIND",
+        help="of products on a CPU: fp32, fp16, int8",
     )
     add("--max-batch", "--max-batch-size", type=int, default=16, metavar="N", help="answers at once; default: 16")
     add(
