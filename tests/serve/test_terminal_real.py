@@ -40,6 +40,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         variables = os.environ | {"TERM": term, "XDG_STATE_HOME": str(tmp_path / "state")} | environment
         # It asks the terminal where the cursor is, and nobody answers here.
         variables |= {"PROMPT_TOOLKIT_NO_CPR": "1", "OMP_NUM_THREADS": "1"}
+        for size in ("COLUMNS", "LINES"):  # what runs the tests may have its own
+            variables.pop(size, None)
         child = pexpect.spawn(
             sys.executable,
             [*command, *words],
