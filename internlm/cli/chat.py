@@ -9,6 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from internlm.cli import placement
 from internlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,13 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all tokens")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of an answer; default: %(default)s")
     parser.add_argument("--seed", type=int, metavar="S", help="makes answers repeatable")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: auto, cuda where there is one)")
-    parser.add_argument(
-        "--pack",
-        choices=["fp32", "fp16", "int8"],
-        metavar="KIND",
-        help="of products on a CPU: fp32 is exact, fp16 and int8 are faster and round",
-    )
+    placement.add_arguments(parser.add_argument)
     parser.add_argument("--json", action="store_true", help="print one JSON object (with -p or piped input)")
     parser.add_argument("--no-history", action="store_true", help="do not remember what is typed")
 
@@ -136,26 +131,19 @@ def _server(arguments: argparse.Namespace) -> Answerer:
 def _engine(arguments: argparse.Namespace, path: str, screen: Screen) -> Answerer:
     import secrets
 
-    import torch
-
     from internlm.checkpoint.source import open_source
     from internlm.infer.engine import Engine, Limits
     from internlm.serve.local import FromEngine
     from internlm.text.templates import get_template
 
-    device = arguments.device or "auto"
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise UsageError("no such device here", where="--device", got=device, allowed=["auto", "cpu", "cuda"])
+    place = placement.placement(arguments)
     source = open_source(path)
     name = arguments.template or source.talk.template
     if name is None:
         screen.note("no chat format is recorded: the model goes on with your text; --template NAME chooses one")
     template = None if name in (None, "none") else get_template(name)
-    # bf16 products are several times slower than fp32 on CPUs without AMX.
-    model = source.model(torch.float32 if device == "cpu" else torch.bfloat16, device)
-    engine = Engine(model, source.talk.tokenizer, Limits(batch=1), pack=arguments.pack, seed=secrets.randbits(30))
+    model = source.model(place.dtype, place.device)
+    engine = Engine(model, source.talk.tokenizer, Limits(batch=1), pack=place.pack, seed=secrets.randbits(30))
     return FromEngine(engine, template, source.talk.stops, path)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from internlm.cli import placement
 from internlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,13 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model-name", action="append", metavar="NAME", help="what clients call it; may be given several times")
     add("--template", metavar="NAME", help="chat format (default: as recorded); `none`: no chat")
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer, where none lies beside the model")
-    add("--device", default="auto", help="cpu, cuda, … (default: cuda where there is one)")
-    add(
-        "--pack",
-        choices=["fp32", "fp16", "int8"],
-        metavar="KIND",
-        help="of products on a CPU: fp32, fp16, int8",
-    )
+    placement.add_arguments(add)
     add("--max-batch", "--max-batch-size", type=int, default=16, metavar="N", help="answers at once; default: 16")
     add(
         "--max-length", "--session-len", type=int, metavar="N", help="tokens of prompt and answer; default: the model's"
@@ -149,19 +144,13 @@ def _open(arguments: argparse.Namespace) -> Served:
     import dataclasses
     import secrets
 
-    import torch
-
     from internlm.checkpoint.source import Hints, open_source
     from internlm.infer.cache import Cache
     from internlm.infer.engine import Engine, Limits
     from internlm.serve.openai import Served
     from internlm.text.templates import get_template
 
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise UsageError("no such device here", where="--device", got=device, allowed=["auto", "cpu", "cuda"])
+    place = placement.placement(arguments)
     source = open_source(arguments.model, Hints(tokenizer=arguments.tokenizer))
     talk = source.talk
     if arguments.template == "none":
@@ -170,13 +159,12 @@ def _open(arguments: argparse.Namespace) -> Served:
         talk = dataclasses.replace(talk, template=get_template(arguments.template).name)
     if talk.template is None:
         _note("no chat format is recorded: /v1/completions only; --template NAME chooses one")
-    # bf16 products are several times slower than fp32 on CPUs without AMX.
-    model = source.model(torch.float32 if device == "cpu" else torch.bfloat16, device)
+    model = source.model(place.dtype, place.device)
     cache = None
     if arguments.cache_gib is not None:
         cache = max(1, int(arguments.cache_gib * 2**30) // Cache.bytes_per_token(model))
     limits = Limits(batch=arguments.max_batch, length=arguments.max_length, cache_tokens=cache)
-    engine = Engine(model, talk.tokenizer, limits, pack=arguments.pack, seed=secrets.randbits(30))
+    engine = Engine(model, talk.tokenizer, limits, pack=place.pack, seed=secrets.randbits(30))
     names = tuple(dict.fromkeys(arguments.model_name or [Path(arguments.model).resolve().name]))
     return Served(engine, talk, names, timeout=arguments.request_timeout)
 

@@ -1,10 +1,10 @@
 """Keys and values of the tokens so far, and attention over them.
 
-Each layer has two tensors [K, slots, E]; a slot is a token's place, and `Blocks` says whose it is. A step runs a flat
-batch of pieces: one new token of each text that is being continued, or a stretch of a prompt, in any mixture. The
-linear layers see all of it as one matrix; attention goes piece by piece, over slices of the cache: one for a text that
-lies in one stretch, and parts that are put together for one that lies in several. Copies are made only where a chunk of
-a prompt, or a text in many pieces, needs its past.
+All layers' are one tensor [2·layers, 1, K, slots, E]; a slot is a token's place, and `Blocks` says whose it is. A step
+runs a flat batch of pieces: one new token of each text that is being continued, or a stretch of a prompt, in any
+mixture. The linear layers see all of it as one matrix; attention goes piece by piece, over slices of the cache: one for
+a text that lies in one stretch, and parts that are put together for one that lies in several. Copies are made only
+where a chunk of a prompt, or a text in many pieces, needs its past.
 
     tokens     a₉ │ b₄ │ c₀ c₁ c₂ c₃ …            one row [N] for all
     attention  a₀…a₉ ┘   └ c₀…c₃ before them      one call for each piece
@@ -59,11 +59,27 @@ class Piece:
         return slots
 
 
+@dataclass(frozen=True)
+class _Span:
+    """A piece as attention sees it."""
+
+    start: int
+    stop: int
+    """Its rows of the batch."""
+    past: int
+    stretches: list[tuple[Tensor, ...]]
+    """Each run of its text in the cache: the keys [1, K, L, E] of the first layer, its values, the second's keys, …"""
+
+    def keys_and_values(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Return a layer's, run by run."""
+        return [x[2 * layer] for x in self.stretches], [x[2 * layer + 1] for x in self.stretches]
+
+
 @dataclass
 class _Step:
     """What attention needs to know of a step."""
 
-    spans: list[tuple[int, int, Piece]]
+    spans: list[_Span]
     slots: Tensor
     masks: dict[int, Tensor]
 
@@ -82,9 +98,8 @@ class Cache:
         weight = model.embedding.weight
         self.dtype, self.device = weight.dtype, weight.device
         # Never read before it is written, so it need not be filled: the system gives memory when it is touched.
-        shape = (config.num_kv_heads, slots, config.head_dim)
-        self.keys = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(config.num_layers)]
-        self.values = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(config.num_layers)]
+        shape = (2 * config.num_layers, 1, config.num_kv_heads, slots, config.head_dim)
+        self._stored = torch.empty(shape, dtype=self.dtype, device=self.device)
         self._factor = frequencies(config.rope, config.head_dim)[1]
         self._step: _Step | None = None
         for layer, block in enumerate(model.blocks.values()):
@@ -106,7 +121,10 @@ class Cache:
         """Return the hidden states [N, D] of all new tokens, piece after piece, and store their keys and values."""
         spans, start = [], 0
         for piece in pieces:
-            spans.append((start, start + len(piece.tokens), piece))
+            # All layers' views at once: made one by one in every layer, they take a tenth of a step of 16 texts.
+            runs = piece.runs if piece.past else []
+            stretches = [self._stored[..., first:last, :].unbind() for first, last in runs]
+            spans.append(_Span(start, start + len(piece.tokens), piece.past, stretches))
             start += len(piece.tokens)
         # One upload each, however many pieces there are.
         tokens = torch.tensor([token for piece in pieces for token in piece.tokens], device=self.device)
@@ -130,46 +148,44 @@ class Cache:
         """Return the attention output [1, N, H, E] of a step."""
         step = self._step
         assert step is not None, "attention at decode time belongs to a step"
-        keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(1, step.slots, k[0].transpose(0, 1))
-        values.index_copy_(1, step.slots, v[0].transpose(0, 1))
-        out = torch.empty_like(q)
-        for index, (start, stop, piece) in enumerate(step.spans):
-            if not piece.past:
-                out[:, start:stop] = attention.attend(q[:, start:stop], k[:, start:stop], v[:, start:stop], documents)
+        self._stored[2 * layer, 0].index_copy_(1, step.slots, k[0].transpose(0, 1))
+        self._stored[2 * layer + 1, 0].index_copy_(1, step.slots, v[0].transpose(0, 1))
+        rows: list[Tensor] = []
+        for index, span in enumerate(step.spans):
+            here = slice(span.start, span.stop)
+            if not span.past:
+                rows.append(attention.attend(q[:, here], k[:, here], v[:, here], documents)[0])
                 continue
-            if stop - start == 1:
+            keys, values = span.keys_and_values(layer)
+            if span.stop - span.start == 1:
                 # The queries that share a key head stand in for query positions: no key is repeated.
-                one = q[:, start].unflatten(1, (keys.shape[0], -1))  # [1, K, H/K, E]
-                out[:, start] = _over_runs(one, keys, values, piece.runs).flatten(1, 2)
+                one = q[:, span.start].unflatten(1, (k.shape[2], -1))  # [1, K, H/K, E]
+                rows.append(_over_runs(one, keys, values).flatten(1, 2))
                 continue
-            old_keys, old_values = _gather(keys, piece.runs), _gather(values, piece.runs)  # [K, L, E]
             mask = step.masks.get(index)
             if mask is None:
-                length = piece.past + stop - start
-                mask = torch.ones(stop - start, length, dtype=torch.bool, device=self.device).tril(piece.past)
-                step.masks[index] = mask
-            old_keys, old_values = old_keys.transpose(0, 1)[None], old_values.transpose(0, 1)[None]  # [1, L, K, E]
-            out[:, start:stop] = attention.sdpa(q[:, start:stop], old_keys, old_values, mask)
-        return out
+                shape = (span.stop - span.start, span.past + span.stop - span.start)
+                mask = step.masks[index] = torch.ones(shape, dtype=torch.bool, device=self.device).tril(span.past)
+            old_keys, old_values = (_joined(runs).transpose(1, 2) for runs in (keys, values))  # [1, L, K, E]
+            rows.append(attention.sdpa(q[:, here], old_keys, old_values, mask)[0])
+        return torch.cat(rows)[None]
 
 
-def _over_runs(q: Tensor, keys: Tensor, values: Tensor, runs: list[tuple[int, int]]) -> Tensor:
-    """Return the attention output [1, K, G, E] of queries [1, K, G, E] over runs of slots.
+def _over_runs(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """Return the attention output [1, K, G, E] of queries [1, K, G, E] over keys and values in runs [1, K, L, E].
 
     A text that shares its beginning lies in two runs. Attention over each, weighed by its part of the denominator, is
     attention over both: copying them together in every step takes ten times as long (512 + 128 tokens: 1.5 ms a layer).
     """
-    if 1 < len(runs) <= _MOST_MERGED:
-        parts = [compat.attention_and_mass(q, keys[None, :, a:b], values[None, :, a:b]) for a, b in runs]
+    if 1 < len(keys) <= _MOST_MERGED:
+        parts = [compat.attention_and_mass(q, *run) for run in zip(keys, values, strict=True)]
         told = [part for part in parts if part is not None]
-        if len(told) == len(runs):
+        if len(told) == len(keys):
             shares = torch.stack([mass for _, mass in told]).softmax(0)[..., None]  # [runs, 1, K, G, 1]
             return (torch.stack([out for out, _ in told]) * shares.to(q.dtype)).sum(0)
-    return F.scaled_dot_product_attention(q, _gather(keys, runs)[None], _gather(values, runs)[None])
+    return F.scaled_dot_product_attention(q, _joined(keys), _joined(values))
 
 
-def _gather(stored: Tensor, runs: list[tuple[int, int]]) -> Tensor:
-    """Return what lies in these runs of slots, [K, L, E]; a view where there is one run."""
-    parts = [stored[:, first:last] for first, last in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+def _joined(runs: list[Tensor]) -> Tensor:
+    """Return runs [1, K, L, E] as one."""
+    return runs[0] if len(runs) == 1 else torch.cat(runs, 2)

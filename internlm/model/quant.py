@@ -179,7 +179,7 @@ def pack_block(block: Block, kind: Kind) -> None:
     if isinstance(feed_forward, FeedForward):
         feed_forward.w_gate_up = _join(feed_forward, ("w_gate", "w_up"), kind)
         feed_forward.w_down = _product([feed_forward.w_down], kind)  # type: ignore[assignment]
-    else:
+    elif kind != "fp32":
         warn_once(logger, "experts are not packed: their weights stay in fp32, and their products are plain ones")
     block.float().requires_grad_(False)
 
@@ -217,7 +217,8 @@ def _product(layers: list[nn.Module], kind: Kind) -> PackedLinear:
 def pack_weight(weight: Tensor, bias: Tensor | None, kind: Kind) -> PackedLinear:
     """Return the packed product of a weight [out, in] and a bias [out], fp32, of this kind or the next better there is.
 
-    What cannot be had here, and a weight that the kind cannot hold, gets the next better one, with a warning.
+    What cannot be had here, and a weight that the kind cannot hold, gets the next better one, with a warning; there is
+    none where plain fp32 products stand for packed ones, as they give the same.
     """
     if kind == "int8":
         if not compat.has_int8_linear():
@@ -232,7 +233,6 @@ def pack_weight(weight: Tensor, bias: Tensor | None, kind: Kind) -> PackedLinear
             return _instead(f"weights beyond ±{_FP16_MAX:.0f} do not fit into fp16", weight, bias, "fp32")
         return Fp16Linear(weight, bias)
     if not compat.has_packed_onednn_linear():
-        warn_once(logger, "packed fp32 products are missing on this machine: plain ones are slower with few rows")
         return PlainLinear(weight, bias)
     return Fp32Linear(weight, bias)
 

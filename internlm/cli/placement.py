@@ -1,0 +1,62 @@
+"""Where a model answers, and in which form: shared by the verbs that answer."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from internlm.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from internlm.model.quant import Kind
+
+_UNPACKED = "none"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A device and what lies on it."""
+
+    device: str
+    dtype: torch.dtype
+    """Of the weights."""
+    pack: Kind | None
+    """Form of the products (`model.quant`)."""
+
+
+def add_arguments(add: Callable[..., Any]) -> None:
+    """Declare the options with a parser's `add_argument`."""
+    add("--device", metavar="NAME", help="cpu, cuda, … (default: cuda where there is one)")
+    add(
+        "--pack",
+        choices=["fp32", "fp16", "int8", _UNPACKED],
+        metavar="KIND",
+        help="on a CPU: fp32 (default, exact), fp16, int8, none",
+    )
+
+
+def placement(arguments: argparse.Namespace) -> Placement:
+    """Return where the model goes.
+
+    Raises:
+        UsageError: there is no such device here, or packed products are asked for on a GPU.
+    """
+    import torch
+
+    device = arguments.device or "auto"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise UsageError("no such device here", where="--device", got=device, allowed=["auto", "cpu", "cuda"])
+    if device != "cpu":
+        if arguments.pack not in (None, _UNPACKED):
+            do = "Leave it out, or give --device cpu."
+            raise UsageError("packed products are for CPUs", where="--pack", got=arguments.pack, do=do)
+        return Placement(device, torch.bfloat16, None)
+    # bf16 products are several times slower than fp32 on CPUs without AMX.
+    pack: Kind | None = None if arguments.pack == _UNPACKED else arguments.pack or "fp32"
+    return Placement(device, torch.float32, pack)

@@ -1,0 +1,40 @@
+"""Where a model answers, and in which form."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+
+from internlm.cli import placement
+from internlm.cli.placement import Placement
+from internlm.errors import UsageError
+
+
+def placed(words: str) -> Placement:
+    parser = argparse.ArgumentParser()
+    placement.add_arguments(parser.add_argument)
+    return placement.placement(parser.parse_args(words.split()))
+
+
+@pytest.mark.parametrize(("words", "pack"), [("", "fp32"), ("--pack fp16", "fp16"), ("--pack none", None)])
+def test_a_cpu_gets_exact_packed_products_unless_told_otherwise(words: str, pack: str | None) -> None:
+    assert placed(f"--device cpu {words}") == Placement("cpu", torch.float32, pack)  # type: ignore[arg-type]
+
+
+def test_a_gpu_is_taken_where_there_is_one_and_nothing_is_packed_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for words in ("", "--device auto", "--device cuda", "--pack none"):
+        assert placed(words).pack is None
+        assert placed(words).dtype is torch.bfloat16
+        assert placed(words).device == "cuda"
+    with pytest.raises(UsageError, match="packed products are for CPUs"):
+        placed("--pack fp16")
+
+
+@pytest.mark.parametrize("device", ["cuda", "tpu", "cuda:0"])
+def test_a_device_that_is_not_here_is_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="no such device here"):
+        placed(f"--device {device}")
