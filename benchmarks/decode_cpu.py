@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from decode_peers import CONTENDERS
@@ -32,11 +32,18 @@ from internlm.model.transformer import build
 from internlm.runtime import ALLOCATOR_SETTINGS
 from internlm.weights import gguf
 from internlm.weights import transformers as folders
+from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import of_tensors
 
 SHAPE = {"vocab_size": 32000, "hidden_size": 768, "num_layers": 12, "num_heads": 12, "ffn_size": 2048}
+GGUF: dict[str, tuple[torch.dtype, Literal["q8_0"] | None]] = {
+    "llama.cpp": (torch.float32, None),
+    "llama.cpp f16": (torch.float16, None),
+    "llama.cpp q8_0": (torch.float32, "q8_0"),
+}
+"""Files for llama.cpp."""
 REFERENCE = "transformers"
-OURS = ("internlm", "internlm fp16", "internlm int8")
+OURS = ("internlm", "internlm split", "internlm fp16", "internlm int8")
 
 
 class Contender:
@@ -141,8 +148,10 @@ def main() -> None:
         folders.export(weights, config, folder)
         contenders = []
         for name in arguments.only or CONTENDERS:
-            if name == "llama.cpp":
-                gguf.export(weights, config, Path(scratch) / "gguf")
+            if name in GGUF:
+                dtype, quantization = GGUF[name]
+                out = Path(scratch) / f"gguf-{quantization or str(dtype).removeprefix('torch.').replace('loat', '')}"
+                gguf.export(weights, config, out, options=ExportOptions(dtype=dtype), quantization=quantization)
             python = sys.executable if name in OURS else arguments.peer_python
             contender = Contender(name, python, folder, arguments.threads, length)
             if contender.failed:

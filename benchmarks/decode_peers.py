@@ -114,27 +114,51 @@ def litgpt(folder: Path, length: int) -> Answer:
     return answer
 
 
-def llama_cpp(folder: Path, length: int) -> Answer:
-    """llama.cpp on the GGUF folder beside this one; one prompt at a time, as its Python package decodes."""
-    from llama_cpp import Llama
+def llama_cpp(kind: str, folder: Path, length: int) -> Answer:
+    """llama.cpp on a GGUF folder beside this one, through its C interface: all prompts at once, as its server does."""
+    import llama_cpp as library
+    import numpy as np
 
-    threads = int(sys.argv[3])
-    model = Llama(
-        str(next(folder.parent.glob("gguf/*.gguf"))),
-        n_ctx=length,
-        n_threads=threads,
-        n_threads_batch=threads,
-        verbose=False,
-        n_batch=512,
-    )
+    library.llama_backend_init()
+    quiet = library.llama_log_callback(lambda level, text, data: None)
+    library.llama_log_set(quiet, None)
+    file = str(next((folder.parent / f"gguf-{kind}").glob("*.gguf")))
+    model = library.llama_model_load_from_file(file.encode(), library.llama_model_default_params())
+    words = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+    settings = library.llama_context_default_params()
+    texts, step = 16, 512
+    settings.n_ctx, settings.n_seq_max, settings.n_batch, settings.n_ubatch = texts * length, texts, step, step
+    settings.n_threads = settings.n_threads_batch = int(sys.argv[3])
+    context = library.llama_init_from_model(model, settings)
+    batch = library.llama_batch_init(step, 0, 1)
+
+    def decode(entries: list[tuple[int, int, int, bool]]) -> list[int]:
+        """Compute (token, place, text, whether its logits are wanted); return the best next token of each wanted."""
+        best = []
+        for first in range(0, len(entries), step):
+            part = entries[first : first + step]
+            batch.n_tokens = len(part)
+            for i, (token, place, text, wanted) in enumerate(part):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, place, 1
+                batch.seq_id[i][0], batch.logits[i] = text, wanted
+            if library.llama_decode(context, batch):
+                raise RuntimeError("llama_decode failed")
+            for i, entry in enumerate(part):
+                if entry[3]:
+                    logits = np.ctypeslib.as_array(library.llama_get_logits_ith(context, i), (words,))
+                    best.append(int(logits.argmax()))
+        return best
 
     def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
-        if len(prompts) > 1:
-            raise NotImplementedError("one prompt at a time")
-        model.reset()
-        stream = model.generate(prompts[0], temp=0.0, top_k=1, repeat_penalty=1.0)
-        return [[next(stream) for _ in range(new)]]
+        library.llama_memory_clear(library.llama_get_memory(context), True)
+        start = len(prompts[0])
+        prompt = [(t, p, i, p == start - 1) for i, x in enumerate(prompts) for p, t in enumerate(x)]
+        out = [decode(prompt)]
+        for place in range(start, start + new - 1):
+            out.append(decode([(token, place, i, True) for i, token in enumerate(out[-1])]))
+        return [list(answer) for answer in zip(*out, strict=True)]
 
+    answer.kept = quiet  # type: ignore[attr-defined]  # the library calls it as long as it lives
     return answer
 
 
@@ -148,13 +172,16 @@ def _transformers(folder: Path) -> Any:
 
 CONTENDERS: dict[str, Callable[[Path, int], Answer]] = {
     "internlm": lambda folder, length: internlm("fp32", folder, length),
+    "internlm split": lambda folder, length: internlm("split", folder, length),
     "internlm fp16": lambda folder, length: internlm("fp16", folder, length),
     "internlm int8": lambda folder, length: internlm("int8", folder, length),
     "transformers": lambda folder, length: transformers("dynamic", folder, length),
     "transformers static": lambda folder, length: transformers("static", folder, length),
     "transformers batching": transformers_batching,
     "litgpt": litgpt,
-    "llama.cpp": llama_cpp,
+    "llama.cpp": lambda folder, length: llama_cpp("f32", folder, length),
+    "llama.cpp f16": lambda folder, length: llama_cpp("f16", folder, length),
+    "llama.cpp q8_0": lambda folder, length: llama_cpp("q8_0", folder, length),
 }
 
 

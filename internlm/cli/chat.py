@@ -136,7 +136,7 @@ def _engine(arguments: argparse.Namespace, path: str, screen: Screen) -> Answere
     from internlm.serve.local import FromEngine
     from internlm.text.templates import get_template
 
-    place = placement.placement(arguments)
+    place = placement.placement(arguments, alone=True)
     source = open_source(path)
     name = arguments.template or source.talk.template
     if name is None:

@@ -39,8 +39,12 @@ def add_arguments(add: Callable[..., Any]) -> None:
     )
 
 
-def placement(arguments: argparse.Namespace) -> Placement:
+def placement(arguments: argparse.Namespace, *, alone: bool = False) -> Placement:
     """Return where the model goes.
+
+    Args:
+        arguments: the options.
+        alone: whether it will write one text at a time: exact products of one row are then faster unpacked.
 
     Raises:
         UsageError: there is no such device here, or packed products are asked for on a GPU.
@@ -59,4 +63,6 @@ def placement(arguments: argparse.Namespace) -> Placement:
         return Placement(device, torch.bfloat16, None)
     # bf16 products are several times slower than fp32 on CPUs without AMX.
     pack: Kind | None = None if arguments.pack == _UNPACKED else arguments.pack or "fp32"
+    if alone and pack == "fp32":
+        pack = "split"
     return Placement(device, torch.float32, pack)

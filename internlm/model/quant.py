@@ -6,15 +6,16 @@ A step of decoding reads every weight for a handful of rows, and plain products 
 product, gate and up another.
 
     kind   memory   what is rounded                                  speed × F.linear at 1, 4, 16, 128 rows    error
-    fp32   1        nothing: sums are made in another order          0.9   1.7   1.6 – 2.2   1.3 – 1.4         4e-7
-    fp16   1/2      weights, to 11 bits                              2.9   3.5   2.0 – 2.6   1.2 – 1.3         2e-4
-    int8   1/4      weights, to 8 bits with a scale per output;      1.8   2.8   2.5 – 2.6   1.9 – 2.1         8e-3
+    split  1        nothing: sums are made in another order          2.9   2.0   1.7   1.3                     4e-7
+    fp32   1        nothing: sums are made in another order          1.9   3.3   2.6   1.4                     4e-7
+    fp16   1/2      weights, to 11 bits                              4.9   6.3   3.1   1.4                     2e-4
+    int8   1/4      weights, to 8 bits with a scale per output;      2.8   4.1   3.1   2.2                     8e-3
                     activations, to 14 bits with a scale per row
 
-Speed by processor time on 2 cores of a Zen 4, which were busy with other work, for the products of a model of 134 M
-parameters; error of one product with random weights: `benchmarks/linear_cpu.py` and its results. There is no other
-kernel for prompts: each kind is faster than the plain product at 128 rows too. Without AVX-512 VNNI (measured with
-oneDNN kept to AVX2) int8 is slower than fp16 at any number of rows, and only saves memory.
+Speed by wall time on 2 cores of a Zen 4 for the products of a model of 134 M parameters; error of one product with
+random weights: `benchmarks/linear_cpu.py` and its results. There is no other kernel for prompts: each kind is faster
+than the plain product at 128 rows too. Without AVX-512 VNNI (measured with oneDNN kept to AVX2) int8 is slower than fp16
+at any number of rows, and only saves memory.
 
 "int8" keeps activations at 14 bits: a row is two digits of 7 bits, x ≈ s · (128 · a + b), and both are multiplied by
 the weight as rows of one integer product. Its sums are exact, and exact on processors without VNNI too, where 8 bits
@@ -24,6 +25,9 @@ rows.
 Neighbours: with "fp16" and "int8" a row's result is bitwise the same alone and in any batch; with "fp32" to 2e-6, as
 oneDNN may choose the order of a sum by the number of rows. fbgemm's own dynamic int8 is not offered: it scales all
 rows by the largest activation of the batch.
+
+"split" is for a single text: its weights stay as they are, and a product of one or two rows goes to all threads, which
+MKL's own does not. More rows are plain products.
 
 Limits: CPU, inference. Experts stay as they are. A tied head is packed apart from the embedding, whose rows are looked
 up in fp32. Weights are loaded before packing: load into a new model, and pack block by block (`pack_block`,
@@ -49,7 +53,7 @@ from internlm.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["fp32", "fp16", "int8"]
+Kind = Literal["split", "fp32", "fp16", "int8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _FP16_MAX = 65504.0
@@ -58,6 +62,10 @@ _ROW_MAX = 63 * 128 + 63
 """Largest activation in two digits of −64 … 63, kept symmetric."""
 _ROWS = 1024
 """Rows of a weight that are rounded at a time: the head's is large."""
+_FEW_ROWS = 2
+"""Most rows that "split" multiplies in its own way."""
+_LEAST_ROWS = 4
+"""Fewer are filled up for oneDNN."""
 _TINY = 1e-30
 """Scale of a row of zeros."""
 
@@ -82,6 +90,29 @@ class PlainLinear(PackedLinear):
         return F.linear(x, self.weight, self.bias)
 
 
+class SplitLinear(PackedLinear):
+    """fp32 weights as they are; few rows are multiplied as a batch of products with parts of the weight.
+
+    Read at 14 GB/s by F.linear, 19 by oneDNN, 31 – 42 so (2 cores of a Zen 4, which read 38 – 42 at best).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.product = compat.onednn_linear if compat.has_onednn_linear() else F.linear
+        parts = next(n for n in (64, 32, 16, 8, 4, 2, 1) if weight.shape[0] % n == 0)
+        self.parts = weight.view(parts, -1, weight.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out] from x [..., in]."""
+        rows = x.reshape(-1, x.shape[-1])
+        count = rows.shape[0]
+        if not 0 < count <= _FEW_ROWS:
+            return self.product(x, self.weight, self.bias)
+        out = torch.bmm(self.parts, rows.t().expand(self.parts.shape[0], -1, -1)).view(-1, count).t()
+        return (out if self.bias is None else out + self.bias).reshape(*x.shape[:-1], -1)
+
+
 class Fp32Linear(PackedLinear):
     """fp32 weights in oneDNN's order."""
 
@@ -91,6 +122,12 @@ class Fp32Linear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in]."""
+        rows = x.numel() // x.shape[-1]
+        if 0 < rows < _LEAST_ROWS:
+            # oneDNN is faster at four rows than at one: 14 – 17 ms against 20 for 134 M parameters.
+            rest = x.new_zeros(_LEAST_ROWS - rows, x.shape[-1])
+            out = compat.onednn_linear(torch.cat((x.reshape(rows, -1), rest)), self.weight, self.bias)[:rows]
+            return out.view(*x.shape[:-1], -1)
         return compat.onednn_linear(x, self.weight, self.bias)
 
 
@@ -179,7 +216,7 @@ def pack_block(block: Block, kind: Kind) -> None:
     if isinstance(feed_forward, FeedForward):
         feed_forward.w_gate_up = _join(feed_forward, ("w_gate", "w_up"), kind)
         feed_forward.w_down = _product([feed_forward.w_down], kind)  # type: ignore[assignment]
-    elif kind != "fp32":
+    elif kind in ("fp16", "int8"):
         warn_once(logger, "experts are not packed: their weights stay in fp32, and their products are plain ones")
     block.float().requires_grad_(False)
 
@@ -232,6 +269,8 @@ def pack_weight(weight: Tensor, bias: Tensor | None, kind: Kind) -> PackedLinear
         if not _largest(weight) <= _FP16_MAX:  # also false for what is not a number
             return _instead(f"weights beyond ±{_FP16_MAX:.0f} do not fit into fp16", weight, bias, "fp32")
         return Fp16Linear(weight, bias)
+    if kind == "split":
+        return SplitLinear(weight, bias)
     if not compat.has_packed_onednn_linear():
         return PlainLinear(weight, bias)
     return Fp32Linear(weight, bias)

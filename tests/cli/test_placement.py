@@ -23,6 +23,13 @@ def test_a_cpu_gets_exact_packed_products_unless_told_otherwise(words: str, pack
     assert placed(f"--device cpu {words}") == Placement("cpu", torch.float32, pack)  # type: ignore[arg-type]
 
 
+def test_one_text_at_a_time_gets_products_for_one_row() -> None:
+    parser = argparse.ArgumentParser()
+    placement.add_arguments(parser.add_argument)
+    found = [placement.placement(parser.parse_args(words), alone=True).pack for words in ([], ["--pack", "fp16"])]
+    assert found == ["split", "fp16"]
+
+
 def test_a_gpu_is_taken_where_there_is_one_and_nothing_is_packed_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for words in ("", "--device auto", "--device cuda", "--pack none"):

@@ -23,8 +23,13 @@ from internlm.model.lora import LoraConfig, apply_lora
 from internlm.model.quant import KINDS, Kind, pack, pack_block, pack_head, pack_weight
 from internlm.model.transformer import Transformer, build
 
-HAVE = {"fp32": compat.has_packed_onednn_linear, "fp16": compat.has_fp16_linear, "int8": compat.has_int8_linear}
-TOLERANCE = {"fp32": 5e-6, "fp16": 2e-3, "int8": 4e-2}
+HAVE = {
+    "split": lambda: True,
+    "fp32": compat.has_packed_onednn_linear,
+    "fp16": compat.has_fp16_linear,
+    "int8": compat.has_int8_linear,
+}
+TOLERANCE = {"split": 5e-6, "fp32": 5e-6, "fp16": 2e-3, "int8": 4e-2}
 """Largest difference of logits, over the largest logit."""
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -75,7 +80,7 @@ def test_a_packed_model_says_the_same_to_what_its_kind_rounds(name: str, kind: K
     pack(made, kind)
     got = logits(made)
     assert distance(got, wanted) < TOLERANCE[kind]
-    if kind != "fp32" and HAVE[kind]():
+    if kind in ("fp16", "int8") and HAVE[kind]():
         assert not torch.equal(got, wanted), "nothing was rounded: was it packed?"
 
 
@@ -128,14 +133,17 @@ def test_a_row_is_bitwise_the_same_alone_and_in_any_batch(kind: Kind, outputs: i
         torch.set_num_threads(before)
 
 
-def test_fp32_rows_differ_between_batches_by_the_order_of_sums_at_most() -> None:
-    need("fp32")
+@pytest.mark.parametrize("kind", ["split", "fp32"])
+@pytest.mark.parametrize("outputs", [300, 301, 256, 1])
+def test_fp32_rows_differ_between_batches_by_the_order_of_sums_at_most(kind: Kind, outputs: int) -> None:
+    need(kind)
     torch.manual_seed(0)
-    weight, rows = torch.randn(300, 1030), torch.randn(64, 1030)
-    layer = pack_weight(weight, None, "fp32")
+    weight, rows = torch.randn(outputs, 1030), torch.randn(64, 1030)
+    layer = pack_weight(weight, None, kind)
+    assert layer(rows[:0]).shape == (0, outputs)
     alone = torch.cat([layer(row[None]) for row in rows])
     exact = rows.double() @ weight.double().t()
-    for count in (2, 4, 16, 64):
+    for count in (2, 3, 4, 16, 64):
         assert distance(layer(rows[:count]), alone[:count]) < 2e-6
     assert distance(layer(rows).double(), exact) < 2e-6
 
@@ -212,7 +220,7 @@ def test_a_machine_without_the_kernels_gets_plain_products_and_a_warning_where_t
     pack(made, kind)
     assert distance(logits(made), wanted) < TOLERANCE["fp32"]
     # Plain fp32 products are what packed ones are: there is nothing to warn of.
-    assert caplog.text.count("missing on this machine") == {"fp32": 0, "fp16": 1, "int8": 2}[kind]
+    assert caplog.text.count("missing on this machine") == {"split": 0, "fp32": 0, "fp16": 1, "int8": 2}[kind]
 
 
 @pytest.mark.parametrize(("probe", "kernel"), [("has_fp16_linear", "fp16_linear"), ("has_int8_linear", "int8_linear")])
@@ -260,7 +268,7 @@ def test_what_cannot_be_packed_is_refused_and_left_as_it_was() -> None:
         pack(adapted, "int8")
     assert not any(isinstance(module, quant.PackedLinear) for module in adapted.modules())
     made = model()
-    with pytest.raises(EngineError, match="allowed: fp32, fp16, int8"):
+    with pytest.raises(EngineError, match="allowed: split, fp32, fp16, int8"):
         pack(made, "int4")  # type: ignore[arg-type]
     pack(made, "fp32")
     for again in (lambda: pack(made, "fp32"), lambda: pack_head(made.head, "fp32")):
