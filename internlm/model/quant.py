@@ -14,8 +14,8 @@ product, gate and up another.
 
 Speed by wall time on 2 cores of a Zen 4 for the products of a model of 134 M parameters; error of one product with
 random weights: `benchmarks/linear_cpu.py` and its results. There is no other kernel for prompts: each kind is faster
-than the plain product at 128 rows too. Without AVX-512 VNNI (measured with oneDNN kept to AVX2) int8 is slower than fp16
-at any number of rows, and only saves memory.
+than the plain product at 128 rows too. Without AVX-512 VNNI (measured with oneDNN kept to AVX2) int8 is slower than
+fp16 at any number of rows, and only saves memory.
 
 "int8" keeps activations at 14 bits: a row is two digits of 7 bits, x ≈ s · (128 · a + b), and both are multiplied by
 the weight as rows of one integer product. Its sums are exact, and exact on processors without VNNI too, where 8 bits
