@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from internlm import config, storage
+from internlm import config, plot, runtime, storage
 from internlm.data import shards
 from internlm.recipe import Recipe
 from internlm.text.training import train_bpe
@@ -27,17 +28,48 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proof", action="store_true", help="run the long proofs in full length")
 
 
-LONGEST = ("tests/story/test_story.py", "tests/parallel/test_layouts.py", "tests/launch/test_launch.py")
-"""Files that take minutes: begun first, so that no worker ends with one alone."""
+MEASURED = functools.cache(runtime.measure_peak)
+
+
+LONGEST = (
+    "tests/story/test_story.py",
+    "tests/parallel/test_layouts.py",
+    "tests/launch/test_launch.py",
+    "tests/parallel/test_optimizer_shard.py",
+    "tests/faults/",
+    "tests/parity/test_engine_parity.py",
+    "tests/parallel/",
+    "tests/infer/test_engine",
+    "tests/serve/test_",
+    "tests/weights/test_remote_code.py",
+    "tests/train/",
+)
+"""Begun first, the longest at the head, so that no worker ends with one of them alone; what starts so belongs to it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    def place(item: pytest.Item) -> int:
+        return next((place for place, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_measured_or_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer measures its machine (0.2 s) and draws its losses (0.4 s): once is enough, for who asks for `plots`."""
+    monkeypatch.setattr(runtime, "measure_peak", MEASURED)
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr(plot, "loss_curve", lambda *_: None)
+
+
+@pytest.fixture
+def plots() -> None:
+    """Let trainers draw their losses."""
 
 
 def texts(seed: int, count: int) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -64,14 +64,15 @@ def test_only_a_training_takes_its_number_from_the_environment(tmp_path: Path) -
 
 
 def test_importing_and_asking_for_help_take_under_half_a_second() -> None:
-    """The best of several: the machine may be busy."""
+    """Of a processor's time, and the best of three: the machine may be busy."""
     for arguments in (["-c", "import internlm"], ["-m", "internlm", "--help"], ["-m", "internlm", "train", "--help"]):
-        best = float("inf")
-        for _ in range(5):
-            start = time.perf_counter()
+        spent = []
+        for _ in range(3):
+            before = os.times()
             subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-            best = min(best, time.perf_counter() - start)
-        assert best < 0.5, arguments
+            after = os.times()
+            spent.append(sum(after[2:4]) - sum(before[2:4]))  # of children: user and system
+        assert 0 < min(spent) < 0.5, arguments
 
 
 def test_a_model_is_read_without_the_compiler() -> None:

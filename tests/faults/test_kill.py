@@ -16,6 +16,7 @@ import torch
 
 from internlm import config
 from internlm.checkpoint import store
+from internlm.cli import main
 from internlm.recipe import Recipe
 from internlm.train.metrics import read_metrics
 from internlm.weights.weight import tensors
@@ -113,11 +114,29 @@ sys.exit(main(["train", {str(path)!r}]))
     ],
 )
 def test_bad_input_is_one_clear_line_and_the_right_exit_code(
-    recipe: Callable[..., Recipe], tmp_path: Path, words: list[str], code: int, message: str
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    words: list[str],
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "r.yaml").write_text(config.dump(recipe()))
-    done = subprocess.run([sys.executable, "-m", "internlm", *words], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == code, done.stderr
-    assert message in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    try:
+        found = main(words)
+    except SystemExit as left:  # argparse leaves so
+        found = left.code
+    assert found == code
+    said = capsys.readouterr()
+    assert message in said.err + said.out
+    assert "Traceback" not in said.err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_exit_code_and_the_line_are_those_of_the_process(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "internlm", "train", "gone.yaml"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["internlm train: error: gone.yaml: no such recipe"]

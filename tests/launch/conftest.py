@@ -37,7 +37,7 @@ def run(words: list[str], **options: Any) -> tuple[int, str]:
     return finish(start(words, **options))
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout_s: float = 100) -> tuple[int, str]:
     """Return exit code and output of a process, which is killed when it takes too long."""
     try:
         output, _ = process.communicate(timeout=timeout_s)

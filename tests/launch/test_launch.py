@@ -47,12 +47,15 @@ def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("launcher", [LAUNCH, TORCHRUN], ids=["internlm-launch", "torchrun"])
 def test_two_ranks_give_the_loss_of_one_process(launcher: list[str], path: Path, alone: list[float]) -> None:
+    """With `internlm launch` whatever options of torchrun are in the environment."""
     folder = path.parent / "two"
-    code, output = run([*launcher, "train", str(path), f"run={folder}"])
+    options = {"PET_NNODES": "2", "PET_MAX_RESTARTS": "3"} if launcher == LAUNCH else {}
+    code, output = run([*launcher, "train", str(path), f"run={folder}"], env=options)
     assert code == 0, output
+    assert ("PET_MAX_RESTARTS, PET_NNODES have no effect" in output) == (launcher == LAUNCH)
     assert "2 ranks: shard 2" in output
     assert output.count("step 1/2 ") == 1  # rank 0 alone speaks, and as if it were alone
     assert any(line.startswith("step 1/2 ") for line in output.splitlines())
@@ -81,7 +84,7 @@ ip -n $name link set $end up; ip -n $name link set lo up; done"""
         subprocess.run(["ip", "link", "del", ends[0]], capture_output=True)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.skipif(not Path("/proc/self/ns/net").exists(), reason="needs Linux")
 def test_two_nodes_find_each_other_and_train(nodes: list[str], path: Path, alone: list[float]) -> None:
     folder = path.parent / "nodes"
@@ -96,7 +99,7 @@ def test_two_nodes_find_each_other_and_train(nodes: list[str], path: Path, alone
     assert losses(folder) == pytest.approx(alone, rel=1e-5)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     ("whom", "how", "code"),
@@ -134,7 +137,7 @@ def test_when_one_ends_all_end_within_seconds(
         assert "the same command goes on from" in output
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_second_ctrl_c_leaves_nobody_behind(path: Path) -> None:
     process = start([*LAUNCH, "train", str(path), "train.tokens=1e9", "checkpoint.every_steps=5"])
@@ -166,7 +169,7 @@ def wait_for_listener(port: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("who", ["rank", "launcher"])
 def test_who_waits_for_others_that_do_not_come_can_be_interrupted(who: str, path: Path) -> None:
     port = free_port()
@@ -180,14 +183,14 @@ def test_who_waits_for_others_that_do_not_come_can_be_interrupted(who: str, path
         wait_for_listener(port, process)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        code, output = finish(process, timeout_s=10)
+        code, output = finish(process, timeout_s=30)  # it would wait an hour
     finally:
         process.kill()
     assert code in (-signal.SIGINT, 130), output
     assert "Traceback" not in output
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_port_in_use_is_said_with_what_to_do(path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -201,15 +204,7 @@ def test_a_port_in_use_is_said_with_what_to_do(path: Path) -> None:
     assert "Traceback" not in output
 
 
-@pytest.mark.timeout(120)
-def test_options_of_torchrun_in_the_environment_do_not_change_a_launch(path: Path) -> None:
-    code, output = run([*LAUNCH, "train", str(path)], env={"PET_NNODES": "2", "PET_MAX_RESTARTS": "3"})
-    assert code == 0, output
-    assert "PET_MAX_RESTARTS, PET_NNODES have no effect" in output
-    assert "2 ranks: shard 2" in output
-
-
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_ranks_with_different_recipes_are_refused_on_every_rank(path: Path) -> None:
     master = f"127.0.0.1:{free_port()}"
     processes = []
@@ -225,7 +220,7 @@ def test_ranks_with_different_recipes_are_refused_on_every_rank(path: Path) -> N
     assert not (path.parent / "run").exists()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_sizes_that_do_not_fit_say_the_numbers(path: Path) -> None:
     code, output = run([*LAUNCH, "train", str(path), "parallel.tensor=3"])
     assert code == 1, output

@@ -27,6 +27,15 @@ from tests.parallel.optimizer_cases import whole
 from tests.parallel.traffic_cases import *  # noqa: F403
 
 
+def each(*calls: tuple[Any, ...]) -> list[Any]:
+    """Return what other cases return, run one after the other in one process group: torch plans its layout once.
+
+    Args:
+        calls: name and arguments of each.
+    """
+    return [globals()[name](*arguments) for name, *arguments in calls]
+
+
 def train(tree: dict[str, Any], steps: int, broken: str | None = None) -> dict[str, Any]:
     """Train a recipe for some steps; return losses, norms, the first step's gradients and the last weights.
 

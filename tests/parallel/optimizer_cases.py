@@ -19,8 +19,9 @@ from internlm.optim import muon
 from internlm.optim.optimizer import local
 from internlm.parallel import optimizer_shard
 from internlm.recipe import Recipe
+from internlm.train.trainer import Trainer
 
-__all__ = ["count_traffic", "train_and_save", "train_one_matrix_at_once", "wait_order"]
+__all__ = ["bytes_held", "count_traffic", "train_and_save", "train_one_matrix_at_once", "wait_order"]
 
 
 def whole(tensor: Tensor) -> np.ndarray:
@@ -37,14 +38,24 @@ def train_and_save(tree: dict[str, Any], steps: int) -> dict[str, Any]:
     trainer = recipes.prepare(config.decode(Recipe, tree))
     losses = [trainer.step()["train/step_loss"] for _ in range(steps)]
     trainer.save()
-    held = [value for part in trainer.optimizer.parts for slots in part.state.values() for value in slots.values()]
     return {
         "loss": losses,
         "weights": {name: whole(p) for name, p in trainer.parallel.named_parameters()},
         "states": {name: whole(value) for name, value in trainer.optimizer.named_state().items()},
-        "bytes": sum(part.numel() * part.element_size() for part in local(held)),
+        "bytes": bytes_of(trainer),
         "valid": trainer.evaluator(trainer.parallel, final=True),
     }
+
+
+def bytes_of(trainer: Trainer) -> int:
+    """Return the bytes of the optimizer's states that this rank holds."""
+    held = [value for part in trainer.optimizer.parts for slots in part.state.values() for value in slots.values()]
+    return sum(part.numel() * part.element_size() for part in local(held))
+
+
+def bytes_held(tree: dict[str, Any]) -> int:
+    """Return `bytes_of` a run before its first step."""
+    return bytes_of(recipes.prepare(config.decode(Recipe, tree)))
 
 
 def train_one_matrix_at_once(tree: dict[str, Any], steps: int) -> dict[str, Any]:

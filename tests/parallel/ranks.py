@@ -1,12 +1,14 @@
 """A pool of processes that become the ranks of one small distributed job after another.
 
-Starting a Python process with torch takes seconds; these stay for the whole test session. Each job has a process group
-of its own. A job that fails, or takes too long, takes the pool with it, and the next job starts a new one.
+Starting a Python process with torch takes seconds: these are forks of one that has imported everything, and stay for
+the whole test session. Each job has a process group of its own. A job that fails, or takes too long, takes the pool
+with it, and the next job starts a new one.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import importlib
 import inspect
@@ -23,7 +25,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-CONTEXT = multiprocessing.get_context("spawn")
+from internlm import runtime
+
+CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+if sys.platform == "linux":
+    CONTEXT.set_forkserver_preload(["tests.parallel.cases", "torch.utils.tensorboard", "torch.distributed.checkpoint"])
 
 
 class Ranks:
@@ -98,6 +104,9 @@ def serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     os.environ["INTERNLM_ALLOCATOR"] = "off"
     cases = importlib.import_module("tests.parallel.cases")
+    runtime.measure_peak = functools.cache(runtime.measure_peak)  # once for all jobs
+    gc.collect()
+    gc.freeze()  # what is imported stays: the collection after each job need not look at it
     while True:
         try:
             name, arguments, rank, world_size, store = connection.recv()

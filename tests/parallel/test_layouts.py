@@ -78,14 +78,20 @@ PROOF: list[tuple[int, dict[str, Any], int]] = [
 ]
 
 
-def tree(make: Make, micro: int = 1, **changes: Any) -> dict[str, Any]:
+def tree(make: Make, micro: int = 1, layers: int = 4, **changes: Any) -> dict[str, Any]:
     optim = {"kind": "adamw", "lr": 1e-3, "eps": 1e-3}  # a larger eps: fp32 rounding is not magnified to steps of ±lr
     settings: dict[str, Any] = {"model": SHAPE, "optim": optim, **changes}
+    settings["model"] = settings["model"] | {"num_layers": layers}
     return config.encode(make(**settings, train__micro_batch_rows=micro))
 
 
+def depth(parallel: dict[str, Any]) -> int:
+    """Return the layers that a layout needs: two where depth is not cut, because torch plans every tensor's layout."""
+    return 4 if "pipeline" in parallel else 2
+
+
 @pytest.fixture(scope="module")
-def alone(ranks: Ranks) -> dict[str, Any]:
+def alone() -> dict[int, Any]:
     return {}
 
 
@@ -107,7 +113,7 @@ def test_numbers_do_not_depend_on_the_layout(
     layout: tuple[int, dict[str, Any], int],
     ranks: Ranks,
     recipe: Make,
-    alone: dict[str, Any],
+    alone: dict[int, Any],
     request: pytest.FixtureRequest,
 ) -> None:
     if layout not in SLICE and not request.config.getoption("--proof"):
@@ -116,15 +122,21 @@ def test_numbers_do_not_depend_on_the_layout(
 
 
 def assert_as_alone(
-    layout: tuple[int, dict[str, Any], int], ranks: Ranks, recipe: Make, alone: dict[str, Any], **changes: Any
+    layout: tuple[int, dict[str, Any], int], ranks: Ranks, recipe: Make, alone: dict[int, Any], **changes: Any
 ) -> list[dict[str, Any]]:
-    """Train in a layout, and once in one process, whose results fill `alone`; return what the ranks say."""
+    """Train in a layout, and once in one process, whose results are kept in `alone`, by depth.
+
+    Returns:
+        What the ranks say, and last what the one process says.
+    """
     world, parallel, micro = layout
-    if not alone:
-        alone.update(ranks.run(1, "train", tree(recipe, run=str(recipe().run) + "-alone", **changes), STEPS)[0])
-    results = ranks.run(world, "train", tree(recipe, micro, parallel=parallel, **changes), STEPS)
-    assert_equal(results, alone)
-    return results
+    layers = depth(parallel)
+    if layers not in alone:
+        made = tree(recipe, layers=layers, run=str(recipe().run) + "-alone", **changes)
+        alone[layers] = ranks.run(1, "train", made, STEPS)[0]
+    results = ranks.run(world, "train", tree(recipe, micro, layers, parallel=parallel, **changes), STEPS)
+    assert_equal(results, alone[layers])
+    return [*results, alone[layers]]
 
 
 def assert_equal(results: list[dict[str, Any]], alone: dict[str, Any]) -> None:
@@ -156,7 +168,7 @@ HEAD_PROOF: list[tuple[int, dict[str, Any], int]] = [
 
 
 @pytest.fixture(scope="module")
-def alone_with_head_norms(ranks: Ranks) -> dict[str, Any]:
+def alone_with_head_norms() -> dict[int, Any]:
     return {}
 
 
@@ -165,7 +177,7 @@ def test_norms_of_heads_do_not_depend_on_the_layout(
     layout: tuple[int, dict[str, Any], int],
     ranks: Ranks,
     recipe: Make,
-    alone_with_head_norms: dict[str, Any],
+    alone_with_head_norms: dict[int, Any],
     request: pytest.FixtureRequest,
 ) -> None:
     if layout not in HEAD_SLICE and not request.config.getoption("--proof"):
@@ -187,11 +199,12 @@ def test_norms_of_heads_do_not_depend_on_the_layout(
 def test_the_comparison_notices_mistakes(
     broken: str, world: int, parallel: dict[str, Any], changes: dict[str, Any], ranks: Ranks, recipe: Make
 ) -> None:
-    wanted = ranks.run(1, "train", tree(recipe, run=str(recipe().run) + "-alone", **changes), 2)[0]
-    made = tree(recipe, parallel=parallel, **changes)
-    assert_equal(ranks.run(world, "train", made, 2), wanted)
+    wanted = ranks.run(1, "train", tree(recipe, layers=2, run=str(recipe().run) + "-alone", **changes), 2)[0]
+    made = tree(recipe, layers=2, parallel=parallel, **changes)
+    found = ranks.run(world, "each", ("train", made, 2), ("train", made, 2, broken))
+    assert_equal([right for right, _ in found], wanted)
     with pytest.raises(AssertionError):
-        assert_equal(ranks.run(world, "train", made, 2, broken), wanted)
+        assert_equal([wrong for _, wrong in found], wanted)
 
 
 @pytest.mark.parametrize(
@@ -199,8 +212,8 @@ def test_the_comparison_notices_mistakes(
 )
 def test_the_same_layout_gives_the_same_bits(parallel: dict[str, Any], ranks: Ranks, recipe: Make) -> None:
     world = int(np.prod(list(parallel.values())))
-    first, second = (ranks.run(world, "train", tree(recipe, 2, parallel=parallel), 2) for _ in range(2))
-    for a, b in zip(first, second, strict=True):
+    made = tree(recipe, 2, depth(parallel), parallel=parallel)
+    for a, b in ranks.run(world, "each", ("train", made, 2), ("train", made, 2)):
         assert (a["loss"], a["norm"], a["valid"]) == (b["loss"], b["norm"], b["valid"])
         assert all(np.array_equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
 
@@ -223,15 +236,18 @@ def test_a_checkpoint_of_any_layout_is_continued_in_any_other(
 ) -> None:
     """Two steps and two more give four, whatever the layouts; in the same layout to the bit."""
     layouts = RESUMED if request.config.getoption("--proof") else RESUMED[:2]
+    layers = max(depth(parallel) for _, parallel in layouts)
 
     def made(number: int, run: str) -> dict[str, Any]:
         optim = {"optim__kind": "muon"} if kind == "muon" else {}
-        return tree(recipe, run=f"{recipe().run}-{run}", parallel=layouts[number][1], **optim)
+        return tree(recipe, layers=layers, run=f"{recipe().run}-{run}", parallel=layouts[number][1], **optim)
 
     whole, folders = [], []
     for number, (world, _) in enumerate(layouts):
-        whole.append(ranks.run(world, "train", made(number, str(number)), 4))
-        folders.append(Path(ranks.run(world, "save", made(number, str(number)), 2)[0]))
+        first = made(number, str(number))
+        results = ranks.run(world, "each", ("train", first, 4), ("save", first, 2))
+        whole.append([result for result, _ in results])
+        folders.append(Path(results[0][1]))
     for number, (world, _) in enumerate(layouts):
         for other in {number, (number + 1) % len(layouts)}:
             again = made(number, f"{other}-{number}")

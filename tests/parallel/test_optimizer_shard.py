@@ -83,13 +83,13 @@ def test_sliced_states_give_the_same_run(
 ) -> None:
     if (world, parallel, model, limit) not in SLICE and not request.config.getoption("--proof"):
         pytest.skip("a layout of the proof")
-    found, wanted = (
-        ranks.run(world, "train", tree(recipe, model, train__max_grad_norm=limit, parallel=layout), 4)
+    calls = [
+        ("train", tree(recipe, model, train__max_grad_norm=limit, parallel=layout), 4)
         for layout in (parallel | {"optimizer": "all"}, parallel)
-    )
+    ]
     # Two replicas add two numbers, in whatever order. Otherwise: sums, and norms of slices, are rounded differently.
     tolerance = 1e-6 if limit or parallel["replicate"] > 2 else 0.0
-    for own, other in zip(found, wanted, strict=True):
+    for own, other in ranks.run(world, "each", *calls):
         assert own["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert own["norm"] == pytest.approx(other["norm"], rel=1e-6)
         assert own["valid"] == pytest.approx(other["valid"], rel=1e-6)
@@ -122,20 +122,18 @@ def test_a_checkpoint_goes_on_bit_by_bit_and_in_any_other_layout(ranks: Ranks, r
 
 @pytest.mark.parametrize(("world", "replicas"), [(4, 2), (4, 4)])
 def test_each_rank_holds_its_share_of_the_states(world: int, replicas: int, ranks: Ranks, recipe: Make) -> None:
-    sizes = {}
-    for kind in ("all", "shard"):
-        value = tree(recipe, parallel={"replicate": replicas, "optimizer": kind}, run=recipe().run + kind)
-        sizes[kind] = [result["bytes"] for result in ranks.run(world, "train_and_save", value, 0)]
+    calls = [
+        ("bytes_held", tree(recipe, parallel={"replicate": replicas, "optimizer": kind})) for kind in ("all", "shard")
+    ]
     steps = 4 * 28  # a counter for each parameter, on every rank
-    for few, many in zip(sizes["all"], sizes["shard"], strict=True):
+    for few, many in ranks.run(world, "each", *calls):
         assert few - steps <= (many - steps) / replicas * 1.01
 
 
 def test_replicas_talk_once_per_step_and_group_of_weights(ranks: Ranks, recipe: Make) -> None:
-    elements, groups = {}, 5  # two blocks, embedding, head, final norm
-    for kind in ("all", "shard"):
-        value = tree(recipe, parallel={"replicate": 2, "optimizer": kind}, run=recipe().run + kind)
-        seen = ranks.run(4, "count_traffic", value)[0]  # two micro-batches
+    elements, groups, kinds = {}, 5, ("all", "shard")  # two blocks, embedding, head, final norm
+    calls = [("count_traffic", tree(recipe, parallel={"replicate": 2, "optimizer": kind})) for kind in kinds]
+    for kind, seen in zip(kinds, ranks.run(4, "each", *calls)[0], strict=True):  # two micro-batches
         wanted = {"reduce-scatter": groups, "all-gather": groups} if kind == "all" else {"all-reduce": groups}
         assert Counter(name for name, _ in seen) == wanted
         elements[kind] = sum(size for name, size in seen if name != "all-gather")

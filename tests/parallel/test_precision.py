@@ -22,11 +22,13 @@ Make = Callable[..., Recipe]
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_over_ranks_follows_full_precision(dtype: str, ranks: Ranks, recipe: Make) -> None:
     """Weights are gathered in the low precision, and kept and reduced in fp32."""
-    full = ranks.run(1, "train", tree(recipe, run=str(recipe().run) + "-full"), 2)[0]
-    for name, parallel in (("shard", {"shard": 2}), ("replicate", {"replicate": 2})):
-        low = {"device": "cpu", "dtype": dtype}
-        made = tree(recipe, run=f"{recipe().run}-{name}", parallel=parallel, runtime=low)
-        found = ranks.run(2, "train", made, 2)[0]
+    full = ranks.run(1, "train", tree(recipe, layers=2, run=str(recipe().run) + "-full"), 2)[0]
+    low = {"device": "cpu", "dtype": dtype}
+    calls = [
+        ("train", tree(recipe, layers=2, run=f"{recipe().run}-{axis}", parallel={axis: 2}, runtime=low), 2)
+        for axis in ("shard", "replicate")
+    ]
+    for found in ranks.run(2, "each", *calls)[0]:
         assert found["loss"] == pytest.approx(full["loss"], rel=5e-3)
         assert found["loss"] != full["loss"]
         assert found["norm"] == pytest.approx(full["norm"], rel=5e-2)
@@ -62,7 +64,7 @@ def test_rows_of_32768_tokens_over_four_context_ranks_are_those_of_one(
     }
 
     def made(name: str, parallel: dict[str, Any]) -> dict[str, Any]:
-        return tree(recipe, 1, run=f"{recipe().run}-{name}", parallel=parallel, **changes)
+        return tree(recipe, 1, 1, run=f"{recipe().run}-{name}", parallel=parallel, **changes)
 
     wanted = ranks.run(1, "train", made("alone", {}), 2, timeout_s=300)[0]
     wanted["valid"] = {}

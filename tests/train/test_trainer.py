@@ -33,7 +33,7 @@ def losses(run: Path) -> list[float]:
     return [line["train/loss"] for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line]
 
 
-def test_training_learns_the_pattern_and_writes_everything(recipe: Make, tmp_path: Path) -> None:
+def test_training_learns_the_pattern_and_writes_everything(recipe: Make, tmp_path: Path, plots: None) -> None:
     value = recipe(
         train__tokens=120 * 256, evaluate={"every_steps": 20}, checkpoint={"every_steps": 40, "keep_last": 2}
     )
@@ -322,7 +322,7 @@ def test_metrics_are_json_whatever_the_numbers(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "m.jsonl") == [wanted]
 
 
-def test_a_plot_leaves_out_what_is_not_finite_and_takes_any_title(tmp_path: Path) -> None:
+def test_a_plot_leaves_out_what_is_not_finite_and_takes_any_title(tmp_path: Path, plots: None) -> None:
     pytest.importorskip("matplotlib")
     lines = [{"progress/tokens": n, "train/loss": 3.0 - n if n else None, "optim/lr": 1.0} for n in range(4)]
     path = plot.loss_curve(lines, tmp_path / "loss.png", r"runs/$\nothing$")
