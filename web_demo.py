@@ -75,7 +75,7 @@ def main() -> None:
             st.markdown(question)
         with st.chat_message("assistant"):
             try:
-                client = Client(options.url, options.model, options.api_key)
+                client = Client(options.url, options.model, (options.api_key or "").strip() or None)
             except InternLMError as error:
                 st.error(str(error))
                 return

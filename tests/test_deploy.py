@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from internlm.cli import serve
+from internlm.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILES = sorted((ROOT / "deploy").rglob("Dockerfile"))
@@ -69,6 +70,14 @@ def test_every_file_that_an_image_copies_is_there(file: Path) -> None:
     assert copied
     for source in (source for sources in copied for source in sources):
         assert (ROOT / source).exists(), source
+
+
+def test_the_server_image_is_sent_what_it_copies_and_nothing_else() -> None:
+    lines = (ROOT / "deploy" / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    kept = {rule[1:] for rule in rules if rule.startswith("!")}
+    assert kept == {source for rest in server_file()["COPY"] for source in rest.split()[:-1]}
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.parent.name)
@@ -159,6 +168,7 @@ def test_the_unit_starts_the_server_with_options_that_it_has_and_waits_for_its_e
     assert (chosen.host, chosen.port) == ("127.0.0.1", 8000)
     assert chosen.api_key_file.name == service["LoadCredential"].split(":")[0]
     assert float(service["TimeoutStopSec"]) > chosen.drain_seconds
+    assert int(service["RestartPreventExitStatus"]) == UsageError.exit_code
 
 
 def test_the_unit_passes_systemd_and_is_shut_in(tmp_path: Path) -> None:

@@ -124,8 +124,8 @@ def _server(arguments: argparse.Namespace) -> Answerer:
     from internlm.infer.client import Client
     from internlm.serve.answer import FromServer
 
-    key = arguments.api_key or os.environ.get(KEY_VARIABLE) or None
-    return FromServer(Client(arguments.url, arguments.model, key))
+    key = (arguments.api_key or os.environ.get(KEY_VARIABLE, "")).strip()  # a file's last line end is no part of it
+    return FromServer(Client(arguments.url, arguments.model, key or None))
 
 
 def _engine(arguments: argparse.Namespace, path: str, screen: Screen) -> Answerer:
@@ -142,8 +142,8 @@ def _engine(arguments: argparse.Namespace, path: str, screen: Screen) -> Answere
     if name is None:
         screen.note("no chat format is recorded: the model goes on with your text; --template NAME chooses one")
     template = None if name in (None, "none") else get_template(name)
-    model = source.model(place.dtype, place.device)
-    engine = Engine(model, source.talk.tokenizer, Limits(batch=1), pack=place.pack, seed=secrets.randbits(30))
+    model = source.model(place.dtype, place.device, place.pack)
+    engine = Engine(model, source.talk.tokenizer, Limits.on(place.device, batch=1), pack=place.pack, seed=secrets.randbits(30))
     return FromEngine(engine, template, source.talk.stops, path)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import ssl
 import sys
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,10 +27,12 @@ Keys also come from a file (--api-key-file, one a line) and from the variable IN
 answers under way end; a second one does not. LMDeploy's `api_server DIR --server-name … --server-port …` works."""
 
 KEY_VARIABLE = "INTERNLM_API_KEY"
+_LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    parser.usage = "%(prog)s [options] DIR"
     add = parser.add_argument
     add("model", nargs="+", metavar="DIR", help="run, checkpoint or Transformers folder")
     add("--host", "--server-name", metavar="HOST", help="where to listen; default: 127.0.0.1")
@@ -37,11 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--template", metavar="NAME", help="chat format (default: as recorded); `none`: no chat")
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer, where none lies beside the model")
     placement.add_arguments(add)
-    add("--max-batch", "--max-batch-size", type=int, default=16, metavar="N", help="answers at once; default: 16")
+    add("--max-batch", "--max-batch-size", type=int, metavar="N", help="answers at once; default: 16, on a GPU 256")
     add(
         "--max-length", "--session-len", type=int, metavar="N", help="tokens of prompt and answer; default: the model's"
     )
     add("--cache-gib", type=float, metavar="GIB", help="memory for keys and values; default: by what is free")
+    add("--kv", choices=["plain", "int8"], metavar="FORM", help="of keys and values: plain (default), int8 (half)")
     add("--max-waiting", type=int, default=256, metavar="N", help="answers that may wait; more get 429; default: 256")
     add("--request-timeout", type=float, metavar="S", help="seconds after which an answer ends; default: none")
     add("--drain-seconds", type=float, default=30.0, metavar="S", help="for answers under way at the end; default: 30")
@@ -63,17 +68,16 @@ def run(arguments: argparse.Namespace, ready: Callable[[str], None] | None = Non
         raise UsageError(f"the server needs {error.name}", do="pip install 'internlm[serve]'") from error
     from internlm.infer.worker import Worker
     from internlm.serve import run as process
-    from internlm.serve.app import Access, make_app
-    from internlm.serve.metrics import Metrics
+    from internlm.serve.app import make_app
+    from internlm.serve.gate import Access
 
     _check(arguments)
     keys = _keys(arguments)
     address = process.Address(arguments.host, arguments.port, arguments.ssl_certfile, arguments.ssl_keyfile)
     listener = process.bind(address)  # a port that is taken says so now, not after the weights were read
     served = _open(arguments)
-    metrics = Metrics()
-    worker = Worker(served.engine, max_waiting=arguments.max_waiting, note_wait=metrics.queue.observe)
-    app = make_app(served, worker, Access(keys, tuple(arguments.allow_origin)), metrics)
+    worker = Worker(served.engine, max_waiting=arguments.max_waiting)
+    app = make_app(served, worker, Access(keys, tuple(arguments.allow_origin), _hosts(arguments, keys)))
     _warn_of_strangers(arguments.host, keys)
     server = process.Server(app, worker, address, drain_seconds=arguments.drain_seconds)
     url = process.url_of(address, listener)
@@ -83,9 +87,16 @@ def run(arguments: argparse.Namespace, ready: Callable[[str], None] | None = Non
     return process.run(server, listener)
 
 
+def _hosts(arguments: argparse.Namespace, keys: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Return the public names of a server for this machine alone that asks for no key; None where any name will do."""
+    if keys or arguments.host not in _LOCAL or "*" in arguments.allow_origin:
+        return None
+    return tuple(name for origin in arguments.allow_origin if (name := urllib.parse.urlsplit(origin).hostname))
+
+
 def _warn_of_strangers(host: str, keys: tuple[str, ...]) -> None:
     """Say so when others may use the model without a key."""
-    if host not in ("127.0.0.1", "localhost", "::1") and not keys:
+    if host not in _LOCAL and not keys:
         _note("warning: anyone who reaches this machine may use the model: --api-key KEY asks for a key")
 
 
@@ -107,7 +118,7 @@ def _foreign_spelling(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     """Check what no one else does."""
     for name in ("max_waiting", "drain_seconds"):
-        if getattr(arguments, name) < 0:
+        if not 0 <= getattr(arguments, name) < float("inf"):
             raise UsageError("must be 0 or more", where=f"--{name.replace('_', '-')}", got=getattr(arguments, name))
     for name in ("cache_gib", "request_timeout"):
         value = getattr(arguments, name)
@@ -118,14 +129,20 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError("no such file", where=option, got=file)
     if arguments.ssl_keyfile and not arguments.ssl_certfile:
         raise UsageError("a key needs its certificate: --ssl-certfile", where="--ssl-keyfile")
+    if arguments.ssl_certfile:
+        try:  # now, not after the weights were read
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(arguments.ssl_certfile, arguments.ssl_keyfile)
+        except (ssl.SSLError, OSError) as error:
+            do = "Both files are PEM; without --ssl-keyfile the certificate's file must hold the key too."
+            raise UsageError(f"cannot be used: {error}", where="--ssl-certfile", do=do) from error
 
 
 def _keys(arguments: argparse.Namespace) -> tuple[str, ...]:
     """Return all keys: of the command line, the file and the environment."""
-    keys = list(arguments.api_key or [])
+    keys = [key.strip() for key in arguments.api_key or []]  # a header has no space at its end
     if arguments.api_key_file is not None:
         try:
-            lines = arguments.api_key_file.read_text(encoding="utf-8").splitlines()
+            lines = arguments.api_key_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot be read: {error}", where="--api-key-file") from error
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
@@ -133,8 +150,8 @@ def _keys(arguments: argparse.Namespace) -> tuple[str, ...]:
             raise UsageError("holds no key", where=arguments.api_key_file)
         keys += found
     if os.environ.get(KEY_VARIABLE):
-        keys.append(os.environ[KEY_VARIABLE])
-    if any(not key.strip() for key in keys):
+        keys.append(os.environ[KEY_VARIABLE].strip())
+    if not all(keys):
         raise UsageError("a key is empty", where="--api-key")
     return tuple(dict.fromkeys(keys))
 
@@ -159,12 +176,15 @@ def _open(arguments: argparse.Namespace) -> Served:
         talk = dataclasses.replace(talk, template=get_template(arguments.template).name)
     if talk.template is None:
         _note("no chat format is recorded: /v1/completions only; --template NAME chooses one")
-    model = source.model(place.dtype, place.device)
+    model = source.model(place.dtype, place.device, place.pack)
     cache = None
     if arguments.cache_gib is not None:
-        cache = max(1, int(arguments.cache_gib * 2**30) // Cache.bytes_per_token(model))
-    limits = Limits(batch=arguments.max_batch, length=arguments.max_length, cache_tokens=cache)
+        cache = max(1, int(arguments.cache_gib * 2**30) // Cache.bytes_per_token(model, rounded=arguments.kv == "int8"))
+    limits = Limits.on(
+        place.device, batch=arguments.max_batch, length=arguments.max_length, cache_tokens=cache, cache=arguments.kv
+    )
     engine = Engine(model, talk.tokenizer, limits, pack=place.pack, seed=secrets.randbits(30))
+    engine.warm_up()
     names = tuple(dict.fromkeys(arguments.model_name or [Path(arguments.model).resolve().name]))
     return Served(engine, talk, names, timeout=arguments.request_timeout)
 

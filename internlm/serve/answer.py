@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 from internlm.errors import EngineError, UsageError, did_you_mean
-from internlm.infer.client import Client
+from internlm.infer.client import Client, Refused
 from internlm.text.chat import Message
 
 _TOO_LONG = re.compile(r"refuses \(4\d\d\).*(context|too long|tokens are too many|too many tokens)", re.I | re.S)
-"""Servers have no common code for it: "maximum context length", "exceeds the available context size", …"""
+"""Servers have no common code for it but OpenAI's: "maximum context length", "exceeds the available context size", …"""
 _NONE = ("none", "default")
 
 
@@ -197,7 +197,8 @@ class FromServer:
             with self.client.chat(spoken, **_for_server(settings)) as reply:
                 yield from reply
         except EngineError as error:
-            if _TOO_LONG.search(str(error)):
+            said = isinstance(error, Refused) and error.code == "context_length_exceeded"
+            if said or _TOO_LONG.search(str(error)):
                 raise TooLong(str(error)) from error
             raise
         usage = reply.usage

@@ -10,22 +10,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
 from internlm import __version__
 from internlm.errors import InternLMError
-from internlm.infer.worker import Worker
-from internlm.serve import openai, problems, web
-from internlm.serve.gate import Gate
+from internlm.infer.worker import Busy, Worker
+from internlm.serve import openai, problems, structure, web
+from internlm.serve.gate import Access, Gate
 from internlm.serve.inbox import Gone, Inbox, Ticket
 from internlm.serve.metrics import Metrics
 from internlm.serve.openai import Asked, Served
@@ -45,6 +45,7 @@ from internlm.serve.schema import (
     LegacyChatRequest,
     ModelCard,
     ModelList,
+    Sampling,
     TokenizeAnswer,
     TokenizeRequest,
 )
@@ -54,22 +55,13 @@ logger = logging.getLogger(__name__)
 _PAGE_HEADERS = {"Cache-Control": "no-cache", "X-Frame-Options": "DENY"}
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer} for status in (400, 401, 404, 405, 413, 429, 500, 503)
+    status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 405, 408, 413, 429, 500, 503)
 }
+_ANYONE = Access()
+_UNREAD_SECONDS = 120.0
+"""How long a client may read nothing of a stream."""
 _GONE = 499
 """What the log of a proxy says of a client that went away; nobody receives it."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may ask, and how much."""
-
-    keys: tuple[str, ...] = ()
-    """One of them must come with every request, but for health, readiness and the page; none: everyone may."""
-    origins: tuple[str, ...] = ()
-    """Other origins whose pages may call the server (CORS)."""
-    body_bytes: int = 2**20
-    """Most bytes of a request."""
 
 
 class Service:
@@ -85,10 +77,35 @@ class Service:
         self.served, self.worker, self.metrics = served, worker, metrics
         self.inbox = Inbox(worker, metrics)
         self.pool = ThreadPoolExecutor(4, thread_name_prefix="prompt")
+        self.compilers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
+        self._preparing = 0
 
-    async def prepare(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what a function gives that may take a while, run off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+    async def ask(self, function: Callable[[Served, Any], Asked], body: Sampling) -> Asked:
+        """Return what a request asks of the engine; compiling a grammar for one holds up no other.
+
+        Raises:
+            ApiError: it cannot be done.
+            Busy: as `prepare`.
+        """
+        pool = self.compilers if structure.is_slow(body) else self.pool
+        asked: Asked = await self.prepare(function, self.served, body, pool=pool)
+        return asked
+
+    async def prepare(
+        self, function: Callable[..., Any], *arguments: Any, pool: ThreadPoolExecutor | None = None
+    ) -> Any:
+        """Return what a function gives that may take a while, run off the event loop.
+
+        Raises:
+            Busy: as many wait for that as may be answered at once. Each of them holds its whole body.
+        """
+        if self._preparing >= self.worker.capacity:
+            raise Busy(f"{self._preparing} prompts wait to be read, which is the limit", do="Try again later.")
+        self._preparing += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool or self.pool, function, *arguments)
+        finally:
+            self._preparing -= 1
 
     async def respond(self, request: Request, asked: Asked) -> Response:
         """Return the response to a request of the engine: a stream, or one body."""
@@ -141,10 +158,12 @@ class Service:
         except Gone:
             return
         except Exception as error:
+            told = str(error)
             if not isinstance(error, ApiError):
                 logger.exception("a stream failed")
+                told = "the server has a defect; its log says more"
             self.metrics.errors[500] += 1
-            yield b"data: " + problems.body_of(str(error), 500, code="engine_error") + b"\n\n"
+            yield b"data: " + problems.body_of(told, 500, code="engine_error") + b"\n\n"
         yield b"data: [DONE]\n\n"
 
 
@@ -158,24 +177,37 @@ class _Stream(StreamingResponse):
         self.ticket = ticket
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_soon(event: Any) -> None:
+            async with asyncio.timeout(_UNREAD_SECONDS):
+                await send(event)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_soon)
+        except (TimeoutError, ClientDisconnect):
+            logger.warning("warning: a client reads its stream no more: it is closed")
         finally:
             self.ticket.close()
 
 
-def make_app(served: Served, worker: Worker, access: Access = Access(), metrics: Metrics | None = None) -> FastAPI:
-    """Return the application. `metrics` should be those whose queue histogram the worker notes waits in."""
+def make_app(served: Served, worker: Worker, access: Access = _ANYONE, metrics: Metrics | None = None) -> FastAPI:
+    """Return the application. `metrics`: None begins new ones."""
     metrics = metrics or Metrics()
     service = Service(served, worker, metrics)
-    app = FastAPI(title="internlm", version=__version__, description="OpenAI-compatible API", responses=_ERRORS)
+    app = FastAPI(
+        title="internlm",
+        version=__version__,
+        description="OpenAI-compatible API",
+        responses=_ERRORS,
+        docs_url=None,  # FastAPI's pages run scripts of a foreign server, in the origin of the chat page and its key
+        redoc_url=None,
+    )
     app.state.service = service
     for routes in (_answers(service), _models(service), _texts(service), _operations(service)):
         app.include_router(routes)
     open_paths = {"/health", "/ready", *_add_page(app)}
     _add_handlers(app)
-    _correct_schema(app)
-    app.add_middleware(Gate, keys=access.keys, open_paths=open_paths, body_bytes=access.body_bytes, metrics=metrics)
+    _correct_schema(app, open_paths if access.keys else None)
+    app.add_middleware(Gate, access=access, open_paths=open_paths, metrics=metrics)
     if access.origins:  # outside the gate: a browser's question beforehand (OPTIONS) has no key
         app.add_middleware(
             CORSMiddleware,
@@ -193,17 +225,17 @@ def _answers(service: Service) -> APIRouter:
 
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        return await service.respond(request, await service.prepare(openai.ask_chat, service.served, body))
+        return await service.respond(request, await service.ask(openai.ask_chat, body))
 
     async def legacy(body: LegacyChatRequest, request: Request) -> Response:
         """Answer a conversation; `max_length` counts the prompt's tokens too."""
-        return await service.respond(request, await service.prepare(openai.ask_chat, service.served, body))
+        return await service.respond(request, await service.ask(openai.ask_chat, body))
 
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Go on with texts."""
-        return await service.respond(request, await service.prepare(openai.ask_completion, service.served, body))
+        return await service.respond(request, await service.ask(openai.ask_completion, body))
 
-    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
     for path, function, model in (
         ("/v1/chat/completions", chat, ChatAnswer),
         ("/internlm/chat/completions", legacy, ChatAnswer),
@@ -241,10 +273,7 @@ def _texts(service: Service) -> APIRouter:
     served = service.served
 
     def tokenize_now(body: TokenizeRequest) -> TokenizeAnswer:
-        if body.messages is not None:
-            ids = openai.render_chat(served, body.messages)
-        else:
-            ids = openai.encode_text(served, body.prompt or "", special=body.add_special_tokens)
+        ids = openai.ask_ids(served, body)
         names = None
         if body.return_token_strs:
             names = [served.tokenizer.token_bytes(id_, skip_special=False).decode("utf-8", "replace") for id_ in ids]
@@ -305,11 +334,13 @@ def _operations(service: Service) -> APIRouter:
         """Say whether new requests are taken."""
         return state(ready=True)
 
-    @router.get("/metrics", response_class=PlainTextResponse)
+    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @router.get("/metrics", response_class=Response, responses=text)
     async def metrics() -> Response:
         """Return all figures in Prometheus' text format."""
-        text = service.metrics.text(service.worker)
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        figures = service.metrics.text(service.worker)
+        return Response(figures, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
 
@@ -322,16 +353,23 @@ def _add_page(app: FastAPI) -> list[str]:
     return list(files)
 
 
-def _correct_schema(app: FastAPI) -> None:
-    """Leave 422 out of the OpenAPI schema: a body that does not fit gets 400, with our error object."""
+def _correct_schema(app: FastAPI, open_paths: Collection[str] | None) -> None:
+    """Leave 422 out of the OpenAPI schema: a body that does not fit gets 400, with our error object.
+
+    Every path but the open ones needs a key; None: there is no key.
+    """
     make = app.openapi
 
     def corrected() -> dict[str, Any]:
         if app.openapi_schema is None:
             found = make()
-            for path in found["paths"].values():
-                for operation in path.values():
+            for path, operations in found["paths"].items():
+                for operation in operations.values():
                     operation["responses"].pop("422", None)
+                    if open_paths is not None and path not in open_paths:
+                        operation["security"] = [{"key": []}]
+            if open_paths is not None:
+                found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for name in ("HTTPValidationError", "ValidationError"):
                 found["components"]["schemas"].pop(name, None)
         return make()
@@ -367,11 +405,6 @@ def _add_handlers(app: FastAPI) -> None:
         about = f"{request.method} {request.url.path}: {text or error.detail}"
         allowed = {key: value for key, value in (error.headers or {}).items() if key.lower() == "allow"}
         return told(ApiError(about, status=error.status_code), allowed)
-
-    @app.exception_handler(Exception)
-    async def defect(request: Request, error: Exception) -> Response:
-        logger.error("a defect: %s %s", request.method, request.url.path, exc_info=error)
-        return told(ApiError("the server has a defect; its log says more", status=500, code="internal_error"))
 
 
 def _json(content: Any, status: int = 200) -> Response:

@@ -152,7 +152,7 @@ class Chat:
         """Yield an answer after the turns `before`, and keep it with as many of them as there is room for."""
         self._unanswered = question
         seed = self.settings.seed
-        settings = replace(self.settings, seed=None if seed is None else seed + self.answers)
+        settings = replace(self.settings, seed=None if seed is None else (seed + self.answers) % 2**63)
         turn, dropped = _Turn(), 0
         try:
             while True:
@@ -183,7 +183,7 @@ class Chat:
         facts = replace(self.answerer.facts, first_s=turn.first_s, seconds=turn.elapsed())
         self.last = facts
         if turn.text:
-            self.history[:] = [*before, Message("user", question), Message("assistant", turn.text)]
+            self.history[:] = [*before, Message("user", question), Message("assistant", clean(turn.text))]
             self._unanswered = None
         if facts.finished == "length":
             length = self.answerer.length
@@ -216,8 +216,12 @@ class _Turn:
 
 
 def clean(text: str) -> str:
-    """Return a text without what no tokenizer and no file can hold: bytes that were no UTF-8, and NUL."""
-    return text.encode("utf-8", "replace").decode().replace("\0", "")
+    """Return a text without what no tokenizer and no file can hold: bytes that were no UTF-8, and NUL.
+
+    Halves of a character that a server sent in two pieces become whole.
+    """
+    paired = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+    return paired.encode("utf-8", "replace").decode().replace("\0", "")
 
 
 def _turns(count: int) -> str:
@@ -241,6 +245,9 @@ def _read(path: Path) -> dict[str, Any]:
     offset = int(roles[:1] == ["system"])
     for number, turn in enumerate(turns):
         expected = "system" if number < offset else ("user", "assistant")[(number - offset) % 2]
+        if turn.get("tool_calls") or turn.get("role") == "tool":
+            problem, do = "belongs to a call of a tool, and the terminal has none", "`internlm serve` has tools."
+            raise DataError(problem, where=f"{path}, message {number + 1}", do=do)
         if turn.get("role") != expected or not isinstance(turn.get("content"), str):
             problem = "a text of user and assistant in turns is wanted"
             raise DataError(problem, where=f"{path}, message {number + 1}", got=turn.get("role"), allowed=[expected])

@@ -114,6 +114,14 @@ TURBOMIND_HEADS = (64, 128, 192, 256)
 TURBOMIND_KV_HEAD = 128
 """Head size at which TurboMind keeps keys and values in 4 or 8 bits (0.16 documentation)."""
 
+TOOL_PARSERS: dict[str, dict[str, str]] = {
+    "lmdeploy": {"hermes": "qwen3", "internlm2": "internlm"},
+    "vllm": {"hermes": "hermes", "internlm2": "internlm"},
+    "sglang": {"hermes": "hermes"},  # its parser of InternLM2 wants a space between two special tokens
+}
+"""Engine → our tool format → `--tool-call-parser` that reads its calls. LMDeploy's and SGLang's were read in the source
+of the versions above, vLLM's in its repository. llama.cpp tells by the chat format."""
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -128,100 +136,65 @@ class Claim:
         return f"{self.says} [{self.how} {self.version}]"
 
 
-def _row(how: Mapping[str, tuple[How, str]] | None = None, **cells: str) -> dict[str, Claim]:
-    """Return a row; a claim was read in the source of `Engine.version` unless `how` says otherwise."""
-    row = {}
-    for name, engine in ENGINES.items():
-        made, version = (how or {}).get(name, ("source", engine.version.split()[0]))
-        row[name] = Claim(cells[name.replace(".", "")], made, version)
-    return row
+def _row(*cells: str | Claim) -> dict[str, Claim]:
+    """Return a row, in the order of ENGINES; what is only a text was read in the source of `Engine.version`."""
+    given = zip(ENGINES.items(), cells, strict=True)
+    return {
+        name: cell if isinstance(cell, Claim) else Claim(cell, "source", engine.version.split()[0])
+        for (name, engine), cell in given
+    }
 
 
-_RAN: dict[str, tuple[How, str]] = {"llama.cpp": ("ran", "0c1e570")}
+def _ran(says: str) -> Claim:
+    """Return what llama.cpp did with an export of ours."""
+    return Claim(says, "ran", ENGINES["llama.cpp"].version.split()[0])
+
 
 SUPPORT: dict[str, dict[str, Claim]] = {
-    "InternLM of 2023 as published": _row(
-        lmdeploy="no since 0.15", vllm="no; 0.23 was the last", sglang="no", llamacpp="no"
-    ),
-    "our plain export": _row(
-        _RAN, lmdeploy="yes", vllm="yes", sglang="yes", llamacpp="yes, as GGUF (logits compared)"
-    ),
+    "InternLM of 2023 as published": _row("no since 0.15", "no; 0.23 was the last", "no", "no"),
+    "our plain export": _row("yes", "yes", "yes", _ran("yes, as GGUF (logits compared)")),
     "biases of q, k, v and o": _row(
-        _RAN,
-        lmdeploy="yes",
-        vllm="yes; Qwen3 classes have none on o",
-        sglang="yes",
-        llamacpp="yes; not with norms of q and k",
+        "yes", "yes; Qwen3 classes have none on o", "yes", _ran("yes; not with norms of q and k"),
     ),
     "dynamic NTK past the trained length": _row(
-        {"lmdeploy": ("source", "0.16.0")},
-        lmdeploy="TurboMind: per request",
-        vllm="no: the base stays",
-        sglang="one fixed base; none at factor 1",
-        llamacpp="no",
+        Claim("TurboMind: per request", "source", "0.16.0"), "no: the base stays", "one fixed base; none at factor 1",
+        "no",
     ),
     "chat format is read from": _row(
-        lmdeploy="some names in the path, else the tokenizer; --chat-template hf: the tokenizer",
-        vllm="the tokenizer",
-        sglang="some names in the path, else the tokenizer",
-        llamacpp="the GGUF file",
+        "some names in the path, else the tokenizer; --chat-template hf: the tokenizer", "the tokenizer",
+        "some names in the path, else the tokenizer", "the GGUF file",
     ),
     "ids that end an answer": _row(
-        lmdeploy="list in generation_config.json",
-        vllm="list in generation_config.json",
-        sglang="list in generation_config.json",
-        llamacpp="eos, eot and eom of the file",
+        "list in generation_config.json", "list in generation_config.json", "list in generation_config.json",
+        "eos, eot and eom of the file",
     ),
-    "stop strings": _row(lmdeploy="one token each; longer ones are dropped", vllm="any", sglang="any", llamacpp="any"),
-    "presence, frequency penalty": _row(
-        lmdeploy="accepted, no effect", vllm="yes", sglang="yes", llamacpp="yes"
-    ),
-    "logit bias": _row(lmdeploy="PyTorch engine", vllm="yes", sglang="yes", llamacpp="yes"),
+    "stop strings": _row("one token each; longer ones are dropped", "any", "any", "any"),
+    "presence, frequency penalty": _row("accepted, no effect", "yes", "yes", "yes"),
+    "logit bias": _row("PyTorch engine", "yes", "yes", "yes"),
     "logprobs": _row(
-        lmdeploy="with --logprobs-mode; not in streamed completions",
-        vllm="yes",
-        sglang="yes",
-        llamacpp="yes; not with tools in a stream",
+        "with --logprobs-mode; not in streamed completions", "yes", "yes", "yes; not with tools in a stream",
     ),
-    "seed of a request": _row(
-        lmdeploy="yes", vllm="yes", sglang="with --enable-deterministic-inference", llamacpp="yes"
-    ),
+    "seed of a request": _row("yes", "yes", "with --enable-deterministic-inference", "yes"),
     "structured output": _row(
-        lmdeploy="JSON schema, regex", vllm="JSON schema, regex, grammar", sglang="JSON schema, regex, grammar",
-        llamacpp="JSON schema, grammar",
+        "JSON schema, regex", "JSON schema, regex, grammar", "JSON schema, regex, grammar", "JSON schema, grammar",
     ),
     "tools": _row(
-        lmdeploy="--tool-call-parser; no ReAct of InternLM 1",
-        vllm="--enable-auto-tool-choice --tool-call-parser; no ReAct",
-        sglang="--tool-call-parser; no ReAct",
-        llamacpp="by the chat format",
+        "--tool-call-parser; no ReAct of InternLM 1", "--enable-auto-tool-choice --tool-call-parser; no ReAct",
+        "--tool-call-parser; no ReAct, no InternLM2", "by the chat format",
     ),
-    "prefix cache": _row(
-        lmdeploy="--enable-prefix-caching", vllm="on", sglang="on", llamacpp="on, per slot"
-    ),
+    "prefix cache": _row("--enable-prefix-caching", "on", "on", "on, per slot"),
     "LoRA beside the base": _row(
-        lmdeploy="PyTorch engine: --adapters",
-        vllm="--enable-lora --lora-modules",
-        sglang="--lora-paths",
-        llamacpp="--lora, as GGUF",
+        "PyTorch engine: --adapters", "--enable-lora --lora-modules", "--lora-paths", "--lora, as GGUF",
     ),
     "quantised weights": _row(
-        lmdeploy="AWQ, GPTQ, fp8, mxfp4", vllm="AWQ, GPTQ, fp8, int8 …", sglang="AWQ, GPTQ, fp8, int8 …",
-        llamacpp="GGUF types; ours: q8_0",
+        "AWQ, GPTQ, fp8, mxfp4", "AWQ, GPTQ, fp8, int8 …", "AWQ, GPTQ, fp8, int8 …", "GGUF types; ours: q8_0",
     ),
     "quantised keys and values": _row(
-        {"lmdeploy": ("documented", "0.16.0")},
-        lmdeploy="--quant-policy 4, 8; TurboMind: head size 128 only",
-        vllm="--kv-cache-dtype",
-        sglang="--kv-cache-dtype",
-        llamacpp="--cache-type-k, --cache-type-v",
+        Claim("--quant-policy 4, 8; TurboMind: head size 128 only", "documented", "0.16.0"), "--kv-cache-dtype",
+        "--kv-cache-dtype", "--cache-type-k, --cache-type-v",
     ),
-    "CPU": _row(
-        _RAN, lmdeploy="no", vllm="in a build of its own", sglang="--device cpu", llamacpp="yes"
-    ),
-    "several GPUs": _row(
-        lmdeploy="--tp", vllm="--tensor-parallel-size", sglang="--tp-size", llamacpp="layers shared out"
-    ),
+    "CPU": _row("no", "in a build of its own", "--device cpu", _ran("yes")),
+    "several GPUs": _row("--tp", "--tensor-parallel-size", "--tp-size", "layers shared out"),
 }  # fmt: skip
 """Feature → engine → claim."""
 

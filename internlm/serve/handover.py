@@ -26,7 +26,8 @@ from internlm.serve import engines
 from internlm.serve.engines import ENGINES
 from internlm.serve.export import GGUF, Export, Finding, Wish, as_text, read_export, read_gguf
 from internlm.serve.export_checks import CHECKS
-from internlm.text.templates import get_template, jinja
+from internlm.text.tool_jinja import refuses_tools
+from internlm.text.tools import format_of
 from internlm.weights.family import FAMILIES, fitting
 from internlm.weights.transformers import KIND
 
@@ -118,13 +119,12 @@ def _conversion(model: Path, source: Source, engine: str) -> tuple[Command, Expo
     target = base.with_name(base.name + ("-gguf" if is_gguf else "-export"))
     words = ["internlm", "convert", str(model), str(target), *(["--to", "gguf"] if is_gguf else [])]
     talk = source.talk
-    template = jinja(get_template(talk.template)) if talk.template is not None else talk.foreign
     export = Export(
         path=str(target / f"{target.name}-bf16.gguf" if is_gguf else target),
         config=source.config,
         talk=talk,
         architecture=GGUF if is_gguf else FAMILIES[fitting(source.config)].architecture,
-        template=as_text(template),
+        template=as_text(talk.jinja),
         template_file="the file" if is_gguf else "tokenizer_config.json",
         eos=tuple(talk.stop_ids()[: 3 if is_gguf else None]),
         tokenizer_files=frozenset({"tokenizer.json"} if talk.tokenizer is not None else set()),
@@ -173,8 +173,20 @@ def _command(export: Export, wish: Wish, name: str, limit: int) -> Command:
         words = ["llama-server", "--model", export.path, "--alias", name, *place, "--ctx-size", context]
         words += ["--jinja"] if export.template else []
         words += ["--split-mode", "layer", "--tensor-split", ",".join("1" * wish.tensor)] if wish.tensor > 1 else []
+    parser = tool_parser(export, wish.engine)
+    if parser is not None:
+        words += ["--enable-auto-tool-choice"] if wish.engine == "vllm" else []
+        words += ["--tool-call-parser", parser]
     variable = ENGINES[wish.engine].key_variable
     return Command(tuple(words), {variable: wish.api_key} if variable and wish.api_key is not None else {})
+
+
+def tool_parser(export: Export, engine: str) -> str | None:
+    """Return what an engine calls the tool format of an export; None: it has none, or the export tells of no tools."""
+    talk = export.talk
+    if talk.template is None or export.template != talk.jinja or refuses_tools(talk.jinja):
+        return None
+    return engines.TOOL_PARSERS.get(engine, {}).get(format_of(talk.template).name)
 
 
 def _facts(export: Export, wish: Wish, limit: int) -> dict[str, str]:
@@ -182,6 +194,9 @@ def _facts(export: Export, wish: Wish, limit: int) -> dict[str, str]:
     name = export.talk.template or "its own"
     facts = {"chat format": f"{name}, read from {export.template_file}" if export.template else "none"}
     facts["answers end at"] = f"ids {', '.join(map(str, export.eos)) or 'none'}, read from {export.eos_file}"
+    parser = tool_parser(export, wish.engine)
+    if parser is not None:
+        facts["tools"] = f"{format_of(name).name} format, read by the parser {parser!r}"
     facts["context"] = f"{wish.context or limit} of {export.config.context_length} tokens"
     return facts
 

@@ -73,6 +73,8 @@ class Inbox:
     def _spread(self, deltas: list[Delta]) -> None:
         mail: dict[Ticket, Mail] = {}
         for delta in deltas:
+            if delta.waited is not None and not delta.index:
+                self.metrics.queue.observe(delta.waited)
             if delta.finished:
                 self.metrics.ended[delta.finished] += 1
             ticket = self.tickets.get(delta.id)

@@ -84,6 +84,7 @@ class InputHistory:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            self.path.chmod(0o600)  # it may have been there, for others to read
             with open(descriptor, "a", encoding="utf-8") as file:  # one write: two processes do not mix their lines
                 file.write(json.dumps(text) + "\n")
         except OSError:

@@ -8,16 +8,21 @@ Text is text: no string in a message becomes a special token. Ids in a prompt of
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import torch
+
+from internlm import __version__
 from internlm.errors import InternLMError, UsageError
-from internlm.infer import grammar
 from internlm.infer.engine import Engine
-from internlm.infer.request import Grammar, Request
+from internlm.infer.request import Request
+from internlm.serve import structure
 from internlm.serve.problems import ApiError, from_error
 from internlm.serve.schema import (
     Body,
@@ -25,12 +30,13 @@ from internlm.serve.schema import (
     ChatRequest,
     CompletionRequest,
     LegacyChatRequest,
-    ResponseFormat,
     Sampling,
+    TokenizeRequest,
 )
+from internlm.serve.structure import Wanted
 from internlm.serve.tooling import ToolUse, tools_of, turns_of
 from internlm.text.chat import Message, render_prompt
-from internlm.text.templates import Template, get_template
+from internlm.text.templates import Part, Template, get_template
 from internlm.text.tokenizer import Tokenizer, well_formed
 from internlm.text.tools import format_of
 from internlm.weights.talk import Talk
@@ -60,6 +66,15 @@ class Served:
             raise UsageError("a served model needs a name")
         if self.template is not None:
             render_prompt([Message("user", "a")], self.template, self.tokenizer)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that decides an answer beside the weights and the request: where it differs, a seed may too."""
+        engine = self.engine
+        weight = next(engine.model.parameters())
+        parts = (__version__, torch.__version__, engine.model.config, engine.limits, engine.pack, weight.dtype)
+        text = repr((*parts, weight.device.type, self.talk.template))
+        return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:10]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -98,6 +113,8 @@ class Asked:
     model: str
     stream: bool
     include_usage: bool
+    usage_each: bool
+    """Whether the usage is told with every chunk too."""
     is_chat: bool
     echoes: tuple[str, ...] | None = None
     """The text of each prompt, where it is to be repeated before the answer."""
@@ -112,8 +129,7 @@ def ask_chat(served: Served, body: ChatRequest) -> Asked:
         ApiError: it cannot be done.
     """
     model = _admit(served, body)
-    use = tools_of(body, served.talk.template) if served.talk.template is not None else None
-    tokens = render_chat(served, body.messages, use)
+    tokens, use = _render(served, body)
     room = served.engine.length - len(tokens)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if isinstance(body, LegacyChatRequest) and body.max_length is not None:
@@ -123,13 +139,15 @@ def ask_chat(served: Served, body: ChatRequest) -> Asked:
         most = min(body.max_length - len(tokens), most if most is not None else room)
     if most == 0:
         raise ApiError("max_tokens: an answer has at least 1 token", param="max_tokens")
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    request = _request(served, body, tokens, max(1, room) if most is None else most, {"logprobs": logprobs})
+    extra = {
+        "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
+        "continuation": bool(body.continue_final_message),
+    }
+    request = _request(served, body, tokens, max(1, room) if most is None else most, extra)
     if use is not None and use.tools:
         request = _with_tools(served, request, use)
     _check(served, request, "messages")
-    usage = bool(body.stream_options and body.stream_options.include_usage)
-    return Asked((request,), model, bool(body.stream), usage, True, tools=use if use and use.tools else None)
+    return Asked((request,), model, *_streaming(body), is_chat=True, tools=use if use and use.tools else None)
 
 
 def ask_completion(served: Served, body: CompletionRequest) -> Asked:
@@ -140,7 +158,8 @@ def ask_completion(served: Served, body: CompletionRequest) -> Asked:
     """
     model = _admit(served, body)
     prompts, texts = _prompts(served, body)
-    most = 16 if body.max_tokens is None else body.max_tokens
+    given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    most = 16 if given is None else given
     if most == 0 and not body.echo:
         raise ApiError("max_tokens: 0 is for echo only", param="max_tokens")
     scores = body.logprobs if body.echo else None
@@ -152,12 +171,30 @@ def ask_completion(served: Served, body: CompletionRequest) -> Asked:
     requests = tuple(_request(served, body, prompt, most, extra) for prompt in prompts)
     for request in requests:
         _check(served, request, "prompt")
-    usage = bool(body.stream_options and body.stream_options.include_usage)
-    return Asked(requests, model, bool(body.stream), usage, False, tuple(texts) if body.echo else None)
+    return Asked(requests, model, *_streaming(body), is_chat=False, echoes=tuple(texts) if body.echo else None)
 
 
-def render_chat(served: Served, messages: Sequence[ChatMessage], use: ToolUse | None = None) -> list[int]:
-    """Return the ids of a conversation, after which the answer comes.
+def ask_ids(served: Served, body: TokenizeRequest) -> list[int]:
+    """Return the ids of a text, or those that the model would get for a conversation.
+
+    Raises:
+        ApiError: it cannot be written.
+    """
+    if body.messages is None:
+        return encode_text(served, body.prompt or "", special=body.add_special_tokens)
+    chat = ChatRequest(
+        messages=body.messages,
+        tools=body.tools,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+    )
+    return _render(served, chat)[0]
+
+
+def render_chat(
+    served: Served, messages: Sequence[ChatMessage], use: ToolUse | None = None, *, goes_on: bool = False
+) -> list[int]:
+    """Return the ids of a conversation, after which the answer comes; with `goes_on` its last message has begun it.
 
     Raises:
         ApiError: the model has no chat format, or none that is known here, or it cannot write these messages.
@@ -167,7 +204,13 @@ def render_chat(served: Served, messages: Sequence[ChatMessage], use: ToolUse | 
         raise ApiError(f"the model {known}: use /v1/completions, or start the server with --template", code="no_chat")
     turns = turns_of(messages)
     use = use or ToolUse(format_of(served.template.name), (), True, None)
-    begin = use.forced.begin if use.forced is not None else ()
+    begin: Sequence[Part] = use.forced.begin if use.forced is not None else ()
+    if goes_on:
+        begun = turns.pop()
+        if begun.role != "assistant" or begun.calls or not begun.content or use.forced is not None:
+            text = "the last message must be a text of the assistant's, and no call can be asked for after it"
+            raise ApiError(f"continue_final_message: {text}", param="continue_final_message")
+        begin = (begun.content,)
     try:
         return render_prompt(use.render(turns), served.template, served.tokenizer, begin)
     except InternLMError as error:
@@ -178,6 +221,24 @@ def encode_text(served: Served, text: str, *, special: bool) -> list[int]:
     """Return the ids of a text, beginning with bos if `special` and there is one."""
     bos = served.tokenizer.bos_id
     return ([bos] if special and bos is not None else []) + served.tokenizer.encode(text)
+
+
+def _render(served: Served, body: ChatRequest) -> tuple[list[int], ToolUse | None]:
+    """Return the ids of a chat request's prompt, and its tools."""
+    goes_on = bool(body.continue_final_message)
+    if body.add_generation_prompt is not None and body.add_generation_prompt == goes_on:
+        text = "goes without continue_final_message" if goes_on else "can be false with continue_final_message alone"
+        raise ApiError(f"add_generation_prompt: {text}", param="add_generation_prompt")
+    use = tools_of(body, served.talk.template) if served.talk.template is not None else None
+    return render_chat(served, body.messages, use, goes_on=goes_on), use
+
+
+def _streaming(body: Sampling) -> tuple[bool, bool, bool]:
+    """Return whether the answer is streamed, whether with its usage, and whether that comes with every chunk."""
+    options = body.stream_options
+    usage = bool(options and options.include_usage)
+    each = usage and bool(options and options.continuous_usage_stats)
+    return bool(body.stream), usage, each
 
 
 def _prompts(served: Served, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
@@ -199,7 +260,7 @@ def _prompts(served: Served, body: CompletionRequest) -> tuple[list[list[int]], 
 
 def _admit(served: Served, body: Sampling) -> str:
     """Return the model's name, if nothing is asked that cannot be done."""
-    nested: list[Body | None] = [body, body.response_format, body.stream_options]
+    nested: list[Body | None] = [body, body.response_format, body.structured_outputs, body.stream_options]
     for part in nested:
         found = part.refuse_unsupported() if part is not None else None
         if found is not None:
@@ -213,6 +274,7 @@ def _request(served: Served, body: Sampling, tokens: list[int], most: int, extra
     texts = [body.stop] if isinstance(body.stop, str) else body.stop or []
     limits = [seconds for seconds in (body.timeout, served.timeout) if seconds is not None]
     stop_ids = (*stops, *(body.stop_token_ids or ()))
+    wanted = structure.wanted_of(body)
     return Request(
         tokens=tokens,
         max_tokens=most,
@@ -230,7 +292,7 @@ def _request(served: Served, body: Sampling, tokens: list[int], most: int, extra
         stop_strings=tuple(map(well_formed, texts)),
         include_stop=bool(body.include_stop_str_in_output),
         min_tokens=body.min_tokens or 0,
-        grammar=_grammar(served, body.response_format, stop_ids),
+        grammar=structure.compile(served.engine, wanted, stop_ids) if wanted is not None else None,
         timeout=min(limits, default=None),
         show_special=body.skip_special_tokens is False,
         **extra,
@@ -242,9 +304,9 @@ def _with_tools(served: Served, request: Request, use: ToolUse) -> Request:
     if use.forced is not None:
         if request.grammar is not None:
             raise ApiError("a call that must be made leaves no room for response_format", param="response_format")
-        wanted = use.forced.grammar
-        text = wanted if isinstance(wanted, str) else json.dumps(wanted)
-        request = replace(request, grammar=_compile(served, use.forced.kind, text, request.stop_ids, "tools"))
+        text = json.dumps(use.forced.grammar)
+        wanted = Wanted("tools", use.forced.kind, text)
+        request = replace(request, grammar=structure.compile(served.engine, wanted, request.stop_ids))
     # A call in the midst of a sentence is read by its tags, special tokens in some formats: they need a text.
     shown = request.show_special or bool(use.format.specials)
     return replace(request, stop_strings=(*request.stop_strings, *use.format.stops), show_special=shown)
@@ -264,26 +326,6 @@ def _check(served: Served, request: Request, prompt: str) -> None:
         told = from_error(error)
         param = prompt if told.param == "prompt" else told.param
         raise ApiError(str(told), status=told.status, param=param, code=told.code) from error
-
-
-def _grammar(served: Served, wanted: ResponseFormat | None, stop_ids: tuple[int, ...]) -> Grammar | None:
-    """Return what an answer must look like."""
-    if wanted is None or wanted.type == "text":
-        return None
-    text = ""
-    if wanted.type == "json_schema" and wanted.json_schema is not None:
-        text = json.dumps(wanted.json_schema.schema_)
-    elif wanted.type == "regex":
-        text = wanted.regex or ""
-    return _compile(served, wanted.type, text, stop_ids, "response_format")
-
-
-def _compile(served: Served, kind: str, text: str, stop_ids: tuple[int, ...], param: str) -> Grammar:
-    vocab_size = served.engine.model.config.vocab_size
-    try:
-        return grammar.compile(kind, text, served.tokenizer, vocab_size, stop_ids)
-    except (InternLMError, RecursionError) as error:
-        raise ApiError(f"{param}: {error}", param=param) from error
 
 
 def _or(value: Any, default: Any) -> Any:

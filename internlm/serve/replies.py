@@ -6,8 +6,9 @@
     reply.closing()                      # the usage, where it was asked for
     reply.whole()                        # or, after all deltas were added: one body
 
-A token's log-probability is told when its text is: tokens that belong to a stop string, and the stop token itself, are
-left out, as their text is.
+A token's log-probability is told when its text is: tokens that belong to a stop string are left out, as their text is.
+The stop token is left out of a chat, where OpenAI has none, and told with a completion: who scores texts with `echo`
+and `max_tokens` 1, as lm-evaluation-harness does, takes the last token off and counts on there being one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import codecs
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from internlm.infer.request import Chance, Delta, Finished
@@ -66,8 +67,8 @@ class Texts:
 class _Writing:
     """One answer so far."""
 
-    def __init__(self, texts: Texts, reader: CallReader | None) -> None:
-        self.texts, self.reader = texts, reader
+    def __init__(self, texts: Texts, reader: CallReader | None, stop_ids: Collection[int]) -> None:
+        self.texts, self.reader, self.stop_ids = texts, reader, stop_ids
         self.text: list[str] = []
         self.length = 0
         self.tokens = 0
@@ -95,7 +96,8 @@ class _Writing:
             self.said = self.reader.add(delta.text, delta.finished is not None)
         for chance in delta.logprobs or ():
             self.held.append(Token(chance.token, chance, self.texts.add(chance.token)))
-        if delta.finished in ("length", "abort", "timeout"):
+        stopped = delta.finished == "stop" and delta.tokens[-1:] and delta.tokens[-1] in self.stop_ids
+        if stopped or delta.finished in ("length", "abort", "timeout"):
             ready = len(self.held)
         else:
             ready = next((i for i, token in enumerate(self.held) if token.offset >= self.length), len(self.held))
@@ -114,7 +116,11 @@ class Reply:
         self.cached = 0
         self._spaced = puts_space_first(served.tokenizer)
         self._answers = [
-            _Writing(self._texts(place), CallReader(asked.tools) if asked.tools is not None else None)
+            _Writing(
+                self._texts(place),
+                CallReader(asked.tools) if asked.tools is not None else None,
+                () if asked.is_chat else request.stop_ids,
+            )
             for place, request in self._places()
             for _ in range(request.n)
         ]
@@ -275,9 +281,17 @@ class Reply:
         return self.served.tokenizer.token_bytes(id_, skip_special=False)
 
     def _head(self, kind: str) -> Chunk:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.asked.model}
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.asked.model,
+            "system_fingerprint": self.served.fingerprint,
+        }
 
     def _chunk(self, choices: list[Chunk]) -> Chunk:
         kind = "chat.completion.chunk" if self.asked.is_chat else "text_completion"
         chunk: Chunk = {**self._head(kind), "choices": choices}
-        return {**chunk, "usage": None} if self.asked.include_usage else chunk
+        if not self.asked.include_usage:
+            return chunk
+        return {**chunk, "usage": self.usage if self.asked.usage_each else None}

@@ -20,6 +20,9 @@ import uvicorn
 from internlm.errors import UsageError
 from internlm.infer.worker import Worker
 
+_IDLE_SECONDS = 75
+"""How long a connection is kept for another request. Proxies keep theirs for 60 s: who closes first must not be us,
+since a request may be on its way."""
 _ALIVE_SECONDS = 1.0
 _DEAD_SECONDS = 3.0
 """How long a server whose engine has died goes on saying so."""
@@ -50,6 +53,8 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             lifespan="off",
+            ws="none",
+            timeout_keep_alive=_IDLE_SECONDS,
             timeout_graceful_shutdown=int(drain_seconds) + 10,
         )
         super().__init__(config)

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from internlm.serve.unsupported import UNSUPPORTED
+
 
 def _whole(value: Any) -> Any:
     """Return 1 for 1.0, which JSON Schema calls an integer."""
@@ -24,34 +26,6 @@ Id = Annotated[Whole, Field(ge=0, lt=2**31)]
 Name = Annotated[str, Field(max_length=512)]
 Finish = Literal["stop", "length", "tool_calls", "abort", "timeout"]
 """Why an answer ended. The last two are not OpenAI's: the server stopped, or the time was over."""
-
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "modalities": (None, ["text"]),
-    "web_search_options": (None,),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "add_generation_prompt": (None, True),
-    "continue_final_message": (None, False),
-    "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
-    "documents": (None, []),
-    "use_beam_search": (None, False),
-    "length_penalty": (None, 1, 1.0),
-    "prompt_logprobs": (None,),
-    "truncate_prompt_tokens": (None,),
-    "bad_words": (None, []),
-    "allowed_token_ids": (None, []),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "structured_outputs": (None,),
-    "logits_processors": (None, []),
-    "suffix": (None, ""),
-    "reasoning": (None,),
-}
-"""Fields of OpenAI and of other servers that would change an answer → the values without effect."""
 
 
 class Body(BaseModel):
@@ -77,6 +51,8 @@ class StreamOptions(Body):
     """What a stream has beside the answer."""
 
     include_usage: Bool | None = None
+    continuous_usage_stats: Bool | None = None
+    """Whether every chunk has the usage so far, and not just the last."""
 
 
 class Sampling(Body):
@@ -106,12 +82,18 @@ class Sampling(Body):
     ignore_eos: Bool | None = None
     skip_special_tokens: Bool | None = None
     max_tokens: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
     stream: Bool | None = None
     stream_options: StreamOptions | None = None
     timeout: Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)] | None = None
     """Seconds after which the answer ends where it is; the server may allow less."""
     best_of: Annotated[Whole, Field(ge=1, le=128)] | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: Structure | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: Expression | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: LongText | None = None
 
     @model_validator(mode="after")
     def _check_together(self) -> Sampling:
@@ -126,6 +108,22 @@ StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 Stop = StopText | Annotated[list[StopText], Field(max_length=16)]
 
 
+LongText = Annotated[str, Field(min_length=1, max_length=2**16)]
+Expression = Annotated[str, Field(min_length=1, max_length=8192)]
+Choices = Annotated[list[str], Field(min_length=1, max_length=4096)]
+
+
+class Structure(Body):
+    """What the answer must look like, in vLLM's words. The `guided_` fields are its older ones."""
+
+    json_: Annotated[str | dict[str, Any] | None, Field(alias="json")] = None
+    """A JSON Schema."""
+    json_object: Bool | None = None
+    regex: Expression | None = None
+    choice: Choices | None = None
+    grammar: LongText | None = None
+
+
 class SchemaFormat(Body):
     """A JSON Schema with a name."""
 
@@ -136,15 +134,16 @@ class SchemaFormat(Body):
 
 
 class ResponseFormat(Body):
-    """What the answer must look like. `regex` is not OpenAI's."""
+    """What the answer must look like. `regex` is not OpenAI's, `regex_schema` is LMDeploy's name for it."""
 
-    type: Literal["text", "json_object", "json_schema", "regex"]
+    type: Literal["text", "json_object", "json_schema", "regex", "regex_schema"]
     json_schema: SchemaFormat | None = None
-    regex: Annotated[str, Field(min_length=1, max_length=8192)] | None = None
+    regex: Expression | None = None
+    regex_schema: Expression | None = None
 
     @model_validator(mode="after")
     def _check_together(self) -> ResponseFormat:
-        if self.type in ("json_schema", "regex") and getattr(self, self.type) is None:
+        if self.type not in ("text", "json_object") and getattr(self, self.type) is None:
             raise ValueError(f"{self.type} is missing")
         return self
 
@@ -220,12 +219,14 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
     logprobs: Bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: Bool | None = None
+    add_generation_prompt: Bool | None = None
+    continue_final_message: Bool | None = None
+    """Whether the answer goes on with the last message, which is the assistant's."""
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatRequest:
@@ -267,6 +268,9 @@ class TokenizeRequest(Body):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
     add_special_tokens: Bool = True
     return_token_strs: Bool = False
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    add_generation_prompt: Bool | None = None
+    continue_final_message: Bool | None = None
 
     @model_validator(mode="after")
     def _check_together(self) -> TokenizeRequest:
@@ -416,6 +420,7 @@ class ChatAnswer(Answer):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -445,5 +450,6 @@ class CompletionAnswer(Answer):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage

@@ -138,25 +138,29 @@ class Terminal:
     def converse(self, read: Read) -> None:
         """Ask and answer until the input ends or `/exit`."""
         while not self._leaving:
-            try:
-                text, is_plain = read_input(read)
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                self.screen.note("/exit or Ctrl-D leaves")
-                continue
-            if not text.strip():
-                continue
-            self.inputs.add(text)
-            try:
-                if is_plain:
-                    self._do(text)
-                else:
-                    say(self.chat, self.chat.answer(text), self.screen)
-            except InternLMError as error:
-                self.screen.note(str(error))
-            except KeyboardInterrupt:
-                continue  # pressed twice, or between answers: nobody wants to lose the conversation by that
+            with contextlib.suppress(KeyboardInterrupt):  # whenever it is pressed: it must not cost the conversation
+                self._take(read)
+
+    def _take(self, read: Read) -> None:
+        """Read one text and do what it says."""
+        try:
+            text, is_plain = read_input(read)
+        except EOFError:
+            self._leaving = True
+            return
+        except KeyboardInterrupt:
+            self.screen.note("/exit or Ctrl-D leaves")
+            return
+        if not text.strip():
+            return
+        self.inputs.add(text)
+        try:
+            if is_plain:
+                self._do(text)
+            else:
+                say(self.chat, self.chat.answer(text), self.screen)
+        except InternLMError as error:
+            self.screen.note(str(error))
 
     def _do(self, text: str) -> None:
         """Carry out a command, or ask a question."""
@@ -225,6 +229,8 @@ class Terminal:
     def _path(self, argument: str, command: str) -> Path:
         if not argument and self.file is None:
             raise UsageError("a file is wanted", where=command, do=f"Say {command} FILE.")
+        if "\0" in argument:
+            raise UsageError("no file has such a name", where=command, got=argument)
         return self.file if not argument and self.file is not None else Path(os.path.expanduser(argument))
 
     def stats(self, _: str) -> None:

@@ -117,12 +117,8 @@ def tools_of(body: ChatRequest, template: str) -> ToolUse:
         return ToolUse(format_, (), parallel, None)
     choice = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else body.tool_choice or "auto"
     try:
-        tools = tuple(
-            Tool(tool.function.name, tool.function.description or "")
-            if tool.function.parameters is None
-            else Tool(tool.function.name, tool.function.description or "", tool.function.parameters)
-            for tool in body.tools
-        )
+        functions = [tool.function for tool in body.tools]
+        tools = tuple(Tool.of(tool.name, tool.description, tool.parameters) for tool in functions)
         if len({tool.name for tool in tools}) < len(tools):
             raise ApiError("two tools have one name", param="tools")
         if isinstance(body.tool_choice, NamedTool) and choice not in {tool.name for tool in tools}:
@@ -150,5 +146,8 @@ def turns_of(messages: Sequence[ChatMessage]) -> list[Message]:
             ToolCall(call.id or "", call.function.name, call.function.arguments) for call in message.tool_calls or ()
         )
         role = "system" if message.role == "developer" else message.role
-        turns.append(Message(role, message.text, calls=calls, call_id=message.tool_call_id))
+        # What `CallReader.message` gave comes back so.
+        thought = (message.model_extra or {}).get("reasoning_content") if role == "assistant" else None
+        thought = thought if isinstance(thought, str) else ""
+        turns.append(Message(role, message.text, calls=calls, call_id=message.tool_call_id, thought=thought))
     return turns

@@ -43,3 +43,25 @@ def opened(browser: Any, url: str, **options: Any) -> Iterator[Any]:
         assert not noted, noted
     finally:
         context.close()
+
+
+def send(page: Any, text: str) -> None:
+    """Type a text and send it."""
+    page.fill("#input", text)
+    page.press("#input", "Enter")
+
+
+def wait_for_answer(page: Any, text: str) -> None:
+    """Wait until an answer with this text is complete."""
+    page.locator("article.assistant[aria-busy=false]", has_text=text).wait_for()
+
+
+def ask(page: Any, text: str, answer: str) -> None:
+    """Send a text and wait for its answer."""
+    send(page, text)
+    wait_for_answer(page, answer)
+
+
+def said(page: Any) -> list[str]:
+    """Return what the conversation on the page says."""
+    return [text.strip() for text in page.locator(".said, .prose").all_inner_texts()]

@@ -12,46 +12,30 @@ from typing import Any
 import httpx
 import torch
 
-from internlm.infer.engine import Engine, Limits
-from internlm.infer.request import Delta, Request
+from internlm.infer.engine import Limits
+from internlm.infer.request import Request
 from internlm.infer.worker import Worker
 from internlm.model.config import ModelConfig
-from internlm.model.transformer import Transformer, build
-from internlm.serve.app import Access, make_app
+from internlm.model.transformer import Transformer
+from internlm.serve.app import make_app
+from internlm.serve.gate import Access
 from internlm.serve.metrics import Metrics
 from internlm.serve.openai import Served
 from internlm.serve.run import Address, Server, bind, url_of
 from internlm.text.training import train_bpe
 from internlm.weights.talk import Talk
+from tests.infer import engines
+from tests.infer.engines import SlowEngine
 
 TOKENIZER = train_bpe(["What is the sum? Say 4 now, 你好 the cat sat on the mat. END"] * 4, 320)
 SHAPE = ModelConfig(vocab_size=324, hidden_size=32, num_layers=2, num_heads=2, ffn_size=32, context_length=256)
 
 
-def random_model(config: ModelConfig = SHAPE, seed: int = 1) -> Transformer:
-    model = build(config, seed=0)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.25 * noise)
-    return model
+def random_model(config: ModelConfig = SHAPE) -> Transformer:
+    return engines.random_model(config)
 
 
 _CLIENT = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
-
-
-class SlowEngine(Engine):
-    """Waits before each step, so that a test can do something meanwhile."""
-
-    pause = 0.0
-    fail: BaseException | None = None
-
-    def step(self) -> list[Delta]:
-        time.sleep(self.pause)
-        if self.fail is not None:
-            raise self.fail
-        return super().step()
 
 
 class Script:
@@ -81,8 +65,8 @@ class ScriptedEngine(SlowEngine):
 
     script: Sequence[int | None] = ()
 
-    def add(self, request: Request) -> int:
-        return super().add(replace(request, grammar=Script(self.script)))
+    def add(self, request: Request, id: int | None = None) -> int:
+        return super().add(replace(request, grammar=Script(self.script)), id)
 
 
 def scripted(text: str) -> SlowEngine:
@@ -133,7 +117,7 @@ def serving(
     """Serve inside the block."""
     engine = engine or slow_engine()
     metrics = Metrics()
-    worker = Worker(engine, max_waiting=max_waiting, note_wait=metrics.queue.observe)
+    worker = Worker(engine, max_waiting=max_waiting)
     served = Served(engine, Talk(TOKENIZER, template), names, timeout=timeout)
     address = address or Address(port=0)
     listener = bind(address)

@@ -22,6 +22,7 @@ from internlm.model.transformer import build
 from internlm.serve import engines, handover
 from internlm.serve.export import Wish, read_export
 from internlm.serve.export_checks import CHECKS
+from internlm.text.templates import get_template, jinja
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import train_bpe
 from internlm.weights import gguf
@@ -75,11 +76,11 @@ def found(model: Path, engine: str, **wish: object) -> list[str]:
 
 COMMANDS = {
     "lmdeploy": "lmdeploy serve api_server model --model-name tiny --server-name 127.0.0.1 --server-port 8000 "
-    "--dtype bfloat16 --session-len 32 --chat-template hf --tp 2 --api-keys 'a b'",
+    "--dtype bfloat16 --session-len 32 --chat-template hf --tp 2 --api-keys 'a b' --tool-call-parser qwen3",
     "vllm": "VLLM_API_KEY='a b' vllm serve model --served-model-name tiny --host 127.0.0.1 --port 8000 "
-    "--dtype bfloat16 --max-model-len 32 --tensor-parallel-size 2",
+    "--dtype bfloat16 --max-model-len 32 --tensor-parallel-size 2 --enable-auto-tool-choice --tool-call-parser hermes",
     "sglang": "sglang serve --model-path model --served-model-name tiny --host 127.0.0.1 --port 8000 "
-    "--dtype bfloat16 --context-length 32 --tp-size 2 --api-key 'a b'",
+    "--dtype bfloat16 --context-length 32 --tp-size 2 --api-key 'a b' --tool-call-parser hermes",
     "llama.cpp": "LLAMA_API_KEY='a b' llama-server --model model-gguf/model-gguf-bf16.gguf --alias tiny "
     "--host 127.0.0.1 --port 8000 --ctx-size 32 --jinja --split-mode layer --tensor-split 1,1",
 }
@@ -95,11 +96,31 @@ def test_the_command_of_each_engine_is_exact(engine: str, make: Make) -> None:
 def test_without_options_the_command_takes_what_the_model_says(make: Make) -> None:
     plan = handover.plan_for(make("good"), Wish(engine="vllm"))
     assert str(plan.command) == (
-        "vllm serve good --served-model-name good --host 127.0.0.1 --port 8000 --dtype bfloat16 --max-model-len 64"
+        "vllm serve good --served-model-name good --host 127.0.0.1 --port 8000 --dtype bfloat16 --max-model-len 64 "
+        "--enable-auto-tool-choice --tool-call-parser hermes"
     )
     assert plan.findings == ()
     assert plan.facts["chat format"] == "internlm, read from tokenizer_config.json"
     assert plan.facts["answers end at"] == "ids 1, 6, read from generation_config.json"
+
+
+def test_the_parser_of_calls_is_named_where_the_engine_has_one_and_the_export_tells_of_tools(make: Make) -> None:
+    export = read_export(open_source(make()))
+    names = ["<|im_start|>", "<|im_end|>", "<|action_start|>", "<|action_end|>", "<|plugin|>", "<eoa>"]
+
+    def parsers(template: str, names: list[str]) -> list[str | None]:
+        talk = Talk(train_bpe(["One and one are two."] * 3, 300, ["<s>", *names]), template)
+        told = replace(export, talk=talk, template=talk.jinja)
+        return [handover.tool_parser(told, engine) for engine in engines.ENGINES]
+
+    assert parsers("chatml", names) == ["qwen3", "hermes", "hermes", None]
+    assert parsers("internlm2", names) == ["internlm", "internlm", None, None]
+    assert parsers("internlm-v1.1", names) == [None] * 4
+    assert parsers("internlm2", names[:2]) == [None] * 4
+    before = replace(export, template=jinja(get_template("internlm")))
+    assert [handover.tool_parser(before, engine) for engine in engines.ENGINES] == [None] * 4
+    plan = handover.plan_for(export.path, Wish(engine="vllm"))
+    assert plan.facts["tools"] == "hermes format, read by the parser 'hermes'"
 
 
 @pytest.mark.parametrize("engine", engines.ENGINES)
@@ -370,7 +391,7 @@ def test_run_becomes_the_engine(make: Make, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     said = Path("said").read_text().splitlines()
     assert said[0].endswith("serve model --served-model-name model --host 127.0.0.1 --port 8000 --dtype bfloat16 "
-                            "--max-model-len 64")  # fmt: skip
+                            "--max-model-len 64 --enable-auto-tool-choice --tool-call-parser hermes")  # fmt: skip
     assert said[1] == "key k e y"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import openai
 import pytest
 
 from internlm.infer.request import Request
-from internlm.serve.app import Access
+from internlm.serve.gate import Access
 from tests.serve.servers import TOKENIZER, Running, Script, SlowEngine, random_model, serving, slow_engine, until
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
@@ -232,11 +233,10 @@ def test_ids_without_text_are_refused(server: Running) -> None:
 
 def test_a_step_that_raises_fails_its_request_alone() -> None:
     class Breaking(SlowEngine):
-        def add(self, request: Request) -> int:
-            breaks = list(request.tokens) == [7, 7, 7]
-            return super().add(
-                replace(request, grammar=Script([*TOKENIZER.encode("the cat"), None])) if breaks else request
-            )
+        def add(self, request: Request, id: int | None = None) -> int:
+            if list(request.tokens) == [7, 7, 7]:
+                request = replace(request, grammar=Script([*TOKENIZER.encode("the cat"), None]))
+            return super().add(request, id)
 
     engine = Breaking(random_model(), TOKENIZER)
     with serving(engine) as server:
@@ -292,3 +292,60 @@ def test_an_answer_ends_when_its_time_is_over() -> None:
 
 def test_the_vocabulary_of_the_tests_pads_the_model() -> None:
     assert TOKENIZER.vocab_size < 321, "ids 321 to 323 are the model's alone"
+
+
+def test_special_tokens_are_text_wherever_a_client_writes_them(server: Running) -> None:
+    names = "".join(TOKENIZER.special_tokens)
+    function = {"name": "f", "description": "PLACE", "parameters": {"type": "object", "title": "PLACE"}}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": "PLACE"}'}}
+    body = {
+        "messages": [
+            {"role": "system", "content": "PLACE"},
+            {"role": "user", "content": [{"type": "text", "text": "PLACE"}]},
+            {"role": "assistant", "content": "PLACE", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "PLACE"},
+            {"role": "assistant", "content": "PLACE"},
+        ],
+        "tools": [{"type": "function", "function": function}],
+        "continue_final_message": True,
+    }
+
+    def specials(text: str) -> list[int]:
+        raw = json.dumps(body).replace("PLACE", text)
+        answer = server.post("/tokenize", content=raw, headers={"content-type": "application/json"})
+        return [id_ for id_ in answer.json()["tokens"] if id_ in TOKENIZER.special_ids]
+
+    assert specials(names) == specials("x")
+    assert len(specials("x")) > 4
+
+
+def test_a_conversation_of_very_many_messages_is_refused_soon() -> None:
+    raw = json.dumps({"messages": [{"role": "user", "content": ""}] * 100_000}).encode()
+    with serving(access=Access(body_bytes=2**24)) as server:
+        start = time.monotonic()
+        error = refused(server.post(CHAT, content=raw, headers={"content-type": "application/json"}))
+        assert error["param"] == "messages"
+        assert time.monotonic() - start < 10
+        lives(server)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"guided_json": {"$ref": "#"}},
+        {"guided_json": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}},
+        {"guided_json": {"type": "array", "minItems": 10**9}},
+        {"guided_regex": "(((.{1,500}x){1,500}y){1,500}z){1,500}"},
+        {"guided_regex": "(a+)+$"},
+        {"guided_grammar": "start: start"},
+        {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#"}}}],
+            "tool_choice": "required",
+        },
+    ],
+)
+def test_loops_and_catastrophic_patterns_are_refused_or_bounded(server: Running, extra: dict[str, Any]) -> None:
+    response = server.post(CHAT, {"messages": USER, "max_tokens": 4, **extra})
+    if response.status_code != 200:
+        refused(response)
+    lives(server)

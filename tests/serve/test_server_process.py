@@ -247,6 +247,9 @@ def test_a_certificate_makes_the_server_speak_tls(tmp_path: Path) -> None:
         (["MODEL", "--cache-gib", "1e-9", "--max-length", "64"], "cache has room for"),
         (["MODEL", "--template", "internln"], "Did you mean 'internlm'?"),
         (["MODEL", "--ssl-keyfile", "none.pem"], "no such file"),
+        (["MODEL", "--ssl-certfile", "MODEL/config.json"], "--ssl-certfile: cannot be used"),
+        (["MODEL", "--drain-seconds", "nan"], "--drain-seconds: must be 0 or more"),
+        (["MODEL", "--drain-seconds", "inf"], "--drain-seconds: must be 0 or more"),
         (["MODEL", "--api-key", ""], "a key is empty"),
         (["MODEL", "--api-key-file", "none"], "cannot be read"),
         (["MODEL", "--port", "99999"], "is no port"),
@@ -270,11 +273,11 @@ def test_keys_come_from_the_line_the_file_and_the_environment(tmp_path: Path, mo
     import argparse
 
     file = tmp_path / "keys"
-    file.write_text("# ours\nb\n\n c \na\n")
-    monkeypatch.setenv(serve.KEY_VARIABLE, "d")
+    file.write_text("\ufeff# ours\nb\n\n c \na\n", encoding="utf-8")
+    monkeypatch.setenv(serve.KEY_VARIABLE, "d\n")
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
-    arguments = parser.parse_args(["m", "--api-key", "a", "--api-keys", "e", "f", "--api-key-file", str(file)])
+    arguments = parser.parse_args(["m", "--api-key", "a", "--api-keys", "e ", "f", "--api-key-file", str(file)])
     assert serve._keys(arguments) == ("a", "e", "f", "b", "c", "d")
 
 
@@ -284,3 +287,25 @@ def test_a_server_for_others_without_a_key_is_warned_of(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ""
     serve._warn_of_strangers("0.0.0.0", ())
     assert "anyone who reaches this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "keys", "hosts"),
+    [
+        ([], (), ()),
+        (["--allow-origin", "https://Chat.example:8443"], (), ("chat.example",)),
+        (["--allow-origin", "*"], (), None),
+        (["--host", "0.0.0.0"], (), None),
+        ([], ("key",), None),
+    ],
+)
+def test_a_server_for_this_machine_without_a_key_knows_its_names(
+    words: list[str], keys: tuple[str, ...], hosts: tuple[str, ...] | None
+) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    arguments = parser.parse_args(["m", *words])
+    serve._foreign_spelling(arguments)
+    assert serve._hosts(arguments, keys) == hosts

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
 
-from internlm.serve import web
+from internlm.serve import structure, web
 from tests.serve.servers import TOKENIZER, Running, scripted, serving, slow_engine, until
 
 CHAT = "/v1/chat/completions"
@@ -195,3 +197,28 @@ def test_the_page_and_its_files_are_served_and_nothing_else(server: Running) -> 
     assert b"<html" in server.get("/").content
     for path in ("/__init__.py", "/schema.py", "/i18n", "/../app.py"):
         assert server.get(path).status_code == 404
+
+
+def test_grammars_that_take_long_to_compile_hold_up_no_other_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, begun, go = structure.compile, threading.Semaphore(0), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        begun.release()
+        assert go.wait(20)
+        return plain(*arguments)
+
+    monkeypatch.setattr(structure, "compile", slow)
+    asked = [
+        {"response_format": {"type": "regex", "regex": "[ab]{3}"}},
+        {"tools": TOOLS, "tool_choice": "required"},
+    ] * 4
+    with serving(slow_engine(context=2048)) as server, ThreadPoolExecutor(len(asked)) as clients:
+        held = [clients.submit(server.post, CHAT, {"messages": USER, "max_tokens": 9, **extra}) for extra in asked]
+        assert begun.acquire(timeout=10)
+        assert begun.acquire(timeout=10)
+        free = server.post(CHAT, {"messages": USER, "max_tokens": 3})
+        assert free.json()["usage"]["completion_tokens"] == 3
+        assert server.post("/tokenize", {"prompt": "a"}).status_code == 200
+        assert not any(one.done() for one in held)
+        go.set()
+        assert [one.result().status_code for one in held] == [200] * len(asked)

@@ -254,6 +254,15 @@ def test_what_is_no_saved_conversation_changes_nothing(
     assert talk.chat.settings == Settings(temperature=0.1)
 
 
+@pytest.mark.parametrize("content", ["", "One moment.", None])
+def test_a_conversation_with_calls_of_tools_is_refused_with_a_word(content: str | None, tmp_path: Path) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content, "tool_calls": [call]}]
+    (tmp_path / "talk").write_text(json.dumps({"messages": messages}))
+    with pytest.raises(DataError, match=r"message 2: belongs to a call of a tool.*`internlm serve` has tools"):
+        Talk(Parrot("one")).chat.load(tmp_path / "talk")
+
+
 def test_stats_tell_of_the_last_answer_and_the_context() -> None:
     talk = Talk(Parrot("one two three", length=100))
     talk("/stats", "a", "/stats")
@@ -386,3 +395,30 @@ def test_text_that_is_no_unicode_is_mended_before_it_is_asked() -> None:
     parrot = Parrot("one")
     Talk(parrot)("a\udcffb\0c")
     assert parrot.asked[0] == [user("a?bc")]
+
+
+def test_halves_of_characters_in_an_answer_are_mended_and_can_be_saved(tmp_path: Path) -> None:
+    talk = Talk(Parrot("\ud83d\ude00 \ud800"))
+    talk("smile", f"/save {tmp_path / 'talk'}")
+    assert talk.chat.history[1] == assistant("\U0001f600 ?")
+    assert json.loads((tmp_path / "talk").read_text(encoding="utf-8"))["messages"][1]["content"] == "\U0001f600 ?"
+
+
+def test_ctrl_c_between_reading_and_answering_keeps_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Talk(Parrot("one", "two"))
+
+    def add(text: str) -> None:
+        if text == "pressed":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(talk.inputs, "add", add)
+    talk("a", "pressed", "b")
+    assert [message.content for message in talk.chat.history] == ["a", "one", "b", "two"]
+
+
+@pytest.mark.parametrize("line", ["/save a\0b", "/load a\0b", f"/save {'x' * 5000}", "/load /", "/save /"])
+def test_a_name_that_is_no_file_s_is_a_remark(line: str) -> None:
+    talk = Talk(Parrot("one", "two"))
+    assert talk("a", line, "b") == "one\ntwo\n"
+    assert "[forgotten" not in talk.notes
+    assert talk.notes.count("[") == 1

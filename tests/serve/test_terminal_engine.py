@@ -13,7 +13,7 @@ import torch
 
 from internlm.checkpoint import store
 from internlm.cli import main
-from internlm.errors import EngineError, TokenizerError, UsageError
+from internlm.errors import EngineError, InternLMError, TokenizerError, UsageError
 from internlm.infer.engine import Engine, Limits
 from internlm.infer.request import Request
 from internlm.model.transformer import Transformer, build
@@ -221,6 +221,24 @@ def test_what_does_not_fit_is_said_before_the_first_question() -> None:
         FromEngine(Engine(build(SHAPE, 0)), None)
     with pytest.raises(EngineError, match="top_k: is out of range"):
         Chat(FromEngine(engine, None), Settings(top_k=-1))
+
+
+@pytest.mark.parametrize(
+    "line", ["temperature nan", "temperature inf", "top_p -inf", "seed 1e3", "seed -1", "stop [1]", "max_tokens 1e999"]
+)
+def test_numbers_that_are_none_are_refused(line: str) -> None:
+    chat = Chat(FromEngine(Engine(build(SHAPE, 0), TOKENIZER), None))
+    before = chat.settings
+    with pytest.raises(InternLMError):
+        chat.use(before.parsed(*line.split(" ", 1)), None)
+    assert chat.settings == before
+
+
+def test_the_greatest_seed_is_good_for_many_answers() -> None:
+    chat = Chat(FromEngine(Engine(build(SHAPE, 0), TOKENIZER), TEMPLATE), Settings(seed=2**63 - 1, max_tokens=2))
+    for _ in range(2):
+        "".join(chat.answer("a"))
+    assert chat.answers == 2
 
 
 def test_the_same_seed_gives_the_same_conversation() -> None:

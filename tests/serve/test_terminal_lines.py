@@ -68,3 +68,11 @@ def test_the_file_lies_in_the_state_folder_of_the_user(monkeypatch: pytest.Monke
 def test_what_is_written_is_one_json_text_a_line(tmp_path: Path) -> None:
     InputHistory(tmp_path / "history").add('a\n"b"')
     assert json.loads((tmp_path / "history").read_text()) == 'a\n"b"'
+
+
+def test_a_file_that_others_could_read_is_the_user_s_alone_from_then_on(tmp_path: Path) -> None:
+    file = tmp_path / "history"
+    file.write_text('"old"\n')
+    file.chmod(0o644)
+    InputHistory(file).add("new")
+    assert file.stat().st_mode & 0o777 == 0o600

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from internlm.serve import web
-from tests.serve.chromium import chromium, opened
+from tests.serve.chromium import ask, chromium, opened, said, send, wait_for_answer
 from tests.serve.openai_stub import Answer, Stub, serving
 
 
@@ -34,26 +34,9 @@ def page(browser: Any, stub: Stub) -> Iterator[Any]:
         yield found
 
 
-def send(page: Any, text: str) -> None:
-    page.fill("#input", text)
-    page.press("#input", "Enter")
-
-
-def wait_for_answer(page: Any, text: str) -> None:
-    page.locator("article.assistant[aria-busy=false]", has_text=text).wait_for()
-
-
-def ask(page: Any, text: str, answer: str) -> None:
-    send(page, text)
-    wait_for_answer(page, answer)
-
-
-def said(page: Any) -> list[str]:
-    return [text.strip() for text in page.locator(".said, .prose").all_inner_texts()]
-
-
 def test_an_answer_is_shown_while_it_comes_and_finished_paragraphs_stay(page: Any, stub: Stub) -> None:
     gate = threading.Event()
+    page.locator("#model option").wait_for(state="attached")  # its name goes into the request
     stub.answers = [Answer(["First para", "graph.\n\nSecond.\n\nThi", "rd.\n\nFourth.\n\n", "Fifth."], gate=gate)]
     send(page, "Tell me")
     page.get_by_text("Fourth.").wait_for()
@@ -304,8 +287,10 @@ def test_a_conversation_is_exported_as_json_and_markdown(page: Any, stub: Stub, 
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("Be brief.")
     page.keyboard.press("Escape")
-    stub.answers = [Answer(["*Fine* 好"])]
+    stub.answers = [Answer(["*Fine* 好"]), Answer([], status=500)]
     ask(page, "How/are you?", "Fine 好")
+    send(page, "lost")
+    page.locator("article .trouble").wait_for()
     files = {}
     for name in ("As JSON", "As Markdown"):
         page.get_by_role("button", name="Export").click()

@@ -11,8 +11,9 @@ export class ApiError extends Error {
 /** Return the names of the models. */
 export async function listModels(key) {
   const response = await request("v1/models", { key });
-  const body = await response.json();
-  return body.data.map((model) => model.id);
+  const body = parse(await textOf(response));
+  if (!Array.isArray(body.data)) throw new ApiError("failed", messageOf(body), response.status);
+  return body.data.map((model) => String(model?.id));
 }
 
 /**
@@ -44,7 +45,7 @@ export async function* streamChat(body, { key, signal }) {
 
 async function request(path, { key, signal, body }) {
   const headers = {};
-  if (key) headers.Authorization = `Bearer ${key}`;
+  if (key) headers.Authorization = `Bearer ${inBytes(key)}`;
   if (body) headers["Content-Type"] = "application/json";
   let response;
   try {
@@ -54,10 +55,20 @@ async function request(path, { key, signal, body }) {
     throw error.name === "AbortError" ? error : new ApiError("offline");
   }
   if (response.ok) return response;
-  const text = await response.text();
+  const text = await textOf(response);
   const kinds = { 401: "key", 403: "key", 429: "busy", 503: "busy" };
   const kind = kinds[response.status] ?? (response.status < 500 ? "refused" : "failed");
   throw new ApiError(kind, messageOf(parse(text)) || response.statusText, response.status);
+}
+
+/** Return a text whose characters are its bytes in UTF-8: a header can hold no others. */
+function inBytes(text) {
+  return String.fromCharCode(...new TextEncoder().encode(text));
+}
+
+/** Return the body, "" of a response that breaks off. */
+function textOf(response) {
+  return response.text().catch(() => "");
 }
 
 function parse(text) {
@@ -69,7 +80,7 @@ function parse(text) {
 }
 
 function messageOf(body) {
-  const error = body.error?.message ?? body.error ?? body.message ?? "";
+  const error = body?.error?.message ?? body?.error ?? body?.message ?? "";
   return typeof error === "string" ? error : JSON.stringify(error);
 }
 

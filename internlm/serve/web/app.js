@@ -11,15 +11,17 @@ import * as store from "./store.js";
 
 let chat; // the conversation on the page
 let turn = null; // the answer being written: {chat, message, view, controller}
+let views = new WeakMap(); // message of the conversation → its element: a long one is not drawn anew for each question
 
 // ---- showing ----
 
 function openChat(next) {
+  if (chat !== next) views = new WeakMap();
   chat = next;
   history.replaceState(null, "", store.get(chat.id) ? `#${chat.id}` : location.pathname + location.search);
   showSidebar(false);
   draw();
-  byId("scroll").scrollTop = byId("scroll").scrollHeight;
+  scrollToEnd();
   if (matchMedia("(hover: hover)").matches) byId("input").focus(); // no keyboard that jumps up on a phone
 }
 
@@ -28,16 +30,34 @@ function newChat() {
 }
 
 function draw() {
-  byId("log").replaceChildren(...chat.messages.map(viewOf));
+  drawLog();
   byId("welcome").hidden = chat.messages.length > 0;
   byId("open-export").disabled = chat.messages.length === 0;
   byId("system").value = chat.system;
-  document.title = chat.title ? `${chat.title} · InternLM` : "InternLM";
-  drawList();
+  drawTitle();
   drawSend();
 }
 
+/** Show the messages. Elements that are in their place stay there, so that the browser lays out the new ones only. */
+function drawLog() {
+  const log = byId("log");
+  chat.messages.map(viewOf).forEach((element, i) => {
+    if (log.children[i] !== element) log.insertBefore(element, log.children[i] ?? null);
+  });
+  while (log.children.length > chat.messages.length) log.lastChild.remove();
+}
+
+function drawTitle() {
+  document.title = chat.title ? `${chat.title} · InternLM` : "InternLM";
+  drawList();
+}
+
 function viewOf(message, index) {
+  if (!views.has(message)) views.set(message, newView(message, index));
+  return views.get(message);
+}
+
+function newView(message, index) {
   if (message === turn?.message) return turn.view.element;
   if (message.role === "user") return userView(message, (text) => ask(text, index));
   return new AnswerView(message, again).finish().element;
@@ -46,7 +66,7 @@ function viewOf(message, index) {
 function drawList() {
   drawChats(chat, turn?.chat, {
     open: openChat,
-    renamed: draw,
+    renamed: drawTitle,
     removed(gone) {
       if (gone === turn?.chat) stop();
       if (gone.id === chat.id) newChat();
@@ -62,6 +82,12 @@ function drawSend() {
   button.setAttribute("aria-label", t(word));
   button.title = t(word);
   button.disabled = !turn && !byId("input").value.trim();
+}
+
+/** Scroll to the end, and for some frames again: messages that come into sight get their true height then. */
+function scrollToEnd(frames = 2) {
+  byId("scroll").scrollTop = byId("scroll").scrollHeight;
+  if (frames) requestAnimationFrame(() => scrollToEnd(frames - 1));
 }
 
 /** Follow the end of the conversation, unless the reader has scrolled away from it. */
@@ -95,16 +121,9 @@ function stop() {
   turn?.controller.abort();
 }
 
-/** Return what the server is to see: without the questions that got no answer, because templates want pairs. */
-function promptOf({ system, messages }) {
-  const kept = messages.filter((message, i) => message.content && (message.role !== "user" || messages[i + 1]?.content !== ""));
-  const said = kept.map(({ role, content }) => ({ role, content }));
-  return system.trim() ? [{ role: "system", content: system.trim() }, ...said] : said;
-}
-
 async function answer() {
   const { model, temperature, top_p, max_tokens } = store.settings;
-  const body = { messages: promptOf(chat), temperature, top_p, max_tokens, ...(model && { model }) };
+  const body = { messages: store.spoken(chat), temperature, top_p, max_tokens, ...(model && { model }) };
   const message = { role: "assistant", content: "" };
   const view = new AnswerView(message, again).begin();
   const mine = { chat, message, view, controller: new AbortController() };
@@ -130,6 +149,7 @@ async function answer() {
     byId("status").textContent = message.error ? t(`error_${message.error.kind}`, message.error) : t("announce_done");
   }
   if (message.error?.kind === "key" && chat === mine.chat) askKey(again);
+  if (message.error?.status === 404) connect(); // it serves another model now: "try again" is to name that
 }
 
 async function receive(body, { chat: own, message, view, controller }) {
@@ -155,6 +175,7 @@ async function receive(body, { chat: own, message, view, controller }) {
 function speak(language) {
   store.set("language", language);
   useLanguage(language);
+  views = new WeakMap();
   byId("language").value = language;
   draw();
 }
@@ -207,7 +228,7 @@ function listen() {
   byId("export-json").addEventListener("click", () => exportAs((own) => exportJson(own, store.settings.model)));
   byId("export-markdown").addEventListener("click", () => exportAs(exportMarkdown));
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+    if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open], :popover-open")) return;
     if (document.body.classList.contains("sidebar-open")) showSidebar(false);
     else stop();
   });
@@ -237,11 +258,11 @@ startSettings({
 });
 byId("language").value = firstLanguage(store.settings.language);
 listen();
-store.watch(() => {
-  if (!turn) {
-    chat = store.get(chat.id) ?? chat;
+store.watch((id) => {
+  if (id === chat.id && !turn) {
+    chat = store.get(id) ?? chat;
     draw();
-  }
+  } else drawList();
 });
 openChat(store.get(location.hash.slice(1)) ?? store.create(store.settings.system));
 connect();

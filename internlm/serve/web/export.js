@@ -2,20 +2,20 @@
 
 import { make } from "./dom.js";
 import { t } from "./i18n.js";
+import { spoken } from "./store.js";
 
 /** Save a conversation as JSON: `messages` as OpenAI's protocol and training data have them. */
 export function exportJson(chat, model) {
-  const messages = chat.messages.map(({ role, content }) => ({ role, content }));
-  if (chat.system) messages.unshift({ role: "system", content: chat.system });
+  const messages = spoken(chat);
   const created = new Date(chat.created).toISOString();
   save(chat, "json", "application/json", `${JSON.stringify({ title: chat.title, created, model, messages }, null, 2)}\n`);
 }
 
 /** Save a conversation as Markdown. */
 export function exportMarkdown(chat) {
-  const parts = [`# ${chat.title}`];
-  if (chat.system) parts.push(`## ${t("system")}`, chat.system);
-  for (const { role, content } of chat.messages) parts.push(`## ${t(role === "user" ? "you" : "assistant")}`, content);
+  const names = { system: "system", user: "you", assistant: "assistant" };
+  const parts = spoken(chat).map(({ role, content }) => `## ${t(names[role])}\n\n${content}`);
+  parts.unshift(`# ${chat.title}`);
   save(chat, "md", "text/markdown", `${parts.join("\n\n")}\n`);
 }
 

@@ -28,7 +28,7 @@ export function useLanguage(language) {
   }
 }
 
-/** Return a sentence; `{name}` in it stands for a value. */
+/** Return a sentence; `{name}` in it stands for a value. One that is not known (kept by another version) is its name. */
 export function t(name, values = {}) {
-  return words[name].replace(/\{(\w+)\}/g, (_, key) => values[key]);
+  return (words[name] ?? name).replace(/\{(\w+)\}/g, (_, key) => values[key]);
 }

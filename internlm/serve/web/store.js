@@ -58,14 +58,15 @@ export function remove(id) {
   attempt(() => localStorage.removeItem(CHAT + id));
 }
 
-/** Tell `changed` when another tab changed a conversation. */
+/** Tell `changed(id)` when another tab changed a conversation. */
 export function watch(changed) {
   window.addEventListener("storage", (event) => {
     if (!event.key?.startsWith(CHAT)) return;
     const chat = event.newValue && attempt(() => JSON.parse(event.newValue));
-    if (isChat(chat)) chats.set(chat.id, chat);
-    else chats.delete(event.key.slice(CHAT.length));
-    changed();
+    const id = event.key.slice(CHAT.length);
+    if (isChat(chat)) chats.set(id, chat);
+    else chats.delete(id);
+    changed(id);
   });
 }
 
@@ -95,11 +96,20 @@ export function keepKey(key) {
 }
 
 function isChat(value) {
-  return typeof value?.id === "string" && Array.isArray(value.messages) && value.messages.every(isMessage);
+  const texts = [value?.id, value?.title, value?.system].every((text) => typeof text === "string");
+  const times = [value?.created, value?.changed].every((time) => typeof time === "number" && !isNaN(new Date(time)));
+  return texts && times && Array.isArray(value.messages) && value.messages.every(isMessage);
 }
 
 function isMessage(value) {
   return typeof value?.content === "string" && (value.role === "user" || value.role === "assistant");
+}
+
+/** Return what was said, as the server is to see it: without questions that got no answer, because templates want pairs. */
+export function spoken({ system, messages }) {
+  const kept = messages.filter((message, i) => message.content && (message.role !== "user" || messages[i + 1]?.content !== ""));
+  const said = kept.map(({ role, content }) => ({ role, content }));
+  return system.trim() ? [{ role: "system", content: system.trim() }, ...said] : said;
 }
 
 function names() {
