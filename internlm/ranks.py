@@ -30,6 +30,7 @@ from internlm.errors import ConfigError, InternLMError, TrainingError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+R = TypeVar("R")
 
 JOIN_TIMEOUT_S = 3600
 """Ranks wait so long for the last one to start: nodes may still be loading their images."""
@@ -285,6 +286,40 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def decide(wish: T, share: Callable[[list[T]], list[R]]) -> R:
+    """Return what rank 0 makes of the wishes of all: `share` gets them and gives each rank its part, in their order.
+
+    Raises:
+        Exception: on rank 0 what `share` raised; on the others a TrainingError that says the same.
+    """
+    if world_size() == 1:
+        return share([wish])[0]
+    import torch.distributed as dist
+
+    wishes: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(wish, wishes)
+    parts: list[Any] = [None] * world_size()
+    failure: Exception | None = None
+    if wishes is not None:
+        try:
+            parts = list(share(wishes))
+        except Exception as error:
+            failure = error
+            parts = [TrainingError(f"{type(error).__name__} on rank 0: {error}")] * world_size()
+    own: list[Any] = [None]
+    dist.scatter_object_list(own, parts if wishes is not None else None)
+    if failure is not None:
+        raise failure
+    if isinstance(own[0], TrainingError):
+        raise own[0]
+    return own[0]
+
+
+def local_size() -> int:
+    """Return the number of processes of the run on this machine, as its launcher says; 1 where none does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
 
 
 def together(work: Callable[[], T]) -> T:

@@ -39,6 +39,7 @@ from internlm.train.evaluate import EvaluateConfig, Evaluator
 from internlm.train.loss_scale import LossScale
 from internlm.train.objective import Objectives
 from internlm.train.objectives.lm import LanguageModeling
+from internlm.train.spikes import SpikeConfig, Spikes
 from internlm.train.trackers import open_trackers
 from internlm.train.trainer import TrainConfig, Trainer
 
@@ -71,6 +72,8 @@ class Recipe:
     """How the run is spread over ranks."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Validation."""
+    spikes: SpikeConfig = SpikeConfig()
+    """Losses that jump."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Training state on disk."""
     runtime: RuntimeConfig = RuntimeConfig()
@@ -163,6 +166,7 @@ def prepare(recipe: Recipe) -> Trainer:
         peak_flops=peak or runtime.measure_peak(device, setting.dtype),
         facts={"recipe": config.encode(recipe), "versions": found},
         scale=LossScale.of(setting.dtype),
+        spikes=Spikes(recipe.spikes),
     )
     runtime.seed(recipe.seed)
     if begun is not None:

@@ -1,50 +1,45 @@
-"""Training state on disk: complete or absent, sharded by torch.distributed.checkpoint, named by parameter.
+"""Training state on disk: complete or absent, in pieces that any layout can read, named by parameter.
 
     RUN/checkpoints/step-00001200/
         manifest.json     sizes and SHA-256 of every file, written last; meta: step, tokens, data position, recipe
-        tensors/          torch.distributed.checkpoint: `model.<name>`, `optim.<name>.<slot>`, `random.<generator>`
+        tensors.json      dtype, shape and place of `model.<name>`, `optim.<name>.<slot>`, `random.<generator>`
+        tensors/          safetensors, one file of each rank that wrote
         model.yaml        the ModelConfig
         tokenizer/        the vocabulary the model was trained with
 
-Every rank writes and reads its parts; rank 0 makes the folder visible when all have written. Tensors are named and
-whole, so another number of ranks, or another layout, reads them as well.
+`saver` writes them. Tensors are whole to whoever reads, and each rank reads what it needs of them, so another number of
+ranks, or another layout, goes on as well.
 
-Limits: the folder must be one that all ranks see; the run waits while a checkpoint is written.
+Limits: the folder must be one that all ranks see.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
+import math
 import re
 import shutil
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
 
 from internlm import config as recipes
-from internlm import storage
+from internlm import ranks, storage
+from internlm.checkpoint import pieces
+from internlm.checkpoint.saver import KIND
 from internlm.config import require_positive, section
-from internlm.errors import InternLMError, StorageError
+from internlm.errors import StorageError
 from internlm.model.config import ModelConfig
-from internlm.text.tokenizer import Tokenizer
 from internlm.weights.weight import Weight, Weights
 
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
-KIND = "checkpoint"
 _STEP = re.compile(r"step-(\d+)$")
 
 
@@ -56,11 +51,17 @@ class CheckpointConfig:
     """Steps between two checkpoints; None: only at the end."""
     keep_last: int = 2
     """How many of the newest are kept. The newest complete one is never removed."""
+    keep_every_tokens: int | None = None
+    """Of every so many tokens, the first checkpoint is kept for ever. None: of none."""
+    keep_best: str | None = None
+    """Name of a metric, such as `valid/loss/held_out`: the checkpoint where it is lowest is kept. None: none."""
+    background: bool = True
+    """Whether the run goes on while a checkpoint is written; a copy of the state is then held in memory."""
     resume: bool = True
     """Whether a run folder with a checkpoint is continued; false: such a folder is an error."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "checkpoint", "every_steps", "keep_last")
+        require_positive(self, "checkpoint", "every_steps", "keep_last", "keep_every_tokens")
 
 
 @dataclass(frozen=True)
@@ -92,19 +93,30 @@ class Checkpoint:
         return self.meta.get("template")
 
     def load(self, into: dict[str, Tensor]) -> None:
-        """Fill the given tensors, in place.
+        """Fill the given tensors, in place. Every rank must call it.
 
         Raises:
             StorageError: a name is not in the checkpoint, or has another shape; or a file is damaged.
         """
-        on_first(lambda: storage.verify(self.path))
-        known = self._metadata()
+        self.verify()
+        known = self.index
         for name, tensor in into.items():
-            facts = known.get(name)
-            if facts is None or tuple(facts.size) != tuple(tensor.shape):
-                found = "is not in the checkpoint" if facts is None else f"has shape {tuple(facts.size)} there"
+            entry = known.get(name)
+            if entry is None or entry.shape != tuple(tensor.shape):
+                found = "is not in the checkpoint" if entry is None else f"has shape {entry.shape} there"
                 raise StorageError(f"tensor {name} {tuple(tensor.shape)} {found}", where=self.path)
-        _read_tensors(into, self.path / "tensors", _is_alone())
+        from torch.distributed.checkpoint.state_dict_loader import load as load_tensors  # takes a second
+
+        with _quiet():
+            load_tensors(into, storage_reader=pieces.reader(self.path, known), no_dist=not dist.is_initialized())
+
+    def verify(self) -> None:
+        """Compare every file with its SHA-256; ranks share the work. Every rank must call it.
+
+        Raises:
+            StorageError: a file is damaged.
+        """
+        ranks.together(lambda: storage.verify(self.path, ranks.rank(), ranks.world_size()))
 
     def weights(self, prefix: str = "model.") -> Weights:
         """Return the tensors whose name begins with `prefix`, by the rest of it, not read yet.
@@ -114,122 +126,26 @@ class Checkpoint:
         """
         storage.verify(self.path)
         found = {}
-        for name, facts in self._metadata().items():
+        for name, entry in self.index.items():
             if name.startswith(prefix):
-                dtype = facts.properties.dtype
-                read = functools.partial(self._read, name, facts.size, dtype)
-                found[name.removeprefix(prefix)] = Weight(tuple(facts.size), dtype, read, name)
+                read = functools.partial(pieces.read, self.path, entry)
+                (first, *others) = entry.pieces
+                place = None if others else (self.path / first.file, first.start)
+                found[name.removeprefix(prefix)] = Weight(entry.shape, entry.dtype, read, name, place)
         return found
-
-    def _read(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype)
-        _read_tensors({name: tensor}, self.path / "tensors", True)
-        return tensor
 
     def holds(self, name: str) -> bool:
         """Return whether there is a tensor of this name."""
-        return name in self._metadata()
+        return name in self.index
 
-    def _metadata(self) -> dict[str, TensorStorageMetadata]:
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    @functools.cached_property
+    def index(self) -> pieces.Index:
+        """Its tensors.
 
-        entries = FileSystemReader(self.path / "tensors").read_metadata().state_dict_metadata
-        return {name: facts for name, facts in entries.items() if isinstance(facts, TensorStorageMetadata)}
-
-
-def save(
-    path: Path, tensors: dict[str, Tensor], model: ModelConfig, tokenizer: Path | None, meta: dict[str, Any]
-) -> None:
-    """Write a checkpoint folder that is complete or absent. Every rank must call it.
-
-    Args:
-        path: the folder, `…/step-<n>`.
-        tensors: by logical name; of a DTensor each rank writes its part.
-        model: shape of the model.
-        tokenizer: folder of the tokenizer's files, copied in.
-        meta: JSON-able facts; must have `step`.
-
-    Raises:
-        StorageError: the disk is full (checked before anything is written), or writing failed.
-    """
-    with contextlib.ExitStack() as stack:
-        needed = sum(t.numel() * t.element_size() for t in tensors.values())
-        opened: list[storage.Writing] = []  # on rank 0
-
-        def begin() -> Path:
-            storage.require_space(path, needed + (1 << 20), f"checkpoint {path.name}")
-            if path.is_dir() and not is_checkpoint(path):
-                shutil.rmtree(path)  # damaged: the run went back to an earlier one and is here again
-            opened.append(stack.enter_context(storage.writing(path, KIND, replace=True)))
-            return opened[0].path
-
-        def finish() -> None:
-            (partial / "model.yaml").write_text(recipes.dump(model), encoding="utf-8")
-            if tokenizer is not None:
-                (partial / "tokenizer").mkdir()
-                Tokenizer.load(tokenizer).save(partial / "tokenizer")
-            opened[0].meta.update(meta)
-            stack.close()
-
-        partial = on_first(begin)
-        with storage.explained(f"writing {path}"):
-            _write_tensors(tensors, partial / "tensors", path)
-        on_first(finish)
-
-
-def _read_tensors(into: dict[str, Tensor], folder: Path, alone: bool) -> None:
-    """Fill tensors from a folder. The import takes a second: who reads no checkpoint does not wait for it."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-
-    with _quiet():
-        load_tensors(into, storage_reader=FileSystemReader(folder), no_dist=alone)
-
-
-def _write_tensors(tensors: dict[str, Tensor], folder: Path, target: Path) -> None:
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-    from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
-
-    writer = FileSystemWriter(folder, sync_files=False)  # storage.writing syncs every file
-    try:
-        with _quiet():
-            save_tensors(tensors, storage_writer=writer, no_dist=_is_alone())
-    except CheckpointException as error:
-        # torch wraps what its writer threads raise, and reports a short write as a position that is off
-        cause = next(cause for cause, _ in error.failures.values())
-        if isinstance(cause, OSError):
-            raise cause from error
-        what = str(cause).splitlines()[0][:200]
-        raise StorageError(f"writing failed: {what}", where=target, do="Is the disk full?") from error
-
-
-def on_first(work: Callable[[], T]) -> T:
-    """Return what `work` returns on rank 0, on every rank. Every rank must call it.
-
-    Raises:
-        StorageError: on every rank, what it raised on rank 0.
-    """
-    if _is_alone():
-        return work()
-    said: list[Any] = [None, None]
-    failure: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            said[0] = work()
-        except (InternLMError, OSError) as error:
-            failure, said[1] = error, str(error)
-    dist.broadcast_object_list(said, src=0)
-    if failure is not None:
-        raise failure
-    if said[1] is not None:
-        raise StorageError(said[1])
-    return said[0]
-
-
-def _is_alone() -> bool:
-    return not dist.is_initialized()
+        Raises:
+            StorageError: the index cannot be read.
+        """
+        return pieces.read_index(self.path)
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -274,6 +190,41 @@ def damaged(run: str | Path) -> list[Path]:
     return damaged
 
 
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint folder, complete or not."""
+
+    path: Path
+    step: int
+    bytes: int
+    meta: dict[str, Any]
+    """Empty where the manifest cannot be read."""
+    problem: str | None
+    """What is wrong with it."""
+
+
+def survey(run: str | Path, *, verify: bool = False) -> list[Found]:
+    """Return all checkpoint folders of a run, oldest first.
+
+    Args:
+        run: a run, or its `checkpoints` folder.
+        verify: whether every file is read and compared with its checksum.
+    """
+    found = []
+    for path in _steps(run):
+        meta: dict[str, Any] = {}
+        problem = None
+        try:
+            meta = storage.read_manifest(path, KIND)
+            if verify:
+                storage.verify(path)
+        except StorageError as error:
+            problem = str(error).removeprefix(f"{path}: ")
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        found.append(Found(path, int(path.name.rpartition("-")[2]), size, meta, problem))
+    return found
+
+
 def _steps(run: str | Path) -> list[Path]:
     """Return the checkpoint folders of a run, complete or not, oldest first."""
     run = Path(run)
@@ -289,14 +240,26 @@ def path_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def retain(run: Path, keep_last: int) -> None:
-    """Remove everything older than the newest `keep_last` complete checkpoints; what is newer is not touched."""
-    kept = listed(run)[-max(1, keep_last) :]
-    if not kept:
+def retain(run: Path, config: CheckpointConfig) -> None:
+    """Remove the checkpoints that a run need not keep; what is newer than its newest complete one is not touched."""
+    complete = [(path, storage.read_manifest(path, KIND)) for path in listed(run)]
+    if not complete:
         return
+    last = [path for path, _ in complete[-max(1, config.keep_last) :]]
+    kept = set(last)
+    firsts: dict[int, Path] = {}
+    for path, meta in complete if config.keep_every_tokens else ():
+        firsts.setdefault(meta.get("tokens", 0) // (config.keep_every_tokens or 1), path)
+    kept |= {path for number, path in firsts.items() if number}
+    if config.keep_best is not None:
+        values = {path: meta.get("metrics", {}).get(config.keep_best) for path, meta in complete}
+        rated = {path: value for path, value in values.items() if value is not None and math.isfinite(value)}
+        kept |= {min(rated, key=lambda path: rated[path])} if rated else set()
     for path in _steps(run):
-        if path == kept[0]:
+        if path == last[0]:
             return
+        if path in kept:
+            continue
         # The manifest goes first: a removal that is cut short leaves something nobody reads.
         (path / storage.MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)

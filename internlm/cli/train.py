@@ -43,6 +43,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from internlm import compat, ranks
     from internlm import recipe as recipes
     from internlm.checkpoint import store
+    from internlm.train.stop import EXIT_CODES, Stopped
 
     recipe = ranks.together(lambda: recipes.load(arguments.recipe, arguments.overrides)).value
     trainer = recipes.prepare(recipe)
@@ -52,6 +53,9 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     try:
         trainer.fit()
+    except Stopped as stopped:
+        logger.info("stopped at step %d; the same command goes on from there", trainer.progress.step)
+        return EXIT_CODES[stopped.reason]
     except KeyboardInterrupt:
         newest = store.newest(trainer.run)
         goes_on = "starts over: no checkpoint yet" if newest is None else f"goes on from {newest}"

@@ -139,12 +139,20 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         """Open the file; lines of steps after `resumed_step`, which will be taken again, are removed."""
-        if path.exists():
-            kept = [line for line in read_metrics(path) if line.get("step", 0) <= resumed_step]
-            storage.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.path = path
-        with storage.explained(f"opening {path}"):
-            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed with the run
+        self._open(resumed_step)
+
+    def cut(self, step: int) -> None:
+        """Remove the lines of steps after this one, which will be taken again."""
+        self.close()
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        if self.path.exists():
+            kept = [line for line in read_metrics(self.path) if line.get("step", 0) <= step]
+            storage.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        with storage.explained(f"opening {self.path}"):
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed with the run
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one line; what is not finite becomes null, as JSON has no word for it."""

@@ -11,6 +11,7 @@ loop; what they sum is the count before the step, and the squared norm and the l
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import time
@@ -21,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm import plot, runtime
+from internlm import plot, ranks, runtime
 from internlm.checkpoint import store
+from internlm.checkpoint.saver import Beside, Saved, Saver
 from internlm.checkpoint.store import Checkpoint, CheckpointConfig
 from internlm.config import require_positive, section
 from internlm.data.batch import Batch
 from internlm.data.loader import Loader
-from internlm.errors import ConfigError, TrainingError
+from internlm.errors import ConfigError, StorageError, TrainingError
 from internlm.log import duration, quantity
 from internlm.model.transformer import Transformer
 from internlm.optim.optimizer import Optimizer, scale_to_norm, squared_norm
@@ -38,9 +40,15 @@ from internlm.train.loss_scale import LossScale
 from internlm.train.metrics import Meter, Metrics, MetricsFile, is_finite, read_metrics, step_line
 from internlm.train.objective import Objective
 from internlm.train.profile import Trace
+from internlm.train.spikes import Spikes
+from internlm.train.stop import Reason, Stop, Stopped
 from internlm.train.trackers import Tracker
 
 logger = logging.getLogger(__name__)
+
+
+SAVE_PATIENCE_S = 60
+"""How long a run that fails or is interrupted waits for the checkpoint that is being written."""
 
 
 @section
@@ -116,6 +124,9 @@ class Progress:
     tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    spikes: int = 0
+    passed_over: list[dict[str, Any]] = field(default_factory=list)
+    """Data that rollbacks left out: the step and loss of the spike, and rows of each source, from and to."""
 
 
 @dataclass
@@ -139,6 +150,9 @@ class Trainer:
     """Goes into every checkpoint: resolved recipe, versions."""
     progress: Progress = field(default_factory=Progress)
     scale: LossScale = field(default_factory=LossScale)
+    spikes: Spikes = field(default_factory=Spikes)
+    metrics: Metrics = field(default_factory=dict)
+    """What was measured last, by name: saved with every checkpoint."""
 
     def __post_init__(self) -> None:
         length = self.loader.config.seq_len
@@ -146,6 +160,11 @@ class Trainer:
         self.micro_rows = self.config.micro_rows(length, self.parallel.layout.data)
         self.parameters = [p for _, p in self.parallel.owned_parameters() if p.requires_grad]
         self.meter = Meter(self.parallel, self.loader.sources, self.peak_flops)
+        self.stop = Stop(self.run if self.parallel.rank == 0 else None)
+        self.spiked = False
+        """Whether the loss of the last step was a spike."""
+        self.ending: Reason | None = None
+        """Why the run ends after this step; the same on all ranks."""
 
     @property
     def model(self) -> Transformer:
@@ -164,7 +183,9 @@ class Trainer:
         # 2. Know the denominator before anything is computed.
         shares = torch.stack([self.objective.count(part) for part in micro_batches]).double().sum()
         tokens = shares.new_tensor(batch.tokens.numel() - batch.num_padding)
-        count, tokens = self.parallel.total(torch.stack([shares, tokens]), counted=self.parallel.leads).unbind()
+        own = torch.stack([shares, tokens]) * self.parallel.leads
+        totals = self.parallel.total(torch.cat([own, own.new_tensor([self.stop.wish()])]), counted=True)
+        count, tokens = totals[:2].unbind()
 
         # 3. Forward and backward, one micro-batch after the other.
         loss = norm = torch.zeros((), device=self.device)
@@ -181,7 +202,10 @@ class Trainer:
         self.progress.step += 1
         self.progress.tokens += self.config.batch_tokens
         is_good = bool(count > 0) and is_finite(norm + loss)
-        if is_good:
+        spike = self.spikes.add(float(loss)) if is_good else None
+        if spike is not None:
+            self._warn_of_spike(float(loss), spike)
+        if is_good and (spike is None or self.spikes.config.policy == "warn"):
             scale_to_norm(self.parameters, norm, self.config.max_grad_norm, self.scale.value)
             self.optimizer.step(lr_share)
             self.parallel.share()
@@ -190,9 +214,11 @@ class Trainer:
             logger.info("step %d skipped: loss scale lowered to %g", self.progress.step, self.scale.value)
         elif not is_good:
             self._skip(loss, norm, count)
+        self.spiked = spike is not None
         self.parallel.zero_grad()
 
-        # 6. Report.
+        # 6. Report; all ranks know by the same sum whether to end.
+        self.ending = Stop.reason(float(totals[2]))
         return {
             "optim/lr": lr_share * self.optimizer.lr,
             "optim/grad_norm": float(norm),
@@ -206,13 +232,15 @@ class Trainer:
         """Train to the end of the budget, with logs, validations and checkpoints; return the last validation.
 
         Raises:
+            Stopped: somebody asked for an end before; there is a checkpoint of this step.
             TrainingError: too many steps in a row were not finite, or the device's memory is full.
             StorageError: a checkpoint could not be written; earlier ones are untouched.
         """
         path = self.run / "metrics.jsonl"
         file = MetricsFile(path, self.progress.step) if self.parallel.rank == 0 else None
         try:
-            final = self._fit(file)
+            with self.stop:
+                final = self._fit(file)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
@@ -222,6 +250,7 @@ class Trainer:
                 do="Lower train.micro_batch_rows, evaluate.rows or data.seq_len.",
             ) from error
         finally:
+            self.saver.join(SAVE_PATIENCE_S)  # a checkpoint that is nearly there is not given up
             if file is not None:
                 file.close()
             for tracker in self.trackers:
@@ -237,6 +266,11 @@ class Trainer:
         final: Metrics = {}
         while self.progress.step < total:
             metrics = self._step_and_trace() if self._is_traced() else self.step()
+            if self.spiked and self.spikes.config.policy == "rollback" and self._roll_back(metrics["train/step_loss"]):
+                if file is not None:
+                    file.cut(self.progress.step)
+                self.meter.clear()
+                continue
             step, last = self.progress.step, self.progress.step == total
             if step % self.config.log_every_steps == 0 or step == 1 or last or "perf/comm_s" in metrics:
                 metrics |= self.meter.read()
@@ -252,9 +286,11 @@ class Trainer:
                 if final:
                     self._record(file, final | {"progress/tokens": self.progress.tokens})
                 self.meter.clear()
-            if last or self._due(self.checkpoints.every_steps):
-                self.save()
+            if last or self.ending is not None or self._due(self.checkpoints.every_steps):
+                self.save(wait=last or self.ending is not None)
                 self.meter.clear()
+            if self.ending is not None and not last:
+                raise Stopped(self.ending)
         return final
 
     def _is_traced(self) -> bool:
@@ -269,24 +305,49 @@ class Trainer:
         busy, waiting = (self.parallel.total(spent, counted=True) / self.parallel.layout.world_size).tolist()
         return metrics | {"perf/comm_s": busy, "perf/comm_wait_s": waiting}
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present state, then drop those beyond `keep_last`; return its folder."""
-        started = time.monotonic()
+    def save(self, *, wait: bool = True) -> Path:
+        """Write a checkpoint of the present state, then drop those that need not be kept; return its folder.
+
+        Args:
+            wait: return when it is there; else the run goes on meanwhile, and a failure is a warning.
+
+        Raises:
+            StorageError: it could not be written, and was waited for.
+        """
         path = store.path_of(self.run, self.progress.step)
         meta = {
             **self.facts,
             **vars(self.progress),
+            "layout": vars(self.parallel.layout),
+            "metrics": self.metrics,
             "loss_scale": vars(self.scale),
+            "losses": list(self.spikes.losses),
             "loader": self.loader.state_dict(),
             "template": self.loader.template,
             "random": {"python": _python_random_state()},
         }
-        store.save(path, self._state(), self.parallel.shape, self.loader.tokenizer_path, meta)
-        if self.parallel.rank == 0:
-            store.retain(self.run, self.checkpoints.keep_last)
-        size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-        logger.info("checkpoint %s | %sB | took %s", path, quantity(size), duration(time.monotonic() - started))
+        beside = Beside(self.parallel.shape, self.loader.tokenizer_path, meta)
+        waited = self.saver.save(path.name, self._state(), beside)
+        if waited > 1:
+            logger.warning("warning: the run waited %s for the checkpoint before", duration(waited))
+        if wait:
+            saved = self.saver.finish()
+            if saved is not None and saved.problem is not None:
+                raise StorageError(saved.problem)
         return path
+
+    @functools.cached_property
+    def saver(self) -> Saver:
+        """What writes checkpoints."""
+        return Saver(self.run / "checkpoints", background=self.checkpoints.background, after=self._saved)
+
+    def _saved(self, saved: Saved) -> None:
+        """Say how a save went, on rank 0, and drop what need not be kept; called in the thread that wrote."""
+        if saved.problem is not None:
+            logger.warning("warning: no checkpoint at %s, the run goes on: %s", saved.path.name, saved.problem)
+            return
+        store.retain(self.run, self.checkpoints)
+        logger.info("checkpoint %s | %sB | took %s", saved.path, quantity(saved.bytes), duration(saved.seconds))
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint of the same model and data, exactly where it stopped.
@@ -315,8 +376,38 @@ class Trainer:
         random.setstate((version, tuple(words), gauss))
         self.loader.load_state_dict(checkpoint.meta["loader"])
         self.progress = Progress(**{name: checkpoint.meta[name] for name in vars(self.progress)})
+        self.spikes.losses.clear()
+        self.spikes.losses.extend(checkpoint.meta["losses"])
         saved = LossScale(**checkpoint.meta["loss_scale"])
         self.scale = saved if saved.is_dynamic == self.scale.is_dynamic else self.scale  # begun in another dtype
+
+    def _warn_of_spike(self, loss: float, z: float) -> None:
+        self.progress.spikes += 1
+        done = {"warn": "", "skip_data": "; no update is made", "rollback": "; going back"}[self.spikes.config.policy]
+        logger.warning(
+            "warning: step %d: loss %.4g lies %.1f spreads above the last %d%s",
+            self.progress.step, loss, z, len(self.spikes.losses) - 1, done,
+        )  # fmt: skip
+
+    def _roll_back(self, loss: float) -> bool:
+        """Go back to the newest checkpoint, and on with the data that comes next; return whether there was one."""
+        self.saver.finish()
+        newest = ranks.gather(store.newest(self.run) if self.parallel.rank == 0 else None)[0]
+        progress = self.progress
+        if newest is None or len(progress.passed_over) >= self.spikes.config.most_rollbacks:
+            why = "there is no checkpoint yet" if newest is None else f"{len(progress.passed_over)} times is enough"
+            logger.warning("warning: step %d: not going back: %s", progress.step, why)
+            return False
+        data, losses = self.loader.state_dict(), list(self.spikes.losses)[:-1]
+        checkpoint = store.open_checkpoint(newest)
+        self.resume(checkpoint)
+        passed = {"spike": progress.step, "loss": loss, "from": self.loader.state_dict()["taken"], "to": data["taken"]}
+        self.loader.load_state_dict(data)
+        self.spikes.losses.extend(losses[len(self.spikes.losses) :])
+        self.progress.spikes = progress.spikes
+        self.progress.passed_over = [*progress.passed_over, passed]
+        logger.warning("back at step %d; rows passed over: %s → %s", self.progress.step, passed["from"], passed["to"])
+        return True
 
     def _loss(self, hidden: Tensor, batch: Batch, count: Tensor) -> Tensor:
         outputs = self.parallel.run.score(hidden, batch.labels, self.objective.coefficients(batch))
@@ -346,6 +437,7 @@ class Trainer:
         return every is not None and self.progress.step % every == 0
 
     def _record(self, file: MetricsFile | None, metrics: Metrics) -> None:
+        self.metrics |= metrics
         if file is None:
             return
         file.write(self.progress.step, metrics)

@@ -54,8 +54,9 @@ NAMES: dict[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""dtypes by their safetensors name."""
-_DTYPES = {name: dtype for dtype, name in NAMES.items()}
+"""Names of dtypes in safetensors."""
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+"""dtypes by their name there."""
 
 
 @dataclass(frozen=True)
@@ -262,10 +263,10 @@ def open_safetensors(path: Path) -> Weights:
         for name in opened.keys():  # noqa: SIM118  not a dict
             part = opened.get_slice(name)
             dtype = part.get_dtype()
-            if dtype not in _DTYPES:
+            if dtype not in DTYPES:
                 raise WeightsError("has a dtype that cannot be read", where=f"{path}: {name}", got=dtype)
             shape, reader = tuple(part.get_shape()), _Reader(path, opened, name)
-            found[name] = Weight(shape, _DTYPES[dtype], reader, name, (path, starts[name]))
+            found[name] = Weight(shape, DTYPES[dtype], reader, name, (path, starts[name]))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"cannot be read: {error}", where=path, do=problem) from error
     return found

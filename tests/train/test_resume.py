@@ -16,7 +16,7 @@ import torch
 
 from internlm import config, storage
 from internlm import recipe as recipes
-from internlm.checkpoint import store
+from internlm.checkpoint import saver, store
 from internlm.cli import main, train
 from internlm.errors import ConfigError, StorageError
 from internlm.recipe import Recipe
@@ -142,7 +142,7 @@ def test_weights_of_another_tokenizer_are_refused(recipe: Make, tmp_path: Path, 
     train_bpe(["another text than that of the corpus"] * 9, 270).save(other)
     source = store.path_of(tmp_path / "first", 1)
     state = {f"model.{name}": p.detach() for name, p in trainer.model.named_parameters()}
-    store.save(source, state, trainer.model.config, other, {"step": 1})
+    saver.save(source, state, trainer.model.config, other, {"step": 1})
     with pytest.raises(ConfigError, match="trained with another tokenizer"):
         recipes.prepare(recipe(init_from=str(source if step_folder else tmp_path / "first")))
 
@@ -156,7 +156,7 @@ def test_points_of_steps_that_come_again_are_taken_back_from_tensorboard(recipe:
     trainer = recipes.prepare(value)
     trainer.step()
     trainer.save()
-    trainer.save = lambda: Path()  # type: ignore[method-assign]  # stopped after step 4, before it was saved
+    trainer.save = lambda **_: Path()  # type: ignore[method-assign]  # stopped after step 4, before it was saved
     trainer.fit()
     recipes.prepare(value).fit()
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))

@@ -123,7 +123,7 @@ def test_a_finished_run_is_not_trained_again(recipe: Make) -> None:
 def test_metrics_after_a_restart_hold_every_step_once(recipe: Make, tmp_path: Path) -> None:
     value = recipe(train__tokens=12 * 256, checkpoint={"every_steps": 5})
     trainer = recipes.prepare(value)
-    trainer.save = lambda: Path()  # type: ignore[method-assign]  # as if it was killed after step 12, before saving
+    trainer.save = lambda **_: Path()  # type: ignore[method-assign]  # as if it was killed after step 12, before saving
     trainer.fit()
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 12, "train/lo')  # and in the middle of a line

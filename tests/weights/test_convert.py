@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from internlm.checkpoint import store
+from internlm.checkpoint import saver, store
 from internlm.checkpoint.source import open_source
 from internlm.cli import main
 from internlm.cli.convert import QUANTIZED_TOLERANCE, TOLERANCE, size_in_bytes, verify
@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> Path:
     for step in (5, 10):
         tensors = {f"model.{name}": p.detach() for name, p in build(SHAPE, step).named_parameters()}
         meta = {"step": step, "template": "internlm"}
-        store.save(store.path_of(tmp_path / "run", step), tensors, SHAPE, tmp_path / "tokenizer", meta)
+        saver.save(store.path_of(tmp_path / "run", step), tensors, SHAPE, tmp_path / "tokenizer", meta)
     return tmp_path / "run"
 
 

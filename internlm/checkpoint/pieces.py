@@ -1,0 +1,240 @@
+"""Tensors in pieces: the files that hold the tensors of a checkpoint, and the index that says where each lies.
+
+    tensors.json                     dtype and shape of every tensor, and file, place and extent of each of its pieces
+    tensors/rank-00003.safetensors   what rank 3 wrote: a whole tensor under its name, a piece as `name@offset,offset`
+
+Whoever reads needs neither torch.distributed nor the layout that wrote: a tensor is put together from its pieces, and
+`Reader` gives them to torch.distributed.checkpoint, which brings each rank what it needs of them. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from internlm.errors import StorageError
+from internlm.weights.files import DTYPES, NAMES, as_bytes
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.storage import StorageReader
+
+INDEX = "tensors.json"
+FOLDER = "tensors"
+_READ_AT_ONCE = 2**28
+"""Bytes."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a tensor, in one file."""
+
+    file: str
+    """Under the checkpoint's folder."""
+    start: int
+    """Where its bytes begin."""
+    offsets: tuple[int, ...]
+    """Where it begins in the tensor."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    """They cover it, and do not overlap."""
+
+
+Index = dict[str, Entry]
+"""The tensors of a checkpoint by name."""
+
+
+def file_of(rank: int) -> str:
+    """Return the name of the file that a rank writes."""
+    return f"{FOLDER}/rank-{rank:05d}.safetensors"
+
+
+def header(parts: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> tuple[bytes, list[int], int]:
+    """Return the head of a safetensors file of such (name, shape, dtype), where each begins, and the file's size."""
+    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ends = [0]
+    for name, shape, dtype in parts:
+        ends.append(ends[-1] + math.prod(shape) * dtype.itemsize)
+        described[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": ends[-2:]}
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+    head = len(text).to_bytes(8, "little") + text
+    return head, [len(head) + start for start in ends[:-1]], len(head) + ends[-1]
+
+
+def dump(index: Index) -> str:
+    """Return the text of an index."""
+    found = {
+        name: {
+            "dtype": NAMES[entry.dtype],
+            "shape": entry.shape,
+            "pieces": [vars(piece) for piece in entry.pieces],
+        }
+        for name, entry in index.items()
+    }
+    return json.dumps(found, separators=(",", ":")) + "\n"
+
+
+def read_index(folder: Path) -> Index:
+    """Return the index of a checkpoint folder.
+
+    Raises:
+        StorageError: it is missing, cannot be read, or says what cannot be.
+    """
+    path = folder / INDEX
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        index = {name: _entry(facts) for name, facts in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StorageError(f"cannot be read: {error}", where=path, do="Copy the checkpoint again.") from error
+    for name, entry in index.items():
+        held = sum(math.prod(piece.shape) for piece in entry.pieces)
+        if held != math.prod(entry.shape):
+            raise StorageError(f"tensor {name} has {math.prod(entry.shape)} values, its pieces {held}", where=path)
+    return index
+
+
+def _entry(facts: dict[str, Any]) -> Entry:
+    """Return an entry from JSON; what does not fit raises one of the errors that `read_index` catches."""
+    shape = _extent(facts["shape"])
+    pieces = []
+    for piece in facts["pieces"]:
+        file, offsets, extent = Path(piece["file"]), _extent(piece["offsets"]), _extent(piece["shape"])
+        if file.is_absolute() or ".." in file.parts:
+            raise ValueError(f"{file} lies outside of the folder")
+        if len(offsets) != len(shape) or any(
+            first + count > size for first, count, size in zip(offsets, extent, shape, strict=True)
+        ):
+            raise ValueError(f"a piece at {offsets} of shape {extent} lies outside of {shape}")
+        pieces.append(Piece(str(file), _extent([piece["start"]])[0], offsets, extent))
+    return Entry(DTYPES[facts["dtype"]], shape, tuple(pieces))
+
+
+def _extent(numbers: list[Any]) -> tuple[int, ...]:
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"{numbers} are no sizes")
+    return tuple(numbers)
+
+
+def read(folder: Path, entry: Entry) -> Tensor:
+    """Return a tensor, put together from its pieces.
+
+    Raises:
+        StorageError: a file is missing or too short.
+    """
+    if len(entry.pieces) == 1:
+        return _read_piece(folder, entry.pieces[0], entry.dtype)
+    whole = torch.empty(entry.shape, dtype=entry.dtype)
+    for piece in entry.pieces:
+        _place(whole, piece).copy_(_read_piece(folder, piece, entry.dtype))
+    return whole
+
+
+def _place(whole: Tensor, piece: Piece) -> Tensor:
+    """Return the view of a tensor where a piece goes."""
+    for dim, (first, count) in enumerate(zip(piece.offsets, piece.shape, strict=True)):
+        whole = whole.narrow(dim, first, count)
+    return whole
+
+
+def _read_piece(folder: Path, piece: Piece, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+    """Return a piece [*piece.shape], or these rows of it."""
+    start, shape = piece.start, piece.shape
+    if rows is not None:
+        start += rows.start * math.prod(shape[1:]) * dtype.itemsize
+        shape = (rows.stop - rows.start, *shape[1:])
+    tensor = torch.empty(shape, dtype=dtype)
+    path = folder / piece.file
+    rest = as_bytes(tensor)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while len(rest):
+                count = file.readinto(rest[:_READ_AT_ONCE])
+                if not count:
+                    raise StorageError(f"ends {len(rest)} bytes too early", where=path, do="Copy the checkpoint again.")
+                rest = rest[count:]
+    except OSError as error:
+        raise StorageError(f"cannot be read: {error.strerror}", where=path) from error
+    return tensor
+
+
+def metadata(index: Index) -> Metadata:
+    """Return an index in the form of torch.distributed.checkpoint."""
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    return Metadata(
+        {
+            name: TensorStorageMetadata(
+                TensorProperties(dtype=entry.dtype),
+                torch.Size(entry.shape),
+                [ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.shape)) for p in entry.pieces],
+            )
+            for name, entry in index.items()
+        }
+    )
+
+
+def reader(folder: Path, index: Index) -> StorageReader:
+    """Return what gives the pieces to `torch.distributed.checkpoint.load`. The import takes a second: it waits."""
+    from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+    from torch.distributed.checkpoint.storage import StorageReader
+    from torch.futures import Future
+
+    known = {(name, piece.offsets): (piece, entry.dtype) for name, entry in index.items() for piece in entry.pieces}
+
+    class Reader(StorageReader):
+        def reset(self, checkpoint_id: object = None) -> None: ...
+
+        def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+            return metadata(index)
+
+        def set_up_storage_reader(self, *_: Any, **__: Any) -> None: ...
+
+        def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+            return plan
+
+        def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+            return plans
+
+        def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+            for item in plan.items:
+                stored = item.storage_index
+                piece, dtype = known[stored.fqn, tuple(stored.offset or ())]
+                wanted = list(zip(item.storage_offsets, item.lengths, strict=True))
+                rows = slice(wanted[0][0], sum(wanted[0])) if wanted else None  # the other ranks read theirs
+                tensor = _read_piece(folder, piece, dtype, rows)
+                for dim, (first, count) in enumerate(wanted[1:], 1):
+                    tensor = tensor.narrow(dim, first, count)
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(tensor)
+                planner.commit_tensor(item, target)
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+
+        @classmethod
+        def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
+            return True
+
+    return Reader()

@@ -1,0 +1,193 @@
+"""Saving beside the training: what is written is what was there, and no failure costs more than its checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from internlm import runtime, storage
+from internlm.checkpoint import pieces, saver, store
+from internlm.checkpoint.saver import Beside, Saved, Saver
+from internlm.checkpoint.store import CheckpointConfig
+from internlm.errors import StorageError
+from internlm.hashed_file import HashedFile
+from internlm.model.config import ModelConfig
+
+SHAPE = ModelConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=1, ffn_size=8)
+
+
+def beside(step: int, **facts: Any) -> Beside:
+    return Beside(SHAPE, None, {"step": step, **facts})
+
+
+def begin(writer: Saver, step: int, tensors: dict[str, torch.Tensor], **facts: Any) -> None:
+    writer.save(f"step-{step:08d}", tensors, beside(step, **facts))
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until this is set, no file is written."""
+    event = threading.Event()
+    write = HashedFile.write
+
+    def wait(self: HashedFile, content: Any) -> None:
+        assert event.wait(20)
+        write(self, content)
+
+    monkeypatch.setattr(HashedFile, "write", wait)
+    return event
+
+
+def test_tensors_may_change_while_a_checkpoint_is_written(tmp_path: Path, held: threading.Event) -> None:
+    tensor = torch.arange(1000.0)
+    writer = Saver(tmp_path)
+    begin(writer, 1, {"model.x": tensor})
+    assert store.newest(tmp_path) is None
+    tensor.zero_()
+    held.set()
+    assert writer.finish() is not None
+    found = store.open_checkpoint(tmp_path)
+    assert torch.equal(found.weights()["x"].read(), torch.arange(1000.0))
+
+
+def test_the_next_save_waits_for_the_one_before(tmp_path: Path, held: threading.Event) -> None:
+    writer = Saver(tmp_path)
+    begin(writer, 1, {"model.x": torch.ones(3)})
+    threading.Timer(0.3, held.set).start()
+    waited = writer.save("step-00000002", {"model.x": torch.full((3,), 2.0)}, beside(2))
+    assert waited > 0.2
+    writer.finish()
+    assert [path.name for path in store.listed(tmp_path)] == ["step-00000001", "step-00000002"]
+    assert store.open_checkpoint(tmp_path).weights()["x"].read().tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_failure_leaves_the_run_and_the_checkpoint_before_alone(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Saved] = []
+    writer = Saver(tmp_path, after=told.append)
+    begin(writer, 1, {"model.x": torch.ones(3)})
+    writer.join()
+
+    def fail(self: HashedFile, content: Any) -> None:
+        raise OSError(code, "the disk does not want to")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HashedFile, "write", fail)
+        begin(writer, 2, {"model.x": torch.zeros(3)})
+        last = writer.finish()
+    assert last is not None
+    assert "the disk does not want to" in str(last.problem)
+    assert [saved.problem is None for saved in told] == [True, False]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"], "what was half written is gone"
+    begin(writer, 3, {"model.x": torch.full((3,), 3.0)})
+    last = writer.finish()
+    assert last is not None
+    assert last.problem is None
+    assert store.open_checkpoint(tmp_path).step == 3
+
+
+def test_an_error_that_nobody_thought_of_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = Saver(tmp_path)
+    monkeypatch.setattr(pieces, "dump", lambda index: 1 // 0)
+    begin(writer, 1, {"model.x": torch.ones(3)})
+    last = writer.finish()
+    assert last is not None
+    assert "ZeroDivisionError" in str(last.problem)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_memory_for_a_copy_the_run_waits_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runtime, "available_memory", lambda: 100)
+    writer = Saver(tmp_path)
+    begin(writer, 1, {"model.x": torch.ones(1000)})
+    assert store.newest(tmp_path) is not None
+    assert "no memory for a copy" in caplog.text
+
+
+def test_copies_are_made_once(tmp_path: Path) -> None:
+    writer = Saver(tmp_path)
+    begin(writer, 1, {"model.x": torch.ones(1000)})
+    writer.join()
+    assert writer._copies is not None
+    first = writer._copies[0].data_ptr()
+    begin(writer, 2, {"model.x": torch.ones(1000)})
+    writer.finish()
+    assert writer._copies[0].data_ptr() == first
+
+
+def test_leftovers_of_killed_runs_are_cleared_and_what_was_moved_aside_comes_back(tmp_path: Path) -> None:
+    saver.save(tmp_path / "step-00000001", {"model.x": torch.ones(3)}, SHAPE, None, {"step": 1})
+    (tmp_path / "step-00000001").rename(tmp_path / "step-00000001.replaced-77")
+    (tmp_path / "step-00000002.partial-77.1" / "tensors").mkdir(parents=True)
+    Saver(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert store.is_checkpoint(tmp_path / "step-00000001")
+
+
+def test_a_checkpoint_is_visible_only_with_all_of_it(tmp_path: Path) -> None:
+    wrong: list[str] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            for path in tmp_path.glob("step-????????"):
+                try:
+                    storage.verify(path)
+                except StorageError as error:
+                    wrong.append(str(error))
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    writer = Saver(tmp_path)
+    try:
+        for step in range(1, 8):
+            begin(writer, step, {"model.x": torch.full((50_000,), float(step))})
+        writer.finish()
+    finally:
+        done.set()
+        watcher.join()
+    assert not wrong
+    assert len(store.listed(tmp_path)) == 7
+
+
+def kept(folder: Path, facts: list[dict[str, Any]], **config: Any) -> list[int]:
+    """Return the steps that are left of checkpoints with these facts."""
+    for step, more in enumerate(facts, 1):
+        saver.save(folder / f"step-{step:08d}", {"x": torch.ones(1)}, SHAPE, None, {"step": step, **more})
+        store.retain(folder, CheckpointConfig(**config))
+    return [int(path.name[5:]) for path in store.listed(folder)]
+
+
+def test_the_newest_and_the_first_of_every_so_many_tokens_are_kept(tmp_path: Path) -> None:
+    facts = [{"tokens": 30 * step} for step in range(1, 11)]  # 30, 60, … 300
+    assert kept(tmp_path, facts, keep_last=2, keep_every_tokens=100) == [4, 7, 9, 10]
+
+
+def test_the_best_by_a_metric_is_kept(tmp_path: Path) -> None:
+    losses = [5.0, 3.0, 4.0, 3.5, 6.0]
+    facts: list[dict[str, Any]] = [{"metrics": {"valid/loss/a": loss}} for loss in losses]
+    assert kept(tmp_path, facts, keep_last=1, keep_best="valid/loss/a") == [2, 5]
+
+
+def test_a_metric_that_was_never_measured_keeps_nothing(tmp_path: Path) -> None:
+    assert kept(tmp_path, [{}, {}, {}], keep_last=1, keep_best="valid/loss/a") == [3]
+
+
+def test_damaged_ones_go_with_the_old_ones_but_not_what_is_newer(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        saver.save(tmp_path / f"step-{step:08d}", {"x": torch.ones(1)}, SHAPE, None, {"step": step})
+    for step in (1, 4):
+        (tmp_path / f"step-{step:08d}" / storage.MANIFEST).unlink()
+    store.retain(tmp_path, CheckpointConfig(keep_last=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]

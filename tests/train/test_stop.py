@@ -1,0 +1,148 @@
+"""Runs that are asked to end: at the end of a step, with a checkpoint, and with an exit code that says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from internlm import config
+from internlm import recipe as recipes
+from internlm.checkpoint import store
+from internlm.recipe import Recipe
+from internlm.train.metrics import read_metrics
+from internlm.train.stop import EXIT_CODES, FILE, Reason, Stop, Stopped
+from internlm.train.trainer import Trainer
+from internlm.weights.weight import tensors
+
+Make = Callable[..., Recipe]
+
+
+def asked_at(trainer: Trainer, step: int, ask: Callable[[], None]) -> None:
+    """Call `ask` at the end of a step."""
+    take = trainer.step
+
+    def stepped() -> dict[str, float]:
+        metrics = take()
+        if trainer.progress.step == step:
+            ask()
+        return metrics
+
+    trainer.step = stepped  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_saves_at_the_end_of_the_next_step_and_the_run_goes_on_bitwise(
+    recipe: Make, tmp_path: Path, name: str
+) -> None:
+    straight = recipes.prepare(recipe(run=str(tmp_path / "straight")))
+    straight.fit()
+    trainer = recipes.prepare(recipe())
+    asked_at(trainer, 6, lambda: signal.raise_signal(getattr(signal, name)))
+    before = signal.getsignal(getattr(signal, name))
+    with pytest.raises(Stopped) as stopped:
+        trainer.fit()
+    assert stopped.value.reason is (Reason.INTERRUPTED if name == "SIGINT" else Reason.PREEMPTED)
+    assert signal.getsignal(getattr(signal, name)) == before, "handlers are given back"
+    assert store.open_checkpoint(tmp_path / "run").step == 7
+    second = recipes.prepare(recipe())
+    second.fit()
+    wanted = dict(tensors(store.open_checkpoint(tmp_path / "straight").weights("")))
+    for key, tensor in tensors(store.open_checkpoint(tmp_path / "run").weights("")):
+        assert torch.equal(tensor, wanted[key]), key
+    steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
+    assert steps == list(range(1, 21))
+
+
+def test_a_stop_file_ends_the_run_and_is_removed(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("internlm.train.stop._LOOK_EVERY_S", 0.0)
+    trainer = recipes.prepare(recipe())
+    asked_at(trainer, 4, (tmp_path / "run" / FILE).touch)
+    with pytest.raises(Stopped) as stopped:
+        trainer.fit()
+    assert stopped.value.reason is Reason.FILE
+    assert not (tmp_path / "run" / FILE).exists()
+    assert store.open_checkpoint(tmp_path / "run").step == 5
+
+
+def test_a_signal_in_the_last_step_is_the_end_anyway(recipe: Make, tmp_path: Path) -> None:
+    trainer = recipes.prepare(recipe(train__tokens=5 * 256))
+    asked_at(trainer, 4, lambda: signal.raise_signal(signal.SIGTERM))
+    trainer.fit()
+    assert store.open_checkpoint(tmp_path / "run").step == 5
+
+
+def test_the_heaviest_wish_of_all_ranks_counts() -> None:
+    weight = {reason: float(reason.value) for reason in Reason}
+    assert Stop.reason(0.0) is None
+    assert Stop.reason(weight[Reason.FILE]) is Reason.FILE
+    assert Stop.reason(1024 * weight[Reason.PREEMPTED] + weight[Reason.FILE]) is Reason.PREEMPTED
+    assert Stop.reason(1024 * weight[Reason.PREEMPTED] + weight[Reason.INTERRUPTED]) is Reason.INTERRUPTED
+
+
+def test_handlers_of_others_are_left_alone() -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with Stop(None) as stop:
+            signal.raise_signal(signal.SIGUSR1)
+            assert stop.wish() == 0
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+PROGRAM = """
+import sys, time
+from internlm.train.trainer import Trainer
+step = Trainer.step
+def slow(self):
+    time.sleep({seconds})
+    return step(self)
+Trainer.step = slow
+from internlm.cli import main
+sys.exit(main(["train", {path!r}]))
+"""
+
+
+def started(recipe: Make, tmp_path: Path, seconds: float) -> subprocess.Popen[str]:
+    """Start a run of slow steps in a process, and return it when it has taken one."""
+    path = tmp_path / "r.yaml"
+    path.write_text(config.dump(recipe()))
+    program = PROGRAM.format(seconds=seconds, path=str(path))
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_the_exit_code_says_why(recipe: Make, tmp_path: Path, name: str, code: int) -> None:
+    process = started(recipe, tmp_path, 0.2)
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"{name}: the run saves at the end of this step" in said
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in said
+    assert store.newest(tmp_path / "run") is not None
+    assert set(EXIT_CODES.values()) == {0, 75, 130}
+
+
+def test_a_second_signal_ends_at_once(recipe: Make, tmp_path: Path) -> None:
+    process = started(recipe, tmp_path, 3)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.3)
+    begun = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert time.monotonic() - begun < 2.5
+    assert process.returncode == -signal.SIGTERM
+    assert store.newest(tmp_path / "run") is None
