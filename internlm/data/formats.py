@@ -4,9 +4,10 @@
     corpus.jsonl(.gz, .zst)              one JSON object a line
     corpus.json                          a list of JSON objects
 
-A record is told by its keys: `messages` makes a conversation (OpenAI's form), anything else a document under
-`text_key`. A file of another ending is one document, unless the format of its records is given: then it holds lines.
-Every complaint names file and line. Nothing is passed over in silence. A byte order mark is no part of a text.
+A record is told by its keys: `messages` makes a conversation (OpenAI's form, with `tools` and calls: see
+`internlm.data.messages`), anything else a document under `text_key`. A file of another ending is one document, unless
+the format of its records is given: then it holds lines. Every complaint names file and line. Nothing is passed over
+in silence. A byte order mark is no part of a text.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from internlm.data.messages import read_messages, read_parallel, read_tools
 from internlm.errors import DataError
-from internlm.log import warn_once
 from internlm.text.chat import Message
+from internlm.text.tools import Tool
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +57,21 @@ class Conversation:
     messages: tuple[Message, ...]
     source: str = field(default="", compare=False)
     """Its file and line, for error messages."""
+    tools: tuple[Tool, ...] = ()
+    """What the model is told that it may call."""
+    parallel: bool = True
+    """Whether it is told that an answer may hold several calls."""
+
+    @property
+    def texts(self) -> list[str]:
+        """All that is said: contents, the arguments of calls, and what the tools are told by."""
+        said = [text for m in self.messages for text in (m.thought, m.content, *(call.arguments for call in m.calls))]
+        return [*(tool.text for tool in self.tools), *filter(None, said)]
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of all contents."""
-        return sum(len(m.content.encode("utf-8", "surrogatepass")) for m in self.messages)
+        """UTF-8 bytes of all texts."""
+        return sum(len(text.encode("utf-8", "surrogatepass")) for text in self.texts)
 
 
 Sample = Document | Conversation
@@ -117,21 +129,8 @@ def _document(record: Record, text_key: str, where: str) -> Document:
 
 
 def _messages(record: Record, text_key: str, where: str) -> Conversation:
-    turns = record.get("messages")
-    if not isinstance(turns, list) or not turns:
-        raise DataError("'messages' is not a list of at least one message", where=where, got=type(turns).__name__)
-    messages = []
-    for number, turn in enumerate(turns):
-        place = f"{where}, message {number}"
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise DataError("a message is an object with 'role' and 'content'", where=place, got=_shown(turn))
-        for key in ("role", "content"):
-            if not isinstance(turn[key], str):
-                raise DataError(f"{key!r} is {type(turn[key]).__name__}, not a string", where=place)
-        for key in turn.keys() - {"role", "content"}:
-            warn_once(logger, f"{place}: {key!r} of a message has no effect")
-        messages.append(Message(turn["role"], turn["content"]))
-    return Conversation(tuple(messages), where)
+    messages = read_messages(record, where)
+    return Conversation(messages, where, read_tools(record, messages, where), read_parallel(record, where))
 
 
 RECORDS: dict[str, Callable[[Record, str, str], Sample]] = {"document": _document, "messages": _messages}
@@ -187,12 +186,12 @@ def read_samples(
 def read_documents(
     path: str | Path, format: str | None = None, text_key: str = "text", on_error: OnError = "raise"
 ) -> Iterator[Document]:
-    """Yield every document of a file or folder; a conversation gives one document per message. See `read_samples`."""
+    """Yield every document of a file or folder; a conversation gives one document per text. See `read_samples`."""
     for sample in read_samples(path, format, text_key, on_error):
         if isinstance(sample, Document):
             yield sample
         else:
-            yield from (Document(message.content) for message in sample.messages)
+            yield from map(Document, sample.texts)
 
 
 def read_piece(
@@ -254,12 +253,6 @@ def _layout(path: Path, format: str | None) -> Literal["text", "list", "lines"]:
     if ending == ".json":
         return "list"
     return "lines" if ending in _LINES or format is not None else "text"
-
-
-def _shown(value: Any) -> str:
-    """Return a JSON value in at most 80 characters."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def _to_sample(record: Any, format: str | None, text_key: str, where: str) -> Sample:

@@ -34,6 +34,7 @@ from internlm.log import Progress
 from internlm.text.chat import render
 from internlm.text.templates import Template, get_template
 from internlm.text.tokenizer import Tokenizer
+from internlm.text.tools import format_of
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +228,9 @@ def _encode(batch: list[Sample], work: _Work, writer: ShardWriter, bad: BadRecor
             raise DataError("holds conversations", where=sample.source, do="Name a chat template with --template.")
         else:
             try:
-                ids, mask = render(sample.messages, work.template, tokenizer)
+                tools = format_of(work.template.name)  # as the server writes them
+                written = tools.render(sample.messages, sample.tools, sample.parallel)
+                ids, mask = render(written, work.template, tokenizer)
             except DataError as error:
                 bad.add(DataError(str(error), where=sample.source))
             else:

@@ -54,6 +54,8 @@ class Message:
     """Calls that an assistant message ends with; written out by a format of `internlm.text.tools`."""
     call_id: str | None = None
     """Which call a tool's result belongs to."""
+    thought: str = ""
+    """What an assistant said to itself before; of the formats of `internlm.text.tools` react alone writes it."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@ r"""Chat formats as data: what stands around the messages of each role.
 
 A message is written as prefix + content + suffix of its role. Prefix and suffix are parts: plain text, a special token
 by name, or the tokenizer's own end of text. `chat.render` appends special tokens by id and encodes the text between
-them; `jinja` writes the same text as a Jinja template for other libraries.
+them; `jinja` writes the same text as a Jinja template for other libraries, `tool_jinja` with tools.
 
     internlm-v1.1:  bos <|System|>:…\n <|User|>:hello\n <|Bot|>:Hi.<eoa>\n
                                                                 ^^^^^^^^  trained
@@ -16,6 +16,7 @@ that holds the name of a special token becomes structure in those libraries; her
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -162,50 +163,64 @@ def get_template(name: str) -> Template:
     raise ConfigError("no such chat template", got=name, allowed=TEMPLATES, do=did_you_mean(name, TEMPLATES))
 
 
-def jinja(template: Template) -> str:
-    """Return the format as a Jinja chat template, for `tokenizer_config.json` or `chat_template.jinja` of an export.
+def jinja(template: Template, tools: str = "") -> str:
+    """Return the format as a Jinja chat template.
 
     It renders the text whose ids `chat.render` gives, bos included (so the tokenizer must add none), and with
     `add_generation_prompt` that of `chat.render_prompt`. It uses `messages`, `bos_token`, `eos_token` and
     `raise_exception`, which `apply_chat_template` of transformers provides.
+
+    Args:
+        template: the format.
+        tools: Jinja that writes tools and calls out into `messages`; one that is `written` has its frame in its
+            content. `tool_jinja.chat_template` gives it; without, the template knows no tools.
     """
-    refusal = _refusal(template)
-    system = "{% set turns = messages %}"
+
+    def framed(frame: Frame, message: str, content: str) -> str:
+        usual = _written(frame.prefix) + "{{ " + content + " }}" + _written(frame.suffix)
+        if not tools:
+            return usual
+        return "{% if " + message + "['written'] %}{{ " + content + " }}{% else %}" + usual + "{% endif %}"
+
+    refused = refusal(template)
+    system = tools + "{% set turns = messages %}"
     if template.system is not None:
         system += (
-            "{% set system = " + _quoted(template.default_system or "") + " %}"
+            "{% set system = " + quoted(template.default_system or "") + " %}"
             "{% if messages and messages[0]['role'] == 'system' %}"
             "{% set turns = messages[1:] %}{% set system = messages[0]['content'] %}{% endif %}"
-            "{% if system %}" + _framed(template.system, "system") + "{% endif %}"
+            "{% if system %}" + framed(template.system, "messages[0]", "system") + "{% endif %}"
         )
     if template.single_turn:
-        system += "{% if turns | length > 2 %}" + refusal + "{% endif %}"
+        system += "{% if turns | length > 2 %}" + refused + "{% endif %}"
     turns = (
         "{% for message in turns %}"
-        "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}" + refusal + "{% endif %}"
-        "{% if message['role'] == 'user' %}" + _framed(template.user, "message['content']") + "{% else %}"
-        + _framed(template.assistant, "message['content']") + "{% endif %}{% endfor %}"
+        "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}" + refused + "{% endif %}"
+        "{% if message['role'] == 'user' %}" + framed(template.user, "message", "message['content']") + "{% else %}"
+        + framed(template.assistant, "message", "message['content']") + "{% endif %}{% endfor %}"
     )  # fmt: skip
     prompt = "{% if add_generation_prompt %}" + _written(template.assistant.prefix) + "{% endif %}"
     return ("{{ bos_token }}" if template.bos else "") + system + turns + prompt
 
 
-def _framed(frame: Frame, content: str) -> str:
-    return _written(frame.prefix) + "{{ " + content + " }}" + _written(frame.suffix)
+def text_of(parts: Iterable[Part]) -> str:
+    """Return parts as one text, without the end of text."""
+    return "".join(part if isinstance(part, str) else getattr(part, "name", "") for part in parts)
+
+
+def quoted(text: str) -> str:
+    """Return a text as Jinja writes one."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def refusal(template: Template) -> str:
+    """Return Jinja that raises: the messages are in no order that the format can write."""
+    order = "user and assistant in turn" if template.system is None else "an optional system, then user and assistant"
+    order += ", once" if template.single_turn else ""
+    return "{{ raise_exception(" + quoted(f"{template.name}: the messages must be {order}") + ") }}"
 
 
 def _written(parts: tuple[Part, ...]) -> str:
     """Return parts as Jinja expressions: bare text would lose line breaks to Jinja's white-space rules."""
-    names = [part.name if isinstance(part, Special) else part for part in parts]
-    texts = ["eos_token" if isinstance(name, EndOfText) else _quoted(name) for name in names]
+    texts = ["eos_token" if isinstance(part, EndOfText) else quoted(text_of([part])) for part in parts]
     return "".join("{{ " + text + " }}" for text in texts)
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _refusal(template: Template) -> str:
-    order = "user and assistant in turn" if template.system is None else "an optional system, then user and assistant"
-    order += ", once" if template.single_turn else ""
-    return "{{ raise_exception(" + _quoted(f"{template.name}: the messages must be {order}") + ") }}"

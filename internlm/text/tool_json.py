@@ -196,15 +196,3 @@ def moved_schema(value: Any, place: str) -> Any:
     if isinstance(reference, str) and reference.startswith("#"):
         moved["$ref"] = f"#{place}{reference[1:]}"
     return moved
-
-
-def object_regex(levels: int) -> str:
-    """Return a regular expression of JSON objects with at most so many levels."""
-    string = r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"'
-    value = rf"(?:{string}|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null)"
-    for level in range(levels):
-        member = f"{string}: ?{value}"
-        an_object = rf"\{{(?:{member}(?:, ?{member})*)?\}}"
-        a_list = rf"\[(?:{value}(?:, ?{value})*)?\]"
-        value = f"(?:{value}|{an_object}|{a_list})" if level + 1 < levels else an_object
-    return value

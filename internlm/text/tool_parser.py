@@ -244,6 +244,8 @@ class ReActParser(ToolParser):
         """Whether nothing but white space came in this line."""
         self._drops_space = False
         """Whether nothing was said since the last key."""
+        self._spoken: set[type[Event]] = set()
+        """What was said already: content, thoughts. What goes on with it later begins a line of its own."""
         self._name = ""
         self._longest = max(map(len, self._known), default=0) + 16
         self._scan = ObjectScan()
@@ -270,12 +272,17 @@ class ReActParser(ToolParser):
         """Go over to the part of an answer that a key begins."""
         if key in _ACTION:
             if self._sink is Thought:
-                self._space = []
+                self._space = ["\n"] * (Text in self._spoken)  # in case that it is content
             self._open(key)
             self._name, self._state = "", self._action
             return
-        self._space, self._drops_space, self._at_line = [], True, False
         self._sink, self._is_final = (Thought, False) if key in _THOUGHT else (Text, True)
+        self._space, self._drops_space, self._at_line = ["\n"] * (self._sink in self._spoken), True, False
+
+    def _say(self, text: str) -> None:
+        super()._say(text)
+        if not text.isspace():
+            self._spoken.add(self._sink)
 
     def _action(self, text: str, at: int) -> int:
         end = _line_end(text, at)
@@ -319,6 +326,7 @@ class ReActParser(ToolParser):
 
     def _refuse(self) -> None:
         super()._refuse()
+        self._spoken.add(Text)
         self._drops_space = False
 
     def _end(self) -> None:

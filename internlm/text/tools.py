@@ -24,6 +24,7 @@ https://github.com/InternLM/InternLM/blob/main/chat/chat_format.md. The words ar
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
 from collections.abc import Collection, Iterable, Sequence
@@ -32,9 +33,10 @@ from itertools import takewhile
 from typing import Any, Literal
 
 from internlm.errors import ConfigError, DataError, did_you_mean
+from internlm.log import warn_once
 from internlm.text.chat import Framed, Message, ToolCall
-from internlm.text.templates import EndOfText, Frame, Part, Special, Template, get_template
-from internlm.text.tool_json import MAX_DEPTH, is_object, moved_schema, object_regex
+from internlm.text.templates import Frame, Part, Special, Template, get_template, text_of
+from internlm.text.tool_json import MAX_DEPTH, is_object, moved_schema
 from internlm.text.tool_parser import (
     ArgumentsGrow,
     CallBegins,
@@ -53,6 +55,8 @@ __all__ = [
     "collect", "format_of", "get_format", "new_call_id",
 ]  # fmt: skip
 
+logger = logging.getLogger(__name__)
+
 _NAME = re.compile(r"[\w.-]{1,64}")
 
 
@@ -69,6 +73,16 @@ class Tool:
     parameters: dict[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
     """JSON schema of the arguments, an object."""
 
+    @classmethod
+    def of(cls, name: str, description: str | None = None, parameters: dict[str, Any] | None = None) -> Tool:
+        """Return a tool of which perhaps nothing is known but its name."""
+        return cls(name, description or "") if parameters is None else cls(name, description or "", parameters)
+
+    @property
+    def text(self) -> str:
+        """How every format describes it: a JSON object."""
+        return _json({"name": self.name, "description": self.description, "parameters": self.parameters})
+
     def __post_init__(self) -> None:
         _check_name(self.name, "tool")
         level: list[Any] = [self.parameters]
@@ -84,14 +98,15 @@ class Forced:
 
     begin: tuple[Part, ...]
     """For `render_prompt(…, begin=)`."""
-    kind: Literal["json_schema", "regex"]
-    grammar: dict[str, Any] | str
-    """A JSON schema, or a regular expression, of all the rest of the answer."""
+    kind: Literal["json_schema", "labelled_schema"]
+    """As `internlm.infer.grammar` calls it."""
+    grammar: dict[str, Any]
+    """Of all the rest of the answer: a JSON schema, or for each text that it may begin with the schema of its rest."""
 
     @property
     def text(self) -> str:
         """What the parser must be given first, as the answer's tokens do not hold it."""
-        return _text(self.begin)
+        return text_of(self.begin)
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,8 @@ class ToolFormat:
     """Strings that end an answer, beside the stops of the template."""
     specials: tuple[str, ...] = ()
     """Special tokens that `parser` reads as text: generate with `show_special` where there are any."""
+    words: tuple[str, ...] = ()
+    """What is said around the tools' descriptions, in the order in which it stands there."""
 
     def __init__(self, template: Template) -> None:
         self.template = template
@@ -126,8 +143,10 @@ class ToolFormat:
         are. Results of several calls may come in any order.
 
         Raises:
-            DataError: arguments are no JSON object, or results and calls do not belong together.
+            DataError: arguments are no JSON object, or results and calls do not belong together, or user and assistant
+                do not take turns.
         """
+        _check_turns(messages)
         written: list[Message] = []
         system = messages[0].content if messages and messages[0].role == "system" else ""
         at = 1 if messages and messages[0].role == "system" else 0
@@ -137,6 +156,8 @@ class ToolFormat:
             written += messages[:at]
         while at < len(messages):
             message = messages[at]
+            if message.thought and self.name != ReAct.name:
+                warn_once(logger, f"the tool format {self.name} does not write thoughts: they have no effect")
             if message.role == "tool":
                 raise DataError("a tool's result without a call before it", where=f"message {at + 1}")
             results: list[str] | None = None
@@ -190,19 +211,22 @@ class Hermes(ToolFormat):
     """Calls as JSON between `<tool_call>` tags, which are text; results in a user message."""
 
     name = "hermes"
+    words = (
+        "# Tools\n\nThese functions can be called:\n<tools>\n",
+        "\n</tools>\n\nA call is a JSON object with the function's name and arguments, between two tags:\n"
+        '<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>\n',
+        "Several calls may follow one another.",
+        "Make one call at most in an answer.",
+    )
 
     def parser(self, known: Collection[str], parallel: bool = True) -> ToolParser:
         """Return a parser of one answer; `known` names the tools that may be called."""
         return TaggedParser("<tool_call>", "</tool_call>", known, parallel)
 
     def _system(self, content: str, tools: Sequence[Tool], parallel: bool) -> Message:
-        described = "\n".join(_json({"type": "function", "function": _described(tool)}) for tool in tools)
-        number = "Several calls may follow one another." if parallel else "Make one call at most in an answer."
-        told = (
-            f"# Tools\n\nThese functions can be called:\n<tools>\n{described}\n</tools>\n\n"
-            "A call is a JSON object with the function's name and arguments, between two tags:\n"
-            '<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>\n' + number
-        )
+        before, after, several, one = self.words
+        described = "\n".join(f'{{"type": "function", "function": {tool.text}}}' for tool in tools)
+        told = before + described + after + (several if parallel else one)
         return Message("system", f"{content}\n\n{told}" if content else told)
 
     def _calls(self, message: Message, results: list[str] | None) -> list[Message]:
@@ -231,7 +255,7 @@ class InternLM2(ToolFormat):
         return TaggedParser(_START.name + _PLUGIN.name, _END.name, known, parallel)
 
     def _system(self, content: str, tools: Sequence[Tool], parallel: bool) -> Message:
-        described = _json([_described(tool) for tool in tools])
+        described = f"[{', '.join(tool.text for tool in tools)}]"
         own = [(("system",), content)] if content else []
         return _chatml("system", [*own, (("system name=", _PLUGIN), described)])
 
@@ -239,7 +263,7 @@ class InternLM2(ToolFormat):
         parts: list[Part] = [message.content] if message.content else []
         for call in message.calls:
             parts += [_START, _PLUGIN, "\n" + _call_json(call, "parameters"), _END]
-        written: list[Message] = [Framed("assistant", _text(parts), message.name, parts=tuple(parts))]
+        written: list[Message] = [Framed("assistant", text_of(parts), message.name, parts=tuple(parts))]
         if results is not None:
             written.append(_chatml("user", [(("environment name=", _PLUGIN), result) for result in results]))
         return written
@@ -254,23 +278,21 @@ class ReAct(ToolFormat):
     name = "react"
     stops = ("\nResponse:",)
     """What comes after it, a model makes up. A final answer with such a line ends there too."""
+    words = (
+        "You can use these tools:\n",
+        "\n\nTo use one, write\nThought:what has to be found out next\nAction:the tool's name, one of ",
+        "\nActionInput:its arguments, a JSON object\nand you are given\nResponse:what the tool returned\n"
+        "When you know the answer, or need no tool, write\nThought:why this is the answer\nFinalAnswer:the answer",
+    )
 
     def parser(self, known: Collection[str], parallel: bool = True) -> ToolParser:
         """Return a parser of one answer; `known` names the tools that may be called."""
         return ReActParser(known)
 
     def _system(self, content: str, tools: Sequence[Tool], parallel: bool) -> Message:
-        described = "\n".join(_json(_described(tool)) for tool in tools)
-        told = (
-            f"You can use these tools:\n{described}\n\n"
-            "To use one, write\n"
-            "Thought:what has to be found out next\n"
-            f"Action:the tool's name, one of {', '.join(tool.name for tool in tools)}\n"
-            "ActionInput:its arguments, a JSON object\n"
-            "and you are given\nResponse:what the tool returned\n"
-            "When you know the answer, or need no tool, write\n"
-            "Thought:why this is the answer\nFinalAnswer:the answer"
-        )
+        before, between, after = self.words
+        described, names = "\n".join(tool.text for tool in tools), ", ".join(tool.name for tool in tools)
+        told = before + described + between + names + after
         return Message("system", f"{content}\n\n{told}" if content else told)
 
     def _calls(self, message: Message, results: list[str] | None) -> list[Message]:
@@ -279,7 +301,8 @@ class ReAct(ToolFormat):
                 "the react format has one call in an answer", got=f"{len(message.calls)} calls",
                 do="Give the calls one by one, each with its result.",
             )  # fmt: skip
-        thought = f"Thought:{message.content}\n" if message.content else ""
+        said = "\n".join(filter(None, (message.thought, message.content)))
+        thought = f"Thought:{said}\n" if said else ""
         written = []
         for number, call in enumerate(message.calls):
             text = f"Action:{call.name}\nActionInput:{call.arguments.strip()}"
@@ -292,15 +315,15 @@ class ReAct(ToolFormat):
     def _answer(self, message: Message) -> Message:
         if not message.content:
             return message
-        return Message("assistant", f"FinalAnswer:{message.content}", message.name)
+        thought = f"Thought:{message.thought}\n" if message.thought else ""
+        return Message("assistant", f"{thought}FinalAnswer:{message.content}", message.name)
 
     def _forced(self, tools: Sequence[Tool]) -> Forced:
         if len(tools) == 1:
             begin = f"Action:{tools[0].name}\nActionInput:"
             return Forced((begin,), "json_schema", _arguments_schema(tools[0], ""))
-        # A choice between schemas by a name before the JSON is no JSON schema: any object, of two levels.
-        names = "|".join(tool.name.replace(".", "\\.") for tool in tools)
-        return Forced(("Action:",), "regex", f"(?:{names})\nActionInput:{object_regex(2)}")
+        labelled = {f"{tool.name}\nActionInput:": _arguments_schema(tool, "") for tool in tools}
+        return Forced(("Action:",), "labelled_schema", labelled)
 
 
 FORMATS: dict[str, type[ToolFormat]] = {kind.name: kind for kind in (ReAct, InternLM2, Hermes)}
@@ -350,6 +373,21 @@ def collect(events: Iterable[Event]) -> Answer:
             (thought if isinstance(event, Thought) else content).append(event.text)
     made = tuple(ToolCall(new_call_id(), name, "".join(pieces)) for name, pieces in calls.values())
     return Answer("".join(content), "".join(thought), made)
+
+
+def _check_turns(messages: Sequence[Message]) -> None:
+    """Raise DataError unless user and assistant take turns; `chat` would count messages that nobody wrote."""
+    expected = "user"
+    for number, message in enumerate(messages, 1):
+        if message.role == "system" and number > 1:
+            raise DataError("a system message can only be the first", where=f"message {number}")
+        if message.role in ("user", "assistant"):
+            if message.role != expected:
+                problem = "user and assistant must take turns, the user first"
+                raise DataError(problem, where=f"message {number}", got=message.role, allowed=[expected])
+            expected = "assistant" if message.role == "user" else "user"
+        elif message.role == "tool":
+            expected = "assistant"
 
 
 def _check_name(name: str, where: str) -> None:
@@ -409,20 +447,11 @@ def _chatml(role: str, blocks: list[tuple[tuple[Part, ...], str]]) -> Framed:
     parts: list[Part] = [blocks[0][1]]
     for frame, (_, content) in zip(frames[1:], blocks[1:], strict=True):
         parts += [*frame.suffix, *frame.prefix, content]
-    return Framed(role, _text(parts), parts=tuple(parts), frame=frames[0])
-
-
-def _text(parts: Iterable[Part]) -> str:
-    assert not any(isinstance(part, EndOfText) for part in parts), "no format writes the end of text"
-    return "".join(part.name if isinstance(part, Special) else str(part) for part in parts)
+    return Framed(role, text_of(parts), parts=tuple(parts), frame=frames[0])
 
 
 def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _described(tool: Tool) -> dict[str, Any]:
-    return {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
 
 
 def _call_json(call: ToolCall, key: str) -> str:

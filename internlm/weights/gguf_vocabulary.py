@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm.errors import TokenizerError
-from internlm.text.templates import get_template, jinja
+from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import PATTERN
 from internlm.weights.talk import Talk
@@ -101,7 +101,7 @@ def describe(writer: Any, talk: Talk, folder: Path, size: int) -> None:
         writer.add_token_merges(vocabulary.merges)
     writer.add_add_space_prefix(vocabulary.has_prefix)
     template = get_template(talk.template) if talk.template is not None else None
-    text = talk.foreign if template is None else jinja(template)
+    text = talk.jinja
     if text:
         writer.add_chat_template(text)
     # llama.cpp takes the bos of a chat prompt off where it puts one itself, but puts one where a format has none too.

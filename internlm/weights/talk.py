@@ -19,8 +19,9 @@ from typing import Any
 from internlm import storage
 from internlm.errors import TokenizerError, WeightsError
 from internlm.text.chat import Message, render, stop_ids
-from internlm.text.templates import TEMPLATES, get_template, jinja
+from internlm.text.templates import TEMPLATES, get_template
 from internlm.text.tokenizer import CONFIG_FILE, Tokenizer
+from internlm.text.tool_jinja import chat_template, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,11 @@ class Talk:
     """Ids that end an answer, beside eos and those of the template."""
     generation: dict[str, Any] = field(default_factory=dict)
     """Further fields of a generation_config.json, such as `temperature`, carried along."""
+
+    @property
+    def jinja(self) -> Any:
+        """The chat format as `chat_template` of a tokenizer_config.json; None for a base model."""
+        return self.foreign if self.template is None else chat_template(get_template(self.template), self.tokenizer)
 
     def stop_ids(self) -> list[int]:
         """Return every id that ends an answer."""
@@ -87,9 +93,9 @@ class Talk:
                 logger.warning("warning: only tokenizer.model is written, AutoTokenizer may not load it: %s", error)
         described = {"tokenizer_class": "PreTrainedTokenizerFast", **self.tokenizer.config()}
         if self.template is not None:
-            described |= {"chat_template": jinja(get_template(self.template)), TEMPLATE_KEY: self.template}
-        elif self.foreign is not None:
-            described["chat_template"] = self.foreign
+            described[TEMPLATE_KEY] = self.template
+        if self.jinja is not None:
+            described["chat_template"] = self.jinja
         write_json(folder / CONFIG_FILE, described)
         # The same names again, where older programs look; said to take no white space from the text beside them.
         exact = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
@@ -111,7 +117,7 @@ def read_talk(folder: str | Path) -> Talk:
         found = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
     name = described.get(TEMPLATE_KEY)
     if name not in TEMPLATES:
-        name = next((name for name, template in TEMPLATES.items() if found == jinja(template)), None)
+        name = name_of(found) if isinstance(found, str) else None
     if name is None and found is not None:
         logger.warning("warning: the chat template of %s is not known here: it is carried along, not used", folder)
     generation = _read_json(folder / GENERATION_FILE)

@@ -33,11 +33,12 @@ import torch
 from internlm import storage
 from internlm.errors import WeightsError
 from internlm.model.config import ModelConfig
+from internlm.model.quant import Kind
 from internlm.model.transformer import Transformer
 from internlm.weights import families, files, remote
 from internlm.weights import weight as lazy
 from internlm.weights.card import card
-from internlm.weights.load import check, load_model
+from internlm.weights.load import check, read_model
 from internlm.weights.talk import Talk, write_json
 from internlm.weights.weight import Weights
 
@@ -136,18 +137,24 @@ def open_weights(folder: str | Path) -> Weights:
     return families.read(files.open_folder(folder), _fields(folder), folder / "config.json")
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    pack: Kind | None = None,
+) -> Transformer:
     """Return the model of a Transformers folder.
 
     Args:
         folder: config.json and weight files.
-        dtype: of the weights; None: as stored.
-        device: where they go, one tensor at a time.
+        dtype, device, pack: as of `read_model`.
 
     Raises:
-        WeightsError: as `read_config`, `open_weights` and `fill`.
+        WeightsError: as `read_config`, `open_weights` and `read_model`.
+        EngineError: the layers cannot be packed.
     """
-    return load_model(read_config(folder), lazy.tensors(open_weights(folder)), dtype=dtype, device=device)
+    return read_model(read_config(folder), open_weights(folder), dtype=dtype, device=device, pack=pack)
 
 
 def _family(options: ExportOptions) -> str | None:

@@ -73,8 +73,8 @@ def test_every_container_gives_its_samples(tmp_path: Path) -> None:
         ("a.jsonl", '{"body": "x", "id": 1}\n', r"a\.jsonl:1: has no key 'text'; allowed: body, id\. .*--text-key"),
         ("a.jsonl", '["x"]\n', r"a\.jsonl:1: a record is a JSON object, not list"),
         ("a.jsonl", '{"messages": []}\n', r"a\.jsonl:1: 'messages' is not a list of at least one"),
-        ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"a\.jsonl:1, message 0: a message is an object with"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": [1]}]}\n', r"message 0: 'content' is list"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"a\.jsonl:1, message 1: a message is an object with"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": [1]}]}\n', r"message 1: 'content' is list"),
         ("a.jsonl", '{"text": "x"}}\n', r"a\.jsonl:1: is not JSON: Extra data at column 14"),
         ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: is JSON that cannot be read: maximum recursion depth"),
         ("a.jsonl", '{"text": "x", "n": ' + "1" * 5000 + "}", r"a\.jsonl:1: is JSON that cannot be read: Exceeds"),
@@ -373,7 +373,7 @@ def test_files_left_out_of_a_folder_are_counted(tmp_path: Path, caplog: pytest.L
 def test_keys_of_a_message_without_effect_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     turn = {"role": "assistant", "content": "no", "weight": 0}
     list(read_samples(write_jsonl(tmp_path / "a.jsonl", [{"messages": [turn]}])))
-    assert "a.jsonl:1, message 0: 'weight' of a message has no effect" in caplog.text
+    assert "a.jsonl:1, message 1: 'weight' of a message has no effect" in caplog.text
 
 
 def test_a_file_read_as_text_is_one_document_however_long(tokenizer_path: Path, tmp_path: Path) -> None:

@@ -221,16 +221,32 @@ def test_react_gives_what_is_no_call_as_content(text):
 
 
 def test_react_goes_on_after_what_was_no_call():
-    assert read("react", "Action:add\nThought:hm\nFinalAnswer:5") == [Text("Action:add"), Thought("hm"), Text("5")]
+    assert read("react", "Action:add\nThought:hm\nFinalAnswer:5") == [Text("Action:add"), Thought("hm"), Text("\n5")]
     assert read("react", "Thought:\nAction:none\nmore") == [Text("Action:none\nmore")]
     assert read("react", "Action:add\nActionInput:x Thought:y") == [Text("Action:add\nActionInput:x Thought:y")]
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "thought"),
+    [
+        ("Thought:a\n\nThought: b\nFinalAnswer:c", "c", "a\nb"),
+        ("hello\nFinalAnswer: c\n", "hello\nc", ""),
+        ("hello\nThought:a\nAction:none\n", "hello\nAction:none\n", "a"),
+        ("Thought:a\nAction:none\nThought:b\nFinalAnswer:\n", "Action:none", "a\nb"),
+        ("Thought:\nThought:b\nFinalAnswer:c", "c", "b"),
+    ],
+)
+def test_react_puts_what_was_said_apart_on_lines_of_its_own(text, content, thought):
+    for pieces in ([text], text):
+        answer = collect(read("react", *pieces))
+        assert (answer.content, answer.thought) == (content, thought)
 
 
 def test_react_takes_a_call_back_whose_arguments_are_wrong():
     events = read("react", REACT + '{"a": }\nThought:so\nFinalAnswer:5')
     assert events == [
         Thought("I need the sum."), CallBegins(0, "add"), ArgumentsGrow(0, '{"a": '),
-        CallFails(0, 'Action:add\nActionInput:{"a": '), Text("}"), Thought("so"), Text("5"),
+        CallFails(0, 'Action:add\nActionInput:{"a": '), Text("}"), Thought("\nso"), Text("\n5"),
     ]  # fmt: skip
 
 

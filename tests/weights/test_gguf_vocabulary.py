@@ -14,8 +14,9 @@ import sentencepiece
 from internlm.errors import TokenizerError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
-from internlm.text.templates import get_template, jinja
+from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
+from internlm.text.tool_jinja import chat_template
 from internlm.text.training import train_bpe
 from internlm.weights import gguf
 from internlm.weights.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -65,7 +66,7 @@ def test_a_sentencepiece_vocabulary_is_written_with_scores_and_kinds(tmp_path: P
     assert (said["add_space_prefix"], said["add_bos_token"], said["add_eos_token"]) == (False, True, False)
     ids = {role: said[f"{role}_token_id"] for role in ("bos", "eos", "eot", "unknown")}
     assert ids == {"bos": 1, "eos": 2, "eot": tokenizer.special("<eoa>"), "unknown": 0}
-    assert said["tokenizer.chat_template"] == jinja(get_template("internlm-v1.0"))
+    assert said["tokenizer.chat_template"] == chat_template(get_template("internlm-v1.0"))
     assert gguf.read_talk(tmp_path / "out").template == "internlm-v1.0"
     assert gguf.read_talk(tmp_path / "out").tokenizer == tokenizer
 
@@ -115,7 +116,7 @@ def test_a_byte_level_vocabulary_is_written_with_merges_and_a_known_cut(
     assert said["eot_token_id"] == tokenizer.special("<|end|>")
     assert said["pre"] == "dbrx"
     assert "a line break with spaces after it" in caplog.text
-    assert said["tokenizer.chat_template"] == jinja(get_template("internlm"))
+    assert said["tokenizer.chat_template"] == chat_template(get_template("internlm"))
 
 
 def test_a_tokenizer_that_llama_cpp_cannot_repeat_is_refused(tmp_path: Path) -> None:
