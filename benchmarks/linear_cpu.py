@@ -2,7 +2,6 @@
 
     python benchmarks/linear_cpu.py                          # 134 M parameters, 1 and 2 threads
     python benchmarks/linear_cpu.py --out results.json
-    python benchmarks/linear_cpu.py --weights model.pt --text held-out.txt    # and what each kind costs in quality
 
 One figure is all products of a token: of 12 blocks and the head, 110 million weights, more than a cache holds. The
 contenders take turns, so that a busy machine slows all alike; the table shows medians and ranges in billions of weights
@@ -11,8 +10,7 @@ lengthen, and by it the ratio to plain products in the same pass. Threads that w
 that: set OMP_WAIT_POLICY=passive on a busy machine. `error` is the root mean square of what a contender's results
 differ from exact ones by, over that of the results, for random weights and rows.
 
-With --weights: the loss on a text of bytes, and how often the most probable byte is the same, for a model of 256 ids
-that was saved as {"config": fields of ModelConfig, "state": its weights}.
+What the kinds cost a trained model in quality: `pack_quality.py`.
 """
 
 from __future__ import annotations
@@ -30,9 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internlm.model.config import ModelConfig
-from internlm.model.quant import KINDS, pack, pack_weight
-from internlm.model.transformer import Transformer
+from internlm.model.quant import KINDS, pack_weight
 
 SHAPE = {"vocab_size": 32000, "hidden_size": 768, "num_layers": 12, "num_heads": 12, "ffn_size": 2048}
 Product = Callable[[Tensor], Tensor]
@@ -85,42 +81,12 @@ def measure(rows: int, repeats: int, made: dict[str, list[Product]]) -> dict[str
     return speeds
 
 
-def quality(weights: Path, text: Path, rows: int = 64) -> dict[str, dict[str, float]]:
-    """Return loss in nats per byte and greedy agreement with the plain model, by kind."""
-    saved = torch.load(weights, weights_only=True)
-    data = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
-    config = ModelConfig(**saved["config"])
-    length = config.context_length
-    rows = min(rows, (len(data) - 1) // length)
-    starts = torch.linspace(0, len(data) - length - 1, rows).long().tolist()
-    ids = torch.stack([data[i : i + length] for i in starts])
-    labels = torch.stack([data[i + 1 : i + length + 1] for i in starts])
-    result: dict[str, dict[str, float]] = {}
-    choice = None
-    for kind in (None, *KINDS):
-        model = Transformer(config)
-        model.load_state_dict(saved["state"])
-        if kind:
-            pack(model, kind)
-        with torch.inference_mode():
-            logits = model.head.logits(model(ids))
-        chosen = logits.argmax(-1)
-        choice = chosen if choice is None else choice
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
-        agrees = (chosen == choice).float().mean().item()
-        result[kind or "plain"] = {"loss_nats_per_byte": loss, "greedy_agreement": agrees}
-        print(f"{kind or 'plain':9} loss {loss:.5f} nats per byte, same first choice {100 * agrees:.2f} %")
-    return result
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 128])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=9, help="at most 4 rows; a third of it above 16")
-    parser.add_argument("--weights", type=Path, help="a trained model of bytes")
-    parser.add_argument("--text", type=Path, help="what it has not seen")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     made, found = contenders(), errors()
@@ -149,7 +115,6 @@ def main() -> None:
                     f" {figures['giga_per_processor_s']:>9.2f} {figures['ratio']:>10.2f}",
                     flush=True,
                 )
-    judged = quality(arguments.weights, arguments.text) if arguments.weights else None
     if arguments.out:
         facts = {
             "date": time.strftime("%Y-%m-%d"),
@@ -159,7 +124,6 @@ def main() -> None:
             "torch": torch.__version__,
             "shape": SHAPE,
             "rows": results,
-            "quality": judged,
         }
         arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from internlm import ranks
 from internlm.config import require_positive, section
@@ -162,6 +162,15 @@ def seed(value: int) -> None:
 
     random.seed(value)
     torch.manual_seed(value)
+
+
+def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return (nested) lists of numbers as a tensor on a device, which the host does not wait for."""
+    import torch
+
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
 def device_name(device: torch.device) -> str:

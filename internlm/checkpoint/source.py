@@ -22,11 +22,12 @@ from torch import Tensor
 from internlm.checkpoint import store
 from internlm.errors import StorageError, UsageError, WeightsError
 from internlm.model.config import ModelConfig
+from internlm.model.quant import Kind
 from internlm.model.transformer import Transformer
 from internlm.text.tokenizer import Tokenizer
 from internlm.weights import adapters, gguf, native, transformers
 from internlm.weights import weight as lazy
-from internlm.weights.load import load_model
+from internlm.weights.load import read_model
 from internlm.weights.talk import Talk, read_talk
 from internlm.weights.weight import Weights
 
@@ -71,9 +72,22 @@ class Source:
             facts += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
-    def model(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
-        """Return the model with its weights, brought there one by one; `dtype` None: as stored."""
-        return load_model(self.config, self.tensors(), dtype=dtype, device=device)
+    def model(
+        self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", pack: Kind | None = None
+    ) -> Transformer:
+        """Return the model with its weights, brought there one by one.
+
+        Args:
+            dtype: of the weights; None: as stored.
+            device: where they go.
+            pack: form of the linear layers, on a CPU: packed block by block, so that memory never holds the model in
+                another form than this one.
+
+        Raises:
+            WeightsError, StorageError: the weights are those of another model (before any is read), or are damaged.
+            EngineError: the layers cannot be packed.
+        """
+        return read_model(self.config, self.weights(), dtype=dtype, device=device, pack=pack)
 
 
 def open_source(path: str | Path, hints: Hints = Hints()) -> Source:

@@ -143,7 +143,8 @@ def _engine(arguments: argparse.Namespace, path: str, screen: Screen) -> Answere
         screen.note("no chat format is recorded: the model goes on with your text; --template NAME chooses one")
     template = None if name in (None, "none") else get_template(name)
     model = source.model(place.dtype, place.device, place.pack)
-    engine = Engine(model, source.talk.tokenizer, Limits.on(place.device, batch=1), pack=place.pack, seed=secrets.randbits(30))
+    limits = Limits.on(place.device, batch=1)
+    engine = Engine(model, source.talk.tokenizer, limits, pack=place.pack, seed=secrets.randbits(30))
     return FromEngine(engine, template, source.talk.stops, path)
 
 

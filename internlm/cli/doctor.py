@@ -19,6 +19,11 @@ _EXTRAS = {
     "transformers": ("hf", "no `convert --verify`; exports are written all the same"),
     "tensorboard": ("track", "no TensorBoard files; metrics.jsonl is written all the same"),
     "zstandard": ("data", "no .zst input"),
+    "gguf": ("gguf", "no GGUF files"),
+    "prompt_toolkit": ("chat", "`chat` reads plain lines"),
+    "fastapi": ("serve", "no `serve` and `web`"),
+    "uvicorn": ("serve", "no `serve` and `web`"),
+    "llguidance": ("serve", "answers cannot be held to a schema"),
 }
 
 

@@ -9,30 +9,42 @@ where a chunk of a prompt, or a text in many pieces, needs its past.
     tokens     a₉ │ b₄ │ c₀ c₁ c₂ c₃ …            one row [N] for all
     attention  a₀…a₉ ┘   └ c₀…c₃ before them      one call for each piece
 
+On a GPU, where each call has its price, the pieces of one token that begin a step are one call (`paged`), and a step of
+nothing else is one graph (`decode`).
+
 Keys are stored rotated. With dynamic NTK the base depends on the length of the text, so a text's is fixed when it is
 admitted, from its prompt and the most it may still write; older keys then never need another rotation.
+
+With `rounded`, keys and values are 8 bits with a scale for each token and head, which halves what a token takes. Texts
+are then attended as rounded from their second piece on: another cut into chunks moves the last digits of logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from internlm import compat
+from internlm.infer import paged
+from internlm.infer.blocks import Blocks
+from internlm.infer.paged import Stored
 from internlm.model import attention
 from internlm.model.attention import Documents
+from internlm.model.config import DynamicScaling
 from internlm.model.layers import Block
 from internlm.model.rope import Rotation, frequencies
 from internlm.model.transformer import Transformer
+from internlm.runtime import upload
 
 _CAUSAL = Documents(None, "dense")
 _MOST_MERGED = 8
 """Runs that are read where they lie; more are gathered."""
+_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -43,10 +55,16 @@ class Piece:
     """Its ids."""
     past: int
     """Tokens of the text before it, whose keys and values are in the cache."""
-    runs: list[tuple[int, int]]
-    """Where the text lies up to the end of this stretch: (first slot, last slot + 1) of each run."""
+    table: list[int]
+    """The text's blocks."""
+    blocks: Blocks
     turns: Tensor
     """Angle per position of every pair, [E/2]."""
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """Where the text lies up to the end of this stretch: (first slot, last slot + 1) of each run."""
+        return self.blocks.runs(self.table, self.past + len(self.tokens))
 
     @property
     def slots(self) -> list[int]:
@@ -60,7 +78,18 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class _Span:
+class Paged:
+    """The pieces of one token that begin a step."""
+
+    count: int
+    tables: Tensor
+    """Blocks of their texts, [count, M] int32."""
+    lengths: Tensor
+    """Of their texts with the new token, [count] int32."""
+
+
+@dataclass(frozen=True)
+class Span:
     """A piece as attention sees it."""
 
     start: int
@@ -69,18 +98,31 @@ class _Span:
     past: int
     stretches: list[tuple[Tensor, ...]]
     """Each run of its text in the cache: the keys [1, K, L, E] of the first layer, its values, the second's keys, …"""
+    scales: list[tuple[Tensor, ...]]
+    """Theirs [1, K, L], where they are rounded; else nothing."""
 
-    def keys_and_values(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
+    def keys_and_values(self, layer: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """Return a layer's, run by run."""
-        return [x[2 * layer] for x in self.stretches], [x[2 * layer + 1] for x in self.stretches]
+        keys, values = ([x[2 * layer + i] for x in self.stretches] for i in (0, 1))
+        if not self.scales:
+            return keys, values
+        theirs = ([x[2 * layer + i] for x in self.scales] for i in (0, 1))
+        exact = [
+            [(x * scale[..., None]).to(dtype) for x, scale in zip(runs, scales, strict=True)]
+            for runs, scales in zip((keys, values), theirs, strict=True)
+        ]
+        return exact[0], exact[1]
 
 
 @dataclass
-class _Step:
+class Step:
     """What attention needs to know of a step."""
 
-    spans: list[_Span]
     slots: Tensor
+    """Of the new tokens, [N] int64."""
+    paged: Paged | None
+    spans: list[Span]
+    """The pieces after those of `paged`."""
     masks: dict[int, Tensor]
 
 
@@ -89,53 +131,88 @@ class Cache:
 
     Args:
         model: the engine's own; its `attend` seams are set.
-        slots: tokens that it can hold.
+        blocks: whose the slots are.
+        paged: whether pieces of one token that begin a step are one call.
+        rounded: whether keys and values are kept in 8 bits.
     """
 
-    def __init__(self, model: Transformer, slots: int) -> None:
+    def __init__(self, model: Transformer, blocks: Blocks, *, paged: bool = False, rounded: bool = False) -> None:
         config = model.config
-        self.model, self.config, self.slots = model, config, slots
+        self.model, self.config, self.blocks, self.paged = model, config, blocks, paged
         weight = model.embedding.weight
         self.dtype, self.device = weight.dtype, weight.device
-        # Never read before it is written, so it need not be filled: the system gives memory when it is touched.
-        shape = (2 * config.num_layers, 1, config.num_kv_heads, slots, config.head_dim)
-        self._stored = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self._factor = frequencies(config.rope, config.head_dim)[1]
-        self._step: _Step | None = None
+        # One block more than there are texts for: rows that only fill a batch write there. Never read before it is
+        # written, so it need not be filled: the system gives memory when it is touched.
+        shape = (2 * config.num_layers, 1, config.num_kv_heads, (blocks.count + 1) * blocks.size, config.head_dim)
+        self._stored = torch.empty(shape, dtype=torch.int8 if rounded else self.dtype, device=self.device)
+        self._scales = torch.empty(shape[:-1], dtype=torch.float32, device=self.device) if rounded else None
+        self._plain, self._factor = frequencies(config.rope, config.head_dim)
+        self._plain = self._plain.to(self.device)
+        self._step: Step | None = None
         for layer, block in enumerate(model.blocks.values()):
             assert isinstance(block, Block), "a decoder is made of blocks"
             block.attention.attend = partial(self._attend, layer)
 
     @staticmethod
-    def bytes_per_token(model: Transformer) -> int:
+    def bytes_per_token(model: Transformer, *, rounded: bool = False) -> int:
         """Return the memory that a token takes."""
         config = model.config
-        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.embedding.weight.element_size()
+        bytes_per_head = config.head_dim * model.embedding.weight.element_size()
+        if rounded:
+            bytes_per_head = config.head_dim + _SCALE_BYTES
+        return 2 * config.num_layers * config.num_kv_heads * bytes_per_head
+
+    @property
+    def spare_block(self) -> int:
+        """The block that belongs to no text."""
+        return self.blocks.count
 
     def turns(self, length: int) -> Tensor:
-        """Return the turns [E/2] of a text of at most so many tokens."""
+        """Return the turns [E/2] of a text of at most so many tokens: the same tensor for all that turn alike."""
+        scaling = self.config.rope.scaling
+        if not isinstance(scaling, DynamicScaling) or length <= scaling.original_length:
+            return self._plain
         return frequencies(self.config.rope, self.config.head_dim, length)[0].to(self.device)
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Return the hidden states [N, D] of all new tokens, piece after piece, and store their keys and values."""
-        spans, start = [], 0
-        for piece in pieces:
+        first = next((i for i, piece in enumerate(pieces) if len(piece.tokens) > 1), len(pieces)) if self.paged else 0
+        spans, start = [], first
+        for piece in pieces[first:]:
             # All layers' views at once: made one by one in every layer, they take a tenth of a step of 16 texts.
             runs = piece.runs if piece.past else []
             stretches = [self._stored[..., first:last, :].unbind() for first, last in runs]
-            spans.append(_Span(start, start + len(piece.tokens), piece.past, stretches))
+            scales = [] if self._scales is None else [self._scales[..., first:last].unbind() for first, last in runs]
+            spans.append(Span(start, start + len(piece.tokens), piece.past, stretches, scales))
             start += len(piece.tokens)
-        # One upload each, however many pieces there are.
-        tokens = torch.tensor([token for piece in pieces for token in piece.tokens], device=self.device)
-        slots = torch.tensor([slot for piece in pieces for slot in piece.slots], device=self.device)
-        places = [piece.past + i for piece in pieces for i in range(len(piece.tokens))]
-        owner = torch.tensor([i for i, piece in enumerate(pieces) for _ in piece.tokens], device=self.device)
-        turns = torch.stack([piece.turns for piece in pieces])[owner]  # [N, E/2]
-        angles = torch.tensor(places, dtype=torch.float32, device=self.device)[:, None] * turns
+        # One upload, however many pieces there are.
+        columns = [
+            [token for piece in pieces for token in piece.tokens],
+            [slot for piece in pieces for slot in piece.slots],
+            [piece.past + i for piece in pieces for i in range(len(piece.tokens))],
+            [i for i, piece in enumerate(pieces) for _ in piece.tokens],
+        ]
+        tokens, slots, places, owners = upload(columns, torch.int64, self.device).unbind()
+        if all(piece.turns is self._plain for piece in pieces):
+            turns = self._plain
+        else:
+            turns = torch.stack([piece.turns for piece in pieces])[owners]  # [N, E/2]
+        return self.compute(tokens, places, turns, Step(slots, self._paged(pieces[:first]), spans, {}))
+
+    def compute(self, tokens: Tensor, places: Tensor, turns: Tensor, step: Step) -> Tensor:
+        """Return the hidden states [N, D] of a step, without a word between host and device.
+
+        Args:
+            tokens: [N] ids.
+            places: [N], each token's place in its text.
+            turns: of the texts of each token, [N, E/2], or of all [E/2].
+            step: where they lie.
+        """
+        angles = places[:, None].float() * turns
         angles = angles[None, :, None]  # [1, N, 1, E/2]
         rotation = Rotation((angles.cos() * self._factor).to(self.dtype), (angles.sin() * self._factor).to(self.dtype))
-        self._step = _Step(spans, slots, {})
+        self._step = step
         try:
             x = F.embedding(tokens, self.model.embedding.weight)[None]
             for block in self.model.blocks.values():
@@ -144,19 +221,46 @@ class Cache:
         finally:
             self._step = None
 
+    def _paged(self, pieces: Sequence[Piece]) -> Paged | None:
+        """Return pieces of one token as one."""
+        if not pieces:
+            return None
+        longest = max(self.blocks.needed(piece.past + 1) for piece in pieces)
+        rows = [[piece.past + 1, *piece.table[:longest]] for piece in pieces]
+        numbers = upload([row + [0] * (longest + 1 - len(row)) for row in rows], torch.int32, self.device)
+        return Paged(len(pieces), numbers[:, 1:], numbers[:, 0].contiguous())
+
+    def _layer(self, layer: int) -> Stored:
+        """Return a layer's keys and values."""
+        keys, values = self._stored[2 * layer, 0], self._stored[2 * layer + 1, 0]
+        if self._scales is None:
+            return Stored(keys, values)
+        return Stored(keys, values, self._scales[2 * layer, 0], self._scales[2 * layer + 1, 0])
+
+    def _write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store the keys and values [N, K, E] of new tokens."""
+        for index, x in ((2 * layer, k), (2 * layer + 1, v)):
+            x = x.transpose(0, 1)
+            if self._scales is not None:
+                x, scales = paged.round_rows(x)
+                self._scales[index, 0].index_copy_(1, slots, scales)
+            self._stored[index, 0].index_copy_(1, slots, x)
+
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """Return the attention output [1, N, H, E] of a step."""
         step = self._step
         assert step is not None, "attention at decode time belongs to a step"
-        self._stored[2 * layer, 0].index_copy_(1, step.slots, k[0].transpose(0, 1))
-        self._stored[2 * layer + 1, 0].index_copy_(1, step.slots, v[0].transpose(0, 1))
+        self._write(layer, step.slots, k[0], v[0])
         rows: list[Tensor] = []
+        if step.paged is not None:
+            queries, where = q[0, : step.paged.count], step.paged
+            rows.append(paged.attend(queries, self._layer(layer), where.tables, where.lengths, self.blocks.size))
         for index, span in enumerate(step.spans):
             here = slice(span.start, span.stop)
             if not span.past:
                 rows.append(attention.attend(q[:, here], k[:, here], v[:, here], documents)[0])
                 continue
-            keys, values = span.keys_and_values(layer)
+            keys, values = span.keys_and_values(layer, self.dtype)
             if span.stop - span.start == 1:
                 # The queries that share a key head stand in for query positions: no key is repeated.
                 one = q[:, span.start].unflatten(1, (k.shape[2], -1))  # [1, K, H/K, E]
@@ -168,7 +272,7 @@ class Cache:
                 mask = step.masks[index] = torch.ones(shape, dtype=torch.bool, device=self.device).tril(span.past)
             old_keys, old_values = (_joined(runs).transpose(1, 2) for runs in (keys, values))  # [1, L, K, E]
             rows.append(attention.sdpa(q[:, here], old_keys, old_values, mask)[0])
-        return torch.cat(rows)[None]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows))[None]
 
 
 def _over_runs(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:

@@ -40,6 +40,22 @@ class TokenScore:
     """The most probable tokens and their log-probabilities; how many is the server's choice."""
 
 
+class Refused(EngineError):
+    """The server said no, or broke an answer off with an error of its own.
+
+    Args:
+        message: what it says.
+        url: what was asked.
+        status: of the response; 200 where the error came in the midst of a stream.
+        code: its word for it, such as "context_length_exceeded", where it has one.
+        do: the next step.
+    """
+
+    def __init__(self, message: str, url: str, status: int, code: str | None, do: str | None = None) -> None:
+        super().__init__(message, where=url, do=do)
+        self.status, self.code = status, code
+
+
 class Client:
     """Asks a server.
 
@@ -105,7 +121,8 @@ class Client:
             settings: as of the API's chat completions.
 
         Raises:
-            EngineError: the server cannot be reached or refuses; while reading: it broke off, or reports an error.
+            EngineError: the server cannot be reached or refuses (`Refused`); while reading: it broke off, or reports an
+                error (`Refused`).
         """
         return self._stream("/chat/completions", {"messages": list(messages), **settings})
 
@@ -213,7 +230,7 @@ class Reply(Iterator[str]):
                 try:
                     event = json.loads(data)
                     if event.get("error"):
-                        raise EngineError(_message(event), where=self._url)
+                        raise Refused(_message(event), self._url, self._response.status, _code(event))
                     self.usage = event.get("usage") or self.usage
                     text = ""
                     for choice in event.get("choices", ()):
@@ -249,14 +266,16 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         """Follow none: the 3xx becomes an error."""
 
 
-def _refused(url: str, error: urllib.error.HTTPError) -> EngineError:
+def _refused(url: str, error: urllib.error.HTTPError) -> Refused:
     """Return what a status other than 2xx means."""
     try:
         text = error.read(_MOST_ERROR_BYTES).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
         text = ""
+    code: str | None = None
     try:
-        message = _message(json.loads(text))
+        body = json.loads(text)
+        message, code = _message(body), _code(body)
     except ValueError:
         message = " ".join(text.split())[:200] or str(error.reason)
     do = None
@@ -266,7 +285,7 @@ def _refused(url: str, error: urllib.error.HTTPError) -> EngineError:
         do = f"It says to go to {error.headers.get('Location')}: give that URL if you trust it."
     elif error.code in (429, 503):
         do = f"Try again in {error.headers.get('Retry-After', 'a few')} seconds."
-    return EngineError(f"the server refuses ({error.code}): {message}", where=url, do=do)
+    return Refused(f"the server refuses ({error.code}): {message}", url, error.code, code, do)
 
 
 def _message(body: Any) -> str:
@@ -275,6 +294,13 @@ def _message(body: Any) -> str:
     if isinstance(inner, dict):
         inner = inner.get("message") or inner.get("detail") or inner
     return inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)[:200]
+
+
+def _code(body: Any) -> str | None:
+    """Return the code inside an error body, if it is a word."""
+    inner = body.get("error", body) if isinstance(body, dict) else body
+    found = inner.get("code") if isinstance(inner, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _broken(url: str, reason: object) -> EngineError:

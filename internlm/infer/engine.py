@@ -15,6 +15,8 @@ Limits: one thread (`Worker` brings others to it).
 
 from __future__ import annotations
 
+import gc
+import itertools
 import logging
 import time
 from collections.abc import Generator, Iterable
@@ -26,14 +28,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm import runtime
 from internlm.errors import EngineError
 from internlm.infer.blocks import Blocks
 from internlm.infer.cache import Cache
+from internlm.infer.limits import Limits as Limits  # of the engine's public face
+from internlm.infer.limits import cache_tokens
+from internlm.infer.paged import works_on
 from internlm.infer.request import Chance, Delta, Finished, Request, Result
 from internlm.infer.runner import Runner
 from internlm.infer.sample import History
-from internlm.infer.schedule import Counters, Scheduler, Sequence, rules_of
+from internlm.infer.schedule import Counters, Scheduler, Sequence
 from internlm.infer.stream import TextStream
 from internlm.model import quant
 from internlm.model.quant import Kind
@@ -44,31 +48,8 @@ from internlm.weights.load import empty, fill
 
 logger = logging.getLogger(__name__)
 
-_CPU_CACHE_BYTES = 4 * 2**30
-_CPU_CACHE_SHARE = 0.25
-_GPU_CACHE_SHARE = 0.9
-_MOST_TOP = 100
 _STREAM_STEP = 0x9E3779B97F4A7C15
 """Between the seeds of a request's answers."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much the engine takes on at once."""
-
-    batch: int = 16
-    """Most sequences that run at once."""
-    length: int | None = None
-    """Most tokens of prompt and answer together; None: the model's context."""
-    cache_tokens: int | None = None
-    """Tokens whose keys and values fit into the cache. None: on a CPU 4 GiB or a quarter of the free memory, on a GPU
-    nine tenths of what is left; never more than `batch` + 1 texts of full length need."""
-    block: int = 32
-    """Tokens of a block: what is shared is shared in whole blocks."""
-    step_tokens: int = 256
-    """Most tokens of a step: a longer prompt is computed in chunks, and those who write go on between them."""
-    share: bool = True
-    """Whether texts that begin alike share blocks."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +70,9 @@ class Engine:
     """Serves requests with a model.
 
     Args:
-        model: its weights are shared, not copied, until `load` gives the engine its own; the module is left as it is.
+        model: its weights are shared, not copied, until `load` gives the engine its own; the module is left as it is,
+            but on a GPU some of its parameters become views of a larger tensor (`quant.lay_together`).
+            One that was packed while it was read (`read_model`) becomes the engine's.
         tokenizer: for text in deltas and stop strings; None: tokens only.
         limits: how much it takes on at once.
         pack: form of the linear layers on a CPU (`model.quant`): "fp32" is exact ("split" too, for one text at a
@@ -112,15 +95,22 @@ class Engine:
         seed: int = 0,
     ) -> None:
         self.tokenizer, self.pack, self.seed = tokenizer, pack, seed
-        self.limits = limits or Limits()
-        for name in ("batch", "length", "cache_tokens", "block", "step_tokens"):
-            value = getattr(self.limits, name)
-            if value is not None and value < 1:
-                raise EngineError("must be at least 1", where=name, got=value)
+        self.limits = limits or Limits.on(model.embedding.weight.device)
+        self.limits.check()
         self._inboxes: dict[int, list[Delta]] = {}
         self._unclaimed: list[Delta] = []
-        self._next_id = 0
-        self._use(empty(model.config), model.named_parameters())
+        self.ids = itertools.count()
+        """Those of requests to come; any thread may take one."""
+        self._next_deadline = float("inf")
+        self._cache_tokens = self.limits.cache_tokens
+        if model.head.packed is None:
+            if model.embedding.weight.device.type == "cuda":
+                quant.lay_together(model)
+            self._use(empty(model.config), model.named_parameters())
+        elif pack is not None:
+            self._use(model, None)
+        else:
+            raise EngineError("the model is packed", where="pack", do="Say which kind, for weights to come.")
         self._owns_weights = False
 
     @classmethod
@@ -142,7 +132,7 @@ class Engine:
             device: where it runs.
             limits, pack, seed: as of the class.
         """
-        model = transformers.load(folder, dtype=dtype, device=device)
+        model = transformers.load(folder, dtype=dtype, device=device, pack=pack)
         return cls(model, Tokenizer.find(folder), limits, pack=pack, seed=seed)
 
     @property
@@ -150,48 +140,57 @@ class Engine:
         """Where the engine runs."""
         return self.model.embedding.weight.device
 
+    def warm_up(self) -> None:
+        """Make on a GPU what is otherwise made when it is first needed: the graphs of all batch sizes."""
+        if self.runner.decoding is not None:
+            self.runner.decoding.warm_up()
+
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy other weights into the engine's own model, one tensor at a time, such as after a policy update.
 
         Raises:
             EngineError: requests are being served.
-            WeightsError: the stream does not fit the model; the engine is then not usable until a good one is loaded.
+            WeightsError: the stream does not fit the model; the engine is then not to be used until a good one is
+                loaded.
         """
         if self.scheduler.running or self.scheduler.waiting:
             raise EngineError("weights cannot change under running requests", do="Finish or abort them first.")
         if self.pack is not None:  # packed anew, from a copy
             device = self.device
-            self._use(empty(self.model.config), ((name, tensor.to(device, copy=True)) for name, tensor in tensors))
+            self._renew((name, tensor.to(device, copy=True)) for name, tensor in tensors)
             return
         if not self._owns_weights:
-            own = ((name, torch.empty_like(shared)) for name, shared in self.model.named_parameters())
-            self._use(empty(self.model.config), own)
+            self._renew((name, torch.empty_like(shared)) for name, shared in self.model.named_parameters())
             self._owns_weights = True
         self.blocks.forget()
         fill(self.model, tensors)
 
-    def add(self, request: Request) -> int:
+    def add(self, request: Request, id: int | None = None) -> int:
         """Queue a request and return its id.
+
+        Args:
+            request: what is asked.
+            id: taken from `ids`, for who has to know it beforehand; None: the next.
 
         Raises:
             EngineError: the request cannot be served; nothing was queued.
         """
         limit = self.check(request)
-        id_, self._next_id = self._next_id, self._next_id + 1
+        id_ = next(self.ids) if id is None else id
         seed = request.seed if request.seed is not None else ((self.seed << 32) + id_) % 2**63
         leader: Sequence | None = None
         for index in range(request.n):
             sequence = Sequence(id_, index, request, limit, (seed + index * _STREAM_STEP) % 2**64)
-            if request.timeout is not None:
-                sequence.deadline = time.monotonic() + request.timeout
+            self._next_deadline = min(self._next_deadline, sequence.deadline)
             sequence.leader = leader
             leader = leader or sequence
             self.scheduler.add(sequence)
         return id_
 
-    def abort(self, id: int) -> None:
-        """Stop a request; its last deltas say "abort". One that has finished, or never was, is left alone."""
-        for sequence in [s for s in self.scheduler if s.id == id]:
+    def abort(self, *ids: int) -> None:
+        """Stop requests; their last deltas say "abort". Those that have finished, or never were, are left alone."""
+        gone = set(ids)
+        for sequence in [s for s in self.scheduler if s.id in gone]:
             self._end(sequence, "abort")
 
     @property
@@ -262,14 +261,16 @@ class Engine:
             while any(s.id in inboxes for s in self.scheduler):
                 self._advance()
         finally:
+            self.abort(*inboxes)
             for id_ in ids:
-                self.abort(id_)
                 del self._inboxes[id_]
-        return [
-            _join([delta for delta in inboxes[id_] if delta.index == index])
-            for id_, request in zip(ids, wanted, strict=True)
-            for index in range(request.n)
-        ]
+        results: list[Result] = []
+        for id_, request in zip(ids, wanted, strict=True):
+            answers: list[list[Delta]] = [[] for _ in range(request.n)]
+            for delta in inboxes[id_]:
+                answers[delta.index].append(delta)
+            results += map(Result.of, answers)
+        return results
 
     def check(self, request: Request) -> int:
         """Return how many tokens an answer may have. Any thread may ask.
@@ -277,31 +278,13 @@ class Engine:
         Raises:
             EngineError: the request cannot be served.
         """
+        request.check()
+        if request.stop_strings and self.tokenizer is None:
+            raise EngineError("need a tokenizer", where="stop_strings", got=request.stop_strings)
         vocab = self.model.config.vocab_size
-        rules_of(request).check()
-        for name, good, allowed in (
-            ("max_tokens", request.max_tokens >= (0 if request.prompt_logprobs is not None else 1), "1 or more"),
-            ("n", 1 <= request.n <= 128, "1 to 128"),
-            ("seed", request.seed is None or 0 <= request.seed < 2**63, "0 to 2**63 - 1"),
-            ("min_tokens", request.min_tokens >= 0, "0 or more"),
-            ("logprobs", request.logprobs is None or 0 <= request.logprobs <= _MOST_TOP, f"0 to {_MOST_TOP}"),
-            (
-                "prompt_logprobs",
-                request.prompt_logprobs is None or 0 <= request.prompt_logprobs <= _MOST_TOP,
-                f"0 to {_MOST_TOP}",
-            ),
-            ("timeout", request.timeout is None or request.timeout > 0, "over 0"),
-        ):
-            if not good:
-                raise EngineError("is out of range", where=name, got=getattr(request, name), allowed=[allowed])
-        for id_, bias in request.logit_bias.items():
+        for id_ in request.logit_bias:
             if not 0 <= id_ < vocab:
                 raise EngineError("this id is outside the vocabulary", where="logit_bias", got=id_)
-            if not -100 <= bias <= 100:
-                raise EngineError("is out of range", where="logit_bias", got=bias, allowed=["-100 to 100"])
-        if request.stop_strings and (self.tokenizer is None or "" in request.stop_strings):
-            problem = "need a tokenizer" if self.tokenizer is None else "cannot be empty"
-            raise EngineError(problem, where="stop_strings", got=request.stop_strings)
         return self._check_length(request)
 
     def _check_length(self, request: Request) -> int:
@@ -323,8 +306,10 @@ class Engine:
     def _advance(self) -> None:
         """Take one step; when it fails, only who makes it fail pays."""
         now = time.monotonic()
-        for sequence in [s for s in self.scheduler if s.deadline is not None and now > s.deadline]:
-            self._end(sequence, "timeout")
+        if now > self._next_deadline:
+            for sequence in [s for s in self.scheduler if now > s.deadline]:
+                self._end(sequence, "timeout")
+            self._next_deadline = min((s.deadline for s in self.scheduler), default=float("inf"))
         plan = self.scheduler.plan()
         if not plan:
             return
@@ -336,9 +321,8 @@ class Engine:
             if len(plan) > 1:
                 self.scheduler.undo(taking_part, suspect=True)
                 return
-            logger.warning("warning: request %d failed: %s: %s", plan[0][0].id, type(error).__name__, error)
             for sequence in taking_part:
-                self._end(sequence, "error", f"{type(error).__name__}: {error}")
+                self._fail(sequence, error)
         except BaseException:  # Ctrl-C: what was half done is done again
             self.scheduler.undo([sequence for sequence, _ in plan], suspect=False)
             raise
@@ -351,8 +335,7 @@ class Engine:
         for outcome in outcomes:
             if outcome.problem is not None:
                 self.blocks.disown(outcome.sequence.table)
-                logger.warning("warning: request %d ended: %s", outcome.sequence.id, outcome.problem)
-                self._end(outcome.sequence, "error", outcome.problem)
+                self._fail(outcome.sequence, outcome.problem)
             elif outcome.token is None:
                 self._end(outcome.sequence, "length")
             else:
@@ -382,12 +365,11 @@ class Engine:
             if finished and sequence.stream is not None:
                 text += sequence.stream.finish()
         except Exception as error:
-            logger.warning("warning: request %d failed: %s: %s", sequence.id, type(error).__name__, error)
-            self._end(sequence, "error", f"{type(error).__name__}: {error}")
+            self._fail(sequence, error)
             return
         self.scheduler.counters.written_tokens += 1
-        delta = Delta(sequence.id, [token], text, finished, sequence.index)
-        self._deliver(sequence, delta if chance is None else replace(delta, logprobs=[chance]))
+        told = None if chance is None else [chance]
+        self._deliver(sequence, Delta(sequence.id, [token], text, finished, sequence.index, told))
         if finished:
             self.scheduler.remove(sequence)
 
@@ -399,14 +381,29 @@ class Engine:
         self.scheduler.remove(sequence)
         self._deliver(sequence, Delta(sequence.id, [], text, why, sequence.index, problem=problem))
 
+    def _fail(self, sequence: Sequence, problem: Exception | str) -> None:
+        """Let a sequence out with which something is wrong."""
+        text = problem if isinstance(problem, str) else f"{type(problem).__name__}: {problem}"
+        logger.warning("warning: request %d failed: %s", sequence.id, text)
+        self._end(sequence, "error", text)
+
     def _deliver(self, sequence: Sequence, delta: Delta) -> None:
         if not sequence.told:
             sequence.told = True
-            delta = replace(delta, cached=sequence.cached, prompt_logprobs=sequence.prompt_chances)
+            known = sequence.prompt_chances
+            delta = replace(delta, cached=sequence.cached, waited=sequence.waited, prompt_logprobs=known)
         self._inboxes.get(delta.id, self._unclaimed).append(delta)
 
-    def _admit(self, sequence: Sequence) -> None:
-        """Give a sequence what it needs to run."""
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a sequence what it needs to run; one for which that fails ends."""
+        try:
+            self._equip(sequence)
+        except Exception as error:  # a grammar is foreign code, and memory may be short
+            self._fail(sequence, error)
+            return False
+        return True
+
+    def _equip(self, sequence: Sequence) -> None:
         request = sequence.request
         length = sequence.prompt + sequence.limit
         sequence.turns = self.cache.turns(length)
@@ -422,25 +419,36 @@ class Engine:
                 show_special=request.show_special,
             )
         sequence.history = History(
-            sequence.rules, request.tokens, self.model.config.vocab_size, self.device, request.logit_bias
+            request, request.tokens, self.model.config.vocab_size, self.device, request.logit_bias
         )
         if request.grammar is not None:
             sequence.constraint = request.grammar.start()
 
-    def _use(self, model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Make `model`, filled with `tensors`, the engine's own."""
-        fill(model, tensors)
+    def _renew(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Begin anew with a model filled with `tensors`, and a cache as large as the last one."""
+        model, counters = empty(self.model.config), self.scheduler.counters
+        fill(model, tensors, self.pack)
+        del self.model, self.cache, self.runner
+        gc.collect()  # model and cache hold each other, and there may be no room for two of them
+        self._use(model, None)
+        self.scheduler.counters = counters
+
+    def _use(self, model: Transformer, tensors: Iterable[tuple[str, Tensor]] | None) -> None:
+        """Make `model`, filled with `tensors` where there are any, the engine's own."""
+        if tensors is not None:
+            fill(model, tensors, self.pack)
         self.model = model.requires_grad_(False)
-        if self.pack is not None:
-            quant.pack(self.model, self.pack)
+        if self.device.type == "cuda":
+            quant.join(self.model)
         limits = self.limits
         context = limits.length or model.config.context_length
-        tokens = limits.cache_tokens or _cache_tokens(model, (limits.batch + 1) * (context + limits.block))
-        fitting = tokens // limits.block * limits.block
+        if self._cache_tokens is None:
+            self._cache_tokens = cache_tokens(model, limits, context)
+        fitting = self._cache_tokens // limits.block * limits.block
         self.length = context
         """Most tokens of prompt and answer together."""
         if fitting < context:
-            per_token = Cache.bytes_per_token(model)
+            per_token = Cache.bytes_per_token(model, rounded=limits.cache == "int8")
             problem = (
                 f"the cache has room for {fitting} tokens of {per_token} bytes each, and a text may have {context}"
             )
@@ -450,35 +458,10 @@ class Engine:
             self.length = fitting
         self.blocks = Blocks(fitting // limits.block, limits.block, share=limits.share)
         self.scheduler = Scheduler(self.blocks, limits.batch, limits.step_tokens, self._admit)
-        self.cache = Cache(self.model, fitting)
+        paged = works_on(self.device) if limits.paged is None else limits.paged
+        self.cache = Cache(self.model, self.blocks, paged=paged, rounded=limits.cache == "int8")
         words = None if self.tokenizer is None else self.tokenizer.vocab_size
         self.runner = Runner(self.model, self.cache, self.blocks, words)
+        if paged:
+            self.runner.decode(limits.batch, self.length)
         self._plain_turns = self.cache.turns(1)
-
-
-def _cache_tokens(model: Transformer, most: int) -> int:
-    """Return how many tokens the cache shall hold by the memory that is free, `most` at most."""
-    weight = model.embedding.weight
-    if weight.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(weight.device)
-        room = free - (1 - _GPU_CACHE_SHARE) * total
-    else:
-        room = min(_CPU_CACHE_BYTES, _CPU_CACHE_SHARE * runtime.available_memory())
-    return min(most, max(int(room) // Cache.bytes_per_token(model), 0))
-
-
-def _join(deltas: list[Delta]) -> Result:
-    """Return the whole answer."""
-    first, last = deltas[0], deltas[-1]
-    assert last.finished is not None, "the last delta of an answer says why it ended"
-    asked = any(delta.logprobs is not None for delta in deltas)
-    return Result(
-        id=last.id,
-        tokens=[token for delta in deltas for token in delta.tokens],
-        text="".join(delta.text for delta in deltas),
-        finished=last.finished,
-        index=last.index,
-        logprobs=[chance for delta in deltas for chance in delta.logprobs or ()] if asked else None,
-        prompt_logprobs=first.prompt_logprobs,
-        problem=last.problem,
-    )

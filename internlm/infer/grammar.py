@@ -27,6 +27,7 @@ off; a grammar that asks for one gets an answer without.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     import llguidance
 
 _Flags = npt.NDArray[np.bool_]
-Kind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+Kind = Literal["json_object", "json_schema", "labelled_schema", "regex", "choice", "grammar"]
 
 MOST_SIZE = 2**16
 """Characters of a schema, expression, list or grammar."""
@@ -67,14 +68,15 @@ _PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 
 
 def compile(kind: str, text: str, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int]) -> Grammar:
-    """Return what answers must look like, for `Request.grammar`; the last ones are kept and found again.
+    """Return what answers must look like, for `Request.grammar`; the last ones, and what was wrong with them, are kept.
 
     It may run in any thread. A text that was not seen before is tried out in another process first, which takes a tenth
     of a second and ends after `MOST_SECONDS`: some texts would keep the library busy for ever.
 
     Args:
-        kind: what `text` is: a JSON Schema, a regular expression, a JSON list of texts, a Lark or GBNF grammar. For
-            "json_object" it counts for nothing.
+        kind: what `text` is: a JSON Schema, a JSON object of texts that answers begin with, each with the schema of
+            what follows it, a regular expression, a JSON list of texts, a Lark or GBNF grammar. For "json_object" it
+            counts for nothing.
         text: as said.
         tokenizer: gives the bytes of each token; special tokens have none, so that they are never a part of an answer.
         vocab_size: of the model; ids beyond the tokenizer's are never allowed.
@@ -87,7 +89,15 @@ def compile(kind: str, text: str, tokenizer: Tokenizer, vocab_size: int, stop_id
         raise EngineError("is no kind of grammar", where="response_format", got=kind, allowed=get_args(Kind))
     size = min(vocab_size, tokenizer.vocab_size)
     stops = frozenset(id_ for id_ in stop_ids if 0 <= id_ < size)
-    return _compile(kind, "" if kind == "json_object" else text, tokenizer, size, stops)
+    _library()
+    found = _compile(kind, "" if kind == "json_object" else text, tokenizer, size, stops)
+    if isinstance(found, EngineError):
+        raise copy.copy(found)
+    return found
+
+
+class _TooHard(EngineError):
+    """A text that took too long to compile, or too much memory: another time it may not."""
 
 
 class _Compiled:
@@ -185,7 +195,17 @@ def _beginnings(tokenizer: Tokenizer, size: int) -> _Flags:
 
 
 @functools.lru_cache(maxsize=64)
-def _compile(kind: str, text: str, tokenizer: Tokenizer, size: int, stops: frozenset[int]) -> _Compiled:
+def _compile(kind: str, text: str, tokenizer: Tokenizer, size: int, stops: frozenset[int]) -> _Compiled | EngineError:
+    """Return a grammar, or what is wrong with its text."""
+    try:
+        return _compile_now(kind, text, tokenizer, size, stops)
+    except _TooHard:
+        raise
+    except EngineError as error:
+        return error.with_traceback(None)
+
+
+def _compile_now(kind: str, text: str, tokenizer: Tokenizer, size: int, stops: frozenset[int]) -> _Compiled:
     where = "response_format" if kind.startswith("json") else kind
     library = _library()
     if len(text) > MOST_SIZE:
@@ -193,7 +213,7 @@ def _compile(kind: str, text: str, tokenizer: Tokenizer, size: int, stops: froze
     try:
         text.encode()
         lark = _lark(kind, text, where)
-        if kind in ("json_schema", "regex", "grammar"):
+        if kind in ("json_schema", "labelled_schema", "regex", "grammar"):
             lark = _try_out(lark, kind, where)
         grammar = library.LLMatcher.grammar_from_lark(lark + _OPTIONS)
     except UnicodeEncodeError as error:
@@ -220,11 +240,9 @@ def _try_out(lark: str, kind: str, where: str) -> str:
         with _TRIALS:
             done = subprocess.run(command, input=request, stdout=pipe, stderr=nowhere, text=True, timeout=MOST_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise EngineError(f"takes over {MOST_SECONDS:g} s to compile", where=where, do="Make it simpler.") from error
+        raise _TooHard(f"takes over {MOST_SECONDS:g} s to compile", where=where, do="Make it simpler.") from error
     if done.returncode != 0:
-        raise EngineError(
-            "takes too much memory to compile, or breaks the compiler", where=where, do="Make it simpler."
-        )
+        raise _TooHard("takes too much memory to compile, or breaks the compiler", where=where, do="Make it simpler.")
     answer = json.loads(done.stdout)
     if answer["problem"] is not None:
         raise EngineError(_explain(answer["problem"], kind), where=where)
@@ -237,12 +255,18 @@ def _lark(kind: str, text: str, where: str) -> str:
     https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
     """
     if kind == "json_object":
-        return _of_schema({"type": "object"})
+        return "start: " + _of_schema({"type": "object"})
     if kind == "json_schema":
         schema = _parse(text, where)
         if not isinstance(schema, dict):
             raise EngineError("a JSON Schema is an object", where=where, got=text[:40])
-        return _of_schema(schema)
+        return "start: " + _of_schema(schema)
+    if kind == "labelled_schema":
+        schemas = _parse(text, where)
+        if not (isinstance(schemas, dict) and schemas and all(isinstance(part, dict) for part in schemas.values())):
+            raise EngineError("must be a JSON object of schemas, at least one", where=where)
+        begun = " | ".join(f"{json.dumps(label, ensure_ascii=False)} part{n}" for n, label in enumerate(schemas))
+        return f"start: {begun}" + "".join(f"\npart{n}: {_of_schema(part)}" for n, part in enumerate(schemas.values()))
     if kind == "regex":
         return f"start: /{_library().regex_to_lark(text, use_ascii='')}/"
     if kind == "choice":
@@ -256,7 +280,7 @@ def _lark(kind: str, text: str, where: str) -> str:
 def _of_schema(schema: dict[str, Any]) -> str:
     # The schema's own settings for the library are replaced: it may not switch off that what is unknown is refused.
     settings = {"whitespace_pattern": _WHITE_SPACE, "coerce_one_of": False, "lenient": False}
-    return f"start: %json {json.dumps({**schema, 'x-guidance': settings})}"
+    return f"%json {json.dumps({**schema, 'x-guidance': settings})}"
 
 
 def _parse(text: str, where: str) -> Any:

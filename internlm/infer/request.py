@@ -11,6 +11,12 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from internlm.errors import EngineError
+
+MOST_ANSWERS = 128
+MOST_TOP = 100
+"""Most probable tokens that a request may ask to be told."""
+
 Finished = Literal["stop", "length", "abort", "timeout", "error"]
 """Why an answer ended: a stop token or string came (or a grammar was complete), the length was reached, it was aborted,
 its time was over, or something went wrong with this request alone (`Delta.problem` says what)."""
@@ -38,7 +44,54 @@ class Grammar(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Rules:
+    """How the next token of an answer is chosen."""
+
+    temperature: float = 1.0
+    """0 takes the most probable token."""
+    top_p: float = 1.0
+    """The smallest set of most probable tokens with this probability together stays; 1 keeps all."""
+    top_k: int = 0
+    """So many most probable tokens stay; 0 keeps all."""
+    min_p: float = 0.0
+    """Tokens under this share of the most probable one's probability go."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens of prompt and answer, multiplies the negative (Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens of the answer."""
+    frequency_penalty: float = 0.0
+    """Taken off the logits of tokens of the answer, once for each time they are there."""
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether anything beside the temperature narrows the choice."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            EngineError: naming the first value outside.
+        """
+        self._check(
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "over 0, up to 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            # Beyond these, logits are no longer told apart in fp32.
+            ("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "1e-6 to 1e6"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "-2 to 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2"),
+        )
+
+    def _check(self, *ranges: tuple[str, bool, str]) -> None:
+        for name, good, allowed in ranges:
+            if not good:
+                raise EngineError("is out of range", where=name, got=getattr(self, name), allowed=[allowed])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Rules):
     """What is asked of the engine."""
 
     tokens: Sequence[int]
@@ -47,20 +100,6 @@ class Request:
     """Most tokens to write; less where the context ends before. 0: none, which is for `prompt_logprobs`."""
     n: int = 1
     """Answers to write; the prompt is computed once. Deltas say by `index` which they belong to."""
-    temperature: float = 1.0
-    """0 takes the most probable token. This and the next: see `Rules`."""
-    top_p: float = 1.0
-    """Probability that the tokens kept have together."""
-    top_k: int = 0
-    """Number of tokens kept; 0: all."""
-    min_p: float = 0.0
-    """Least share of the best token's probability."""
-    repetition_penalty: float = 1.0
-    """Over 1 makes tokens of prompt and answer less likely."""
-    presence_penalty: float = 0.0
-    """Taken off the logits of tokens that are in the answer."""
-    frequency_penalty: float = 0.0
-    """Taken off the logits of tokens, once for each time that they are in the answer."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these ids."""
     seed: int | None = None
@@ -85,6 +124,29 @@ class Request:
     """Whether the answer goes on with the prompt's text instead of beginning one of its own (see `TextStream`)."""
     show_special: bool = False
     """Whether special tokens have a text."""
+
+    def check(self) -> None:
+        """Check the ranges, as far as they do not depend on a model.
+
+        Raises:
+            EngineError: naming the first value outside.
+        """
+        super().check()
+        scores, most = self.prompt_logprobs, f"0 to {MOST_TOP}"
+        self._check(
+            ("max_tokens", self.max_tokens >= (0 if scores is not None else 1), "1 or more"),
+            ("n", 1 <= self.n <= MOST_ANSWERS, f"1 to {MOST_ANSWERS}"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
+            ("min_tokens", self.min_tokens >= 0, "0 or more"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_TOP, most),
+            ("prompt_logprobs", scores is None or 0 <= scores <= MOST_TOP, most),
+            ("timeout", self.timeout is None or self.timeout > 0, "over 0"),
+        )
+        if "" in self.stop_strings:
+            raise EngineError("cannot be empty", where="stop_strings", got=self.stop_strings)
+        for bias in self.logit_bias.values():
+            if not -100 <= bias <= 100:
+                raise EngineError("is out of range", where="logit_bias", got=bias, allowed=["-100 to 100"])
 
 
 @dataclass(frozen=True)
@@ -115,6 +177,8 @@ class Delta:
     """In an answer's first delta, one for each token of the prompt after the first, where they were asked for."""
     cached: int | None = None
     """In an answer's first delta: tokens of the prompt that were in the cache already."""
+    waited: float | None = None
+    """In an answer's first delta: seconds from `add` to its first step; None: it ended before."""
     problem: str | None = None
     """What went wrong, where it finished with "error"."""
 
@@ -132,3 +196,20 @@ class Result:
     logprobs: list[Chance] | None = None
     prompt_logprobs: list[Chance] | None = None
     problem: str | None = None
+
+    @classmethod
+    def of(cls, deltas: Sequence[Delta]) -> Result:
+        """Return the whole answer that its deltas are the pieces of."""
+        first, last = deltas[0], deltas[-1]
+        assert last.finished is not None, "the last delta of an answer says why it ended"
+        asked = any(delta.logprobs is not None for delta in deltas)
+        return cls(
+            id=last.id,
+            tokens=[token for delta in deltas for token in delta.tokens],
+            text="".join(delta.text for delta in deltas),
+            finished=last.finished,
+            index=last.index,
+            logprobs=[chance for delta in deltas for chance in delta.logprobs or ()] if asked else None,
+            prompt_logprobs=first.prompt_logprobs,
+            problem=last.problem,
+        )

@@ -1,6 +1,8 @@
 """One step on the device: hidden states, logits, draws. What they mean for the answers is the engine's.
 
 runner.run(plan) → [Outcome(sequence, token)], one for each sequence of which nothing is left to compute
+
+A GPU is waited for once in a step, when the tokens are read (and again where probabilities are asked for).
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ from torch import Tensor
 from internlm.errors import EngineError
 from internlm.infer.blocks import Blocks
 from internlm.infer.cache import Cache
+from internlm.infer.decode import Decoding
 from internlm.infer.request import Chance
 from internlm.infer.sample import NOT_FINITE, chances, choose, draw
 from internlm.infer.schedule import Sequence
 from internlm.model.transformer import Transformer
+from internlm.runtime import upload
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,27 @@ class Runner:
 
     def __init__(self, model: Transformer, cache: Cache, blocks: Blocks, words: int | None) -> None:
         self.model, self.cache, self.blocks, self.words = model, cache, blocks, words
+        self.decoding: Decoding | None = None
+        """What computes steps in which every text goes on by one token."""
+
+    def decode(self, batch: int, length: int) -> None:
+        """Have steps in which every text goes on by one token computed by `Decoding`.
+
+        Args:
+            batch: most texts of a step.
+            length: most tokens of a text.
+        """
+        self.decoding = Decoding(self.cache, self._logits, batch, length)
 
     @torch.inference_mode()
     def run(self, plan: list[tuple[Sequence, int]]) -> list[Outcome]:
         """Compute so many tokens of each sequence, and draw for those of which nothing is left."""
-        hidden = self.cache.run([sequence.piece(count, self.blocks) for sequence, count in plan])
+        pieces = [sequence.piece(count, self.blocks) for sequence, count in plan]
+        logits: Tensor | None = None
+        if self.decoding is not None and all(count == 1 for _, count in plan):
+            hidden, logits = self.decoding.run(pieces)
+        else:
+            hidden = self.cache.run(pieces)
         drawing: list[Sequence] = []
         places: list[int] = []
         outcomes: list[Outcome] = []
@@ -63,7 +83,10 @@ class Runner:
                 else:
                     outcomes.append(Outcome(sequence))
         if drawing:
-            outcomes += self._draw(drawing, self._logits(hidden[places]))
+            if len(places) < row or logits is None:
+                rows = upload(places, torch.int64, hidden.device)
+                logits = self._logits(hidden[rows]) if logits is None else logits[rows]
+            outcomes += self._draw(drawing, logits)
         return outcomes
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -78,24 +101,24 @@ class Runner:
         asking = [i for i, s in enumerate(sequences) if s.request.logprobs is not None]
         raw = logits[asking] if asking else None  # a copy: the rows are changed below
         problems: dict[int, str] = {}
-        finite = logits.amax(-1).isfinite().tolist()
+        is_finite = logits.amax(-1).isfinite()
         for index, sequence in enumerate(sequences):
             try:
                 _edit(sequence, logits[index])
             except Exception as error:  # a grammar is foreign code
                 problems[index] = f"{type(error).__name__}: {error}"
-        seeds = [draw(s.seed, s.written) if s.rules.temperature else 0.0 for s in sequences]
-        draws = torch.tensor(seeds, dtype=torch.float64, device=logits.device)
-        tokens = choose(logits, [s.rules for s in sequences], draws).tolist()
+        seeds = [draw(s.seed, s.written) if s.request.temperature else 0.0 for s in sequences]
+        chosen = choose(logits, [s.request for s in sequences], upload(seeds, torch.float64, logits.device))
+        tokens, finite = torch.stack((chosen, is_finite.long())).tolist()
         for index, token in enumerate(tokens):
             if token == NOT_FINITE and index not in problems:
                 problem = "nothing may come next" if finite[index] else "the model gives logits that are not finite"
                 problems[index] = problem
         told: dict[int, Chance] = {}
         if raw is not None:
-            chosen = [max(tokens[i], 0) for i in asking]
+            theirs = [max(tokens[i], 0) for i in asking]
             tops = [sequences[i].request.logprobs or 0 for i in asking]
-            told = dict(zip(asking, chances(raw, chosen, tops), strict=True))
+            told = dict(zip(asking, chances(raw, theirs, tops), strict=True))
         return [
             Outcome(sequence, problem=problems[i]) if i in problems else Outcome(sequence, tokens[i], told.get(i))
             for i, sequence in enumerate(sequences)

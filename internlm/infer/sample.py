@@ -12,62 +12,20 @@ where the draw lies within that of a border.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from internlm.errors import EngineError
-from internlm.infer.request import Chance
+from internlm.infer.request import Chance, Rules
+from internlm.runtime import upload
 
 NOT_FINITE = -1
 """What `choose` gives for a row whose logits are not finite."""
 _WORD = 2**64 - 1
 _PREFIX = 1024
 """Candidates sorted at first. A nucleus nearly always lies inside; a row whose does not is sorted whole."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How one request's next token is chosen."""
-
-    temperature: float = 1.0
-    """0 takes the most probable token."""
-    top_p: float = 1.0
-    """The smallest set of most probable tokens with this probability together stays; 1 keeps all."""
-    top_k: int = 0
-    """So many most probable tokens stay; 0 keeps all."""
-    min_p: float = 0.0
-    """Tokens under this share of the most probable one's probability go."""
-    repetition_penalty: float = 1.0
-    """Divides the positive logits of tokens of prompt and answer, multiplies the negative (Keskar et al. 2019)."""
-    presence_penalty: float = 0.0
-    """Taken off the logits of tokens of the answer."""
-    frequency_penalty: float = 0.0
-    """Taken off the logits of tokens of the answer, once for each time they are there."""
-
-    @property
-    def is_filtered(self) -> bool:
-        """Whether anything beside the temperature narrows the choice."""
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
-
-    def check(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            EngineError: naming the first value outside.
-        """
-        for name, good, allowed in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "over 0, up to 1"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "over 0"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "-2 to 2"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2"),
-        ):
-            if not good:
-                raise EngineError("is out of range", where=name, got=getattr(self, name), allowed=[allowed])
+_COLDEST, _WARMEST = 1e-30, 1e30
+"""Temperatures beyond are the same, and would be 0 or infinite in fp32."""
 
 
 class History:
@@ -164,20 +122,27 @@ def choose(logits: Tensor, rules: Sequence[Rules], draws: Tensor) -> Tensor:
         draws: [B] fp64 in [0, 1), from the request's own stream; greedy rows ignore theirs.
     """
     top, chosen = logits.max(-1)
-    logits = logits - top[:, None]  # so that a tiny temperature gives −inf for the others, and never inf − inf
     broken = ~top.isfinite()
-    if broken.any():
+    if not any(rule.temperature for rule in rules):  # else a step of greedy rows would take twice as long
+        return chosen.masked_fill_(broken, NOT_FINITE)
+    logits = logits - top[:, None]  # so that a tiny temperature gives −inf for the others, and never inf − inf
+    if logits.is_cuda or broken.any():  # a GPU is not waited for
         logits = logits.masked_fill_(broken[:, None], 0.0)
     plain = [row for row, rule in enumerate(rules) if rule.temperature > 0 and not rule.is_filtered]
     if plain:
-        warm = torch.tensor([rules[row].temperature for row in plain], device=logits.device)
-        chosen[plain] = _invert((logits[plain] / warm[:, None]).softmax(-1), draws[plain])
+        rows = upload(plain, torch.int64, logits.device)
+        chosen[rows] = _invert(_tempered(logits[rows], [rules[row] for row in plain]).softmax(-1), draws[rows])
     filtered = [row for row, rule in enumerate(rules) if rule.temperature > 0 and rule.is_filtered]
     if filtered:
-        warm = torch.tensor([rules[row].temperature for row in filtered], device=logits.device)
-        picked = [rules[row] for row in filtered]
-        chosen[filtered] = _filtered(logits[filtered] / warm[:, None], picked, draws[filtered], _PREFIX)
+        rows, picked = upload(filtered, torch.int64, logits.device), [rules[row] for row in filtered]
+        chosen[rows] = _filtered(_tempered(logits[rows], picked), picked, draws[rows], _PREFIX)
     return chosen.masked_fill_(broken, NOT_FINITE)
+
+
+def _tempered(logits: Tensor, rules: Sequence[Rules]) -> Tensor:
+    """Return logits [R, V] divided by the temperatures."""
+    warm = [min(max(rule.temperature, _COLDEST), _WARMEST) for rule in rules]
+    return logits / upload(warm, torch.float32, logits.device)[:, None]
 
 
 def _filtered(logits: Tensor, rules: Sequence[Rules], draws: Tensor, width: int) -> Tensor:
@@ -191,17 +156,17 @@ def _filtered(logits: Tensor, rules: Sequence[Rules], draws: Tensor, width: int)
     vocab, device = logits.shape[-1], logits.device
     width = min(width, vocab)
     values, ids = logits.topk(width, -1) if width < vocab else torch.sort(logits, dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([rule.top_k or vocab for rule in rules], device=device)[:, None]
-    top_p = torch.tensor([rule.top_p for rule in rules], device=device, dtype=torch.float64)[:, None]
-    min_p = torch.tensor([rule.min_p for rule in rules], device=device, dtype=torch.float64)[:, None]
+    top_k = upload([min(rule.top_k or vocab, vocab) for rule in rules], torch.int64, device)[:, None]
+    top_p = upload([rule.top_p for rule in rules], torch.float64, device)[:, None]
+    min_p = upload([rule.min_p for rule in rules], torch.float64, device)[:, None]
     inside = torch.arange(width, device=device) < top_k  # [R, width]
     limited = values.masked_fill(~inside, float("-inf")).logsumexp(-1, keepdim=True)
     total = torch.where(top_k < vocab, limited, logits.logsumexp(-1, keepdim=True))
     p = torch.where(inside, (values - total).exp(), 0.0).double()
     reached = p.cumsum(-1)
-    keep = (reached - p < top_p) & (p >= min_p * p[:, :1])
+    keep = ((reached - p < top_p) | (top_p >= 1)) & (p >= min_p * p[:, :1])  # rounded, the sum may pass 1 too soon
     chosen = ids.gather(-1, _invert(p * keep, draws)[:, None]).squeeze(-1)
-    if width == vocab:
+    if width == vocab or all(0 < rule.top_k <= width for rule in rules):
         return chosen
     cut = ((reached[:, -1:] >= top_p) & (top_p < 1)) | (p[:, -1:] < min_p * p[:, :1])
     wider = (~torch.where(top_k < vocab, top_k <= width, cut)).squeeze(-1).nonzero().squeeze(-1).tolist()

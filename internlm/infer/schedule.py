@@ -14,6 +14,8 @@ engine beforehand.
 
 from __future__ import annotations
 
+import itertools
+import time
 from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from torch import Tensor
 from internlm.infer.blocks import Blocks
 from internlm.infer.cache import Piece
 from internlm.infer.request import Chance, Constraint, Request
-from internlm.infer.sample import History, Rules
+from internlm.infer.sample import History
 from internlm.infer.stream import TextStream
 
 
@@ -39,7 +41,6 @@ class Sequence:
 
     def __init__(self, id: int, index: int, request: Request, limit: int, seed: int) -> None:
         self.id, self.index, self.request, self.limit, self.seed = id, index, request, limit, seed
-        self.rules = rules_of(request)
         self.tokens = list(request.tokens)
         self.prompt = len(self.tokens)
         self.computed = 0
@@ -48,10 +49,13 @@ class Sequence:
         """The blocks where they are."""
         self.leader: Sequence | None = None
         """The first answer to the same request, whose prompt this one waits for, to share its blocks."""
-        self.deadline: float | None = None
+        self.since = time.monotonic()
+        """When it came."""
         self.is_suspect = False
-        """Whether a step with it failed: it runs alone until it succeeds."""
+        """Whether a step with it failed: it runs alone until a token of its own is drawn."""
         self.has_run = False
+        self.waited: float | None = None
+        """Seconds until it ran first."""
         self.cached: int | None = None
         """Tokens of the prompt that were in the cache when it was admitted first."""
         self.told = False
@@ -63,6 +67,16 @@ class Sequence:
         self.stream: TextStream | None = None
         self.history: History | None = None
         self.constraint: Constraint | None = None
+
+    @property
+    def deadline(self) -> float:
+        """When its time is over."""
+        return self.since + (self.request.timeout or float("inf"))
+
+    @property
+    def is_admitted(self) -> bool:
+        """Whether it has what it needs to run."""
+        return self.turns is not None
 
     @property
     def written(self) -> int:
@@ -83,7 +97,7 @@ class Sequence:
         """Return the stretch of so many tokens that comes next."""
         assert self.turns is not None, "a sequence gets its rotation when it is admitted"
         end = self.computed + count
-        return Piece(self.tokens[self.computed : end], self.computed, blocks.runs(self.table, end), self.turns)
+        return Piece(self.tokens[self.computed : end], self.computed, self.table, blocks, self.turns)
 
 
 @dataclass
@@ -107,10 +121,11 @@ class Scheduler:
         blocks: of the cache.
         max_batch: most sequences that run at once.
         max_step_tokens: most tokens of a step.
-        admit: called with a sequence when it is let in for the first time.
+        admit: called with a sequence before it is let in for the first time; where that fails, it removes the sequence
+            and returns False.
     """
 
-    def __init__(self, blocks: Blocks, max_batch: int, max_step_tokens: int, admit: Callable[[Sequence], None]) -> None:
+    def __init__(self, blocks: Blocks, max_batch: int, max_step_tokens: int, admit: Callable[[Sequence], bool]) -> None:
         self.blocks, self.max_batch, self.max_step_tokens = blocks, max_batch, max_step_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -133,7 +148,7 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         self._release(sequence)
-        for other in self.waiting:
+        for other in self.waiting if sequence.request.n > 1 else ():
             if other.leader is sequence:
                 other.leader = None  # nobody waits for one that is gone
 
@@ -142,7 +157,9 @@ class Scheduler:
 
         Blocks for all of it are taken.
         """
-        suspect = next((s for s in self if s.is_suspect), None)
+        # Who has run waits before those who have not.
+        back = itertools.takewhile(lambda s: s.is_admitted, self.waiting)
+        suspect = next((s for s in itertools.chain(self.running, back) if s.is_suspect), None)
         if suspect is not None:
             return self._alone(suspect)
         plan: list[tuple[Sequence, int]] = []
@@ -159,6 +176,8 @@ class Scheduler:
             sequence = self.waiting[0]
             if sequence.leader is not None and not sequence.leader.prompt_is_ready:
                 break
+            if not sequence.is_admitted and not self._admit(sequence):
+                continue
             count = self._let_in(sequence, budget)
             if not count:
                 break
@@ -172,7 +191,8 @@ class Scheduler:
         size = self.blocks.size
         filled = (sequence.computed + count) // size > sequence.computed // size
         sequence.computed += count
-        sequence.is_suspect = False
+        if not sequence.rest:
+            sequence.is_suspect = False
         if filled:
             self.blocks.publish(sequence.table, sequence.tokens, sequence.computed, sequence.kind)
 
@@ -197,9 +217,7 @@ class Scheduler:
         return [(sequence, count)]
 
     def _let_in(self, sequence: Sequence, budget: int) -> int:
-        """Admit one of the waiting line, and return how many of its tokens are computed; 0: no room."""
-        if not sequence.has_run:
-            self._admit(sequence)
+        """Move one of the waiting line to the running; return how many of its tokens are computed, 0: no room."""
         # Every token of a prompt whose probabilities are asked for has to be computed.
         scored = sequence.prompt_chances is not None and len(sequence.prompt_chances) < sequence.prompt - 1
         table = [] if scored else self.blocks.match(sequence.tokens, sequence.kind)
@@ -215,7 +233,7 @@ class Scheduler:
         insort(self.running, sequence, key=_age)
         sequence.table, sequence.computed = [*table, *more], computed
         if not sequence.has_run:
-            sequence.has_run, sequence.cached = True, computed
+            sequence.has_run, sequence.cached, sequence.waited = True, computed, time.monotonic() - sequence.since
             self.counters.prompt_tokens += sequence.prompt
             self.counters.cached_tokens += computed
         return min(sequence.rest, budget)
@@ -245,16 +263,3 @@ class Scheduler:
 
 def _age(sequence: Sequence) -> tuple[int, int]:
     return sequence.id, sequence.index
-
-
-def rules_of(request: Request) -> Rules:
-    """Return how the tokens of a request are chosen."""
-    return Rules(
-        request.temperature,
-        request.top_p,
-        request.top_k,
-        request.min_p,
-        request.repetition_penalty,
-        request.presence_penalty,
-        request.frequency_penalty,
-    )

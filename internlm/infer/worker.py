@@ -13,11 +13,10 @@ one delta whose `finished` is set, also when the thread dies.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -65,8 +64,6 @@ class _Job:
     deliver: Deliver
     left: set[int]
     """Answers that have not ended."""
-    since: float
-    """When it came."""
 
 
 class Worker:
@@ -76,35 +73,21 @@ class Worker:
         engine: nobody else may use it from now on.
         max_waiting: answers that may wait beside those that fit into the engine's batch.
         stall_seconds: a step that takes longer is reported as a stall.
-        note_wait: told, on the engine's thread, the seconds that each request waited before its first step.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        max_waiting: int = 256,
-        stall_seconds: float = 90.0,
-        note_wait: Callable[[float], None] | None = None,
-    ) -> None:
+    def __init__(self, engine: Engine, *, max_waiting: int = 256, stall_seconds: float = 90.0) -> None:
         self.engine, self.stall_seconds = engine, stall_seconds
         self.capacity = engine.limits.batch + max_waiting
-        """Answers that may be under way at once."""
+        """Answers that may be under way at once; a request for more than these is taken when there are no others."""
         self.problem: str | None = None
-        """Why the thread died, if it has."""
-        self._note_wait = note_wait or (lambda seconds: None)
+        """Why the thread ended, if it has."""
         self._commands: SimpleQueue[tuple[str, int]] = SimpleQueue()
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
         self._jobs: dict[int, _Job] = {}
         self._load = 0
-        self._numbers = itertools.count(1)
         self._stopping = False
         self._working_since: float | None = None
-        self._ours: dict[int, int] = {}
-        """Engine's id → ours. This and the next belong to the engine's thread."""
-        self._theirs: dict[int, int] = {}
-        self._not_started: set[int] = set()
         self._stats = engine.stats
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -121,10 +104,11 @@ class Worker:
         with self._lock:
             if self._stopping:
                 raise Stopping(self.problem or "the engine is stopping")
-            if self._load >= self.capacity:
-                raise Busy(f"{self._load} answers are under way or wait, which is the limit", do="Try again later.")
-            id_ = next(self._numbers)
-            self._jobs[id_] = _Job(request, deliver, set(range(request.n)), time.monotonic())
+            if self._load and self._load + request.n > self.capacity:
+                problem = f"{self._load} answers are under way or wait, and {self.capacity} are the limit"
+                raise Busy(problem, do="Try again later.")
+            id_ = next(self.engine.ids)
+            self._jobs[id_] = _Job(request, deliver, set(range(request.n)))
             self._load += request.n
             self._commands.put(("add", id_))
         return id_
@@ -145,7 +129,7 @@ class Worker:
         """Whether the worker works."""
         since = self._working_since
         age = 0.0 if since is None else time.monotonic() - since
-        return Health(self._thread.is_alive(), age > self.stall_seconds, self._stopping, age)
+        return Health(self._thread.is_alive() and self.problem is None, age > self.stall_seconds, self._stopping, age)
 
     def drain(self, seconds: float) -> int:
         """Take nothing new, wait for what is under way, then abort the rest; return how many requests those were."""
@@ -190,21 +174,23 @@ class Worker:
             if name == "close":
                 return False
             if name == "abort":
-                if id_ in self._theirs:
-                    self.engine.abort(self._theirs[id_])
-                continue
-            theirs = self.engine.add(self._jobs[id_].request)
-            self._ours[theirs], self._theirs[id_] = id_, theirs
-            self._not_started.add(id_)
+                self.engine.abort(id_)
+            else:
+                self._add(id_)
+
+    def _add(self, id_: int) -> None:
+        """Give a request to the engine; one that it does not take after all ends."""
+        request = self._jobs[id_].request
+        try:
+            self.engine.add(request, id_)
+        except Exception as error:  # such as a prompt that was changed meanwhile
+            problem = f"{type(error).__name__}: {error}"
+            self._hand_out([Delta(id_, [], "", "error", index, problem=problem) for index in range(request.n)])
 
     def _hand_out(self, deltas: list[Delta]) -> None:
         """Give each receiver its deltas, and forget the requests that ended."""
-        ours = [dataclasses.replace(delta, id=self._ours[delta.id]) for delta in deltas]
-        if self._not_started:
-            running = (self._ours[sequence.id] for sequence in self.engine.scheduler.running)
-            self._start({delta.id for delta in ours}.union(running))
         mail: dict[Deliver, list[Delta]] = {}
-        for delta in ours:
+        for delta in deltas:
             mail.setdefault(self._jobs[delta.id].deliver, []).append(delta)
         for deliver, part in mail.items():
             try:
@@ -213,28 +199,19 @@ class Worker:
                 logger.warning("warning: a receiver failed, its requests end: %s: %s", type(error).__name__, error)
                 for id_ in {delta.id for delta in part}:
                     self._commands.put(("abort", id_))
-        self._forget(ours)
+        self._forget([delta for delta in deltas if delta.finished])
 
-    def _start(self, ids: set[int]) -> None:
-        """Note how long requests have waited that were not known to run."""
-        now = time.monotonic()
-        for id_ in ids & self._not_started:
-            self._not_started.discard(id_)
-            self._note_wait(now - self._jobs[id_].since)
-
-    def _forget(self, deltas: Iterable[Delta]) -> None:
+    def _forget(self, ends: list[Delta]) -> None:
         """Let go of the answers that these deltas end."""
+        if not ends:
+            return
         with self._empty:
-            for delta in deltas:
-                if not delta.finished:
-                    continue
+            for delta in ends:
                 job = self._jobs[delta.id]
                 job.left.discard(delta.index)
                 self._load -= 1
                 if not job.left:
                     del self._jobs[delta.id]
-                    self._not_started.discard(delta.id)
-                    self._ours.pop(self._theirs.pop(delta.id, -1), None)
             if not self._jobs:
                 self._empty.notify_all()
 

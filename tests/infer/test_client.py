@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from internlm.errors import EngineError
-from internlm.infer.client import Client, TokenScore
+from internlm.infer.client import Client, Refused, TokenScore
 
 Respond = Callable[[BaseHTTPRequestHandler, Any], None]
 
@@ -154,6 +154,21 @@ def test_a_refusal_has_the_server_s_message(body: Any, status: int, message: str
             Client(url, "m").chat(HELLO)
         with pytest.raises(EngineError, match=message):
             Client(url).models()
+
+
+def test_a_refusal_has_the_server_s_code_and_status_in_a_stream_too() -> None:
+    for code, wanted in (("context_length_exceeded", "context_length_exceeded"), (500, None), (None, None)):
+        body = {"error": {"message": "no", "code": code}}
+        with serving(lambda handler, _, body=body: send_json(handler, body, 400)) as url:
+            with pytest.raises(Refused) as refused:
+                Client(url, "m").chat([])
+            assert (refused.value.status, refused.value.code) == (400, wanted)
+        with serving(streaming(events(piece("a"), body))) as url:
+            reply = Client(url, "m").chat([])
+            assert next(reply) == "a"
+            with pytest.raises(Refused) as refused:
+                next(reply)
+            assert (refused.value.status, refused.value.code) == (200, wanted)
 
 
 def test_a_busy_server_says_when_to_come_back() -> None:

@@ -10,45 +10,15 @@ import torch
 from internlm.errors import EngineError, WeightsError
 from internlm.infer.cache import Piece
 from internlm.infer.engine import Engine, Limits
-from internlm.infer.request import Constraint, Delta, Request
-from internlm.model.config import DynamicScaling, ModelConfig, RopeConfig
+from internlm.infer.request import Constraint, Request
+from internlm.model.config import DynamicScaling, RopeConfig
 from internlm.model.transformer import Transformer, build
-from internlm.text.training import train_bpe
-
-TOKENIZER = train_bpe(["the cat sat on the mat. 你好 👋 END"] * 4, 300)
-SHAPE = ModelConfig(
-    vocab_size=300, hidden_size=48, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=64, context_length=400
-)
-
-
-def random_model(config: ModelConfig = SHAPE, seed: int = 1) -> Transformer:
-    model = build(config, seed=0)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.25 * noise)
-    return model
-
-
-MODEL = random_model()
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(300, (length,), generator=torch.Generator().manual_seed(100 * seed + length)).tolist()
+from tests.infer.engines import MODEL, SHAPE, TOKENIZER, Dictated, finish, prompt, random_model
 
 
 def full_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
         return model.head.logits(model(torch.tensor([ids])))[0]
-
-
-def finish(engine: Engine) -> dict[int, list[Delta]]:
-    found: dict[int, list[Delta]] = {}
-    while engine.is_busy:
-        for delta in engine.step():
-            found.setdefault(delta.id, []).append(delta)
-    return found
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -130,22 +100,6 @@ def test_a_stop_id_ends_the_answer_and_is_not_shown() -> None:
     assert stopped.finished == "stop"
     assert stopped.tokens == free.tokens[: cut + 1]
     assert stopped.text == TOKENIZER.decode(free.tokens[:cut], skip_special=True)
-
-
-class Dictated(Engine):
-    """Writes what it is told, so that text can be tested: the most probable token is the next of `script`."""
-
-    def __init__(self, text: str, **settings) -> None:
-        super().__init__(MODEL, TOKENIZER, **settings)
-        table = {TOKENIZER.token_bytes(i): i for i in range(300) if i < TOKENIZER.vocab_size}
-        script = iter([table[bytes([byte])] for byte in text.encode()])
-
-        def logits(hidden: torch.Tensor) -> torch.Tensor:
-            out = torch.zeros(len(hidden), 300)
-            out[:, next(script)] = 100.0
-            return out
-
-        self.model.head.logits = logits  # type: ignore[method-assign]
 
 
 def test_a_stop_string_across_tokens_ends_the_answer_and_is_cut_off() -> None:
@@ -256,7 +210,7 @@ def test_with_dynamic_scaling_the_base_of_each_request_is_its_own() -> None:
 
 
 def test_weights_are_shared_until_others_are_loaded() -> None:
-    model, other = random_model(), random_model(seed=2)
+    model, other = random_model(SHAPE), random_model(SHAPE, seed=2)
     engine = Engine(model)
     assert engine.model.norm.weight.data_ptr() == model.norm.weight.data_ptr()
     before = model.norm.weight.clone()
@@ -271,9 +225,9 @@ def test_weights_are_shared_until_others_are_loaded() -> None:
 
 
 def test_packed_layers_give_the_answers_of_plain_ones_and_can_be_loaded_anew() -> None:
-    other = random_model(seed=2)
+    other = random_model(SHAPE, seed=2)
     prompts = [prompt(n) for n in (20, 3)]
-    engine = Engine(random_model(), pack="fp32")
+    engine = Engine(random_model(SHAPE), pack="fp32")
     for model in (MODEL, other):
         wanted = [r.tokens for r in Engine(model).generate(prompts, max_tokens=12, temperature=0)]
         assert [r.tokens for r in engine.generate(prompts, max_tokens=12, temperature=0)] == wanted
@@ -283,11 +237,11 @@ def test_packed_layers_give_the_answers_of_plain_ones_and_can_be_loaded_anew() -
         rounded = Engine(MODEL, pack=kind)  # type: ignore[arg-type]
         away = (rounded.score(text) - Engine(MODEL).score(text)).abs().max()
         assert 0 < away < most
-    assert torch.equal(MODEL.norm.weight, random_model().norm.weight), "the given model is left as it is"
+    assert torch.equal(MODEL.norm.weight, random_model(SHAPE).norm.weight), "the given model is left as it is"
 
 
 def test_the_given_model_is_left_as_it_is() -> None:
-    model = random_model()
+    model = random_model(SHAPE)
     ids = torch.tensor([prompt(12)])
     before = model(ids)
     Engine(model).generate([prompt(7)], max_tokens=3)
@@ -401,7 +355,7 @@ def test_other_weights_find_nothing_in_the_cache() -> None:
     engine = Engine(MODEL, limits=Limits(block=8))
     engine.load(MODEL.named_parameters())
     engine.generate([prompt(50)], max_tokens=1)
-    other = random_model(seed=2)
+    other = random_model(SHAPE, seed=2)
     engine.load(other.named_parameters())
     (delta, *_) = engine.stream(Request(tokens=prompt(50), max_tokens=1, temperature=0))
     assert delta.cached == 0

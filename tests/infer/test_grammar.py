@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import re
@@ -13,7 +12,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-import sentencepiece
 import torch
 
 from internlm.errors import EngineError
@@ -21,9 +19,9 @@ from internlm.infer import grammar
 from internlm.infer.engine import Engine, Limits
 from internlm.infer.request import Request, Result
 from internlm.model.config import ModelConfig
-from internlm.model.transformer import Transformer, build
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import train_bpe
+from tests.infer.engines import random_model, sentencepiece_tokenizer
 
 TEXTS = [
     '{"name": "Ada", "age": 36, "tags": ["a", "b"]}',
@@ -33,42 +31,15 @@ SIZE = 320
 """Of the model's vocabulary: more than either tokenizer has."""
 
 
-def sentencepiece_tokenizer() -> Tokenizer:
-    """Return one with a space before every text, byte pieces and a user-defined piece."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS),
-        model_writer=model,
-        vocab_size=315,
-        model_type="bpe",
-        byte_fallback=True,
-        user_defined_symbols=["<eoa>"],
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return Tokenizer(model.getvalue(), is_json=False)
-
-
 BPE = train_bpe(TEXTS, 310)
-TOKENIZERS = {"bpe": BPE, "sentencepiece": sentencepiece_tokenizer()}
+TOKENIZERS = {"bpe": BPE, "sentencepiece": sentencepiece_tokenizer(TEXTS)}
 STOPS = (BPE.special("<|end|>"), BPE.special("<|eos|>"))
 
 
-def random_model() -> Transformer:
-    config = ModelConfig(
-        vocab_size=SIZE, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=48, context_length=900
-    )
-    model = build(config, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.25 * noise)
-    return model
-
-
-MODEL = random_model()
+SHAPE = ModelConfig(
+    vocab_size=SIZE, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=48, context_length=900
+)
+MODEL = random_model(SHAPE)
 
 
 def request(kind: str, text: str, tokenizer: Tokenizer = BPE, **settings: Any) -> Request:
@@ -330,7 +301,7 @@ def nested(depth: int) -> str:
 @pytest.mark.parametrize(
     ("kind", "text", "message"),
     [
-        ("json", "{}", r"is no kind.*json_object, json_schema, regex, choice, grammar"),
+        ("json", "{}", r"is no kind.*json_object, json_schema, .*regex, choice, grammar"),
         ("json_schema", "{", "response_format: is no JSON"),
         ("json_schema", '{"minimum": NaN}', "NaN is not JSON"),
         ("json_schema", '{"minimum": ' + "9" * 5000 + "}", "is no JSON"),
@@ -418,6 +389,34 @@ def test_a_grammar_is_compiled_once() -> None:
     assert grammar.compile("choice", '["once"]', BPE, SIZE, STOPS) is not first
     assert grammar.compile("regex", "once", BPE, SIZE, STOPS[:1]) is not first
     assert grammar.compile("regex", "once", TOKENIZERS["sentencepiece"], SIZE, ()) is not first
+
+
+def test_what_is_wrong_with_a_text_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials: list[str] = []
+    plain = grammar._try_out
+
+    def counted(lark: str, kind: str, where: str) -> str:
+        trials.append(lark)
+        return plain(lark, kind, where)
+
+    monkeypatch.setattr(grammar, "_try_out", counted)
+    told = []
+    for _ in range(3):
+        with pytest.raises(EngineError, match="response_format: ") as caught:
+            grammar.compile("json_schema", '{"not": {"type": "once"}}', BPE, SIZE, STOPS)
+        told.append(caught.value)
+    assert len(trials) == 1
+    assert len({str(error) for error in told}) == 1
+    assert [error.where for error in told] == ["response_format"] * 3
+    assert told[1] is not told[2], "a raised error grows a traceback"
+
+
+def test_a_text_that_took_too_long_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MOST_SECONDS", 0.001)
+    with pytest.raises(EngineError, match="regex: takes over"):
+        grammar.compile("regex", "only slow today", BPE, SIZE, STOPS)
+    monkeypatch.undo()
+    assert grammar.compile("regex", "only slow today", BPE, SIZE, STOPS)
 
 
 def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from internlm.infer.sample import NOT_FINITE, History, Rules, chances, choose, draw
+from internlm.infer.request import Rules
+from internlm.infer.sample import NOT_FINITE, History, chances, choose, draw
 
 VOCAB = 12
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm.infer.stream import TextStream
 from internlm.text.training import train_bpe
+from tests.infer.engines import sentencepiece_tokenizer
 
 TOKENIZER = train_bpe(["the cat sat on the mat. 你好 👋🏽 END"] * 4, 300)
+SPACED = sentencepiece_tokenizer(["the cat sat on the mat. 你好 👋🏽 END"] * 8)
 BYTES = {TOKENIZER.token_bytes(id_): id_ for id_ in range(TOKENIZER.vocab_size) if TOKENIZER.token_bytes(id_)}
 
 
@@ -73,6 +76,18 @@ def test_the_pieces_are_the_text_up_to_the_first_stop(text: str, stops: list[str
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30))
 def test_any_ids_give_what_decoding_them_at_once_gives(ids: list[int]) -> None:
     assert "".join(pieces(ids)) == TOKENIZER.decode(ids, skip_special=True)
+
+
+@pytest.mark.parametrize("continuation", [False, True])
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, SPACED.vocab_size - 1), max_size=30))
+def test_with_a_space_before_every_text_any_ids_give_their_text_too(continuation: bool, ids: list[int]) -> None:
+    stream = TextStream(SPACED, continuation=continuation)
+    got = "".join([*(stream.add([id_]) for id_ in ids), stream.finish()])
+    data = b"".join(SPACED.token_bytes(id_) for id_ in ids)
+    assert got == (data if continuation else data.removeprefix(b" ")).decode("utf-8", "replace")
+    if not continuation:
+        assert got == SPACED.decode(ids, skip_special=True)
 
 
 def test_a_stop_string_that_ends_with_a_cut_character_is_not_shown() -> None:

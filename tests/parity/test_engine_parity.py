@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ SHAPES = {
 BASE = {"vocab_size": 97, "hidden_size": 48, "num_layers": 2, "ffn_size": 80, "context_length": 128}
 NEW = 12
 PROMPTS = 200
+FEW = 25
 STRESS = {
     "one at a time": Limits(batch=1),
     "all at once": Limits(batch=64),
@@ -42,7 +44,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model = random_model(ModelConfig(**BASE | SHAPES[request.param]))
     theirs = exported(model, tmp_path_factory.mktemp("engine") / "out")
     dice = random.Random(request.param)
-    count = PROMPTS if request.param == "grouped" or request.config.getoption("--proof") else PROMPTS // 8
+    count = PROMPTS if request.param == "grouped" or request.config.getoption("--proof") else FEW
     prompts: list[list[int]] = []
     while len(prompts) < count:
         tokens = [dice.randrange(97) for _ in range(dice.choice([1, 2, 5, 13, 16, 31, 48]))]
@@ -57,10 +59,15 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return model, prompts, [wanted[tuple(p)] for p in prompts]
 
 
+way = pytest.mark.parametrize("paged", [False, True], ids=["piece by piece", "paged"])
+"""The second is a GPU's way, here without its graphs and kernels."""
+
+
+@way
 @pytest.mark.parametrize("stress", STRESS)
-def test_greedy_ids_are_those_of_generate(case: tuple, stress: str) -> None:
-    model, prompts, wanted = case
-    engine = Engine(model, limits=STRESS[stress])
+def test_greedy_ids_are_those_of_generate(case: tuple, stress: str, paged: bool) -> None:
+    model, prompts, wanted = case if not paged else (case[0], case[1][:FEW], case[2][:FEW])
+    engine = Engine(model, limits=replace(STRESS[stress], paged=paged))
     got = [result.tokens for result in engine.generate(prompts, max_tokens=NEW, temperature=0)]
     assert got == wanted
     counters = engine.stats.counters
@@ -72,10 +79,11 @@ def test_greedy_ids_are_those_of_generate(case: tuple, stress: str) -> None:
     assert engine.blocks.free == engine.blocks.count
 
 
-def test_prompts_that_arrive_while_others_are_answered_get_the_same_ids(case: tuple) -> None:
-    model, prompts, wanted = case
+@way
+def test_prompts_that_arrive_while_others_are_answered_get_the_same_ids(case: tuple, paged: bool) -> None:
+    model, prompts, wanted = case if not paged else (case[0], case[1][:FEW], case[2][:FEW])
     dice = random.Random(1)
-    engine = Engine(model, limits=Limits(block=4, cache_tokens=512, step_tokens=24, batch=6))
+    engine = Engine(model, limits=Limits(block=4, cache_tokens=512, step_tokens=24, batch=6, paged=paged))
     waiting = list(enumerate(prompts))
     place: dict[int, int] = {}
     got: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
@@ -98,18 +106,20 @@ def test_prompts_that_arrive_while_others_are_answered_get_the_same_ids(case: tu
     assert engine.blocks.free == engine.blocks.count
 
 
-def test_several_answers_to_one_prompt_are_those_of_generate(case: tuple) -> None:
+@way
+def test_several_answers_to_one_prompt_are_those_of_generate(case: tuple, paged: bool) -> None:
     model, prompts, wanted = case
-    engine = Engine(model, limits=Limits(block=3, batch=8, step_tokens=40))
+    engine = Engine(model, limits=Limits(block=3, batch=8, step_tokens=40, paged=paged))
     requests = [Request(tokens=p, max_tokens=NEW, temperature=0, n=3) for p in prompts[:20]]
     got = [result.tokens for result in engine.generate(requests)]
     assert got == [tokens for tokens in wanted[:20] for _ in range(3)]
 
 
-def test_probabilities_of_a_given_text_are_those_of_the_reference(case: tuple, tmp_path: Path) -> None:
+@way
+def test_probabilities_of_a_given_text_are_those_of_the_reference(case: tuple, tmp_path: Path, paged: bool) -> None:
     model, prompts, wanted = case
     theirs = exported(model, tmp_path / "out")
-    engine = Engine(model, limits=Limits(block=3, step_tokens=11))
+    engine = Engine(model, limits=Limits(block=3, step_tokens=11, paged=paged))
     for prompt, answer in list(zip(prompts, wanted, strict=True))[:20]:
         text = [*prompt, *answer]
         with torch.no_grad():

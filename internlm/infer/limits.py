@@ -1,0 +1,85 @@
+"""How much an engine takes on at once, and the room that its memory has for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from internlm import runtime
+from internlm.errors import EngineError
+from internlm.infer.cache import Cache
+from internlm.model.transformer import Transformer
+
+_CPU_CACHE_BYTES = 4 * 2**30
+_CPU_CACHE_SHARE = 0.25
+_GPU_CACHE_SHARE = 0.9
+_GPU_BATCH = 256
+_GPU_STEP_TOKENS = 2048
+"""On a GPU a step reads all weights, whatever it computes: more tokens cost little up to about here."""
+CACHES = ("plain", "int8")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much the engine takes on at once."""
+
+    batch: int = 16
+    """Most sequences that run at once."""
+    length: int | None = None
+    """Most tokens of prompt and answer together; None: the model's context."""
+    cache_tokens: int | None = None
+    """Tokens whose keys and values fit into the cache. None: on a CPU 4 GiB or a quarter of the free memory, on a GPU
+    nine tenths of what is left; never more than `batch` + 1 texts of full length need."""
+    block: int = 32
+    """Tokens of a block: what is shared is shared in whole blocks."""
+    step_tokens: int = 256
+    """Most tokens of a step: a longer prompt is computed in chunks, and those who write go on between them."""
+    share: bool = True
+    """Whether texts that begin alike share blocks."""
+    cache: Literal["plain", "int8"] = "plain"
+    """Form of keys and values: the model's dtype, or 8 bits with a scale for each token and head, in half the memory
+    (a quarter of fp32's)."""
+    paged: bool | None = None
+    """Whether all texts that go on by one token are attended in one call, and a step of nothing else is one CUDA graph;
+    None: on a GPU that can."""
+
+    @classmethod
+    def on(cls, device: str | torch.device, **changes: Any) -> Limits:
+        """Return the limits that suit a device, but for those that are given and not None."""
+        own = {"batch": _GPU_BATCH, "step_tokens": _GPU_STEP_TOKENS} if torch.device(device).type == "cuda" else {}
+        return cls(**own | {name: value for name, value in changes.items() if value is not None})
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            EngineError: naming the first value outside.
+        """
+        for name in ("batch", "length", "cache_tokens", "block", "step_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise EngineError("must be at least 1", where=name, got=value)
+        if self.cache not in CACHES:
+            raise EngineError("is no form of keys and values", where="cache", got=self.cache, allowed=CACHES)
+
+
+def cache_tokens(model: Transformer, limits: Limits, context: int) -> int:
+    """Return how many tokens the cache shall hold.
+
+    Args:
+        model: with its weights, where they will be used.
+        limits: say it, or memory does.
+        context: most tokens of a text.
+    """
+    if limits.cache_tokens is not None:
+        return limits.cache_tokens
+    device = model.embedding.weight.device
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        room = free - (1 - _GPU_CACHE_SHARE) * total
+    else:
+        room = min(_CPU_CACHE_BYTES, _CPU_CACHE_SHARE * runtime.available_memory())
+    per_token = Cache.bytes_per_token(model, rounded=limits.cache == "int8")
+    return min((limits.batch + 1) * (context + limits.block), max(int(room) // per_token, 0))

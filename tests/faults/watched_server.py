@@ -1,0 +1,65 @@
+"""`internlm serve` as it is, as a process that tells on SIGUSR1 what it holds, and whose engine breaks on SIGUSR2.
+
+python -m tests.faults.watched_server DIR --port 0
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import signal
+import sys
+import threading
+from typing import Any
+
+from internlm.cli import main
+from internlm.infer.engine import Engine
+from internlm.infer.request import Delta
+from internlm.infer.schedule import Sequence
+from internlm.serve import app
+from internlm.serve.inbox import Ticket
+
+make_app, step = app.make_app, Engine.step
+breaks = False
+
+
+def breaking_step(engine: Engine) -> list[Delta]:
+    """A step that raises what no request is to blame for, on the engine's own thread."""
+    if breaks:
+        raise SystemError("the ground is gone")
+    return step(engine)
+
+
+def watched(*arguments: Any, **options: Any) -> Any:
+    """Return the application, and begin to listen for signals."""
+    made = make_app(*arguments, **options)
+    service = made.state.service
+
+    def tell(*_: Any) -> None:
+        gc.collect()
+        kinds = [type(thing) for thing in gc.get_objects()]
+        held = {
+            "tasks": len(asyncio.all_tasks(service.inbox._loop)),
+            "tickets": len(service.inbox.tickets),
+            "ticket objects": kinds.count(Ticket),
+            "sequences": kinds.count(Sequence),
+            "jobs": len(service.worker._jobs),
+            "threads": threading.active_count(),
+            "objects": len(kinds),
+        }
+        print(json.dumps(held), flush=True)
+
+    def break_down(*_: Any) -> None:
+        global breaks
+        breaks = True
+
+    signal.signal(signal.SIGUSR1, tell)
+    signal.signal(signal.SIGUSR2, break_down)
+    return made
+
+
+if __name__ == "__main__":
+    app.make_app = watched
+    Engine.step = breaking_step  # type: ignore[method-assign]
+    sys.exit(main(["serve", *sys.argv[1:]]))
