@@ -1,8 +1,8 @@
 """A pool of processes that become the ranks of one small distributed job after another.
 
 Starting a Python process with torch takes seconds: these are forks of one that has imported everything, and stay for
-the whole test session. Each job has a process group of its own. A job that fails, or takes too long, takes the pool
-with it, and the next job starts a new one.
+some jobs. Each job has a process group of its own. A job that fails, or takes too long, takes the pool with it, and the
+next job starts a new one.
 """
 
 from __future__ import annotations
@@ -32,11 +32,16 @@ if sys.platform == "linux":
     CONTEXT.set_forkserver_preload(["tests.parallel.cases", "torch.utils.tensorboard", "torch.distributed.checkpoint"])
 
 
+MOST_JOBS = 12
+"""Of one pool: the threads of gloo outlive their groups, dozens of them, and each wakes a hundred times a second."""
+
+
 class Ranks:
     """Processes that run functions of `cases.py`."""
 
     def __init__(self) -> None:
         self.members: list[tuple[Any, Connection]] = []
+        self.jobs = 0
 
     def run(self, world_size: int, name: str, *arguments: Any, timeout_s: float = 120) -> list[Any]:
         """Return what a function of `cases.py` returns on each rank, in a process group of its own.
@@ -45,6 +50,9 @@ class Ranks:
             RuntimeError: with the traceback of the first rank that failed.
             TimeoutError: it took too long.
         """
+        if self.jobs >= MOST_JOBS:
+            self.close()
+        self.jobs += 1
         while len(self.members) < world_size:
             here, there = CONTEXT.Pipe()
             process = CONTEXT.Process(target=serve, args=(there,), daemon=True)
@@ -82,6 +90,7 @@ class Ranks:
             process.kill()
             process.join()
         self.members.clear()
+        self.jobs = 0
 
 
 def forget(modules: dict[str, Any]) -> None:
