@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["INTERNLM_ALLOCATOR"] = "off"  # tests measure nothing: no restarts
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def _nothing_is_measured_or_drawn(request: pytest.FixtureRequest, monkeypatch: p
     monkeypatch.setattr(runtime, "measure_peak", MEASURED)
     if "plots" not in request.fixturenames:
         monkeypatch.setattr(plot, "loss_curve", lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def _the_log_is_given_back() -> Iterator[None]:
+    """A verb that runs in this process sends the log to a stream of its own: the next test looks for it elsewhere."""
+    logger = logging.getLogger("internlm")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture
