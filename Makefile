@@ -24,6 +24,7 @@ bench: .venv/.dev  ## the CPU benchmarks; peers that are installed run beside ou
 	$(BIN)/python benchmarks/tokenize_throughput.py
 
 proof: .venv/.dev  ## the long proofs: hundreds of kills and resumes, every layout
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[proof]'
 	$(BIN)/python -m pytest tests/faults tests/launch tests/weights tests/parity tests/parallel tests/serve tests/checkpoint --proof
 
 .venv/.quickstart: pyproject.toml constraints.txt

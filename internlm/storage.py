@@ -27,7 +27,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +37,7 @@ from internlm.errors import StorageError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+UNFINISHED = "has no manifest.json: it was not finished, or is something else"
 LOCK = "lock"
 FORMAT_VERSION = 1
 
@@ -115,8 +116,7 @@ def commit(folder: Writing, target: Path, kind: str) -> None:
         name = path.relative_to(partial).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": folder.hashes.get(name) or sha256(path)}
         _fsync(path)
-    manifest = {"format": FORMAT_VERSION, "kind": kind, "meta": folder.meta, "files": files}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (partial / MANIFEST).write_text(manifest_text(kind, folder.meta, files), encoding="utf-8")
     _fsync(partial / MANIFEST)
     for path in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
         _fsync(path)
@@ -135,6 +135,13 @@ def commit(folder: Writing, target: Path, kind: str) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def manifest_text(kind: str, meta: dict[str, Any], files: dict[str, dict[str, Any]]) -> str:
+    """Return the content of a manifest; `files`: `bytes` and `sha256` by name."""
+    manifest = {"format": FORMAT_VERSION, "kind": kind, "meta": meta, "files": files}
+    manifest["digest"] = _digest(manifest)
+    return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+
+
 def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
     """Return the `meta` of a complete folder.
 
@@ -143,28 +150,51 @@ def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
             of another size. Contents are compared only by `verify`.
     """
     path = Path(path)
-    manifest = _load_manifest(path)
+
+    def size(name: str) -> int | None:
+        file = path / name
+        return file.stat().st_size if file.is_file() else None
+
+    return check_manifest(_load_manifest(path), kind, size, path)
+
+
+def check_manifest(
+    manifest: dict[str, Any], kind: str, size_of: Callable[[str], int | None], where: object
+) -> dict[str, Any]:
+    """Return the `meta` of a manifest that fits its folder.
+
+    Args:
+        manifest: as `parse_manifest` returns it.
+        kind: what the folder must hold.
+        size_of: returns the bytes of a file of the folder; None: there is none.
+        where: the folder, for people.
+
+    Raises:
+        StorageError: as `read_manifest`.
+    """
     if manifest.get("kind") != kind:
-        raise StorageError("holds something else", where=path, got=manifest.get("kind"), allowed=[kind])
+        raise StorageError("holds something else", where=where, got=manifest.get("kind"), allowed=[kind])
     if manifest.get("format") != FORMAT_VERSION:
         raise StorageError(
-            "was written in another format version", where=path, got=manifest.get("format"), allowed=[FORMAT_VERSION]
+            "was written in another format version", where=where, got=manifest.get("format"), allowed=[FORMAT_VERSION]
         )
+    if not _is_well_formed(manifest):
+        raise StorageError("its manifest.json says what cannot be", where=where, do="Write or copy it again.")
     for name, facts in manifest["files"].items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
+        size = size_of(name)
         if size != facts["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes, not {facts['bytes']}"
-            raise StorageError(f"file {name} {found}", where=path, do="The folder is damaged: write or copy it again.")
+            raise StorageError(f"file {name} {found}", where=where, do="The folder is damaged: write or copy it again.")
     return manifest["meta"]
 
 
-def verify(path: str | Path, first: int = 0, every: int = 1) -> None:
+def verify(path: str | Path, first: int = 0, every: int = 1, *, but: str | None = None) -> None:
     """Read every file of a complete folder and compare its SHA-256 with the manifest.
 
     Args:
         path: the folder.
         first, every: only every so manieth file, from this one on: several processes share the work.
+        but: a folder in it whose files are left out.
 
     Raises:
         StorageError: naming the first file that differs.
@@ -173,7 +203,11 @@ def verify(path: str | Path, first: int = 0, every: int = 1) -> None:
     manifest = _load_manifest(path)
     read_manifest(path, manifest.get("kind", ""))
     for name, facts in list(manifest["files"].items())[first::every]:
-        if sha256(path / name) != facts["sha256"]:
+        if but is not None and Path(name).parts[0] == but:
+            continue
+        with explained(f"reading {path}"):
+            found = sha256(path / name)
+        if found != facts["sha256"]:
             raise StorageError(
                 f"file {name} is damaged (its SHA-256 differs)", where=path, do="Write or copy it again."
             )
@@ -325,16 +359,44 @@ def _load_manifest(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise StorageError("no such folder", where=path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return parse_manifest((path / MANIFEST).read_text(encoding="utf-8"), path)
     except (FileNotFoundError, NotADirectoryError):
-        raise StorageError(
-            "has no manifest.json: it was not finished, or is something else", where=path, do="Write it again."
-        ) from None
-    except (ValueError, UnicodeDecodeError) as error:
+        raise StorageError(UNFINISHED, where=path, do="Write it again.") from None
+    except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"manifest.json cannot be read: {error}", where=path, do="Write it again.") from error
+
+
+def parse_manifest(text: str, where: object) -> dict[str, Any]:
+    """Return a manifest.
+
+    Raises:
+        StorageError: the text is none, or is damaged.
+    """
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"manifest.json cannot be read: {error}", where=where, do="Write it again.") from error
     if not isinstance(manifest, dict):
-        raise StorageError("holds something else: its manifest.json is not ours", where=path)
+        raise StorageError("holds something else: its manifest.json is not ours", where=where)
+    if manifest.pop("digest", None) not in (None, _digest(manifest)):  # None: it is of before there were digests
+        raise StorageError("manifest.json is damaged (its SHA-256 differs)", where=where, do="Write or copy it again.")
     return manifest
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Return the SHA-256 of what a manifest says, however it is laid out."""
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+
+
+def _is_well_formed(manifest: dict[str, Any]) -> bool:
+    """Return whether a manifest has its parts, and names only files inside its folder."""
+    files = manifest.get("files")
+    return (
+        isinstance(manifest.get("meta"), dict)
+        and isinstance(files, dict)
+        and all(isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys() for facts in files.values())
+        and not any(Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name for name in files)
+    )
 
 
 def _fsync(path: Path) -> None:

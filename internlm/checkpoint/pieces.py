@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from internlm.checkpoint.place import Place, read_into
 from internlm.errors import StorageError
 from internlm.weights.files import DTYPES, NAMES, as_bytes
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 INDEX = "tensors.json"
 FOLDER = "tensors"
-_READ_AT_ONCE = 2**28
-"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,9 @@ Index = dict[str, Entry]
 """The tensors of a checkpoint by name."""
 
 
-def file_of(rank: int) -> str:
+def file_of(rank: int, folder: str = FOLDER) -> str:
     """Return the name of the file that a rank writes."""
-    return f"{FOLDER}/rank-{rank:05d}.safetensors"
+    return f"{folder}/rank-{rank:05d}.safetensors"
 
 
 def header(parts: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> tuple[bytes, list[int], int]:
@@ -77,6 +76,15 @@ def header(parts: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> tuple[b
     return head, [len(head) + start for start in ends[:-1]], len(head) + ends[-1]
 
 
+def moved(index: Index, folder: str) -> Index:
+    """Return an index whose files lie in this folder of the checkpoint."""
+
+    def file(piece: Piece) -> str:
+        return f"{folder}/{PurePosixPath(piece.file).name}"
+
+    return {n: replace(e, pieces=tuple(replace(p, file=file(p)) for p in e.pieces)) for n, e in index.items()}
+
+
 def dump(index: Index) -> str:
     """Return the text of an index."""
     found = {
@@ -90,7 +98,7 @@ def dump(index: Index) -> str:
     return json.dumps(found, separators=(",", ":")) + "\n"
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Place) -> Index:
     """Return the index of a checkpoint folder.
 
     Raises:
@@ -131,7 +139,7 @@ def _extent(numbers: list[Any]) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def read(folder: Path, entry: Entry) -> Tensor:
+def read(folder: Place, entry: Entry) -> Tensor:
     """Return a tensor, put together from its pieces.
 
     Raises:
@@ -152,25 +160,14 @@ def _place(whole: Tensor, piece: Piece) -> Tensor:
     return whole
 
 
-def _read_piece(folder: Path, piece: Piece, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+def _read_piece(folder: Place, piece: Piece, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
     """Return a piece [*piece.shape], or these rows of it."""
     start, shape = piece.start, piece.shape
     if rows is not None:
         start += rows.start * math.prod(shape[1:]) * dtype.itemsize
         shape = (rows.stop - rows.start, *shape[1:])
     tensor = torch.empty(shape, dtype=dtype)
-    path = folder / piece.file
-    rest = as_bytes(tensor)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(start)
-            while len(rest):
-                count = file.readinto(rest[:_READ_AT_ONCE])
-                if not count:
-                    raise StorageError(f"ends {len(rest)} bytes too early", where=path, do="Copy the checkpoint again.")
-                rest = rest[count:]
-    except OSError as error:
-        raise StorageError(f"cannot be read: {error.strerror}", where=path) from error
+    read_into(folder / piece.file, start, as_bytes(tensor))
     return tensor
 
 
@@ -195,7 +192,7 @@ def metadata(index: Index) -> Metadata:
     )
 
 
-def reader(folder: Path, index: Index) -> StorageReader:
+def reader(folder: Place, index: Index) -> StorageReader:
     """Return what gives the pieces to `torch.distributed.checkpoint.load`. The import takes a second: it waits."""
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
     from torch.distributed.checkpoint.storage import StorageReader

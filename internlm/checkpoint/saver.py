@@ -1,15 +1,18 @@
 """Writing checkpoints while the training goes on.
 
     saver = Saver(run / "checkpoints")
-    saver.save("step-00000100", tensors, Beside(model, tokenizer, meta))     # copies, and returns
+    saver.save("step-00000100", tensors, Beside(model, tokenizer, meta))     # returns at once
+    saver.copied()                                                           # before the tensors change
     saver.finish()                                                           # how the last one went
 
     all ranks         who writes which piece (once a run) → copies of them → a thread: file, SHA-256, word to rank 0
     rank 0's thread   waits for the word of all → index, model, tokenizer, manifest → rename
 
-A step waits for the copy only. The threads agree through files in the folder that is being written, so that they need
-no collective beside those of the training. What goes wrong in them is told to `after`, and by `finish`: the run goes
-on, and the checkpoints before are untouched.
+A step waits for the copy only, and only before it updates: forward and backward go on beside it. The threads agree
+through files in the folder that is being written, so that they need no collective beside those of the training. What
+goes wrong in them is told to `after`, and by `finish`: the run goes on, and the checkpoints before are untouched.
+
+The folder may lie in a store that fsspec reaches; `place` says how a checkpoint becomes visible there.
 
 Limits: all ranks see the folder. A copy of the state is held in memory; where there is no room for one, the training
 waits until the checkpoint is written.
@@ -18,16 +21,16 @@ waits until the checkpoint is written.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import logging
 import math
-import os
-import shutil
+import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +38,11 @@ import torch
 from torch import Tensor
 
 from internlm import config as recipes
-from internlm import ranks, runtime, storage
-from internlm.checkpoint import pieces
+from internlm import ranks, runtime
+from internlm.checkpoint import pieces, place
 from internlm.checkpoint.pieces import Entry, Index, Piece
+from internlm.checkpoint.place import Draft, Place
 from internlm.errors import InternLMError, StorageError
-from internlm.hashed_file import HashedFile
 from internlm.model.config import ModelConfig
 from internlm.text.tokenizer import Tokenizer
 from internlm.weights.files import as_bytes
@@ -49,10 +52,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KIND = "checkpoint"
 _ROOM = 0.8
 """Share of the free memory that copies may take."""
-_LOOK_EVERY_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Beside:
 class Saved:
     """How a save went, as rank 0 knows it."""
 
-    path: Path
+    path: Place
     bytes: int
     """Of all tensors."""
     seconds: float
@@ -83,7 +84,7 @@ class Saved:
 class _Plan:
     """What this rank writes in every save; on rank 0, what all write."""
 
-    form: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    form: dict[str, Any]
     """Of the tensors it was made for."""
     items: list[WriteItem]
     head: bytes
@@ -98,15 +99,18 @@ class Saver:
     """Writes the checkpoints of a run. Every rank has one, and calls the same methods in the same order.
 
     Args:
-        folder: of the checkpoints.
+        folder: of the checkpoints, on a disk or in a store.
         background: whether the training goes on while one is written.
         patience_s: how long rank 0 waits for the slowest rank's file.
         after: called on rank 0 when a save has ended, well or not, in the thread that wrote.
+
+    Raises:
+        StorageError: the folder is in a store that does not answer, or that cannot be written.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         *,
         background: bool = True,
         patience_s: float = 1800.0,
@@ -117,44 +121,69 @@ class Saver:
         self._plan: _Plan | None = None
         self._copies: list[Tensor] | None = None
         self._thread: threading.Thread | None = None
+        self._job: _Job | None = None
+        self._copied = threading.Event()
+        self._copied.set()
         self._last: Saved | None = None
         self._count = 0
-        self._mark = ranks.gather(os.getpid())[0]
-        if ranks.rank() == 0:
-            _clear(folder)
+        self._mark = ranks.gather(secrets.token_hex(4))[0]
+        for name in ranks.together(lambda: place.clear(folder, self._mark) if ranks.rank() == 0 else []):
+            logger.info("removed what an interrupted save left: %s", name)
 
     def save(self, name: str, tensors: dict[str, Tensor], beside: Beside) -> float:
         """Begin a checkpoint; return the seconds that were waited for the one before, which ends first.
 
         Args:
             name: of its folder.
-            tensors: by logical name; of a DTensor each rank writes its part. They may change when this returns.
-            beside: what rank 0 writes.
+            tensors: by logical name; of a DTensor each rank writes its part. They may change after `copied`.
+            beside: what rank 0 writes; its facts may change when this returns.
 
         Raises:
             StorageError: a tensor cannot be written.
         """
         begun = time.monotonic()
-        self.join()
+        self._settle()
         waited = time.monotonic() - begun
         if self._plan is None or self._plan.form != _form(tensors):
             self._plan, self._copies = _make_plan(tensors), None
         self._count += 1
-        draft = self.folder / f"{name}.partial-{self._mark}.{self._count}"
+        target = self.folder / name
+        draft = place.draft_of(target, f"{self._mark}.{self._count}")
         sources = [_local(item, tensors) for item in self._plan.items]
-        job = _Job(self._plan, self.folder / name, draft, beside, self.patience_s, time.monotonic())
-        if not self.background or not self._has_room():
-            self._end(job, [source.to("cpu") for source in sources], lambda: None)
-            return waited
-        work = functools.partial(self._end, job, *self._copy(sources))
-        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        beside = replace(beside, meta=copy.deepcopy(beside.meta))  # the run goes on to change what it may refer to
+        job = _Job(self._plan, target, draft, beside, self.patience_s, time.monotonic())
+        if self.background and self._has_room():
+            parts, make = self._copy(sources)
+        else:
+            parts, make = [source.to("cpu") for source in sources], lambda: None
+        self._copied.clear()
+        work = functools.partial(self._end, job, parts, make)
+        self._job, self._thread = job, threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
+        if not self.background:
+            self._settle()
         return waited
+
+    def copied(self) -> None:
+        """Wait until the tensors of the last save may change."""
+        self._copied.wait()
 
     def finish(self) -> Saved | None:
         """Wait until nothing is being written; return on every rank how the last save went, None if there was none."""
-        self.join()
+        self._settle()
         return ranks.gather(self._last)[0]
+
+    def _settle(self) -> None:
+        """Wait until no rank writes. Rank 0 hears of parts that failed where their ranks could not leave a word."""
+        if self._thread is None or self._job is None:
+            return
+        if ranks.rank():
+            self.join()
+        problems = ranks.gather(self._last.problem if ranks.rank() and self._last else None)
+        self._job.failed.update({rank: problem for rank, problem in enumerate(problems) if problem})
+        self.join()
+        if ranks.rank() == 0 and self._last and self._last.problem:
+            self._job.draft.discard()  # again: others may have written since
 
     def join(self, seconds: float | None = None) -> None:
         """Wait until this rank writes nothing, but no longer than that: for a run that ends without the others."""
@@ -174,32 +203,38 @@ class Saver:
         return False
 
     def _copy(self, sources: list[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
-        """Return copies of this rank's pieces, and what waits until they are made where the device makes them."""
+        """Return copies of this rank's pieces, and what makes them, or waits for the device that does."""
         if self._copies is None:
             pinned = any(source.is_cuda for source in sources)
             self._copies = [
                 torch.empty(source.shape, dtype=source.dtype, pin_memory=pinned and source.is_cuda)
                 for source in sources
             ]
-        for copy, source in zip(self._copies, sources, strict=True):
-            copy.copy_(source, non_blocking=True)
+        pairs = list(zip(self._copies, sources, strict=True))
+        for target, source in pairs:
+            if source.is_cuda:
+                target.copy_(source, non_blocking=True)  # what follows on this stream waits for it by itself
         devices = {source.device for source in sources if source.is_cuda}
-        if not devices:
-            return self._copies, lambda: None
-        # What the training does next on this stream waits for the copies by itself.
         done = [torch.cuda.current_stream(device).record_event() for device in devices]
 
-        def wait() -> None:
+        def make() -> None:
+            for target, source in pairs:
+                if not source.is_cuda:
+                    target.copy_(source)
+            self._copied.set()
             for event in done:
                 event.synchronize()
 
-        return self._copies, wait
+        return self._copies, make
 
-    def _end(self, job: _Job, parts: list[Tensor], copied: Callable[[], None]) -> None:
+    def _end(self, job: _Job, parts: list[Tensor], make: Callable[[], None]) -> None:
         """Write a checkpoint, and tell how it went."""
         problem = None
         try:
-            copied()
+            try:
+                make()
+            finally:
+                self._copied.set()
             job.run(parts)
         except InternLMError as error:
             problem = str(error)
@@ -213,7 +248,7 @@ class Saver:
 
 
 def save(
-    path: Path, tensors: dict[str, Tensor], model: ModelConfig, tokenizer: Path | None, meta: dict[str, Any]
+    path: Place, tensors: dict[str, Tensor], model: ModelConfig, tokenizer: Path | None, meta: dict[str, Any]
 ) -> None:
     """Write one checkpoint folder, and return when it is there. Every rank must call it.
 
@@ -237,11 +272,13 @@ class _Job:
     """One checkpoint being written."""
 
     plan: _Plan
-    target: Path
-    draft: Path
+    target: Place
+    draft: Draft
     beside: Beside
     patience_s: float
     begun: float
+    failed: dict[int, str] = field(default_factory=dict)
+    """Problems of ranks that did not leave a word of them: for rank 0, from another thread."""
 
     def run(self, parts: list[Tensor]) -> None:
         """Write this rank's file; on rank 0, wait for the others and make the checkpoint visible.
@@ -249,39 +286,27 @@ class _Job:
         Raises:
             StorageError: something failed, here or, on rank 0, on another rank; what was written is removed.
         """
+        rank = ranks.rank()
         try:
             word = {"sha256": self._write(parts), "bytes": self.plan.bytes}
-        except (StorageError, OSError) as error:
-            if ranks.rank() == 0:
-                shutil.rmtree(self.draft, ignore_errors=True)
+            if rank:
+                self.draft.say(rank, json.dumps(word))
+            else:
+                self._commit({0: word} | self._words())
+        except BaseException as error:
+            if rank == 0:
+                self.draft.discard()
             else:
                 with contextlib.suppress(StorageError):  # rank 0 will miss it
-                    storage.write_text(self._word(ranks.rank()), json.dumps({"problem": str(error)}))
-            raise
-        if ranks.rank():
-            storage.write_text(self._word(ranks.rank()), json.dumps(word))
-            return
-        try:
-            self._commit({0: word} | self._words())
-        except BaseException:
-            shutil.rmtree(self.draft, ignore_errors=True)
+                    self.draft.say(rank, json.dumps({"problem": str(error)}))
             raise
 
     def _write(self, parts: list[Tensor]) -> str:
         """Write this rank's tensors; return the file's SHA-256."""
-        path = self.draft / pieces.file_of(ranks.rank())
-        with storage.explained(f"writing {self.target}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            storage.require_space(path, self.plan.bytes + (1 << 20), f"checkpoint {self.target.name}")
-            with HashedFile(path) as file:
-                file.write(self.plan.head)
-                for part in parts:
-                    file.write(as_bytes(part))
-                return file.sha256()
+        return self.draft.write(self._file_of(ranks.rank()), [self.plan.head, *map(as_bytes, parts)])
 
-    def _word(self, rank: int) -> Path:
-        """Return the file by which a rank says that its tensors are on the disk, or why not."""
-        return self.draft / f"word-{rank:05d}.json"
+    def _file_of(self, rank: int) -> str:
+        return pieces.file_of(rank, pieces.FOLDER + self.draft.suffix)
 
     def _words(self) -> dict[int, dict[str, Any]]:
         """Return what all other ranks say, when they have.
@@ -290,18 +315,14 @@ class _Job:
             StorageError: one failed, or is not heard of.
         """
         heard: dict[int, dict[str, Any]] = {}
-        missing = set(range(1, ranks.world_size()))
         until = time.monotonic() + self.patience_s
-        while missing:
-            for rank in sorted(missing):
-                path = self._word(rank)
-                if not path.exists():
-                    continue
-                heard[rank] = json.loads(path.read_text(encoding="utf-8"))
-                if "problem" in heard[rank]:
-                    raise StorageError(f"rank {rank} could not write its part: {heard[rank]['problem']}")
-                path.unlink()
+        while missing := set(range(1, ranks.world_size())) - heard.keys():
+            for rank, text in sorted(self.draft.said().items()):
+                heard[rank] = json.loads(text)
+                self.failed.update({rank: heard[rank]["problem"]} if "problem" in heard[rank] else {})
                 missing.discard(rank)
+            for rank, problem in sorted(self.failed.items()):
+                raise StorageError(f"rank {rank} could not write its part: {problem}")
             if missing and time.monotonic() > until:
                 raise StorageError(
                     f"nothing was heard of rank {min(missing)} for {self.patience_s:.0f} s",
@@ -309,37 +330,25 @@ class _Job:
                     do="Do all ranks see this folder?",
                 )
             if missing:
-                time.sleep(_LOOK_EVERY_S)
+                time.sleep(self.draft.look_every_s)
         return heard
 
     def _commit(self, words: dict[int, dict[str, Any]]) -> None:
         """Write what lies beside the tensors, and make the checkpoint visible."""
-        with storage.explained(f"writing {self.target}"):
-            (self.draft / pieces.INDEX).write_text(pieces.dump(self.plan.index), encoding="utf-8")
-            (self.draft / "model.yaml").write_text(recipes.dump(self.beside.model), encoding="utf-8")
+        with self.draft.beside() as folder:
+            index = pieces.moved(self.plan.index, pieces.FOLDER + self.draft.suffix)
+            (folder / pieces.INDEX).write_text(pieces.dump(index), encoding="utf-8")
+            (folder / "model.yaml").write_text(recipes.dump(self.beside.model), encoding="utf-8")
             if self.beside.tokenizer is not None:
-                (self.draft / "tokenizer").mkdir()
-                Tokenizer.load(self.beside.tokenizer).save(self.draft / "tokenizer")
-            if self.target.is_dir() and not storage.is_complete(self.target, KIND):
-                shutil.rmtree(self.target)  # damaged: the run went back to an earlier one and is here again
-            hashes = {pieces.file_of(rank): word["sha256"] for rank, word in words.items()}
-            storage.commit(storage.Writing(self.draft, dict(self.beside.meta), hashes), self.target, KIND)
+                (folder / "tokenizer").mkdir()
+                Tokenizer.load(self.beside.tokenizer).save(folder / "tokenizer")
+            files = {self._file_of(rank): word for rank, word in words.items()}
+            self.draft.commit(folder, dict(self.beside.meta), files)
 
 
-def _clear(folder: Path) -> None:
-    """Remove what interrupted saves left: one run works in a folder. A checkpoint that was moved aside comes back."""
-    for draft in folder.glob("*.partial-*"):
-        shutil.rmtree(draft, ignore_errors=True)
-    for aside in folder.glob("*.replaced-*"):
-        target = aside.with_name(aside.name.rpartition(".replaced-")[0])
-        if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.rename(target)
-
-
-def _form(tensors: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+def _form(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what a plan depends on; it changes on all ranks, or on none."""
+    return {n: (tuple(t.shape), t.dtype, getattr(t, "placements", None)) for n, t in tensors.items()}
 
 
 def _make_plan(tensors: dict[str, Tensor]) -> _Plan:
@@ -394,5 +403,6 @@ def _local(item: WriteItem, tensors: dict[str, Tensor]) -> Tensor:
     """Return what this rank holds of a tensor."""
     from torch.distributed.tensor import DTensor
 
-    tensor = tensors[item.index.fqn].detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    tensor = tensors[item.index.fqn]
+    with torch.no_grad():  # then it costs nothing
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

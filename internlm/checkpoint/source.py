@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm.checkpoint import store
+from internlm import storage
+from internlm.checkpoint import place, store
+from internlm.checkpoint.place import Place
 from internlm.errors import StorageError, UsageError, WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.quant import Kind
@@ -48,7 +50,7 @@ class Hints:
 class Source:
     """Weights, opened."""
 
-    path: Path
+    path: Place
     kind: str
     """`checkpoint`, `transformers`, `adapter`, `internlm-v0.2` or `gguf`."""
     config: ModelConfig
@@ -57,7 +59,7 @@ class Source:
     talk: Talk
     facts: dict[str, Any] = field(default_factory=dict)
     """What is known of the training, for the model card."""
-    beside: tuple[Path, ...] = ()
+    beside: tuple[Place, ...] = ()
     """Further paths that the weights depend on."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -66,8 +68,11 @@ class Source:
 
     def state(self) -> str:
         """Return a text that changes when a file of the source does."""
-        facts = []
+        facts: list[tuple[object, ...]] = []
         for path in (self.path, *self.beside):
+            if not isinstance(path, Path):
+                facts.append((str(path), (path / storage.MANIFEST).read_text()))
+                continue
             files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
             facts += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -90,11 +95,12 @@ class Source:
         return read_model(self.config, self.weights(), dtype=dtype, device=device, pack=pack)
 
 
-def open_source(path: str | Path, hints: Hints = Hints()) -> Source:
+def open_source(path: str | Place, hints: Hints = Hints()) -> Source:
     """Open what a path holds.
 
     Args:
-        path: a run, a checkpoint, a Transformers folder, an adapter, a checkpoint of InternLM v0.2, or a GGUF file.
+        path: a run, a checkpoint, a Transformers folder, an adapter, a checkpoint of InternLM v0.2, or a GGUF file; the
+            first two also by a URL.
         hints: what it does not say itself.
 
     Raises:
@@ -102,7 +108,7 @@ def open_source(path: str | Path, hints: Hints = Hints()) -> Source:
         UsageError: a hint is given that it has no use for.
         WeightsError, TokenizerError: its model or tokenizer is of a kind that is not known.
     """
-    path = Path(path)
+    path = place.at(path)
     source = _open(path, hints)
     for name, value, kind in (("base", hints.base, "adapter"), ("settings", hints.settings, "internlm-v0.2")):
         if value and source.kind != kind:
@@ -115,10 +121,14 @@ def open_source(path: str | Path, hints: Hints = Hints()) -> Source:
     return dataclasses.replace(source, talk=talk)
 
 
-def _open(path: Path, hints: Hints, above: tuple[Path, ...] = ()) -> Source:
+def _open(path: Place, hints: Hints, above: tuple[Path, ...] = ()) -> Source:
     """Open what a path holds; `above`: the adapters that it is the base of."""
     if store.is_checkpoint(path) or store.newest(path) is not None:
         return _checkpoint(path)
+    if not isinstance(path, Path):
+        raise StorageError(
+            "no complete checkpoint here", where=path, do="Of a store only runs and checkpoints of ours can be read."
+        )
     if adapters.is_one(path):
         return _adapter(path, hints, above)
     if (path / "config.json").is_file():
@@ -138,7 +148,7 @@ def _open(path: Path, hints: Hints, above: tuple[Path, ...] = ()) -> Source:
     )
 
 
-def _checkpoint(path: Path) -> Source:
+def _checkpoint(path: Place) -> Source:
     found = store.open_checkpoint(path)
     tokenizer = None if found.tokenizer_path is None else Tokenizer.load(found.tokenizer_path)
     facts: dict[str, Any] = {name: found.meta[name] for name in ("recipe", "step", "tokens") if name in found.meta}

@@ -10,6 +10,8 @@
 `saver` writes them. Tensors are whole to whoever reads, and each rank reads what it needs of them, so another number of
 ranks, or another layout, goes on as well.
 
+`checkpoint.folder` names another place for them, such as `s3://bucket/run`: whoever asks for the run finds it there.
+
 Limits: the folder must be one that all ranks see.
 """
 
@@ -19,7 +21,6 @@ import functools
 import logging
 import math
 import re
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,10 @@ import yaml
 from torch import Tensor
 
 from internlm import config as recipes
-from internlm import ranks, storage
-from internlm.checkpoint import pieces
-from internlm.checkpoint.saver import KIND
+from internlm import ranks
+from internlm.checkpoint import pieces, place
+from internlm.checkpoint.place import Place as Place
+from internlm.checkpoint.remote import Remote, Unreachable
 from internlm.config import require_positive, section
 from internlm.errors import StorageError
 from internlm.model.config import ModelConfig
@@ -47,6 +49,8 @@ _STEP = re.compile(r"step-(\d+)$")
 class CheckpointConfig:
     """When training state is written, and how much of it is kept."""
 
+    folder: str | None = None
+    """Where checkpoints lie: a path, or an fsspec URL such as `s3://bucket/run`. None: `checkpoints` in the run."""
     every_steps: int | None = None
     """Steps between two checkpoints; None: only at the end."""
     keep_last: int = 2
@@ -62,13 +66,19 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "checkpoint", "every_steps", "keep_last", "keep_every_tokens")
+        if self.folder is not None:
+            place.at(self.folder)  # says what is wrong with it
+
+    def of(self, run: Path) -> Place:
+        """Return where the checkpoints of a run lie."""
+        return run / "checkpoints" if self.folder is None else place.at(self.folder)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint, opened: small facts are here, tensors are read when asked for."""
 
-    path: Path
+    path: Place
     meta: dict[str, Any]
 
     @property
@@ -81,11 +91,11 @@ class Checkpoint:
         """Shape of the model."""
         return recipes.decode(ModelConfig, yaml.safe_load((self.path / "model.yaml").read_text(encoding="utf-8")))
 
-    @property
+    @functools.cached_property
     def tokenizer_path(self) -> Path | None:
-        """Folder of the tokenizer it was trained with."""
+        """Folder of the tokenizer it was trained with; of a checkpoint in a store a copy."""
         folder = self.path / "tokenizer"
-        return folder if folder.is_dir() else None
+        return place.fetched(folder) if place.names(folder) else None
 
     @property
     def template(self) -> str | None:
@@ -116,7 +126,7 @@ class Checkpoint:
         Raises:
             StorageError: a file is damaged.
         """
-        ranks.together(lambda: storage.verify(self.path, ranks.rank(), ranks.world_size()))
+        ranks.together(lambda: place.verify(self.path, ranks.rank(), ranks.world_size()))
 
     def weights(self, prefix: str = "model.") -> Weights:
         """Return the tensors whose name begins with `prefix`, by the rest of it, not read yet.
@@ -124,14 +134,15 @@ class Checkpoint:
         Raises:
             StorageError: a file is damaged.
         """
-        storage.verify(self.path)
+        place.verify(self.path)
         found = {}
         for name, entry in self.index.items():
             if name.startswith(prefix):
                 read = functools.partial(pieces.read, self.path, entry)
                 (first, *others) = entry.pieces
-                place = None if others else (self.path / first.file, first.start)
-                found[name.removeprefix(prefix)] = Weight(entry.shape, entry.dtype, read, name, place)
+                file = self.path / first.file
+                lies = (file, first.start) if isinstance(file, Path) and not others else None
+                found[name.removeprefix(prefix)] = Weight(entry.shape, entry.dtype, read, name, lies)
         return found
 
     def holds(self, name: str) -> bool:
@@ -148,53 +159,58 @@ class Checkpoint:
         return pieces.read_index(self.path)
 
 
-def is_checkpoint(path: str | Path) -> bool:
+def is_checkpoint(path: str | Place) -> bool:
     """Return whether `path` is a complete checkpoint."""
-    return storage.is_complete(path, KIND)
+    return place.is_complete(place.at(path))
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint, or the newest complete one of a run.
+def open_checkpoint(path: str | Place) -> Checkpoint:
+    """Open a checkpoint, or the newest complete one of a run. All but its tensors is compared with its checksums.
 
     Args:
-        path: a checkpoint folder, a run folder, or its `checkpoints` folder.
+        path: a checkpoint folder, a run folder, or its `checkpoints` folder; a path or a URL.
 
     Raises:
-        StorageError: there is no complete checkpoint.
+        StorageError: there is no complete checkpoint, or the newest one is damaged.
     """
-    path = Path(path)
+    path = place.at(path)
     if not is_checkpoint(path):
         found = newest(path)
         if found is None:
             raise StorageError("no complete checkpoint here", where=path, do="Was the run stopped before the first?")
         path = found
-    return Checkpoint(path, storage.read_manifest(path, KIND))
+    place.verify(path, but=pieces.FOLDER)
+    return Checkpoint(path, place.read_manifest(path))
 
 
-def newest(run: str | Path) -> Path | None:
+def newest(run: str | Place) -> Place | None:
     """Return the newest complete checkpoint of a run folder (or of its `checkpoints` folder), or None."""
-    complete = listed(run)
-    return complete[-1] if complete else None
+    return next((path for path in reversed(_steps(run)) if is_checkpoint(path)), None)
 
 
-def listed(run: str | Path) -> list[Path]:
+def listed(run: str | Place) -> list[Place]:
     """Return the complete checkpoints of a run, oldest first."""
     return [path for path in _steps(run) if is_checkpoint(path)]
 
 
-def damaged(run: str | Path) -> list[Path]:
-    """Return the checkpoints of a run that are newer than the newest complete one, oldest first."""
-    damaged: list[Path] = []
-    for path in _steps(run):
-        damaged = [] if is_checkpoint(path) else [*damaged, path]
-    return damaged
+def damaged(run: str | Place) -> list[Place]:
+    """Return the checkpoints of a run that are newer than the newest complete one, oldest first.
+
+    What an interrupted upload left is not damaged: it never was a checkpoint.
+    """
+    damaged: list[Place] = []
+    for path in reversed(_steps(run)):
+        if is_checkpoint(path):
+            break
+        damaged += [] if place.is_unfinished(path) else [path]
+    return damaged[::-1]
 
 
 @dataclass(frozen=True)
 class Found:
     """A checkpoint folder, complete or not."""
 
-    path: Path
+    path: Place
     step: int
     bytes: int
     meta: dict[str, Any]
@@ -203,51 +219,71 @@ class Found:
     """What is wrong with it."""
 
 
-def survey(run: str | Path, *, verify: bool = False) -> list[Found]:
+def survey(run: str | Place, *, verify: bool = False) -> list[Found]:
     """Return all checkpoint folders of a run, oldest first.
 
     Args:
-        run: a run, or its `checkpoints` folder.
+        run: a run, or its `checkpoints` folder; a path or a URL.
         verify: whether every file is read and compared with its checksum.
+
+    Raises:
+        Unreachable: they lie in a store that does not answer.
     """
     found = []
     for path in _steps(run):
         meta: dict[str, Any] = {}
         problem = None
         try:
-            meta = storage.read_manifest(path, KIND)
+            meta = place.read_manifest(path)
             if verify:
-                storage.verify(path)
+                place.verify(path)
+        except Unreachable:
+            raise
         except StorageError as error:
             problem = str(error).removeprefix(f"{path}: ")
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        size = sum(place.sizes(path).values())
         found.append(Found(path, int(path.name.rpartition("-")[2]), size, meta, problem))
     return found
 
 
-def _steps(run: str | Path) -> list[Path]:
+def _steps(run: str | Place) -> list[Place]:
     """Return the checkpoint folders of a run, complete or not, oldest first."""
-    run = Path(run)
-    folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
-    if not folder.is_dir():
-        return []
-    found = {int(match[1]): path for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))}
+    folder = _folder(place.at(run))
+    found = {int(match[1]): folder / name for name in place.names(folder) if (match := _STEP.fullmatch(name))}
     return [found[step] for step in sorted(found)]
+
+
+def _folder(run: Place) -> Place:
+    """Return the folder of checkpoints that a run means: named by its recipe, in it, or itself."""
+    if isinstance(run, Remote):
+        return run / "checkpoints" if "checkpoints" in run.names() else run
+    try:
+        named = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["checkpoint"]["folder"]
+    except (OSError, ValueError, yaml.YAMLError, TypeError, LookupError):
+        named = None  # no run of ours, or one from before there was such a key
+    if named is not None:
+        return place.at(str(named))
+    return run / "checkpoints" if (run / "checkpoints").is_dir() else run
 
 
 def path_of(run: Path, step: int) -> Path:
     """Return where the checkpoint of a step lies."""
-    return run / "checkpoints" / f"step-{step:08d}"
+    return run / "checkpoints" / name_of(step)
 
 
-def retain(run: Path, config: CheckpointConfig) -> None:
+def name_of(step: int) -> str:
+    """Return the name of the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
+def retain(run: Place, config: CheckpointConfig) -> None:
     """Remove the checkpoints that a run need not keep; what is newer than its newest complete one is not touched."""
-    complete = [(path, storage.read_manifest(path, KIND)) for path in listed(run)]
+    complete = [(path, place.read_manifest(path)) for path in listed(run)]
     if not complete:
         return
     last = [path for path, _ in complete[-max(1, config.keep_last) :]]
     kept = set(last)
-    firsts: dict[int, Path] = {}
+    firsts: dict[int, Place] = {}
     for path, meta in complete if config.keep_every_tokens else ():
         firsts.setdefault(meta.get("tokens", 0) // (config.keep_every_tokens or 1), path)
     kept |= {path for number, path in firsts.items() if number}
@@ -260,9 +296,7 @@ def retain(run: Path, config: CheckpointConfig) -> None:
             return
         if path in kept:
             continue
-        # The manifest goes first: a removal that is cut short leaves something nobody reads.
-        (path / storage.MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+        place.remove(path)
 
 
 class _quiet(warnings.catch_warnings):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +13,7 @@ DESCRIPTION = """\
 List the checkpoints of a run: step, tokens, loss, size, layout, and whether they are complete.
 
   internlm checkpoints runs/a
+  internlm checkpoints s3://bucket/run
   internlm checkpoints runs/a --verify        reads every file and compares its SHA-256
 
 Exit code 1: there is none, or --verify found one that is damaged."""
@@ -25,7 +25,7 @@ _NUMBERS = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("run", metavar="DIR", type=Path, help="a run, or its checkpoints folder")
+    parser.add_argument("run", metavar="DIR", help="a run, or its checkpoints folder")
     parser.add_argument("--verify", action="store_true", help="compare checksums too")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 

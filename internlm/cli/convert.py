@@ -139,6 +139,8 @@ def _check_apart(arguments: argparse.Namespace, source: Source) -> None:
     """
     target = Path(arguments.target).resolve()
     for path in (Path(arguments.source), source.path, *source.beside):
+        if not isinstance(path, Path):
+            continue  # in a store
         if target.exists() and target in (path.resolve(), *path.resolve().parents):
             raise UsageError(
                 "would be replaced, and SRC with it", where="DST", got=arguments.target, do="Choose another name."
@@ -252,7 +254,7 @@ def _logits_there(source: Source, ids: Tensor, dtype: torch.dtype) -> Tensor | N
     """Return the logits [1, T, V] that Transformers computes; None where it does not load such a source."""
     import torch
 
-    if source.kind != "transformers":
+    if source.kind != "transformers" or not isinstance(source.path, Path):
         return None
     try:
         from transformers import AutoModelForCausalLM

@@ -99,6 +99,7 @@ class Finding:
 def read_export(source: Source) -> Export:
     """Return what an engine finds in a Transformers folder."""
     folder = source.path
+    assert isinstance(folder, Path), "only checkpoints of ours are read from a store"
     described = _read(folder / "config.json")
     tokenizer = _read(folder / "tokenizer_config.json")
     template, where = tokenizer.get("chat_template"), "tokenizer_config.json"
@@ -148,7 +149,9 @@ def read_gguf(source: Source) -> Export:
     """Return what llama.cpp finds in a GGUF file."""
     from internlm.weights import gguf_file
 
-    file = source.path if source.path.is_file() else next(iter(sorted(source.path.glob("*.gguf"))))
+    file = source.path
+    assert isinstance(file, Path), "only checkpoints of ours are read from a store"
+    file = file if file.is_file() else next(iter(sorted(file.glob("*.gguf"))))
     fields = gguf_file.read_header(file).fields
     roles = [fields.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
     eos = tuple(int(id_) for id_ in roles if id_ is not None)

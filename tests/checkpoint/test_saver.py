@@ -47,12 +47,17 @@ def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def test_tensors_may_change_while_a_checkpoint_is_written(tmp_path: Path, held: threading.Event) -> None:
     tensor = torch.arange(1000.0)
     writer = Saver(tmp_path)
-    begin(writer, 1, {"model.x": tensor})
+    facts = {"losses": [1.0], "scale": {"value": 2.0}}
+    begin(writer, 1, {"model.x": tensor}, **facts)
     assert store.newest(tmp_path) is None
+    writer.copied()
     tensor.zero_()
+    facts["losses"].append(3.0)  # type: ignore[attr-defined]
+    facts["scale"].clear()
     held.set()
     assert writer.finish() is not None
     found = store.open_checkpoint(tmp_path)
+    assert found.meta == {"step": 1, "losses": [1.0], "scale": {"value": 2.0}}
     assert torch.equal(found.weights()["x"].read(), torch.arange(1000.0))
 
 

@@ -1,0 +1,132 @@
+"""Whatever fails while a checkpoint is written: the run goes on, the one before stays, and the next is written."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from internlm import storage
+from internlm.checkpoint import saver, store
+from internlm.checkpoint.saver import Beside, Saver
+from internlm.checkpoint.store import CheckpointConfig
+from internlm.errors import StorageError
+from internlm.model.config import ModelConfig
+from tests.faults.runs import OPERATIONS
+
+SHAPE = ModelConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=1, ffn_size=8)
+
+
+class Disk:
+    """A disk on which one operation fails: an audit hook, which cannot be taken back, but be silent."""
+
+    def __init__(self) -> None:
+        self.folder: str | None = None
+        self.left, self.code, self.failed = 0, 0, False
+        sys.addaudithook(self._see)
+
+    def fail(self, folder: Path, number: int, code: int) -> None:
+        """Let the operation of this number on a folder fail, counted from 0."""
+        self.folder, self.left, self.code, self.failed = str(folder), number, code, False
+
+    def _see(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.folder is None or event not in OPERATIONS or self.folder not in str(arguments[0]):
+            return
+        self.left -= 1
+        if self.left == -1:
+            self.failed = True
+            raise OSError(self.code, "the disk does not want to", str(arguments[0]))
+
+
+@pytest.fixture(scope="module")
+def one_disk() -> Disk:
+    return Disk()
+
+
+@pytest.fixture
+def disk(one_disk: Disk) -> Any:
+    yield one_disk
+    one_disk.folder = None
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["no space", "error"])
+def test_whichever_file_operation_fails_the_one_before_stays_and_the_next_is_written(
+    code: int, disk: Disk, tmp_path: Path, corpus: Path
+) -> None:
+    tensors = {"model.x": torch.arange(10.0)}
+    beside = Beside(SHAPE, corpus / "a" / "tokenizer", {"step": 1})
+    number = failures = 0
+    while True:
+        folder = tmp_path / str(number)
+        writer = Saver(folder)
+        writer.save("step-00000001", tensors, beside)
+        writer.join()
+        disk.fail(folder / "step-00000002", number, code)
+        writer.save("step-00000002", tensors, Beside(SHAPE, beside.tokenizer, {"step": 2}))
+        second = writer.finish()
+        disk.folder = None
+        assert second is not None
+        if not disk.failed:
+            break
+        store.open_checkpoint(folder / "step-00000001").verify()
+        if second.problem is None:  # what failed was needed for nothing
+            store.open_checkpoint(folder / "step-00000002").verify()
+        else:
+            failures += 1
+            assert "the disk does not want to" in second.problem
+            assert store.newest(folder) == folder / "step-00000001"
+        writer.save("step-00000003", tensors, Beside(SHAPE, beside.tokenizer, {"step": 3}))
+        third = writer.finish()
+        assert third is not None
+        assert third.problem is None
+        store.retain(folder, CheckpointConfig(keep_last=1))
+        assert [path.name for path in folder.iterdir()] == ["step-00000003"], number
+        number += 1
+    assert failures >= 15
+
+
+def test_a_manifest_that_the_disk_does_not_give_is_a_damaged_checkpoint(disk: Disk, tmp_path: Path) -> None:
+    for step in (1, 2):
+        saver.save(tmp_path / f"step-{step:08d}", {"x": torch.ones(3)}, SHAPE, None, {"step": step})
+    disk.fail(tmp_path / "step-00000002" / storage.MANIFEST, 0, errno.EIO)
+    assert store.newest(tmp_path) == tmp_path / "step-00000001"
+    disk.fail(tmp_path / "step-00000002" / storage.MANIFEST, 0, errno.EIO)
+    assert [found.problem is None for found in store.survey(tmp_path)] == [True, False]
+    disk.fail(tmp_path / "step-00000002" / "tensors", 0, errno.EIO)
+    with pytest.raises(StorageError, match="the disk does not want to"):
+        store.open_checkpoint(tmp_path).weights("")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_fifty_saves_in_the_background_leave_memory_where_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first saves make the copies; what the others take and do not give back would be half a copy each, or more."""
+    caplog.set_level(logging.WARNING)
+    tensors = {f"model.{number}": torch.randn(2**18) for number in range(8)}  # 8 MiB
+    writer = Saver(tmp_path)
+
+    def save(step: int) -> None:
+        writer.save(f"step-{step:08d}", tensors, Beside(SHAPE, None, {"step": step}))
+        writer.finish()
+        store.retain(tmp_path, CheckpointConfig(keep_last=2))
+
+    def held_bytes() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    for step in range(1, 6):
+        save(step)
+    before = held_bytes()
+    for step in range(6, 56):
+        save(step)
+    grown = held_bytes() - before
+    assert grown < 4 * 2**20, f"{grown / 2**20:.1f} MiB more after 50 saves of 8 MiB"
+    assert len(store.listed(tmp_path)) == 2
