@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
@@ -266,13 +267,8 @@ def expensive_operators() -> frozenset[Any]:
     ]  # fmt: skip
     found = []
     for name in names:
-        operator: Any = torch.ops
-        try:
-            for part in name.split("."):
-                operator = getattr(operator, part)
-        except (AttributeError, RuntimeError):
-            continue  # this build has no such kernel
-        found.append(operator)
+        with contextlib.suppress(AttributeError, RuntimeError):  # this build has no such kernel
+            found.append(functools.reduce(getattr, name.split("."), torch.ops))
     return frozenset(found)
 
 
@@ -357,6 +353,29 @@ def abort_groups() -> None:
     c10d._abort_process_group()
 
 
+@contextlib.contextmanager
+def launcher_agent(make: Callable[..., Any]) -> Iterator[None]:
+    """Let torch's launcher use, inside the block, another agent for its ranks: it has no public place to say so."""
+    api: Any = importlib.import_module("torch.distributed.launcher.api")
+    before = api.LocalElasticAgent
+    api.LocalElasticAgent = make
+    try:
+        yield
+    finally:
+        api.LocalElasticAgent = before
+
+
+def flight_record() -> bytes | None:
+    """Return the last exchanges of this process as torch recorded them, for `torchfrtrace`; None where it does not.
+
+    A private name, which the CPU builds before 2.13 lack. Some 2000 exchanges, unless TORCH_FR_BUFFER_SIZE says else.
+    """
+    dump = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_fr_trace", None)
+    if dump is None:
+        dump = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_nccl_trace", None)
+    return None if dump is None else bytes(dump())
+
+
 def scaled_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a [M, K] · b [K, N] of 8-bit floats times both scales, in `dtype`.
 
@@ -369,26 +388,49 @@ def scaled_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype
     return (a.float() @ b.float() * (a_scale * b_scale)).to(dtype)
 
 
-def start_profiler(device: torch.device) -> Any:
-    """Return a running profiler of this device, and of the CPU where that is the device."""
+def start_profiler(device: torch.device, *, cpu_too: bool = False) -> Any:
+    """Return a running profiler of this device, and of the CPU where that is the device or wanted too."""
     from torch.profiler import ProfilerActivity, profile
 
-    kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    profiler = profile(activities=[kind])
+    is_gpu = device.type == "cuda"
+    kinds = [ProfilerActivity.CUDA] * is_gpu + [ProfilerActivity.CPU] * (cpu_too or not is_gpu)
+    profiler = profile(activities=kinds)
     with _quiet():
         profiler.start()
     return profiler
 
 
-def stop_profiler(profiler: Any) -> list[tuple[str, int, int, bool]]:
-    """Return what ran: name, begin and end in nanoseconds, whether on a GPU.
+def stop_profiler(profiler: Any) -> list[tuple[str, int, int, bool, int]]:
+    """Return what ran: name, begin and end in nanoseconds, whether on a GPU, number of the thread that called it.
 
     Read from a private name: `events()` builds a tree of objects first, which takes a minute for a large step.
     """
     with _quiet():
         profiler.stop()
     found = profiler.profiler.kineto_results.events()
-    return [(e.name(), e.start_ns(), e.start_ns() + e.duration_ns(), e.device_type().name != "CPU") for e in found]
+    return [(e.name(), e.start_ns(), e.end_ns(), e.device_type().name != "CPU", e.start_thread_id()) for e in found]
+
+
+def record_memory(entries: int) -> None:
+    """Note from now on who allocates on the GPU, with stacks, and keep the last entries; 0: no more. Private names."""
+    torch.cuda.memory._record_memory_history("all" if entries else None, stacks="python", max_entries=entries or 1)
+
+
+def dump_memory(path: str) -> None:
+    """Write what lies in the GPU's memory, and what was noted about it, for pytorch.org/memory_viz. Private names."""
+    torch.cuda.memory._dump_snapshot(path)
+
+
+def is_compiled(module: Any) -> bool:
+    """Return whether calls of a module go to a compiled graph. A private name."""
+    return module._compiled_call_impl is not None
+
+
+def wrap_call(module: Any, around: Callable[..., Any]) -> Callable[[], None]:
+    """Let `around(call, *arguments)` run for every call, as hooks of compiled ones cannot; return what ends that."""
+    before = module._compiled_call_impl
+    module._compiled_call_impl = functools.partial(around, before or module._call_impl)
+    return lambda: setattr(module, "_compiled_call_impl", before)
 
 
 @contextlib.contextmanager
@@ -425,13 +467,9 @@ def leave_fake_group() -> None:
     from torch.distributed.tensor import DTensor
 
     dist.destroy_process_group()
-    clear = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
-    if clear is not None:
-        clear()
+    getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()
     propagator = getattr(getattr(DTensor, "_op_dispatcher", None), "sharding_propagator", None)
-    cache_clear = getattr(getattr(propagator, "propagate_op_sharding", None), "cache_clear", None)
-    if cache_clear is not None:
-        cache_clear()
+    getattr(getattr(propagator, "propagate_op_sharding", None), "cache_clear", lambda: None)()
 
 
 def fake_tensors() -> Any:

@@ -1,4 +1,4 @@
-"""A process among others: finding them, agreeing with them, ending together, and starting them.
+"""A process among others: finding them, agreeing with them, and ending together.
 
 A process that `internlm launch`, torchrun or Slurm's srun started beside others finds them by its environment:
 
@@ -103,7 +103,7 @@ def joined() -> Iterator[None]:
         _give_up()
         if _is_about_others(error):
             # gloo: `[/build/…/pair.cc:553] Connection closed by peer [10.0.0.2]:4242. This is typically …`
-            what = re.sub(r"^\[\S+\.cc:\d+\] ", "", _line(error)).partition(". ")[0]
+            what = re.sub(r"^\[\S+\.cc:\d+\] ", "", first_line(error)).partition(". ")[0]
             raise TrainingError(
                 f"rank {os.environ['RANK']} lost the others: {what}",
                 do="The first error of another rank says why; if there is none, see runtime.timeout_s.",
@@ -125,6 +125,17 @@ def end(code: int) -> None:
             with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
                 stream.flush()
         os._exit(code)
+
+
+def ignore_ends() -> None:
+    """Let signals that ask to end pass by, from now on: this rank ends, and all others with it.
+
+    The first rank that is gone makes torchrun and srun send SIGTERM to the others, whose exit codes would tell of that.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _join() -> bool:
@@ -159,11 +170,11 @@ def _join() -> bool:
     on_gpus = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     try:
-        with _interruptible():
+        with interruptible():
             dist.init_process_group(backend, timeout=timedelta(seconds=JOIN_TIMEOUT_S))
     except (dist.DistError, RuntimeError) as error:
         place = f"{here['MASTER_ADDR']}:{here['MASTER_PORT']}"
-        raise TrainingError(f"the other ranks cannot be reached: {_line(error)}", where=place) from error
+        raise TrainingError(f"the other ranks cannot be reached: {first_line(error)}", where=place) from error
     if on_gpus:
         names = sorted(name for name in here if name.startswith(("NCCL_", "TORCH_NCCL_")))
         settings = " ".join(f"{name}={here[name]}" for name in names)
@@ -193,7 +204,7 @@ def _check_numbers() -> None:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Let Ctrl-C end this process in a block that waits inside torch, where no handler written in Python runs.
 
     Without it a rank, or a launcher, whose partners do not come could not be interrupted for `JOIN_TIMEOUT_S`.
@@ -211,7 +222,7 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -274,6 +285,15 @@ def interface_towards(host: str) -> str | None:
                 address = fcntl.ioctl(probe, 0x8915, name.encode().ljust(256, b"\0"))[20:24]  # SIOCGIFADDR
                 if address == own and not own.startswith(b"\x7f"):
                     return name
+    return None
+
+
+def address_towards(host: str) -> str | None:
+    """Return this machine's own address on the way to a host, or None where there is none."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect((host, 9))  # a datagram socket sends nothing here
+        return str(probe.getsockname()[0])
     return None
 
 
@@ -381,63 +401,3 @@ def _ranks(numbers: list[int]) -> str:
             spans.append([number, number])
     text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
     return f"rank{'s' if len(numbers) > 1 else ''} {text}"
-
-
-def start(words: list[str]) -> int:
-    """Run torch's launcher with a command line until its ranks have ended; return the exit code of the run.
-
-    The code is that of a rank that failed, or 128 + the signal that ended it or this process. Variables PET_*, which
-    are torchrun's options to others (Kubeflow sets them), are dropped: the command line says everything.
-
-    Raises:
-        TrainingError: the launchers of the nodes did not find each other.
-    """
-    import torch.distributed as dist
-    from torch.distributed import run as launcher
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
-
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed."):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what went wrong is said below, once
-    foreign = sorted(name for name in os.environ if name.startswith("PET_"))
-    for name in foreign:
-        del os.environ[name]
-    if foreign:
-        logger.warning("warning: %s have no effect on internlm launch", ", ".join(foreign))
-    os.environ[PARENT] = str(os.getpid())
-    try:
-        with _interruptible():  # until there are ranks, to whom torch then passes signals on
-            launcher.main(words)
-    except ChildFailedError as error:
-        return _report(error.failures)
-    except SignalException as error:
-        logger.error("internlm launch: %s", error.sigval.name)
-        return 128 + error.sigval
-    except (dist.DistError, RendezvousError) as error:
-        raise TrainingError(
-            f"the nodes did not find each other: {_line(error)}",
-            do="Give every node the same --nodes and --master, and a port that is free on machine 0.",
-        ) from error
-    return 0
-
-
-def _report(failures: dict[int, Any]) -> int:
-    """Say how ranks ended that failed, by their number; return the exit code of the run."""
-    # those that the launcher itself stopped say nothing about why
-    failures = {n: f for n, f in failures.items() if f.exitcode != -signal.SIGTERM} or failures
-    for number, failure in sorted(failures.items()):
-        code = failure.exitcode
-        how = f"ended with exit code {code}" if code >= 0 else f"was ended by {_signal_name(-code)}"
-        logger.error("internlm launch: rank %d (process %d) %s", number, failure.pid, how)
-    # one that was killed comes first: those that lost it end in the same moment, with 1
-    code = min(failures.values(), key=lambda failure: (failure.exitcode > 0, failure.timestamp)).exitcode
-    return int(code if code > 0 else 128 - code)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # most real-time signals have no name
-        return f"signal {number}"

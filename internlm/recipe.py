@@ -35,13 +35,18 @@ from internlm.parallel.apply import Parallel, Setting
 from internlm.parallel.mesh import Layout, ParallelConfig
 from internlm.runtime import RuntimeConfig
 from internlm.text.tokenizer import Tokenizer
+from internlm.train.alerts import Alerts, AlertsConfig
 from internlm.train.evaluate import EvaluateConfig, Evaluator
+from internlm.train.goodput import Goodput
 from internlm.train.loss_scale import LossScale
 from internlm.train.objective import Objectives
 from internlm.train.objectives.lm import LanguageModeling
+from internlm.train.profile import ProfileConfig
 from internlm.train.spikes import SpikeConfig, Spikes
-from internlm.train.trackers import open_trackers
-from internlm.train.trainer import TrainConfig, Trainer
+from internlm.train.steps import TrainConfig
+from internlm.train.trackers import TrackConfig, open_trackers
+from internlm.train.trainer import Trainer
+from internlm.train.watchdog import WatchConfig
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +79,16 @@ class Recipe:
     """Validation."""
     spikes: SpikeConfig = SpikeConfig()
     """Losses that jump."""
+    profile: ProfileConfig = ProfileConfig()
+    """Steps that are looked at closely."""
+    watch: WatchConfig = WatchConfig()
+    """Runs that stand still."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Training state on disk."""
+    track: TrackConfig = TrackConfig()
+    """Where metrics go besides metrics.jsonl."""
+    alerts: AlertsConfig = AlertsConfig()
+    """Who is told what happens."""
     runtime: RuntimeConfig = RuntimeConfig()
     """The machine."""
 
@@ -134,22 +147,17 @@ def prepare(recipe: Recipe) -> Trainer:
     run, rank = Path(recipe.run), ranks.rank()
     layout = Layout.of(recipe.parallel, ranks.world_size())
     loader = Loader(recipe.data, layout.data_rank(rank), layout.data)
+    alerts = ranks.together(lambda: Alerts.open(recipe.alerts, run, rank))
     if rank == 0:
         storage.hold(run)
+    goodput = Goodput(run if rank == 0 else None)
     begun = _newest_of(run, recipe)
     start = _source(recipe.init_from) if begun is None and recipe.init_from is not None else None
     shape = recipe.model or (begun or start or _source(recipe.init_from)).config
-    _check_fit(recipe, shape, loader)
-    if start is not None:
-        _check_start(start, shape, loader)
+    _check_fit(recipe, shape, loader, start)
     setting = setting_of(recipe, shape, layout, device)
     _check_memory(recipe, shape, layout, setting)
-    parallel = Parallel(shape, recipe.parallel, setting)
-    if start is not None:
-        parallel.load(start.tensors())
-        logger.info("weights from %s", start.path)
-    elif begun is None:
-        parallel.initialize(recipe.seed)
+    parallel = _model(recipe, shape, setting, start, begun is not None)
     peak = hardware.peak_flops(runtime.device_name(device), str(setting.dtype).removeprefix("torch."))
     trainer = Trainer(
         run=run,
@@ -167,6 +175,10 @@ def prepare(recipe: Recipe) -> Trainer:
         facts={"recipe": config.encode(recipe), "versions": found},
         scale=LossScale.of(setting.dtype),
         spikes=Spikes(recipe.spikes),
+        profile=recipe.profile,
+        alerts=alerts,
+        goodput=goodput,
+        watching=recipe.watch,
     )
     runtime.seed(recipe.seed)
     if begun is not None:
@@ -175,9 +187,20 @@ def prepare(recipe: Recipe) -> Trainer:
     if rank == 0:
         storage.write_text(run / "recipe.yaml", config.dump(recipe))
         storage.write_text(run / "versions.json", json.dumps(found, indent=1) + "\n")
-        trainer.trackers = open_trackers(run, trainer.progress.step)
+        trainer.trackers += open_trackers(run, trainer.progress.step, recipe.track, trainer.facts)
     _announce(trainer, setting.dtype, "measured" if peak is None else "data sheet")
     return trainer
+
+
+def _model(recipe: Recipe, shape: ModelConfig, setting: Setting, start: Source | None, is_begun: bool) -> Parallel:
+    """Return the model, with the weights of `start` or random ones; of a run that was begun, to be filled by it."""
+    parallel = Parallel(shape, recipe.parallel, setting)
+    if start is not None:
+        parallel.load(start.tensors())
+        logger.info("weights from %s", start.path)
+    elif not is_begun:
+        parallel.initialize(recipe.seed)
+    return parallel
 
 
 def setting_of(recipe: Recipe, shape: ModelConfig, layout: Layout, device: torch.device) -> Setting:
@@ -236,7 +259,8 @@ def _keys(value: Any) -> list[str]:
 
 def _newest_of(run: Path, recipe: Recipe) -> Checkpoint | None:
     """Return the checkpoint this run goes on from, or None for a fresh folder."""
-    begun, damaged = store.newest(run), store.damaged(run)
+    folder = recipe.checkpoint.of(run)
+    begun, damaged = store.newest(folder), store.damaged(folder)
     if begun is None and damaged:
         raise StorageError(
             "the run's checkpoints are damaged, all of them",
@@ -286,13 +310,13 @@ def _differences(there: ModelConfig, here: ModelConfig, free: tuple[str, ...]) -
 
 def _source(init_from: str | None) -> Source:
     """Open the weights that a run starts from."""
-    if init_from is None or not Path(init_from).is_dir():
+    if init_from is None or not ("://" in init_from or Path(init_from).is_dir()):
         raise ConfigError("no such folder", where="init_from", got=init_from)
     return open_source(init_from)
 
 
-def _check_fit(recipe: Recipe, shape: ModelConfig, loader: Loader) -> None:
-    """Check that data and model belong together.
+def _check_fit(recipe: Recipe, shape: ModelConfig, loader: Loader, start: Source | None) -> None:
+    """Check that data and model belong together, and the weights to start from with them.
 
     Raises:
         ConfigError: naming the numbers that differ.
@@ -308,6 +332,8 @@ def _check_fit(recipe: Recipe, shape: ModelConfig, loader: Loader) -> None:
             got=recipe.data.seq_len,
             do="Raise model.context_length or shorten the rows.",
         )
+    if start is not None:
+        _check_start(start, shape, loader)
 
 
 def _check_memory(recipe: Recipe, shape: ModelConfig, layout: Layout, setting: Setting) -> None:

@@ -21,6 +21,7 @@ VERBS = {
     "tokenizer": "train and look at tokenizers",
     "train": "train a model from a recipe",
     "launch": "start a training on several ranks, of one machine or more",
+    "monitor": "show a run that is under way, or over",
     "checkpoints": "list and check the checkpoints of a run",
     "convert": "convert weights between formats",
     "chat": "talk to a model in the terminal",

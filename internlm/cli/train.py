@@ -13,7 +13,10 @@ DESCRIPTION = """Train a model from a recipe.
   internlm train recipes/pretrain/internlm-7b.yaml --dry-run
 
 A run that was stopped goes on from its newest complete checkpoint when the same command is given again. On several
-ranks it is started by `internlm launch`, torchrun or srun."""
+ranks it is started by `internlm launch`, torchrun or srun.
+
+SIGTERM, SIGUSR1, Ctrl-C or a file RUN/stop: it saves at the end of the step and ends, with exit code 75, 75, 130 or 0;
+a second signal ends it at once."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,8 @@ def _train(arguments: argparse.Namespace) -> int:
     recipe = ranks.together(lambda: recipes.load(arguments.recipe, arguments.overrides)).value
     trainer = recipes.prepare(recipe)
     compat.limit_waits(recipe.runtime.timeout_s)
+    if (recipe.watch.stall_s or 0) >= recipe.runtime.timeout_s and ranks.world_size() > 1:
+        logger.warning("warning: watch.stall_s has no effect: runtime.timeout_s, which names no rank, comes first")
     if trainer.progress.step >= recipe.train.total_steps:
         logger.info("%s is finished: %d steps taken", recipe.run, trainer.progress.step)
         return 0
@@ -55,6 +60,8 @@ def _train(arguments: argparse.Namespace) -> int:
         trainer.fit()
     except Stopped as stopped:
         logger.info("stopped at step %d; the same command goes on from there", trainer.progress.step)
+        if ranks.world_size() > 1:
+            ranks.ignore_ends()
         return EXIT_CODES[stopped.reason]
     except KeyboardInterrupt:
         newest = store.newest(trainer.run)

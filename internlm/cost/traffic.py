@@ -15,7 +15,8 @@ the table are one), W bytes of a group in the dtype of products and F in fp32:
                 all-gather       3 M: log-probabilities, log-normalisers, hits              4, 4, 1 a token
                 all-reduce       M: loss                                                    4
     pipeline    send             M a boundary and direction                                 A / tensor
-    world       all-reduce       2: numbers of tokens, trained and all; loss and norm       16
+    world       all-reduce       1: numbers of tokens, trained and all; wishes to stop      24
+                all-reduce       1: loss and norm                                           16
 
 A pipeline makes of the first two lines 1, whatever `zero` is: torch neither frees weights nor sums gradients between
 its micro-batches. Whole copies alone sum their gradients in buckets instead, and sliced optimizer states (`sliced`)
@@ -216,7 +217,8 @@ def step_traffic(run: Run, rank: int = 0) -> list[Collective]:
         *_tensor(run, stages),
         *_context(run, stages),
         *_pipeline(run, place, stages),
-        ("world", "all-reduce", 2, 16),  # in fp64: what is trained on, and tokens; loss and squared norm
+        ("world", "all-reduce", 1, 24),  # in fp64: what is trained on, tokens, wishes to stop
+        ("world", "all-reduce", 1, 16),  # loss and squared norm
     ]
     return [
         Collective(axis, kind, calls, calls * size, *run.span(axis))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from internlm import compat
@@ -106,8 +107,11 @@ class Parallel:
         self.run = Runner(self.parts, config, self.mesh, replicas, self._pipeline(setting), autocast)
 
     def named_parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
-        """Yield the parameters of all parts; names are those of the whole model."""
+        """Yield the parameters of all parts as they lie between steps; names are those of the whole model."""
         for part in self.parts:
+            for module in part.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # a validation leaves them gathered
             slices = optimizer_shard.of(part)
             if slices is not None:
                 slices.settle()

@@ -1,13 +1,14 @@
 """What a run measures: sums on the device during a step, one flat dict per logged step, one JSON line per dict.
 
 Names and units: `train/loss` nats per token, `train/loss/<source>`, `train/accuracy` share of labels that were the most
-probable token, `train/step_loss` of the one step, `optim/lr`, `optim/grad_norm`, `optim/skipped_steps`,
-`optim/loss_scale`, `perf/tokens_per_s_per_device`, `perf/tflops`, `perf/mfu` (useful operations over the device's dense
-peak), `perf/hfu` (the same with what is computed again), `perf/step_s`, `perf/data_wait_s`, `mem/peak_gib`,
-of a traced step `perf/comm_s` (something is exchanged) and `perf/comm_wait_s` (and nothing computed meanwhile),
-`progress/tokens`; validation: `valid/loss/<source>` and `valid/bits_per_byte/<source>`; with experts:
-`moe/balance` (1 where all are chosen alike), `moe/z`, `moe/busiest_expert` (how often the most chosen expert of any
-layer was chosen, over the mean of its layer).
+probable token, `train/step_loss` of the one step, `optim/lr`, `optim/grad_norm`, `optim/skipped_steps`, `optim/spikes`,
+`optim/rollbacks`, `optim/loss_scale`, `perf/tokens_per_s_per_device`, `perf/tflops`, `perf/mfu` (useful operations over
+the device's dense peak), `perf/hfu` (the same with what is computed again), `perf/step_s`, `perf/data_wait_s`,
+`mem/peak_gib`, `goodput/<phase>` share of the run's wall time, see `goodput`; of a traced step `perf/comm_s` (something
+is exchanged), `perf/comm_wait_s` (and nothing computed meanwhile), `ranks/slowest_rank` and `ranks/slowest_ratio` (its
+time over the median), see `stragglers`; `progress/tokens`; validation: `valid/loss/<source>` and
+`valid/bits_per_byte/<source>`; with experts: `moe/balance` (1 where all are chosen alike), `moe/z`,
+`moe/busiest_expert` (how often the most chosen expert of any layer was chosen, over the mean of its layer).
 """
 
 from __future__ import annotations

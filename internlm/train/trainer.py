@@ -26,7 +26,6 @@ from internlm import plot, ranks, runtime
 from internlm.checkpoint import store
 from internlm.checkpoint.saver import Beside, Saved, Saver
 from internlm.checkpoint.store import Checkpoint, CheckpointConfig
-from internlm.config import require_positive, section
 from internlm.data.batch import Batch
 from internlm.data.loader import Loader
 from internlm.errors import ConfigError, StorageError, TrainingError
@@ -35,85 +34,28 @@ from internlm.model.transformer import Transformer
 from internlm.optim.optimizer import Optimizer, scale_to_norm, squared_norm
 from internlm.optim.schedule import ScheduleConfig, rate
 from internlm.parallel.apply import Parallel
+from internlm.train.alerts import Alerts
 from internlm.train.evaluate import EvaluateConfig, Evaluator
+from internlm.train.goodput import Goodput
 from internlm.train.loss_scale import LossScale
 from internlm.train.metrics import Meter, Metrics, MetricsFile, is_finite, read_metrics, step_line
+from internlm.train.monitor import noted
 from internlm.train.objective import Objective
-from internlm.train.profile import Trace
+from internlm.train.profile import Parts, ProfileConfig, Trace, Windows
 from internlm.train.spikes import Spikes
+from internlm.train.steps import TrainConfig
 from internlm.train.stop import Reason, Stop, Stopped
+from internlm.train.stragglers import Stragglers
 from internlm.train.trackers import Tracker
+from internlm.train.watchdog import WatchConfig, Watchdog
 
 logger = logging.getLogger(__name__)
 
 
 SAVE_PATIENCE_S = 60
 """How long a run that fails or is interrupted waits for the checkpoint that is being written."""
-
-
-@section
-class TrainConfig:
-    """Length and cut of a run."""
-
-    tokens: int
-    """Budget: positions trained on, padding included. Rounded up to whole steps."""
-    batch_tokens: int
-    """Positions per optimizer step, over all ranks."""
-    micro_batch_rows: int | None = None
-    """Rows per forward and backward on one device; None: the whole step at once. Changes memory and speed only."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0: measured only."""
-    max_skipped_steps: int = 10
-    """Steps with a non-finite loss or gradient are skipped; so many in a row end the run."""
-    log_every_steps: int = 10
-    """Steps between two logged lines."""
-    trace_every_steps: int | None = 1000
-    """Steps between two that are traced, on several ranks, to know what communication costs: the second is the first. A
-    traced step is slower. None: no step is."""
-
-    def __post_init__(self) -> None:
-        names = (
-            "tokens",
-            "batch_tokens",
-            "micro_batch_rows",
-            "max_skipped_steps",
-            "log_every_steps",
-            "trace_every_steps",
-        )
-        require_positive(self, "train", *names)
-        if not self.max_grad_norm >= 0:
-            raise ConfigError("must not be negative", where="train.max_grad_norm", got=self.max_grad_norm)
-
-    def micro_rows(self, seq_len: int, data_ranks: int) -> int:
-        """Return the rows of a micro-batch on one rank.
-
-        Args:
-            seq_len: tokens per row.
-            data_ranks: ranks that see different rows.
-
-        Raises:
-            ConfigError: the rows of a step cannot be cut so.
-        """
-        rows = self.batch_tokens // seq_len
-        if rows < 1 or self.batch_tokens % seq_len:
-            raise ConfigError(
-                f"is not a multiple of data.seq_len {seq_len}", where="train.batch_tokens", got=self.batch_tokens
-            )
-        if rows % data_ranks:
-            raise ConfigError(
-                f"{self.batch_tokens} tokens are {rows} rows, which do not divide over {data_ranks} ranks",
-                where="train.batch_tokens",
-            )
-        micro = self.micro_batch_rows or rows // data_ranks
-        if rows // data_ranks % micro:
-            what = f"does not divide the {rows // data_ranks} rows of a step on each rank"
-            raise ConfigError(what, where="train.micro_batch_rows", got=micro)
-        return micro
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return -(-self.tokens // self.batch_tokens)
+SAVE_AGAIN_AFTER_S = (1.0, 5.0, 15.0)
+"""Waits before the save that ends a run is tried again: of the others, the next one is the second try."""
 
 
 @dataclass
@@ -146,11 +88,15 @@ class Trainer:
     device: torch.device
     peak_flops: float
     trackers: list[Tracker] = field(default_factory=list)
+    alerts: Alerts = field(default_factory=Alerts)
+    goodput: Goodput = field(default_factory=Goodput)
     facts: dict[str, Any] = field(default_factory=dict)
     """Goes into every checkpoint: resolved recipe, versions."""
     progress: Progress = field(default_factory=Progress)
     scale: LossScale = field(default_factory=LossScale)
     spikes: Spikes = field(default_factory=Spikes)
+    watching: WatchConfig = field(default_factory=WatchConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     metrics: Metrics = field(default_factory=dict)
     """What was measured last, by name: saved with every checkpoint."""
 
@@ -160,7 +106,13 @@ class Trainer:
         self.micro_rows = self.config.micro_rows(length, self.parallel.layout.data)
         self.parameters = [p for _, p in self.parallel.owned_parameters() if p.requires_grad]
         self.meter = Meter(self.parallel, self.loader.sources, self.peak_flops)
+        self.stragglers = Stragglers(self.parallel.layout)
+        parts = Parts(self.parallel, self.optimizer, self.loader)
+        self.windows = Windows(self.profile, self.run / "profile", parts, self.config.trace_every_steps)
+        self.alerts.step = lambda: self.progress.step
         self.stop = Stop(self.run if self.parallel.rank == 0 else None)
+        rank, world_size = self.parallel.rank, self.parallel.layout.world_size
+        self.watch = Watchdog(self.run, self.watching, rank, world_size, told=self.alerts.tell_stall)
         self.spiked = False
         """Whether the loss of the last step was a spike."""
         self.ending: Reason | None = None
@@ -175,8 +127,10 @@ class Trainer:
         """Take one optimizer step; return what only this step knows (learning rate, gradient norm)."""
         # 1. Pull the data of the whole step.
         started = time.perf_counter()
-        batch = self.loader.next_batch(self.rows)
+        with self.goodput.within("data"):
+            batch = self.loader.next_batch(self.rows)
         self.meter.data_wait_s += time.perf_counter() - started
+        self.goodput.enter("useful")
         self.meter.add_batch(batch)
         micro_batches = [part.to(self.device) for part in batch.micro_batches(self.micro_rows)]
 
@@ -205,8 +159,11 @@ class Trainer:
         spike = self.spikes.add(float(loss)) if is_good else None
         if spike is not None:
             self._warn_of_spike(float(loss), spike)
-        if is_good and (spike is None or self.spikes.config.policy == "warn"):
+        updates = is_good and (spike is None or self.spikes.config.policy == "warn")
+        if updates:
             scale_to_norm(self.parameters, norm, self.config.max_grad_norm, self.scale.value)
+            if "saver" in vars(self):
+                self.saver.copied()
             self.optimizer.step(lr_share)
             self.parallel.share()
             self.progress.skipped_in_a_row = 0
@@ -218,11 +175,14 @@ class Trainer:
         self.parallel.zero_grad()
 
         # 6. Report; all ranks know by the same sum whether to end.
+        self.goodput.enter("other", was="useful" if updates else "skipped")
         self.ending = Stop.reason(float(totals[2]))
         return {
             "optim/lr": lr_share * self.optimizer.lr,
             "optim/grad_norm": float(norm),
             "optim/skipped_steps": self.progress.skipped_steps,
+            "optim/spikes": self.progress.spikes,
+            "optim/rollbacks": len(self.progress.passed_over),
             "optim/loss_scale": self.scale.value,
             "train/step_loss": float(loss),
             "progress/tokens": self.progress.tokens,
@@ -237,11 +197,20 @@ class Trainer:
             StorageError: a checkpoint could not be written; earlier ones are untouched.
         """
         path = self.run / "metrics.jsonl"
+        saver = self.saver  # the ranks make it together: not when one has failed
         file = MetricsFile(path, self.progress.step) if self.parallel.rank == 0 else None
         try:
-            with self.stop:
+            with (
+                noted(self.run if file is not None else None),
+                self.stop,
+                self.watch,
+                self.goodput.kept(),
+                self.alerts.around(self.config.total_steps),
+                self.windows,
+            ):
                 final = self._fit(file)
         except RuntimeError as error:
+            saver.join(SAVE_PATIENCE_S / 12)  # of torch: another rank may be gone, and with it its part
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             raise TrainingError(
@@ -250,7 +219,7 @@ class Trainer:
                 do="Lower train.micro_batch_rows, evaluate.rows or data.seq_len.",
             ) from error
         finally:
-            self.saver.join(SAVE_PATIENCE_S)  # a checkpoint that is nearly there is not given up
+            saver.join(SAVE_PATIENCE_S)  # a checkpoint that is nearly there is not given up
             if file is not None:
                 file.close()
             for tracker in self.trackers:
@@ -265,60 +234,69 @@ class Trainer:
         paces: list[float] = []
         final: Metrics = {}
         while self.progress.step < total:
-            metrics = self._step_and_trace() if self._is_traced() else self.step()
+            with self.windows.step(self.progress.step + 1) as is_traced:
+                metrics = self._step_and_trace() if is_traced else self.step()
+            self.meter.started += self.windows.spent_s
             if self.spiked and self.spikes.config.policy == "rollback" and self._roll_back(metrics["train/step_loss"]):
                 if file is not None:
                     file.cut(self.progress.step)
                 self.meter.clear()
                 continue
             step, last = self.progress.step, self.progress.step == total
+            self.watch.advance(step)
             if step % self.config.log_every_steps == 0 or step == 1 or last or "perf/comm_s" in metrics:
                 metrics |= self.meter.read()
                 memory = runtime.peak_memory_bytes(self.device)
-                metrics["mem/peak_gib"] = memory[0] / 2**30
+                metrics |= {"mem/peak_gib": memory[0] / 2**30} | self.goodput.shares()
                 paces = [*paces[-9:], metrics["perf/step_s"]]
                 eta = (total - step) * sorted(paces)[len(paces) // 2]
                 logger.info(step_line(step, total, metrics, memory, eta))
                 self._record(file, metrics)
+                self.goodput.write()
                 self.meter.clear()
             if last or self._due(self.evaluation.every_steps):
-                final = self.evaluator(self.parallel, final=last)
+                with self.watch.phase("evaluate"), self.goodput.within("evaluate"):
+                    final = self.evaluator(self.parallel, final=last)
                 if final:
                     self._record(file, final | {"progress/tokens": self.progress.tokens})
                 self.meter.clear()
             if last or self.ending is not None or self._due(self.checkpoints.every_steps):
-                self.save(wait=last or self.ending is not None)
+                with self.watch.phase("save"), self.goodput.within("checkpoint"):
+                    self.save(wait=last or self.ending is not None)
                 self.meter.clear()
             if self.ending is not None and not last:
                 raise Stopped(self.ending)
         return final
 
-    def _is_traced(self) -> bool:
-        every = self.config.trace_every_steps
-        return every is not None and self.parallel.layout.world_size > 1 and self.progress.step % every == 1 % every
-
     def _step_and_trace(self) -> Metrics:
-        """Take a step and return, besides, what communication cost in it, as a mean over ranks."""
+        """Take a step and return, besides, what communication cost in it, and which rank is slow."""
         with Trace(self.device) as trace:
+            waited, started = self.goodput.seconds["data"], time.perf_counter()
             metrics = self.step()
-        spent = torch.tensor([trace.communication_s, trace.waiting_s], dtype=torch.float64, device=self.device)
-        busy, waiting = (self.parallel.total(spent, counted=True) / self.parallel.layout.world_size).tolist()
-        return metrics | {"perf/comm_s": busy, "perf/comm_wait_s": waiting}
+            waiting = self.goodput.seconds["data"]
+            own = time.perf_counter() - started - (waiting - waited)
+        row = self.stragglers.row([trace.communication_s, trace.waiting_s, own], waiting, self.progress.step)
+        found, warning = self.stragglers.look(self.parallel.total(row.to(self.device), counted=True))
+        if warning:
+            logger.warning("warning: step %d: %s", self.progress.step, warning)
+            self.alerts.tell("straggler", warning)
+        return metrics | found
 
-    def save(self, *, wait: bool = True) -> Path:
+    def save(self, *, wait: bool = True) -> store.Place:
         """Write a checkpoint of the present state, then drop those that need not be kept; return its folder.
 
         Args:
-            wait: return when it is there; else the run goes on meanwhile, and a failure is a warning.
+            wait: return when it is there, after more than one try; else the run goes on, and a failure is a warning.
 
         Raises:
-            StorageError: it could not be written, and was waited for.
+            StorageError: it was waited for, and no try succeeded.
         """
-        path = store.path_of(self.run, self.progress.step)
+        path = self.saver.folder / store.name_of(self.progress.step)
         meta = {
             **self.facts,
             **vars(self.progress),
             "layout": vars(self.parallel.layout),
+            "useful_s": self.goodput.seconds["useful"],
             "metrics": self.metrics,
             "loss_scale": vars(self.scale),
             "losses": list(self.spikes.losses),
@@ -328,25 +306,33 @@ class Trainer:
         }
         beside = Beside(self.parallel.shape, self.loader.tokenizer_path, meta)
         waited = self.saver.save(path.name, self._state(), beside)
+        self.goodput.write(at_once=True)
         if waited > 1:
             logger.warning("warning: the run waited %s for the checkpoint before", duration(waited))
-        if wait:
-            saved = self.saver.finish()
-            if saved is not None and saved.problem is not None:
+        pauses = list(SAVE_AGAIN_AFTER_S)
+        while wait and (saved := self.saver.finish()) is not None and saved.problem is not None:
+            if not pauses:
                 raise StorageError(saved.problem)
+            logger.warning("trying again in %s", duration(pauses[0]))
+            time.sleep(pauses.pop(0))
+            self.saver.save(path.name, self._state(), beside)
         return path
 
     @functools.cached_property
     def saver(self) -> Saver:
         """What writes checkpoints."""
-        return Saver(self.run / "checkpoints", background=self.checkpoints.background, after=self._saved)
+        return Saver(self.checkpoints.of(self.run), background=self.checkpoints.background, after=self._saved)
 
     def _saved(self, saved: Saved) -> None:
         """Say how a save went, on rank 0, and drop what need not be kept; called in the thread that wrote."""
         if saved.problem is not None:
-            logger.warning("warning: no checkpoint at %s, the run goes on: %s", saved.path.name, saved.problem)
+            logger.warning("warning: %s could not be written, earlier ones stay: %s", saved.path.name, saved.problem)
+            self.alerts.tell("checkpoint", f"{saved.path.name} could not be written: {saved.problem}")
             return
-        store.retain(self.run, self.checkpoints)
+        try:
+            store.retain(self.saver.folder, self.checkpoints)
+        except (OSError, StorageError) as error:
+            logger.warning("warning: old checkpoints could not be removed: %s", error)
         logger.info("checkpoint %s | %sB | took %s", saved.path, quantity(saved.bytes), duration(saved.seconds))
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -376,6 +362,7 @@ class Trainer:
         random.setstate((version, tuple(words), gauss))
         self.loader.load_state_dict(checkpoint.meta["loader"])
         self.progress = Progress(**{name: checkpoint.meta[name] for name in vars(self.progress)})
+        self.goodput.go_back(checkpoint.meta.get("useful_s"))
         self.spikes.losses.clear()
         self.spikes.losses.extend(checkpoint.meta["losses"])
         saved = LossScale(**checkpoint.meta["loss_scale"])
@@ -384,23 +371,23 @@ class Trainer:
     def _warn_of_spike(self, loss: float, z: float) -> None:
         self.progress.spikes += 1
         done = {"warn": "", "skip_data": "; no update is made", "rollback": "; going back"}[self.spikes.config.policy]
-        logger.warning(
-            "warning: step %d: loss %.4g lies %.1f spreads above the last %d%s",
-            self.progress.step, loss, z, len(self.spikes.losses) - 1, done,
-        )  # fmt: skip
+        what = f"loss {loss:.4g} lies {z:.1f} spreads above the last {len(self.spikes.losses) - 1}{done}"
+        logger.warning("warning: step %d: %s", self.progress.step, what)
+        self.alerts.tell("spike", what)
 
     def _roll_back(self, loss: float) -> bool:
         """Go back to the newest checkpoint, and on with the data that comes next; return whether there was one."""
-        self.saver.finish()
-        newest = ranks.gather(store.newest(self.run) if self.parallel.rank == 0 else None)[0]
+        with self.watch.phase("load"):
+            self.saver.finish()
+            newest = ranks.gather(store.newest(self.saver.folder) if self.parallel.rank == 0 else None)[0]
         progress = self.progress
         if newest is None or len(progress.passed_over) >= self.spikes.config.most_rollbacks:
             why = "there is no checkpoint yet" if newest is None else f"{len(progress.passed_over)} times is enough"
             logger.warning("warning: step %d: not going back: %s", progress.step, why)
             return False
         data, losses = self.loader.state_dict(), list(self.spikes.losses)[:-1]
-        checkpoint = store.open_checkpoint(newest)
-        self.resume(checkpoint)
+        with self.watch.phase("load"):
+            self.resume(store.open_checkpoint(newest))
         passed = {"spike": progress.step, "loss": loss, "from": self.loader.state_dict()["taken"], "to": data["taken"]}
         self.loader.load_state_dict(data)
         self.spikes.losses.extend(losses[len(self.spikes.losses) :])
@@ -426,6 +413,7 @@ class Trainer:
         self.progress.skipped_in_a_row += 1
         why = f"loss {float(loss):.3g}, gradient norm {float(norm):.3g}" if count > 0 else "nothing to train on in it"
         logger.warning("warning: step %d skipped: %s", self.progress.step, why)
+        self.alerts.tell("skipped", f"no update was made: {why}")
         if self.progress.skipped_in_a_row >= self.config.max_skipped_steps:
             raise TrainingError(
                 f"{self.progress.skipped_in_a_row} steps in a row were skipped, up to {self.progress.step} ({why})",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,37 @@ def start(words: list[str], **options: Any) -> subprocess.Popen[str]:
     )
 
 
+def hooked(folder: Path, code: str) -> dict[str, str]:
+    """Return the environment in which every rank runs some code before it starts."""
+    place = folder / "hook"
+    place.mkdir(exist_ok=True)
+    body = "".join(f"    {line}\n" for line in code.strip().splitlines())
+    (place / "sitecustomize.py").write_text(f"import os\nif 'RANK' in os.environ:\n{body}")
+    return {"PYTHONPATH": str(place)}
+
+
+def slow(folder: Path, seconds: float) -> dict[str, str]:
+    """Return the environment in which every step takes longer."""
+    return hooked(
+        folder,
+        f"""
+import time
+from internlm.train.trainer import Trainer
+step = Trainer.step
+def slowly(self):
+    time.sleep({seconds})
+    return step(self)
+Trainer.step = slowly
+""",
+    )
+
+
 def run(words: list[str], **options: Any) -> tuple[int, str]:
     """Return exit code and output of a command."""
     return finish(start(words, **options))
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 100) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout_s: float = 200) -> tuple[int, str]:
     """Return exit code and output of a process, which is killed when it takes too long."""
     try:
         output, _ = process.communicate(timeout=timeout_s)
@@ -45,6 +71,43 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 100) -> tuple[int,
         process.kill()
         raise
     return process.returncode, output
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started and that run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue  # it has just ended
+        if int(parent) == pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def gone(pids: list[int], within_s: float = 5) -> bool:
+    """Return whether processes have ended."""
+    deadline = time.monotonic() + within_s
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a run has taken so many steps."""
+    deadline = time.monotonic() + 200
+    while not (run / "metrics.jsonl").exists() or max(steps(run), default=0) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the step does not come"
+        time.sleep(0.05)
+
+
+def steps(run: Path) -> list[int]:
+    """Return the steps that a run has noted."""
+    return [line["step"] for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line]
 
 
 def losses(run: str | Path) -> list[float]:

@@ -18,6 +18,7 @@ import yaml
 
 from internlm.cli import launch
 from internlm.recipe import load
+from internlm.train.stop import EXIT_CODES, Reason
 from tests.launch.conftest import ROOT, losses
 
 SBATCH = ROOT / "deploy" / "slurm" / "train.sbatch"
@@ -49,6 +50,25 @@ def test_the_batch_script_without_a_recipe_says_so() -> None:
     done = subprocess.run(["bash", SBATCH], capture_output=True, text=True)
     assert done.returncode != 0
     assert "RECIPE" in done.stderr
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True), (138, True), (143, False)])
+def test_the_batch_script_goes_back_into_the_queue_after_a_preemption_only(
+    code: int, requeued: bool, tmp_path: Path
+) -> None:
+    """75 is how a training ends that was asked to by a signal and has saved."""
+    assert re.fullmatch(r"USR1@\d{2,}", directives()["signal"] or "")
+    assert EXIT_CODES[Reason.PREEMPTED] == 75
+    for name, body in (("srun", f'echo "$@"; exit {code}'), ("scontrol", f'echo "$@" > {tmp_path}/requeued')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}
+    done = subprocess.run(["bash", SBATCH, "r.yaml", "run=x y"], env=environment, capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout.endswith("internlm train r.yaml run=x y\n")
+    assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 42\n"
 
 
 @pytest.fixture
@@ -219,7 +239,7 @@ def test_the_manifest_starts_as_many_ranks_as_it_has_gpus() -> None:
     launch.add_arguments(parser)
     arguments = parser.parse_args(words)
     assert arguments.nproc == container["resources"]["limits"]["nvidia.com/gpu"]
-    assert arguments.nodes == sum(one["replicas"] for one in replicas.values())
+    assert int(arguments.nodes) == sum(one["replicas"] for one in replicas.values())
     assert "--master-addr" in launch.options(arguments, arguments.nproc)
     assert arguments.command[0] == "train"
     copied = Path(arguments.command[1]).relative_to("/opt/internlm")  # where the image has the recipes

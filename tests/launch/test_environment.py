@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from internlm import ranks, runtime
 from internlm.cli import main
 from internlm.errors import ConfigError
+from internlm.train import launcher
 
 RECIPE = str(Path(__file__).parents[2] / "recipes" / "quickstart" / "pretrain.yaml")
 STEP = {
@@ -125,14 +127,15 @@ def test_a_rank_whose_launcher_is_gone_does_not_wait_for_anyone() -> None:
     assert "process 1: the launcher ended before this rank had started" in done.stderr
 
 
+def failures(*codes: int) -> dict[int, SimpleNamespace]:
+    made = [SimpleNamespace(exitcode=code, pid=100 + n, timestamp=n) for n, code in enumerate(codes)]
+    return dict(enumerate(made))
+
+
 def test_failures_are_told_apart_and_the_first_cause_is_the_exit_code(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failures(*codes: int) -> dict[int, SimpleNamespace]:
-        made = [SimpleNamespace(exitcode=code, pid=100 + n, timestamp=n) for n, code in enumerate(codes)]
-        return dict(enumerate(made))
-
-    caplog.set_level("ERROR", logger="internlm.ranks")
+    caplog.set_level("ERROR", logger="internlm.train.launcher")
     monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
     for codes, expected in (
         ((3, 1), 3),
@@ -141,14 +144,32 @@ def test_failures_are_told_apart_and_the_first_cause_is_the_exit_code(
         ((-15, -15), 143),  # somebody else did
         ((-40,), 168),
     ):
-        assert ranks._report(failures(*codes)) == expected
+        assert launcher.report(failures(*codes)) == expected
     assert "rank 1 (process 101) was ended by SIGKILL" in caplog.text
     assert "rank 0 (process 100) was ended by signal 40" in caplog.text
 
 
+def test_ranks_that_ended_on_purpose_are_no_failures(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("ERROR", logger="internlm.train.launcher")
+    term, usr1, ctrl_c = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+    for codes, asked, expected in (
+        ((75, 75), None, 75),  # a rank was asked, not the launcher
+        ((130, 130), ctrl_c, 130),
+        ((75, -15), term, 75),
+        ((-10, -10), usr1, 75),  # before the first step: nothing is lost
+        ((-10, -10), None, 138),
+        ((1, 75), term, 1),
+        ((-3, -3), signal.SIGQUIT, 131),
+    ):
+        caplog.clear()
+        assert launcher.report(failures(*codes), asked) == expected, codes
+        assert bool(caplog.text) == (expected not in (75, 130))
+    assert launcher.report(failures(-9, 124), None, killed={100}) == 124  # the launcher killed the first itself
+
+
 def test_an_error_without_words_is_named_by_its_kind() -> None:
-    assert ranks._line(TimeoutError()) == "TimeoutError"
-    assert ranks._line(TimeoutError(" \nfirst\nsecond")) == "first"
+    assert ranks.first_line(TimeoutError()) == "TimeoutError"
+    assert ranks.first_line(TimeoutError(" \nfirst\nsecond")) == "first"
 
 
 def test_half_an_environment_is_refused() -> None:
@@ -243,11 +264,36 @@ def test_several_machines_get_the_place_of_the_first(capsys: pytest.CaptureFixtu
         assert words[words.index(option) + 1] == value
 
 
+@pytest.mark.parametrize(("nodes", "restarts"), [("2", "1"), ("1:2", "0")])
+def test_machines_that_may_come_and_go_meet_in_another_way(
+    nodes: str, restarts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--nproc", "8", "--nodes", nodes, "--max-restarts", restarts, "--master", "127.0.0.1:29500"]
+    words = [shown(capsys, *options, "--node-rank", number, "optim.lr=1e-3") for number in ("0", "1")]
+    for number, one in enumerate(words):
+        assert ("--max-restarts" in one) == (restarts != "0")
+        assert "--node-rank" not in one  # torch warns: it numbers the machines itself
+        for option, value in (
+            ("--nnodes", nodes),
+            ("--rdzv-backend", "c10d"),
+            ("--rdzv-endpoint", "127.0.0.1:29500"),
+            ("--rdzv-conf", f"is_host={1 - number},join_timeout=3600,last_call_timeout=30"),
+            ("--local-addr", "127.0.0.1"),
+        ):
+            assert one[one.index(option) + 1] == value
+    assert ranks.address_towards("no such host") is None
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--nproc", "0", "train", RECIPE], "--nproc: must be at least 1"),
         (["--nproc", "2", "--nodes", "0", "train", RECIPE], "--nodes: must be at least 1"),
+        (["--nproc", "2", "--nodes", "3:2", "train", RECIPE], "--nodes: is a number of machines, or MIN:MAX"),
+        (["--nproc", "2", "--nodes", "1:2:3", "train", RECIPE], "--nodes: is a number of machines, or MIN:MAX"),
+        (["--nproc", "2", "--nodes", "1:2", "train", RECIPE], "--node-rank: is the number of this machine, 0 to 1"),
+        (["--nproc", "2", "--max-restarts", "-1", "train", RECIPE], "--max-restarts: must be at least 0"),
+        (["--nproc", "2", "--patience", "0", "train", RECIPE], "--patience: must be above 0"),
         (["--nproc", "2", "--nodes", "2", "train", RECIPE], "--node-rank: is the number of this machine, 0 to 1"),
         (["--nproc", "2", "--nodes", "2", "--node-rank", "2", "train", RECIPE], "0 to 1 (got 2)"),
         (["--nproc", "2", "--nodes", "2", "--node-rank", "0", "train", RECIPE], "--master: is HOST:PORT"),

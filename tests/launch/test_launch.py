@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from internlm.checkpoint import store
-from tests.launch.conftest import INTERNLM, STEPS, finish, losses, run, start
+from tests.launch.conftest import INTERNLM, STEPS, children, finish, losses, run, start
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "internlm"]
 LAUNCH = [*INTERNLM, "launch", "--nproc", "2"]
@@ -25,18 +25,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-        except OSError:
-            continue  # it has just ended
-        if int(parent) == pid and state != "Z":
-            found.append(int(stat.parent.name))
-    return sorted(found)
 
 
 def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
@@ -106,7 +94,7 @@ def test_two_nodes_find_each_other_and_train(nodes: list[str], path: Path, alone
     [
         ("rank", signal.SIGKILL, 137),
         ("launcher", signal.SIGINT, 130),
-        ("launcher", signal.SIGTERM, 143),
+        ("launcher", signal.SIGTERM, 75),
         ("launcher", signal.SIGKILL, -9),
     ],
     ids=["rank-killed", "interrupted", "terminated", "launcher-killed"],

@@ -24,7 +24,9 @@ from internlm.train.metrics import read_metrics
 from internlm.train.trainer import Trainer
 from tests.parallel.optimizer_cases import *  # noqa: F403
 from tests.parallel.optimizer_cases import whole
+from tests.parallel.resume_cases import *  # noqa: F403
 from tests.parallel.traffic_cases import *  # noqa: F403
+from tests.parallel.watch_cases import *  # noqa: F403
 
 
 def each(*calls: tuple[Any, ...]) -> list[Any]:
@@ -72,14 +74,6 @@ def _train(trainer: Trainer, steps: int) -> dict[str, Any]:
         "valid": trainer.evaluator(trainer.parallel, final=True),
         "threads": torch.get_num_threads(),
     }
-
-
-def save(tree: dict[str, Any], steps: int) -> str:
-    """Train some steps and write a checkpoint; return its folder."""
-    trainer = recipes.prepare(config.decode(Recipe, tree))
-    for _ in range(steps):
-        trainer.step()
-    return str(trainer.save())
 
 
 def norms_of_parts() -> Any:

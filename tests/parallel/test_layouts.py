@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -216,44 +214,3 @@ def test_the_same_layout_gives_the_same_bits(parallel: dict[str, Any], ranks: Ra
     for a, b in ranks.run(world, "each", ("train", made, 2), ("train", made, 2)):
         assert (a["loss"], a["norm"], a["valid"]) == (b["loss"], b["norm"], b["valid"])
         assert all(np.array_equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
-
-
-RESUMED: list[tuple[int, dict[str, Any]]] = [
-    (2, {"shard": 2}),
-    (1, {}),
-    (2, {"pipeline": 2}),
-    (2, {"tensor": 2}),
-    (4, {"pipeline": 2, "shard": 2}),
-    (4, {"tensor": 2, "replicate": 2}),
-    (4, {"context": 2, "replicate": 2}),
-]
-
-
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_checkpoint_of_any_layout_is_continued_in_any_other(
-    kind: str, ranks: Ranks, recipe: Make, request: pytest.FixtureRequest
-) -> None:
-    """Two steps and two more give four, whatever the layouts; in the same layout to the bit."""
-    layouts = RESUMED if request.config.getoption("--proof") else RESUMED[:2]
-    layers = max(depth(parallel) for _, parallel in layouts)
-
-    def made(number: int, run: str) -> dict[str, Any]:
-        optim = {"optim__kind": "muon"} if kind == "muon" else {}
-        return tree(recipe, layers=layers, run=f"{recipe().run}-{run}", parallel=layouts[number][1], **optim)
-
-    whole, folders = [], []
-    for number, (world, _) in enumerate(layouts):
-        first = made(number, str(number))
-        results = ranks.run(world, "each", ("train", first, 4), ("save", first, 2))
-        whole.append([result for result, _ in results])
-        folders.append(Path(results[0][1]))
-    for number, (world, _) in enumerate(layouts):
-        for other in {number, (number + 1) % len(layouts)}:
-            again = made(number, f"{other}-{number}")
-            shutil.copytree(folders[other], Path(again["run"]) / "checkpoints" / folders[other].name)
-            for result, wanted in zip(ranks.run(world, "train", again, 2), whole[number], strict=True):
-                assert result["loss"] == pytest.approx(wanted["loss"][2:], rel=1e-5)
-                if other == number:
-                    assert result["loss"] == wanted["loss"][2:]
-                    assert all(np.array_equal(v, wanted["weights"][n]) for n, v in result["weights"].items())

@@ -1,16 +1,43 @@
-"""What communication costs a step, from intervals."""
+"""Windows in which a run is looked at: what communication costs, where time and memory go."""
 
 from __future__ import annotations
 
+import errno
+import gzip
+import json
+import logging
 import math
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from internlm.train.profile import Trace, length, outside, spans
+from internlm import compat
+from internlm import recipe as recipes
+from internlm.errors import ConfigError, TrainingError
+from internlm.recipe import Recipe
+from internlm.train import profile
+from internlm.train.metrics import read_metrics
+from internlm.train.modules import ModuleTable, row_of
+from internlm.train.operators import STEP, Event, family, length, outside, self_times, table
+from internlm.train.profile import ProfileConfig, Trace, Windows, spans
+from internlm.train.resident import Resident, resident_bytes
+from internlm.train.stop import Reason, Stopped
 
+Make = Callable[..., Recipe]
 INTERVALS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda ends: (min(ends), max(ends))))
+WINDOW = {"start": 3, "steps": 2}
+
+
+# What communication costs.
 
 
 @given(INTERVALS, INTERVALS)
@@ -32,12 +59,513 @@ def test_what_was_not_noted_is_unknown() -> None:
 
 def test_operators_count_on_a_cpu_and_kernels_on_a_gpu() -> None:
     events = [
-        ("aten::mm", 0, 4, False),
-        ("gloo:all_reduce", 3, 9, False),
-        ("c10d::allreduce_", 3, 9, False),  # the call that waits for it
-        ("autograd::engine::evaluate_function: MmBackward0", 0, 20, False),
-        ("ncclDevKernel_AllGather_RING_LL", 10, 16, True),
-        ("nvjet_tst_256x128", 12, 14, True),
+        Event("aten::mm", 0, 4, False, 1),
+        Event("gloo:all_reduce", 3, 9, False, 2),
+        Event("c10d::allreduce_", 3, 9, False, 1),  # the call that waits for it
+        Event("autograd::engine::evaluate_function: MmBackward0", 0, 20, False, 1),
+        Event("ncclDevKernel_AllGather_RING_LL", 10, 16, True, 1),
+        Event("nvjet_tst_256x128", 12, 14, True, 1),
     ]
     assert spans(events, False) == ([(3, 9)], [(0, 4)])
     assert spans(events, True) == ([(10, 16)], [(12, 14)])
+
+
+# When.
+
+
+def test_a_window_is_traced_steps_and_two_for_the_table() -> None:
+    config = ProfileConfig(start=3, steps=2, every=6, modules=True)
+    kinds = [config.at(step) for step in range(1, 15)]
+    window = ["trace", "trace", "bytes", "times"]
+    assert kinds == [None, None, *window, None, None, *window, None, None]
+    assert [step for step in range(40) if ProfileConfig(start=3, steps=2).at(step)] == [3, 4]
+    assert not any(ProfileConfig().at(step) for step in range(40))
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"every": 3}, "profile.every"),
+        ({"every": 5, "modules": True}, "profile.every"),
+        ({"steps": 21}, "profile.steps"),
+        ({"start": 0}, "profile.start"),
+        ({"ranks": [0, -1]}, "profile.ranks"),
+        ({"depth": -1}, "profile.depth"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(recipe: Make, change: dict[str, Any], where: str) -> None:
+    with pytest.raises(ConfigError, match=where):
+        recipe(profile={"start": 1, **change})
+
+
+@given(
+    every=st.integers(1, 7),
+    start=st.integers(1, 9),
+    steps=st.integers(1, 4),
+    again=st.none() | st.integers(1, 5),
+    modules=st.booleans(),
+)
+def test_every_trace_of_communication_is_taken_outside_of_windows(
+    every: int, start: int, steps: int, again: int | None, modules: bool
+) -> None:
+    config = ProfileConfig(start=start, steps=steps, modules=modules)
+    if again is not None:
+        config = ProfileConfig(start=start, steps=steps, modules=modules, every=config.length + again)
+    parts: Any = SimpleNamespace(
+        parallel=SimpleNamespace(device=torch.device("cpu"), rank=0, layout=SimpleNamespace(world_size=2))
+    )
+    windows = Windows(config, Path("nowhere"), parts, every)
+    expected, owed = [], False
+    for step in range(1, 60):
+        owed |= (step - 1) % every == 1 % every
+        is_free = config.at(step) is None
+        expected.append(owed and is_free)
+        owed &= not is_free
+    assert [windows.traces(step) for step in range(1, 60)] == expected
+
+
+# What ran.
+
+
+def test_times_are_those_of_operators_without_what_they_call() -> None:
+    events = [
+        Event("outer", 0, 100, False, 1),
+        Event("inner", 10, 40, False, 1),
+        Event("innermost", 20, 25, False, 1),
+        Event("inner", 40, 60, False, 1),
+        Event("elsewhere", 30, 50, False, 2),
+    ]
+    found: Counter[str] = Counter()
+    for name, spent in self_times(events):
+        found[name] += spent
+    assert found == {"outer": 50, "inner": 45, "innermost": 5, "elsewhere": 20}
+
+
+def test_kernels_inside_the_steps_are_summed_by_family_and_by_name() -> None:
+    ms = 1_000_000
+    text = table(
+        [
+            Event(STEP, 0, 10 * ms, False, 1),
+            Event(STEP, 20 * ms, 30 * ms, False, 1),
+            Event(STEP, 0, 10 * ms, True, 0),  # the device's side of the range
+            Event("aten::mm", 1 * ms, 3 * ms, False, 1),
+            Event("nvjet_tst_256x128", 1 * ms, 5 * ms, True, 0),
+            Event("nvjet_tst_256x128", 21 * ms, 25 * ms, True, 0),
+            Event("pytorch_flash::flash_fwd_kernel<...>", 25 * ms, 27 * ms, True, 0),
+            Event("nvjet_tst_256x128", 12 * ms, 18 * ms, True, 0),  # between the steps
+        ],
+        "steps 3 to 4",
+    )
+    assert text.startswith("steps 3 to 4: 2 × 10.0 ms, by kernels\n")
+    rows = {line[:72].strip(): line[72:].split() for line in text.splitlines() if "%" in line}
+    assert rows["matmul"] == ["4.000", "40.0%"]
+    assert rows["attention"] == ["1.000", "10.0%"]
+    assert rows["nothing runs"] == ["5.000", "50.0%"]
+    assert rows["nvjet_tst_256x128"] == ["1", "4.000", "40.0%"]
+    assert rows["aten::mm"][1:] == ["1.000", "10.0%"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("mkldnn::_linear_pointwise", "matmul"),
+        ("ncclDevKernel_AllGather_RING_LL", "communication"),
+        ("gloo:all_reduce", "communication"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("## Call CompiledFxGraph f3 ##", "compiled"),
+        ("_ZN17something_unknown", "other"),
+    ],
+)
+def test_names_have_families(name: str, expected: str) -> None:
+    assert family(name) == expected
+
+
+# Windows of a run.
+
+
+def steps_traced(path: Path) -> int:
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    return sum(event.get("name") == STEP and event.get("cat") == "user_annotation" for event in events)
+
+
+def files(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "profile").iterdir())
+
+
+def train(recipe: Recipe) -> list[dict[str, Any]]:
+    recipes.prepare(recipe).fit()
+    return read_metrics(Path(recipe.run) / "metrics.jsonl")
+
+
+def test_a_window_leaves_its_files_and_no_other_step_is_touched(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    start = compat.start_profiler
+    monkeypatch.setattr(
+        compat, "start_profiler", lambda *a, **k: started.append(trainer.progress.step) or start(*a, **k)
+    )
+    trainer = recipes.prepare(
+        recipe(train__tokens=9 * 256, profile={**WINDOW, "every": 5, "memory": True, "modules": True})
+    )
+    seen = {}
+    step = trainer.step
+
+    def looked() -> Any:
+        number = trainer.progress.step + 1
+        seen[number] = trainer.model.norm._compiled_call_impl is not None, "step" in vars(trainer.optimizer)
+        return step()
+
+    monkeypatch.setattr(trainer, "step", looked)
+    trainer.fit()
+    assert started == [2, 7]
+    assert {number: flags for number, flags in seen.items() if any(flags)} == {
+        3: (False, True), 4: (False, True), 5: (True, True), 6: (True, True), 8: (False, True), 9: (False, True),
+    }  # fmt: skip
+    run = tmp_path / "run"
+    stems = [f"step-0000000{number}-rank-0" for number in (3, 8)]
+    expected = [f"{stem}.{kind}" for stem in stems for kind in ("json.gz", "memory.txt", "txt")]
+    assert files(run) == sorted(["modules.json", "modules.txt", *expected])
+    assert [steps_traced(run / "profile" / f"{stem}.json.gz") for stem in stems] == [2, 2]
+    text = (run / "profile" / f"{stems[0]}.txt").read_text()
+    assert text.startswith("steps 3 to 4, rank 0: 2 × ")
+    assert {"matmul", "attention", "nothing runs"} <= {line.rsplit(maxsplit=2)[0] for line in text.splitlines() if line}
+    memory = (run / "profile" / f"{stems[0]}.memory.txt").read_text()
+    assert [line.rsplit(maxsplit=2)[0] for line in memory.splitlines()[2:]] == [
+        "data", "forward and backward", "update", "rest",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parallel__recompute": {"kind": "full"}, "model__tie_embeddings": True},
+        {
+            "model__experts": {"count": 4, "per_token": 2},
+            "parallel__recompute": {"kind": "operators"},
+            "profile__depth": 2,
+        },
+        {
+            "optim": {"lr": 3e-3, "state_dtype": "int8"},
+            "parallel__recompute": {"kind": "offload", "ratio": 0.5},
+            "profile__depth": 0,
+        },
+    ],
+    ids=["full, tied", "operators, experts", "offload, int8"],
+)
+def test_looking_changes_no_number(recipe: Make, tmp_path: Path, change: dict[str, Any]) -> None:
+    def losses(**more: Any) -> list[float]:
+        made = recipe(run=str(tmp_path / str(len(more))), train__tokens=6 * 256, train__micro_batch_rows=4, **more)
+        return [line["train/step_loss"] for line in train(made) if "train/step_loss" in line]
+
+    window = {"start": 2, "steps": 2, "memory": True, "modules": True, "depth": change.pop("profile__depth", 1)}
+    plain = losses(**change)
+    assert losses(**change, profile=window) == plain
+    assert (tmp_path / str(len(change) + 1) / "profile" / "modules.txt").exists()
+
+
+def test_a_run_that_goes_on_inside_a_window_looks_at_the_rest_of_it(recipe: Make, tmp_path: Path) -> None:
+    made = recipe(train__tokens=8 * 256, profile={"start": 3, "steps": 4})
+    trainer = recipes.prepare(made)
+    trainer.stop.wish = lambda: float(Reason.FILE.value) if trainer.progress.step == 3 else 0.0  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        trainer.fit()
+    folder = tmp_path / "run" / "profile"
+    assert files(tmp_path / "run") == ["step-00000003-rank-0.json.gz", "step-00000003-rank-0.txt"]
+    train(made)
+    traced = {path.name: steps_traced(path) for path in folder.glob("*.gz")}
+    assert traced == {"step-00000003-rank-0.json.gz": 2, "step-00000005-rank-0.json.gz": 2}
+
+
+def test_a_window_that_the_end_of_the_run_cuts_is_written(recipe: Make, tmp_path: Path) -> None:
+    train(recipe(train__tokens=4 * 256, profile={"start": 4, "steps": 3, "modules": True}))
+    assert files(tmp_path / "run") == ["step-00000004-rank-0.json.gz", "step-00000004-rank-0.txt"]
+
+
+def test_a_run_that_goes_back_looks_again(recipe: Make, tmp_path: Path) -> None:
+    trainer = recipes.prepare(recipe(train__tokens=9 * 256, profile=WINDOW))
+    for number in (1, 2, 3, 2, 3, 4, 5):
+        with trainer.windows.step(number):
+            trainer.step()
+    path = tmp_path / "run" / "profile" / "step-00000003-rank-0.json.gz"
+    assert steps_traced(path) == 2
+    assert trainer.windows._trace is None
+
+
+@pytest.mark.parametrize("fails", ["full disk", "no folder", "profiler", "table", "sizes"])
+def test_a_profiler_that_fails_is_a_warning(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: str
+) -> None:
+    def fail(*arguments: Any, **named: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if fails == "full disk":
+        monkeypatch.setattr(profile.shutil, "copyfileobj", fail)
+    elif fails == "no folder":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "profile").write_text("in the way")
+    elif fails == "profiler":
+        monkeypatch.setattr(compat, "start_profiler", fail)
+    else:
+        monkeypatch.setattr(ModuleTable, "_places" if fails == "table" else "_keep", fail)
+    with caplog.at_level(logging.WARNING, "internlm"):
+        lines = train(recipe(train__tokens=8 * 256, profile={**WINDOW, "modules": True, "every": 5}))
+    assert len([line for line in lines if "train/loss" in line]) == 8
+    warnings = [record.message for record in caplog.records if "profile" in record.message or "table" in record.message]
+    assert len(warnings) == 1, "one warning, and then no more windows"
+    if fails in ("full disk", "table", "sizes"):
+        assert not [name for name in files(tmp_path / "run") if "partial" in name or "plain" in name]
+
+
+def test_what_opening_and_writing_takes_is_not_in_the_time_of_steps(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = profile._pack
+    monkeypatch.setattr(profile, "_pack", lambda *a: profile.time.sleep(3) or pack(*a))
+    lines = train(recipe(train__tokens=6 * 256, profile=WINDOW))
+    assert max(line["perf/step_s"] for line in lines if "perf/step_s" in line) < 3
+
+
+def test_ranks_that_are_not_there_are_a_warning(recipe: Make, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "internlm"):
+        recipes.prepare(recipe(profile={"start": 2, "ranks": [0, 77]}))
+    assert "profile.ranks [77]: there are 1 ranks" in caplog.text
+
+
+# The table of modules.
+
+
+def modules(run: Path) -> dict[str, Any]:
+    return json.loads((run / "profile" / "modules.json").read_text())
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_table_adds_up(recipe: Make, tmp_path: Path, is_tied: bool) -> None:
+    made = recipe(
+        train__tokens=5 * 256,
+        train__micro_batch_rows=2,
+        model__tie_embeddings=is_tied,
+        profile={"start": 3, "steps": 1, "modules": True},
+    )
+    trainer = recipes.prepare(made)
+    trainer.fit()
+    found = modules(tmp_path / "run")
+    shape = trainer.parallel.shape
+    tensors = len(list(trainer.parallel.named_parameters()))
+    assert found["sum"]["parameters"] == found["sum"]["gradients"] == 4 * shape.num_parameters
+    assert found["sum"]["optimizer"] == 8 * shape.num_parameters + 4 * tensors  # AdamW counts its steps
+    rows = {row["name"]: row for row in found["rows"]}
+    table_bytes = 4 * 280 * 32
+    assert rows["embedding"]["parameters"] == table_bytes
+    assert rows["head"]["parameters"] == (0 if is_tied else table_bytes)
+    assert rows["blocks.*.feed_forward"]["parameters"] == 2 * 4 * 3 * 32 * 64
+    assert (rows["blocks.*"]["modules"], rows["blocks.*.attention"]["modules"]) == (2, 2)
+    assert found["micro_batches"] == 4
+    times = [row[key] for row in found["rows"] for key in ("forward_s", "backward_s")]
+    assert min(times) >= 0
+    assert sum(times) == pytest.approx(found["step_s"])
+    for name in ("embedding", "blocks.*.attention", "blocks.*.feed_forward", "norm", "head"):
+        assert rows[name]["forward_s"] > 0, name
+        assert rows[name]["backward_s"] > 0, name
+    assert rows["(data)"]["forward_s"] > 0
+    assert rows["(update)"]["forward_s"] > 0
+    measured = next(line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["step"] == 5)
+    assert 0.5 * measured["perf/step_s"] < found["step_s"] < measured["perf/step_s"]
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of the storages that operators made and that are alive, parameters' left out."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self.parameters = {p.untyped_storage()._cdata for p in parameters}
+        self.held: dict[int, int] = {}
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = operator(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, list | tuple) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.held and key not in self.parameters:
+                    self.held[key] = storage.nbytes()
+                    weakref.finalize(storage, self.held.pop, key, None)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["none", "full", "operators"])
+def test_what_is_kept_is_what_is_alive_when_backward_begins(recipe: Make, tmp_path: Path, kind: str) -> None:
+    size = {"vocab_size": 280, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "ffn_size": 256}
+    change: dict[str, Any] = {"model": size, "parallel__recompute": {"kind": kind}}
+    train(recipe(**change, train__tokens=3 * 256, profile={"start": 1, "steps": 1, "modules": True}))
+    found = modules(tmp_path / "run")
+    trainer = recipes.prepare(recipe(**change, run=str(tmp_path / "other")))
+    alive = []
+    score = trainer._loss
+
+    def loss(*arguments: Any) -> torch.Tensor:
+        value = score(*arguments)
+        alive.append(sum(ledger.held.values()))
+        return value
+
+    trainer._loss = loss  # type: ignore[method-assign]
+    with Ledger(trainer.parameters) as ledger:
+        trainer.step()
+    # Besides what backward needs there are the hidden states, and the batch: a few numbers per token.
+    assert 0 <= alive[0] - found["sum"]["kept"] - 256 * 64 * 4 < 256 * 64
+
+
+def test_recomputation_keeps_less_and_takes_longer_backward(recipe: Make, tmp_path: Path) -> None:
+    def rows(kind: str) -> dict[str, Any]:
+        run = tmp_path / kind
+        train(
+            recipe(
+                run=str(run),
+                train__tokens=3 * 256,
+                parallel__recompute={"kind": kind},
+                profile={"start": 1, "steps": 1, "modules": True},
+            )
+        )
+        return {row["name"]: row for row in modules(run)["rows"]}
+
+    none, operators, full = rows("none"), rows("operators"), rows("full")
+
+    def kept(found: dict[str, Any]) -> int:
+        return sum(row["kept"] for name, row in found.items() if name.startswith("blocks"))
+
+    assert kept(full) < kept(operators) < kept(none)
+    assert kept(full) < 0.2 * kept(none)
+    assert full["blocks.*.feed_forward"]["backward_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "depth", "row"),
+    [
+        ("", 1, "model"),
+        ("blocks", 1, "model"),
+        ("embedding", 0, "embedding"),
+        ("blocks.11", 1, "blocks.*"),
+        ("blocks.11.attention.wq", 0, "blocks.*"),
+        ("blocks.11.attention.wq", 1, "blocks.*.attention"),
+        ("blocks.11.attention.wq", 2, "blocks.*.attention.wq"),
+    ],
+)
+def test_blocks_share_rows(path: str, depth: int, row: str) -> None:
+    assert row_of(path, depth) == row
+
+
+@pytest.mark.skipif(recipes.runtime.cpp_compiler() is None, reason="needs a C++ compiler")
+def test_compiled_blocks_are_looked_at_from_outside(recipe: Make, tmp_path: Path) -> None:
+    made = recipe(
+        train__tokens=5 * 256,
+        model__num_layers=1,
+        evaluate={"every_steps": None},
+        runtime__compile=True,
+        profile={"start": 3, "steps": 1, "modules": True},
+    )
+    trainer = recipes.prepare(made)
+    trainer.evaluator = lambda *a, **k: {}  # type: ignore[assignment]  # would compile again
+    trainer.fit()
+    rows = {row["name"]: row for row in modules(tmp_path / "run")["rows"]}
+    assert rows["blocks.*"]["forward_s"] > 0
+    assert rows["blocks.*"]["backward_s"] > 0
+    assert rows["blocks.*"]["kept"] > 8 * 32 * 32 * 4
+    assert rows["blocks.*"]["parameters"] == 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)
+    assert "blocks.*.attention" not in rows
+    assert "compiled" in (tmp_path / "run" / "profile" / "step-00000003-rank-0.txt").read_text()
+
+
+# Memory.
+
+
+@pytest.mark.skipif(resident_bytes() is None, reason="the system does not tell")
+def test_the_most_that_a_phase_held_is_seen() -> None:
+    resident = Resident(True)
+    with resident.phase("update"):
+        held = torch.ones(2**25)  # 128 MiB
+        held.sum()
+        profile.time.sleep(0.05)
+        del held
+    with resident.phase("data"):
+        pass
+    resident.stop()
+    end, most = resident.held["update"]
+    assert most - end > 2**26
+    assert resident.held["data"][1] < most
+    assert resident.as_text().splitlines()[-1].startswith("rest")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A GPU whose memory is noted by nobody: what is asked of it, in order."""
+    asked: list[str] = []
+
+    def dump(path: str) -> None:
+        asked.append("dump")
+        Path(path).write_bytes(b"snapshot")
+
+    monkeypatch.setattr(compat, "record_memory", lambda entries: asked.append(f"record {entries > 0}"))
+    monkeypatch.setattr(compat, "dump_memory", dump)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append("wait"))
+    start = compat.start_profiler
+    monkeypatch.setattr(compat, "start_profiler", lambda device, **k: start(torch.device("cpu"), **k))
+    return asked
+
+
+def test_on_a_gpu_allocations_are_noted_in_the_window_only(recipe: Make, tmp_path: Path, gpu: list[str]) -> None:
+    trainer = recipes.prepare(recipe(profile={**WINDOW, "memory": True}))
+    trainer.windows.device = torch.device("cuda")
+    for number in range(1, 7):
+        with trainer.windows.step(number):
+            gpu.append(str(number))
+    assert gpu == ["1", "2", "record True", "3", "wait", "4", "wait", "dump", "record False", "5", "6"]
+    assert (tmp_path / "run" / "profile" / "step-00000003-rank-0.memory.pickle").read_bytes() == b"snapshot"
+
+
+def test_memory_that_is_full_is_written_down(recipe: Make, tmp_path: Path, gpu: list[str]) -> None:
+    trainer = recipes.prepare(recipe(profile={**WINDOW, "memory": True}))
+    trainer.windows.device = torch.device("cuda")
+    step = trainer.step
+
+    def full() -> Any:
+        if trainer.progress.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return step()
+
+    trainer.step = full  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="is full"):
+        trainer.fit()
+    assert (tmp_path / "run" / "profile" / "oom-rank-0.pickle").read_bytes() == b"snapshot"
+    assert gpu[-1] == "record False"  # the window that was open is closed too
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_kernels_snapshots_and_events_are_there(recipe: Make, tmp_path: Path) -> None:
+    train(
+        recipe(
+            runtime={"device": "cuda"},
+            train__tokens=7 * 256,
+            profile={**WINDOW, "memory": True, "modules": True},
+        )
+    )
+    folder = tmp_path / "run" / "profile"
+    assert "by kernels" in (folder / "step-00000003-rank-0.txt").read_text().splitlines()[0]
+    assert (folder / "step-00000003-rank-0.memory.pickle").stat().st_size > 1000
+    found = modules(tmp_path / "run")
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows["blocks.*.attention"]["backward_s"] > 0
+    assert sum(row[key] for row in found["rows"] for key in ("forward_s", "backward_s")) == pytest.approx(
+        found["step_s"], rel=1e-3
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_full_gpu_leaves_a_snapshot(recipe: Make, tmp_path: Path) -> None:
+    trainer = recipes.prepare(recipe(runtime={"device": "cuda"}))
+    trainer.step = lambda: torch.empty(2**50, device="cuda")  # type: ignore[method-assign, assignment, return-value]
+    with pytest.raises(TrainingError, match="is full"):
+        trainer.fit()
+    assert (tmp_path / "run" / "profile" / "oom-rank-0.pickle").stat().st_size > 0

@@ -18,7 +18,7 @@ from internlm import config, storage
 from internlm import recipe as recipes
 from internlm.checkpoint import saver, store
 from internlm.cli import main, train
-from internlm.errors import ConfigError, StorageError
+from internlm.errors import ConfigError, InternLMError, StorageError, WeightsError
 from internlm.recipe import Recipe
 from internlm.text.training import train_bpe
 from internlm.train.metrics import Metrics
@@ -115,6 +115,74 @@ def test_a_begun_run_needs_its_start_no_more(recipe: Make, tmp_path: Path) -> No
     recipes.prepare(value).fit()
     shutil.rmtree(tmp_path / "first")
     assert recipes.prepare(value).progress.step == 1
+
+
+def first_weight(trainer: Trainer) -> torch.Tensor:
+    return next(iter(trainer.model.parameters())).detach().clone()
+
+
+def test_a_begun_run_goes_on_and_only_a_fresh_one_starts_from_other_weights_or_at_random(
+    recipe: Make, tmp_path: Path
+) -> None:
+    first = recipes.prepare(recipe(run=str(tmp_path / "first"), seed=7, train__tokens=256))
+    first.fit()
+    value = recipe(init_from=str(tmp_path / "first"), train__tokens=2 * 256)
+    trainer = recipes.prepare(value)
+    assert torch.equal(first_weight(trainer), first_weight(first)), "init_from comes before chance"
+    trainer.step()
+    trainer.save()
+    again = recipes.prepare(value)
+    assert again.progress.step == 1
+    assert torch.equal(first_weight(again), first_weight(trainer)), "what was begun comes before init_from"
+    assert not torch.equal(first_weight(again), first_weight(first))
+    scratch = [recipes.prepare(recipe(run=str(tmp_path / name), seed=3)) for name in ("one", "two")]
+    assert torch.equal(first_weight(scratch[0]), first_weight(scratch[1])), (
+        "a recipe with a model alone says: at random"
+    )
+
+
+def test_a_recipe_with_neither_a_model_nor_weights_is_refused(recipe: Make) -> None:
+    with pytest.raises(ConfigError, match="model: is required unless init_from is given"):
+        recipe(model=None)
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "unfinished", "a file"])
+def test_a_start_that_is_not_there_is_never_replaced_by_chance(recipe: Make, tmp_path: Path, what: str) -> None:
+    place = tmp_path / "start"
+    if what == "a file":
+        place.write_text("weights")
+    elif what != "missing":
+        place.mkdir()
+    if what == "unfinished":
+        recipes.prepare(recipe(run=str(place), train__tokens=256)).fit()
+        newest = store.newest(place)
+        assert newest is not None
+        (newest / storage.MANIFEST).unlink()
+    with pytest.raises(InternLMError, match=re.escape(str(place))):
+        recipes.prepare(recipe(init_from=str(place)))
+    assert store.listed(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("lost", "added", "said"),
+    [("blocks.0.attention.wq", None, "blocks.0.attention.wq"), (None, "blocks.0.attention.extra", "extra")],
+    ids=["one is missing", "one is left over"],
+)
+def test_weights_that_are_missing_or_left_over_are_named_and_refused(
+    recipe: Make, tmp_path: Path, lost: str | None, added: str | None, said: str
+) -> None:
+    first = recipes.prepare(recipe(run=str(tmp_path / "first"), train__tokens=256))
+    state = {f"model.{name}": p.detach() for name, p in first.model.named_parameters()}
+    names = [name for name in state if lost is None or not name.startswith(f"model.{lost}")]
+    assert (len(names) < len(state)) == (lost is not None)
+    state = {name: state[name] for name in names} | ({} if added is None else {f"model.{added}": torch.ones(2)})
+    path = store.path_of(tmp_path / "first", 1)
+    saver.save(path, state, first.model.config, first.loader.tokenizer_path, {"step": 1, "tokens": 256})
+    with pytest.raises(WeightsError, match=re.escape(said)):
+        recipes.prepare(recipe(init_from=str(path)))
+    if lost is not None:
+        with pytest.raises(StorageError, match=re.escape(f"tensor model.{said}")):
+            recipes.prepare(recipe(run=str(tmp_path / "first")))
 
 
 def test_a_start_from_a_transformers_folder_has_the_shape_of_the_recipe_and_goes_on(

@@ -1,0 +1,120 @@
+"""Several ranks that are asked to end: one checkpoint, and an exit code that says whether to come again."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from internlm.checkpoint import store
+from tests.launch.conftest import INTERNLM, ROOT, children, finish, gone, slow, start, wait_for_step
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc"),
+]
+LAUNCH = [*INTERNLM, "launch", "--nproc", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "-m", "internlm"]
+
+
+def begun(path: Path, words: list[str], seconds: float = 0.3) -> tuple[subprocess.Popen[str], list[int]]:
+    """Start a long run of slow steps; return its launcher, and its ranks when they have taken a step."""
+    process = start(
+        [*words, "train", str(path), "train.tokens=1e9", "train.trace_every_steps=null"],
+        env=slow(path.parent, seconds),
+        cwd=ROOT,
+    )
+    wait_for_step(path.parent / "run", 1, process)
+    ranks = children(process.pid)
+    assert len(ranks) == 2
+    return process, ranks
+
+
+def saved(path: Path) -> list[str]:
+    folder = path.parent / "run" / "checkpoints"
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "whom", "name", "code"),
+    [
+        (LAUNCH, "launcher", "SIGTERM", 75),
+        (LAUNCH, "launcher", "SIGUSR1", 75),
+        (LAUNCH, "rank", "SIGUSR1", 75),
+        (LAUNCH, "terminal", "SIGINT", 130),
+        (LAUNCH, "launcher", "SIGHUP", 75),
+        (TORCHRUN, "launcher", "SIGTERM", 1),
+        (TORCHRUN, "launcher", "SIGUSR1", 1),
+        (TORCHRUN, "rank", "SIGUSR1", 1),
+    ],
+)
+def test_a_signal_to_any_of_them_makes_one_checkpoint_and_ends_all(
+    words: list[str], whom: str, name: str, code: int, path: Path, request: pytest.FixtureRequest
+) -> None:
+    """torchrun's own exit code is 1, whatever its ranks said."""
+    is_slice = (whom, name) in (("launcher", "SIGTERM"), ("rank", "SIGUSR1")) and words is LAUNCH
+    if not is_slice and not request.config.getoption("--proof"):
+        pytest.skip("part of the proof")
+    process, ranks = begun(path, words)
+    try:
+        target = ranks[1] if whom == "rank" else process.pid
+        number = getattr(signal, name)
+        # Ctrl-C goes to the process group of the terminal, in which the ranks are not.
+        subprocess.run(["kill", f"-{int(number)}", str(target)], check=True)
+        found, output = finish(process, timeout_s=60)
+    finally:
+        process.kill()
+    assert gone(ranks), "a rank was left behind"
+    assert found == code, output
+    (only,) = saved(path)
+    step = store.open_checkpoint(path.parent / "run" / "checkpoints" / only).step
+    assert f"stopped at step {step}; the same command goes on from there" in output
+    if words is LAUNCH:
+        assert "Traceback" not in output
+        assert "error" not in output
+
+
+@pytest.mark.parametrize(
+    ("patience", "seconds", "code"), [("1", 4, 137), ("60", 33, 75)], ids=["too-short", "longer-than-torchs"]
+)
+def test_ranks_have_as_long_as_the_launcher_is_told_to_finish_the_step_and_save(
+    patience: str, seconds: float, code: int, path: Path, request: pytest.FixtureRequest
+) -> None:
+    """torch's launcher kills after 30 seconds."""
+    if seconds > 30 and not request.config.getoption("--proof"):
+        pytest.skip("part of the proof")
+    process, ranks = begun(path, [*LAUNCH, "--patience", patience], seconds)
+    try:
+        process.send_signal(signal.SIGUSR1)
+        found, output = finish(process, timeout_s=80)
+    finally:
+        process.kill()
+    assert gone(ranks)
+    assert found == code, output
+    assert len(store.listed(path.parent / "run")) == (code == 75)
+
+
+def test_a_second_signal_ends_all_at_once_and_nothing_is_started_again(
+    path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--proof"):
+        pytest.skip("part of the proof")
+    process, ranks = begun(path, [*LAUNCH, "--max-restarts", "3"], seconds=6)
+    try:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        code, output = finish(process, timeout_s=60)
+    finally:
+        process.kill()
+    assert time.monotonic() - asked < 5
+    assert gone(ranks)
+    assert code == 75, output
+    assert "start again" not in output
+    assert store.listed(path.parent / "run") == []
