@@ -103,4 +103,5 @@ def test_every_recipe_is_valid_and_can_be_described(path: Path) -> None:
 
 def test_the_makefile_and_ci_run_the_same_tests() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
-    assert (ROOT / "Makefile").read_text().count("-c constraints.txt") == 2
+    makefile = (ROOT / "Makefile").read_text()
+    assert makefile.count("-c constraints.txt") == makefile.count("pip install") >= 2
