@@ -150,11 +150,30 @@ class Trainer:
             )
             loss, norm = self._sums(loss)
 
-        # 4. Clip by the one global norm; 5. update, unless a number is not finite.
+        # 4. Clip by the one global norm; 5. update, unless a number is not finite, or the loss a spike.
         self.meter.steps += 1
         lr_share = rate(self.schedule, self.progress.step, self.config.total_steps)
         self.progress.step += 1
         self.progress.tokens += self.config.batch_tokens
+        updated = self._update(loss, norm, count, lr_share)
+        self.parallel.zero_grad()
+
+        # 6. Report; all ranks know by the same sum whether to end.
+        self.goodput.enter("other", was="useful" if updated else "skipped")
+        self.ending = Stop.reason(float(totals[2]))
+        return {
+            "optim/lr": lr_share * self.optimizer.lr,
+            "optim/grad_norm": float(norm),
+            "optim/skipped_steps": self.progress.skipped_steps,
+            "optim/spikes": self.progress.spikes,
+            "optim/rollbacks": len(self.progress.passed_over),
+            "optim/loss_scale": self.scale.value,
+            "train/step_loss": float(loss),
+            "progress/tokens": self.progress.tokens,
+        }
+
+    def _update(self, loss: Tensor, norm: Tensor, count: Tensor, lr_share: float) -> bool:
+        """Update the weights, if this step's numbers are fit for it; return whether they were."""
         is_good = bool(count > 0) and is_finite(norm + loss)
         spike = self.spikes.add(float(loss)) if is_good else None
         if spike is not None:
@@ -172,21 +191,7 @@ class Trainer:
         elif not is_good:
             self._skip(loss, norm, count)
         self.spiked = spike is not None
-        self.parallel.zero_grad()
-
-        # 6. Report; all ranks know by the same sum whether to end.
-        self.goodput.enter("other", was="useful" if updates else "skipped")
-        self.ending = Stop.reason(float(totals[2]))
-        return {
-            "optim/lr": lr_share * self.optimizer.lr,
-            "optim/grad_norm": float(norm),
-            "optim/skipped_steps": self.progress.skipped_steps,
-            "optim/spikes": self.progress.spikes,
-            "optim/rollbacks": len(self.progress.passed_over),
-            "optim/loss_scale": self.scale.value,
-            "train/step_loss": float(loss),
-            "progress/tokens": self.progress.tokens,
-        }
+        return updates
 
     def fit(self) -> Metrics:
         """Train to the end of the budget, with logs, validations and checkpoints; return the last validation.

@@ -5,33 +5,14 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from internlm.serve import web
-from tests.serve.chromium import ask, chromium, opened, said, send, wait_for_answer
+from tests.serve.chromium import ask, opened, said, send, wait_for_answer
 from tests.serve.openai_stub import Answer, Stub, serving
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture
-def stub() -> Iterator[Stub]:
-    with serving() as found:
-        yield found
-
-
-@pytest.fixture
-def page(browser: Any, stub: Stub) -> Iterator[Any]:
-    with opened(browser, stub.url) as found:
-        yield found
 
 
 def test_an_answer_is_shown_while_it_comes_and_finished_paragraphs_stay(page: Any, stub: Stub) -> None:

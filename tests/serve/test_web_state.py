@@ -4,31 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.serve.chromium import ask, chromium, opened, said, send, wait_for_answer
+from tests.serve.chromium import ask, opened, said, send, wait_for_answer
 from tests.serve.openai_stub import Answer, Stub, serving
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture
-def stub() -> Iterator[Stub]:
-    with serving() as found:
-        yield found
-
-
-@pytest.fixture
-def page(browser: Any, stub: Stub) -> Iterator[Any]:
-    with opened(browser, stub.url) as found:
-        yield found
 
 
 def stored(page: Any, id: str, **changes: Any) -> None:
