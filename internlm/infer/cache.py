@@ -79,30 +79,25 @@ class Piece:
 
 @dataclass(frozen=True)
 class Paged:
-    """The pieces of one token that begin a step."""
+    """Where the texts of the pieces of one token lie, for all of them to be one call."""
 
-    count: int
     tables: Tensor
-    """Blocks of their texts, [count, M] int32."""
+    """Their blocks, [ones, M] int32."""
     lengths: Tensor
-    """Of their texts with the new token, [count] int32."""
+    """With the new token, [ones] int32."""
 
 
 @dataclass(frozen=True)
-class Span:
-    """A piece as attention sees it."""
+class Held:
+    """Keys and values of a text in the cache."""
 
-    start: int
-    stop: int
-    """Its rows of the batch."""
-    past: int
     stretches: list[tuple[Tensor, ...]]
-    """Each run of its text in the cache: the keys [1, K, L, E] of the first layer, its values, the second's keys, …"""
+    """Each run of its text: the keys [1, K, L, E] of the first layer, its values, the second's keys, …"""
     scales: list[tuple[Tensor, ...]]
     """Theirs [1, K, L], where they are rounded; else nothing."""
 
-    def keys_and_values(self, layer: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """Return a layer's, run by run."""
+    def of(self, layer: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """Return a layer's keys and values, run by run."""
         keys, values = ([x[2 * layer + i] for x in self.stretches] for i in (0, 1))
         if not self.scales:
             return keys, values
@@ -115,15 +110,32 @@ class Span:
 
 
 @dataclass
+class Span:
+    """A piece of several tokens as attention sees it."""
+
+    start: int
+    stop: int
+    """Its rows of the batch."""
+    past: int
+    held: Held
+    mask: Tensor | None = None
+    """Which of the text's tokens each of its own sees; made when it is needed first."""
+
+
+@dataclass(frozen=True)
 class Step:
     """What attention needs to know of a step."""
 
     slots: Tensor
     """Of the new tokens, [N] int64."""
+    ones: int
+    """Pieces of one token, which come first."""
     paged: Paged | None
+    """Where they lie, in one of two ways: for one call, …"""
+    held: list[Held]
+    """… or for a call each."""
     spans: list[Span]
-    """The pieces after those of `paged`."""
-    masks: dict[int, Tensor]
+    """The other pieces."""
 
 
 class Cache:
@@ -177,14 +189,10 @@ class Cache:
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Return the hidden states [N, D] of all new tokens, piece after piece, and store their keys and values."""
-        first = next((i for i, piece in enumerate(pieces) if len(piece.tokens) > 1), len(pieces)) if self.paged else 0
-        spans, start = [], first
-        for piece in pieces[first:]:
-            # All layers' views at once: made one by one in every layer, they take a tenth of a step of 16 texts.
-            runs = piece.runs if piece.past else []
-            stretches = [self._stored[..., first:last, :].unbind() for first, last in runs]
-            scales = [] if self._scales is None else [self._scales[..., first:last].unbind() for first, last in runs]
-            spans.append(Span(start, start + len(piece.tokens), piece.past, stretches, scales))
+        ones = next((i for i, piece in enumerate(pieces) if len(piece.tokens) > 1), len(pieces))
+        spans, start = [], ones
+        for piece in pieces[ones:]:
+            spans.append(Span(start, start + len(piece.tokens), piece.past, self._held(piece)))
             start += len(piece.tokens)
         # One upload, however many pieces there are.
         columns = [
@@ -198,7 +206,9 @@ class Cache:
             turns = self._plain
         else:
             turns = torch.stack([piece.turns for piece in pieces])[owners]  # [N, E/2]
-        return self.compute(tokens, places, turns, Step(slots, self._paged(pieces[:first]), spans, {}))
+        where = self._paged(pieces[:ones]) if self.paged and ones else None
+        held = [] if self.paged else [self._held(piece) for piece in pieces[:ones]]
+        return self.compute(tokens, places, turns, Step(slots, ones, where, held, spans))
 
     def compute(self, tokens: Tensor, places: Tensor, turns: Tensor, step: Step) -> Tensor:
         """Return the hidden states [N, D] of a step, without a word between host and device.
@@ -221,14 +231,20 @@ class Cache:
         finally:
             self._step = None
 
-    def _paged(self, pieces: Sequence[Piece]) -> Paged | None:
+    def _held(self, piece: Piece) -> Held:
+        """Return where the text of a piece lies; nothing for its first one, which needs no more than itself."""
+        # All layers' views at once: made one by one in every layer, they take a tenth of a step of 16 texts.
+        runs = piece.runs if piece.past or len(piece.tokens) == 1 else []
+        stretches = [self._stored[..., first:last, :].unbind() for first, last in runs]
+        scales = [] if self._scales is None else [self._scales[..., first:last].unbind() for first, last in runs]
+        return Held(stretches, scales)
+
+    def _paged(self, pieces: Sequence[Piece]) -> Paged:
         """Return pieces of one token as one."""
-        if not pieces:
-            return None
         longest = max(self.blocks.needed(piece.past + 1) for piece in pieces)
         rows = [[piece.past + 1, *piece.table[:longest]] for piece in pieces]
         numbers = upload([row + [0] * (longest + 1 - len(row)) for row in rows], torch.int32, self.device)
-        return Paged(len(pieces), numbers[:, 1:], numbers[:, 0].contiguous())
+        return Paged(numbers[:, 1:], numbers[:, 0].contiguous())
 
     def _layer(self, layer: int) -> Stored:
         """Return a layer's keys and values."""
@@ -252,27 +268,28 @@ class Cache:
         assert step is not None, "attention at decode time belongs to a step"
         self._write(layer, step.slots, k[0], v[0])
         rows: list[Tensor] = []
-        if step.paged is not None:
-            queries, where = q[0, : step.paged.count], step.paged
-            rows.append(paged.attend(queries, self._layer(layer), where.tables, where.lengths, self.blocks.size))
-        for index, span in enumerate(step.spans):
+        if step.ones:
+            rows.append(self._attend_ones(layer, q[0, : step.ones], step))
+        for span in step.spans:
             here = slice(span.start, span.stop)
             if not span.past:
                 rows.append(attention.attend(q[:, here], k[:, here], v[:, here], documents)[0])
                 continue
-            keys, values = span.keys_and_values(layer, self.dtype)
-            if span.stop - span.start == 1:
-                # The queries that share a key head stand in for query positions: no key is repeated.
-                one = q[:, span.start].unflatten(1, (k.shape[2], -1))  # [1, K, H/K, E]
-                rows.append(_over_runs(one, keys, values).flatten(1, 2))
-                continue
-            mask = step.masks.get(index)
-            if mask is None:
+            if span.mask is None:
                 shape = (span.stop - span.start, span.past + span.stop - span.start)
-                mask = step.masks[index] = torch.ones(shape, dtype=torch.bool, device=self.device).tril(span.past)
-            old_keys, old_values = (_joined(runs).transpose(1, 2) for runs in (keys, values))  # [1, L, K, E]
-            rows.append(attention.sdpa(q[:, here], old_keys, old_values, mask)[0])
+                span.mask = torch.ones(shape, dtype=torch.bool, device=self.device).tril(span.past)
+            keys, values = (_joined(runs).transpose(1, 2) for runs in span.held.of(layer, self.dtype))  # [1, L, K, E]
+            rows.append(attention.sdpa(q[:, here], keys, values, span.mask)[0])
         return (rows[0] if len(rows) == 1 else torch.cat(rows))[None]
+
+    def _attend_ones(self, layer: int, q: Tensor, step: Step) -> Tensor:
+        """Return the attention output [ones, H, E] of the pieces of one token, from their queries."""
+        if step.paged is not None:
+            return paged.attend(q, self._layer(layer), step.paged.tables, step.paged.lengths, self.blocks.size)
+        # The queries that share a key head stand in for query positions: no key is repeated.
+        queries = q.unflatten(1, (self.config.num_kv_heads, -1))[:, None].unbind()  # each [1, K, H/K, E]
+        rows = [_over_runs(q, *held.of(layer, self.dtype)) for q, held in zip(queries, step.held, strict=True)]
+        return torch.cat(rows).flatten(1, 2)
 
 
 def _over_runs(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:

@@ -130,7 +130,7 @@ class Decoding:
         places, tables = inputs[:, _PLACE], inputs[:, _TABLE:]
         block = cache.blocks.size
         home = tables.gather(1, (places // block).long()[:, None]).squeeze(1)
-        step = Step((home * block + places % block).long(), Paged(size, tables, places + 1), [], {})
+        step = Step((home * block + places % block).long(), size, Paged(tables, places + 1), [], [])
         hidden = cache.compute(inputs[:, _TOKEN], places, self._turns[:size], step)
         self._hidden[:size] = hidden
         self._logits[:size] = self._logits_of(hidden)
