@@ -43,7 +43,7 @@ GGUF: dict[str, tuple[torch.dtype, Literal["q8_0"] | None]] = {
 }
 """Files for llama.cpp."""
 REFERENCE = "transformers"
-OURS = ("internlm", "internlm split", "internlm fp16", "internlm int8")
+OURS = ("internlm", "internlm split", "internlm fp16", "internlm bf16", "internlm int8")
 
 
 class Contender:

@@ -174,6 +174,7 @@ CONTENDERS: dict[str, Callable[[Path, int], Answer]] = {
     "internlm": lambda folder, length: internlm("fp32", folder, length),
     "internlm split": lambda folder, length: internlm("split", folder, length),
     "internlm fp16": lambda folder, length: internlm("fp16", folder, length),
+    "internlm bf16": lambda folder, length: internlm("bf16", folder, length),
     "internlm int8": lambda folder, length: internlm("int8", folder, length),
     "transformers": lambda folder, length: transformers("dynamic", folder, length),
     "transformers static": lambda folder, length: transformers("static", folder, length),

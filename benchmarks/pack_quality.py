@@ -44,7 +44,7 @@ from internlm.model.quant import KINDS, Kind
 from internlm.model.transformer import Transformer
 from internlm.recipe import versions
 
-BYTES: dict[Kind, int] = {"split": 4, "fp32": 4, "fp16": 2, "int8": 1}
+BYTES: dict[Kind, int] = {"split": 4, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 _FP16_INPUTS = 512
 """fbgemm fills the inputs of a weight up to a multiple of this."""
 _ROWS = 8

@@ -305,7 +305,7 @@ def overheads(scratch: Path, count: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="measure this server's waits; default: start one")
-    parser.add_argument("--pack", nargs="+", default=["fp32", "fp16"], choices=["fp32", "fp16", "int8", "none"])
+    parser.add_argument("--pack", nargs="+", default=["fp32", "fp16"], choices=["fp32", "fp16", "bf16", "int8", "none"])
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=64)

@@ -195,6 +195,36 @@ def fp16_linear(x: Tensor, packed: Any) -> Tensor:
 
 
 @functools.cache
+def has_bf16_linear() -> bool:
+    """Return whether oneDNN multiplies bf16 rows by bf16 weights here, and the processor has instructions for it.
+
+    Without them (AVX512-BF16 or AMX) such products are converted to fp32 one by one, and nine times slower than that.
+    """
+    if not (_cpu_has("_is_avx512_bf16_supported") or _cpu_has("_is_amx_tile_supported")):
+        return False
+    x, w = torch.ones(2, 4, device="cpu"), torch.ones(3, 4, device="cpu")
+    try:
+        return torch.equal(bf16_linear(x, pack_bf16_linear(w)), x @ w.t())
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+
+
+def pack_bf16_linear(weight: Tensor) -> Tensor:
+    """Return a copy of a weight [N, K] in bf16, in the order that suits oneDNN; only `bf16_linear` can read it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), None)
+
+
+def bf16_linear(x: Tensor, packed: Tensor) -> Tensor:
+    """Return x [..., K] times a packed weight, fp32; x and what comes out are rounded to bf16, sums are in fp32."""
+    return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, None, "none", [], "").float()
+
+
+def _cpu_has(question: str) -> bool:
+    """Return what a private function of torch says of the processor; no where it is missing."""
+    return bool(getattr(torch.cpu, question, bool)())
+
+
+@functools.cache
 def has_int8_linear() -> bool:
     """Return whether oneDNN multiplies 7-bit rows by 8-bit weights here, and without an error at the largest values.
 

@@ -76,7 +76,7 @@ class Engine:
         tokenizer: for text in deltas and stop strings; None: tokens only.
         limits: how much it takes on at once.
         pack: form of the linear layers on a CPU (`model.quant`): "fp32" is exact ("split" too, for one text at a
-            time), "fp16" and "int8" are faster and round the weights. The packed weights are the engine's own; the
+            time), "fp16", "bf16" and "int8" are faster and round. The packed weights are the engine's own; the
             model's are let go. None: as they are.
         seed: for requests without one.
 

@@ -7,10 +7,11 @@ A step of decoding reads every weight for a handful of rows, and plain products 
 product, gate and up another.
 
     kind   memory   what is rounded                                  speed × F.linear at 1, 4, 16, 128 rows    error
-    split  1        nothing: sums are made in another order          2.9   2.0   1.7   1.3                     4e-7
-    fp32   1        nothing: sums are made in another order          1.9   3.3   2.6   1.4                     4e-7
-    fp16   1/2 ¹    weights, to 11 bits                              4.9   6.3   3.1   1.4                     2e-4
-    int8   1/4      weights, to 8 bits with a scale per output;      2.8   4.1   3.1   2.2                     8e-3
+    split  1        nothing: sums are made in another order          2.1   2.1   1.6   1.3                     4e-7
+    fp32   1        nothing: sums are made in another order          1.6   2.6   2.1   1.4                     4e-7
+    fp16   1/2 ¹    weights, to 11 bits                              3.9   5.7   2.7   1.3                     2e-4
+    bf16   1/2      weights, activations and results, to 8 bits      2.9   4.6   3.6   2.6                     3e-3
+    int8   1/4      weights, to 8 bits with a scale per output;      2.6   4.2   3.0   2.1                     8e-3
                     activations, to 14 bits with a scale per row
 
     ¹ inputs are filled up to a multiple of 512: a third more at width 768, 1 % at 4096
@@ -20,14 +21,18 @@ random weights: `benchmarks/linear_cpu.py` and its results. There is no other ke
 than the plain product at 128 rows too. Without AVX-512 VNNI (measured with oneDNN kept to AVX2) int8 is slower than
 fp16 at any number of rows, and only saves memory.
 
+"bf16" is for processors with AVX512-BF16 or AMX, which multiply bf16 twice as fast as fp32 and more; others get fp16.
+Models that were trained in bf16, as most are, lose nothing of their weights. The head is fp16: logits of 8 bits are
+often equal.
+
 "int8" keeps activations at 14 bits: a row is two digits of 7 bits, x ≈ s · (128 · a + b), and both are multiplied by
 the weight as rows of one integer product. Its sums are exact, and exact on processors without VNNI too, where 8 bits
 overflow. So the weights' rounding is the whole cost in quality, also where activations have outliers, at twice the
 rows.
 
-Neighbours: with "fp16" and "int8" a row's result is bitwise the same alone and in any batch; with "fp32" to 2e-6, as
-oneDNN may choose the order of a sum by the number of rows. fbgemm's own dynamic int8 is not offered: it scales all
-rows by the largest activation of the batch.
+Neighbours: with "fp16", "bf16" and "int8" a row's result is bitwise the same alone and in any batch; with "fp32" to
+2e-6, as oneDNN may choose the order of a sum by the number of rows. fbgemm's own dynamic int8 is not offered: it scales
+all rows by the largest activation of the batch.
 
 "split" is for a single text: its weights stay as they are, and a product of one or two rows goes to all threads, which
 MKL's own does not. More rows are plain products.
@@ -61,7 +66,7 @@ from internlm.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["split", "fp32", "fp16", "int8"]
+Kind = Literal["split", "fp32", "fp16", "bf16", "int8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _FP16_MAX = 65504.0
@@ -150,6 +155,22 @@ class Fp16Linear(PackedLinear):
         return compat.fp16_linear(x, self.packed)
 
 
+class Bf16Linear(PackedLinear):
+    """bf16 weights in oneDNN's order; rows are rounded to bf16, results too; sums in fp32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = compat.pack_bf16_linear(weight), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out] from x [..., in]."""
+        rows = x.reshape(-1, x.shape[-1])
+        out = compat.bf16_linear(_filled(rows), self.weight)[: rows.shape[0]]
+        if self.bias is not None:
+            out += self.bias
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+
 class Int8Linear(PackedLinear):
     """int8 weights with a scale for each output; rows as two digits of 7 bits."""
 
@@ -231,7 +252,7 @@ def pack_block(block: Block, kind: Kind) -> None:
     if isinstance(feed_forward, FeedForward):
         feed_forward.w_gate_up = _join(feed_forward, ("w_gate", "w_up"), kind)
         feed_forward.w_down = _product([feed_forward.w_down], kind)  # type: ignore[assignment]
-    elif kind in ("fp16", "int8"):
+    elif kind in ("fp16", "bf16", "int8"):
         warn_once(logger, "experts are not packed: their weights stay in fp32, and their products are plain ones")
     block.float().requires_grad_(False)
 
@@ -244,7 +265,8 @@ def pack_head(head: LanguageHead, kind: Kind) -> None:
         EngineError: as `pack`; nothing was changed.
     """
     _check(head, kind)
-    head.packed = _product([head], kind)
+    # Logits rounded to the 8 bits of bf16 are often equal, and the first of them would be taken.
+    head.packed = _product([head], "fp16" if kind == "bf16" else kind)
     head.register_parameter("weight", None)
 
 
@@ -333,6 +355,10 @@ def pack_weight(weight: Tensor, bias: Tensor | None, kind: Kind) -> PackedLinear
         if not _largest(weight).isfinite():
             return _instead("weights that are not finite cannot be int8", weight, bias, "fp32")
         return Int8Linear(weight, bias)
+    if kind == "bf16":
+        if not compat.has_bf16_linear():
+            return _instead("bf16 products are missing on this machine", weight, bias, "fp16")
+        return Bf16Linear(weight, bias)
     if kind == "fp16":
         if not compat.has_fp16_linear():
             return _instead("fp16 products are missing on this machine", weight, bias, "fp32")

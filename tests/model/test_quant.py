@@ -27,9 +27,10 @@ HAVE = {
     "split": lambda: True,
     "fp32": compat.has_packed_onednn_linear,
     "fp16": compat.has_fp16_linear,
+    "bf16": compat.has_bf16_linear,
     "int8": compat.has_int8_linear,
 }
-TOLERANCE = {"split": 5e-6, "fp32": 5e-6, "fp16": 2e-3, "int8": 4e-2}
+TOLERANCE = {"split": 5e-6, "fp32": 5e-6, "fp16": 2e-3, "bf16": 2e-2, "int8": 4e-2}
 """Largest difference of logits, over the largest logit."""
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -80,7 +81,7 @@ def test_a_packed_model_says_the_same_to_what_its_kind_rounds(name: str, kind: K
     pack(made, kind)
     got = logits(made)
     assert distance(got, wanted) < TOLERANCE[kind]
-    if kind in ("fp16", "int8") and HAVE[kind]():
+    if kind in ("fp16", "bf16", "int8") and HAVE[kind]():
         assert not torch.equal(got, wanted), "nothing was rounded: was it packed?"
 
 
@@ -115,7 +116,7 @@ def test_a_packed_model_of_bf16_weights_computes_in_fp32(kind: Kind) -> None:
     assert distance(got, logits(wide)) < TOLERANCE[kind]
 
 
-@pytest.mark.parametrize("kind", ["fp16", "int8"])
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "int8"])
 @pytest.mark.parametrize(("outputs", "inputs"), [(56, 32), (33, 65), (1, 7), (300, 1030)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_row_is_bitwise_the_same_alone_and_in_any_batch(kind: Kind, outputs: int, inputs: int, threads: int) -> None:
@@ -213,24 +214,24 @@ def test_int8_weights_that_are_not_finite_stay_in_fp32() -> None:
 def test_a_machine_without_the_kernels_gets_plain_products_and_a_warning_where_that_is_no_equal(
     kind: Kind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("has_packed_onednn_linear", "has_fp16_linear", "has_int8_linear"):
+    for name in ("has_packed_onednn_linear", "has_fp16_linear", "has_bf16_linear", "has_int8_linear"):
         monkeypatch.setattr(compat, name, lambda: False)
     made = model(tie_embeddings=True)
     wanted = logits(made)
     pack(made, kind)
     assert distance(logits(made), wanted) < TOLERANCE["fp32"]
     # Plain fp32 products are what packed ones are: there is nothing to warn of.
-    assert caplog.text.count("missing on this machine") == {"split": 0, "fp32": 0, "fp16": 1, "int8": 2}[kind]
+    warnings = {"split": 0, "fp32": 0, "fp16": 1, "bf16": 2, "int8": 2}[kind]
+    assert caplog.text.count("missing on this machine") == warnings
 
 
-@pytest.mark.parametrize(("probe", "kernel"), [("has_fp16_linear", "fp16_linear"), ("has_int8_linear", "int8_linear")])
-def test_a_kernel_that_fails_or_overflows_counts_as_missing(
-    probe: str, kernel: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kernel", ["fp16_linear", "bf16_linear", "int8_linear"])
+def test_a_kernel_that_fails_or_overflows_counts_as_missing(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> Tensor:
         raise RuntimeError("no such engine")
 
-    has, works = getattr(compat, probe).__wrapped__, getattr(compat, kernel)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    has, works = getattr(compat, f"has_{kernel}").__wrapped__, getattr(compat, kernel)
     monkeypatch.setattr(compat, kernel, fails)
     assert not has()
     monkeypatch.setattr(compat, kernel, lambda *given: works(*given) + 1)
@@ -268,7 +269,7 @@ def test_what_cannot_be_packed_is_refused_and_left_as_it_was() -> None:
         pack(adapted, "int8")
     assert not any(isinstance(module, quant.PackedLinear) for module in adapted.modules())
     made = model()
-    with pytest.raises(EngineError, match="allowed: split, fp32, fp16, int8"):
+    with pytest.raises(EngineError, match="allowed: split, fp32, fp16, bf16, int8"):
         pack(made, "int4")  # type: ignore[arg-type]
     pack(made, "fp32")
     for again in (lambda: pack(made, "fp32"), lambda: pack_head(made.head, "fp32")):
@@ -298,12 +299,12 @@ def held():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
 torch.set_num_threads(1)
-for probe in (compat.has_packed_onednn_linear, compat.has_fp16_linear, compat.has_int8_linear):
+for probe in (compat.has_packed_onednn_linear, compat.has_fp16_linear, compat.has_bf16_linear, compat.has_int8_linear):
     probe()
 config = ModelConfig(vocab_size=4096, hidden_size=1024, num_layers=2, num_heads=8, ffn_size=3072)
 ids = torch.zeros(1, 4, dtype=torch.long)
 changes = {}
-for kind in ("fp32", "fp32", "fp16", "int8"):  # the first time is not counted: it loads libraries
+for kind in ("fp32", "fp32", "fp16", "bf16", "int8"):  # the first time is not counted: it loads libraries
     model = build(config, 0)
     before = held()
     pack(model, kind)
@@ -322,7 +323,7 @@ def test_a_packed_model_takes_the_memory_of_its_packed_weights() -> None:
     ran = subprocess.run([sys.executable, "-c", _WEIGH], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     changes = json.loads(ran.stdout)
-    for kind, share in (("fp32", 1.0), ("fp16", 0.5), ("int8", 0.25)):
+    for kind, share in (("fp32", 1.0), ("fp16", 0.5), ("bf16", 0.5), ("int8", 0.25)):
         if HAVE[kind]():
             assert share - 1 - 0.02 < changes[kind] < share - 1 + 0.06, changes
 

@@ -187,7 +187,7 @@ def test_a_stream_that_does_not_fit_is_refused_when_some_of_it_is_packed() -> No
 
 
 def test_a_kind_that_is_not_known_and_a_device_that_cannot_are_errors(folder: Path) -> None:
-    with pytest.raises(EngineError, match="allowed: split, fp32, fp16, int8"):
+    with pytest.raises(EngineError, match="allowed: split, fp32, fp16, bf16, int8"):
         open_source(folder).model(pack="int3")  # type: ignore[arg-type]
     with pytest.raises(EngineError, match=r"for the CPU \(got 'meta'\)"):
         open_source(folder).model(device="meta", pack="fp16")
