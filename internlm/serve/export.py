@@ -16,7 +16,7 @@ from internlm.errors import UsageError
 from internlm.model.config import ModelConfig
 from internlm.serve import engines
 from internlm.serve.engines import ENGINES
-from internlm.weights.talk import GENERATION_FILE, TEMPLATE_FILE, Talk
+from internlm.weights.talk import GENERATION_FILE, Talk, read_template
 
 if TYPE_CHECKING:
     from internlm.checkpoint.source import Source
@@ -102,9 +102,7 @@ def read_export(source: Source) -> Export:
     assert isinstance(folder, Path), "only checkpoints of ours are read from a store"
     described = _read(folder / "config.json")
     tokenizer = _read(folder / "tokenizer_config.json")
-    template, where = tokenizer.get("chat_template"), "tokenizer_config.json"
-    if (folder / TEMPLATE_FILE).is_file():
-        template, where = (folder / TEMPLATE_FILE).read_text(encoding="utf-8"), TEMPLATE_FILE
+    template, where = read_template(folder)
     eos = _read(folder / GENERATION_FILE).get("eos_token_id")
     return Export(
         path=str(folder),

@@ -80,7 +80,7 @@ def plan_for(model: str | Path, wish: Wish) -> Plan:
     findings: list[Finding] = []
     export = _ready(source, wish.engine)
     if export is None:
-        before, export, findings = _conversion(Path(model), source, wish.engine)
+        before, export, findings = _conversion(model, source, wish.engine)
     limit = context_limit(export, wish.engine)
     if wish.context is not None and not 1 <= wish.context <= limit:
         problem = f"this model reads {limit} tokens at most on {ENGINES[wish.engine].title}"
@@ -89,7 +89,7 @@ def plan_for(model: str | Path, wish: Wish) -> Plan:
         findings += check(export, wish)
     if any(finding.blocks for finding in findings):
         return Plan(None, {}, before, tuple(findings))
-    name = wish.name or Path(model).resolve().name.removesuffix(".gguf")
+    name = wish.name or _beside(model).resolve().name.removesuffix(".gguf")
     return Plan(_command(export, wish, name, limit), _facts(export, wish, limit), before, tuple(findings))
 
 
@@ -111,9 +111,16 @@ def _ready(source: Source, engine: str) -> Export | None:
     return None if export.has_code or export.architecture not in engines.ARCHITECTURES else export
 
 
-def _conversion(model: Path, source: Source, engine: str) -> tuple[Command, Export, list[Finding]]:
+def _beside(model: str | Path) -> Path:
+    """Return the path that names a model; of one in a store its last part, in the working directory."""
+    where = str(model).rstrip("/")
+    return Path(where.rpartition("/")[2] if "://" in where else where)
+
+
+def _conversion(model: str | Path, source: Source, engine: str) -> tuple[Command, Export, list[Finding]]:
     """Return the command that makes what the engine reads, what it will make, and what there is to say."""
-    base = model if model.name not in ("", "..") else model.resolve()
+    base = _beside(model)
+    base = base if base.name not in ("", "..") else base.resolve()
     base = base.with_suffix("") if base.is_file() else base
     is_gguf = engine == "llama.cpp"
     target = base.with_name(base.name + ("-gguf" if is_gguf else "-export"))

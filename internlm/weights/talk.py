@@ -112,9 +112,7 @@ def read_talk(folder: str | Path) -> Talk:
     """
     folder = Path(folder)
     described = _read_json(folder / CONFIG_FILE)
-    found = described.get("chat_template")
-    if (folder / TEMPLATE_FILE).is_file():  # Transformers 5 writes it here, and it counts more
-        found = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    found, _ = read_template(folder)
     name = described.get(TEMPLATE_KEY)
     if name not in TEMPLATES:
         name = name_of(found) if isinstance(found, str) else None
@@ -128,6 +126,21 @@ def read_talk(folder: str | Path) -> Talk:
     ours = {"transformers_version", "_from_model_config", *(f"{role}_token_id" for role in ROLES)}
     further = {name: value for name, value in generation.items() if name not in ours}
     return Talk(Tokenizer.find(folder), name, None if name else found, stops, further)
+
+
+def read_template(folder: Path) -> tuple[Any, str]:
+    """Return the chat format of a Transformers folder, None where there is none, and the file that it stands in.
+
+    Raises:
+        WeightsError: a file is damaged.
+    """
+    path = folder / TEMPLATE_FILE
+    if not path.is_file():
+        return _read_json(folder / CONFIG_FILE).get("chat_template"), CONFIG_FILE
+    try:
+        return path.read_text(encoding="utf-8"), TEMPLATE_FILE  # Transformers 5 writes it here, and it counts more
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeightsError(f"cannot be read: {error}", where=path, do="Copy the file again.") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm.checkpoint import saver, store
+from internlm.checkpoint import place, saver, store
 from internlm.checkpoint.source import open_source
 from internlm.cli import main
-from internlm.errors import InternLMError, UsageError
+from internlm.errors import InternLMError, UsageError, WeightsError
 from internlm.model.config import DynamicScaling, ExpertsConfig, ModelConfig, RopeConfig
 from internlm.model.transformer import build
 from internlm.serve import engines, handover
@@ -187,6 +188,14 @@ def test_a_run_is_converted_first(
     assert str(here.before) == f"internlm convert . {tmp_path / 'runs' / 'a-export'} --dtype bfloat16"
 
 
+def test_a_run_in_a_store_is_converted_into_the_working_directory() -> None:
+    url = f"memory://{uuid.uuid4().hex}/run-7"
+    tensors = {f"model.{name}": p.detach() for name, p in build(SHAPE, 0).named_parameters()}
+    saver.save(place.at(url) / "checkpoints" / "step-00000003", tensors, SHAPE, None, {"step": 3})
+    plan = handover.plan_for(url, Wish(engine="vllm"))
+    assert str(plan.before) == f"internlm convert {url} run-7-export --dtype bfloat16"
+
+
 def forget_stops(folder: Path) -> None:
     edit(folder / "generation_config.json", eos_token_id=1)
 
@@ -328,6 +337,13 @@ def test_wishes_that_cannot_be_are_refused(wish: dict[str, object]) -> None:
 def test_what_is_no_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InternLMError, match="no such folder"):
         handover.plan_for(tmp_path / "none", Wish(engine="vllm"))
+
+
+def test_a_chat_format_that_is_no_text_is_an_error_that_names_the_file(make: Make) -> None:
+    folder = make()
+    (folder / "chat_template.jinja").write_bytes(b"{{ \xff }}")
+    with pytest.raises(WeightsError, match=r"chat_template\.jinja: cannot be read: .* Copy the file again"):
+        read_export(open_source(folder))
 
 
 def test_the_verb_prints_the_command_alone_to_stdout(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
