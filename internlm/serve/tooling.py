@@ -7,7 +7,7 @@ already; what the model wrote of it then comes as content, and `finish_reason` i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from internlm.errors import InternLMError
@@ -133,7 +133,9 @@ def tools_of(body: ChatRequest, template: str) -> ToolUse:
 
 
 def turns_of(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Return a conversation in our words.
+    """Return a conversation in our words; what a user, or the system, says in several messages in a row is one.
+
+    Models learn to take turns, and OpenAI's clients need not.
 
     Raises:
         ApiError: a message lacks its content.
@@ -149,5 +151,8 @@ def turns_of(messages: Sequence[ChatMessage]) -> list[Message]:
         # What `CallReader.message` gave comes back so.
         thought = (message.model_extra or {}).get("reasoning_content") if role == "assistant" else None
         thought = thought if isinstance(thought, str) else ""
+        if turns and role == turns[-1].role and role in ("system", "user"):
+            turns[-1] = replace(turns[-1], content=f"{turns[-1].content}\n\n{message.text}")
+            continue
         turns.append(Message(role, message.text, calls=calls, call_id=message.tool_call_id, thought=thought))
     return turns

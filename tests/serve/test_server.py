@@ -72,6 +72,14 @@ def test_parts_and_the_developer_role_are_read_as_text_and_system(client: openai
     assert answer.usage.prompt_tokens == len(expected)
 
 
+def test_messages_in_a_row_of_a_user_or_the_system_are_one(server: Running) -> None:
+    said = [("system", "A"), ("developer", "B"), ("user", "C"), ("user", "D"), ("assistant", "E"), ("user", "F")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    turns = [Message("system", "A\n\nB"), Message("user", "C\n\nD"), Message("assistant", "E"), Message("user", "F")]
+    expected = render_prompt(turns, get_template("internlm"), TOKENIZER)
+    assert server.post("/tokenize", {"messages": messages}).json()["tokens"] == expected
+
+
 def test_a_stream_is_role_content_finish_usage_done(server: Running) -> None:
     body = {"messages": QUESTION, "max_tokens": 8, "seed": 1, "stream": True, "stream_options": {"include_usage": True}}
     response = server.post("/v1/chat/completions", body)
