@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -45,6 +46,19 @@ def test_rooms_import_only_rooms_before_them(path: Path) -> None:
             other = room(module)
             both_ground = own in GROUND and other in GROUND
             assert both_ground or CORRIDOR.index(other) <= CORRIDOR.index(own), f"{path} imports {module}"
+
+
+def test_the_table_of_rooms_is_what_they_import() -> None:
+    used: dict[str, set[str]] = {}
+    for path in FILES:
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        ours = {room(module) for module in imports(path) if module.startswith("internlm.")}
+        used.setdefault(own, set()).update(ours & (set(CORRIDOR) - GROUND - {own}))
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| .+ \|(.*)\|$", text, re.MULTILINE)
+    told = {name: set(re.findall(r"`(\w+)`", cell)) for name, cell in rows}
+    assert list(told) == [name for name in CORRIDOR if name in told], "in the corridor's order"
+    assert told == {name: rooms for name, rooms in used.items() if name in CORRIDOR and name not in GROUND}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
