@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test lint types proof bench clean
+.PHONY: quickstart test lint types proof bench docs clean
 
 quickstart: .venv/.quickstart  ## from text to a talking model, in minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/quickstart.sh $(RUN)
@@ -17,6 +17,9 @@ lint: .venv/.dev
 
 types: .venv/.dev
 	$(BIN)/mypy
+
+docs: .venv/.dev  ## docs/ as a site in site/
+	$(BIN)/python -m mkdocs build --strict
 
 bench: .venv/.dev  ## the CPU benchmarks; peers that are installed run beside ours
 	$(BIN)/python benchmarks/train_cpu.py
@@ -38,4 +41,4 @@ proof: .venv/.dev  ## the long proofs: hundreds of kills and resumes, every layo
 	touch $@ .venv/.quickstart
 
 clean:
-	rm -rf .venv runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv runs build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
