@@ -152,7 +152,7 @@ def ceilings(case: Case) -> dict[str, Any]:
 
     Each is repeated until it has run for about a fifth of a second, in three batches; the median batch counts.
     """
-    from internlm import compat
+    from internlm.compat import products
 
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     shape, tokens = case.shape, case.seq_len * case.micro_rows
@@ -170,7 +170,7 @@ def ceilings(case: Case) -> dict[str, Any]:
         if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
             one = torch.ones((), device=device)
             a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
-            product = functools.partial(compat.scaled_product, a8, b8.t(), one, one, torch.bfloat16)
+            product = functools.partial(products.scaled_product, a8, b8.t(), one, one, torch.bfloat16)
             found.setdefault("float8", {})[name] = _tflops(product, 2 * m * n * k, device)
     return {"tflops": found, "best": {name: max(rates.values()) for name, rates in found.items()}}
 

@@ -239,12 +239,12 @@ def join_alone() -> None:
 
 def _give_up() -> None:
     """Abandon the process group without waiting for anyone, and see to it that this process ends."""
-    from internlm import compat
+    from internlm.compat import groups
 
     if hasattr(signal, "alarm") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(END_TIMEOUT_S)
-    abort = threading.Thread(target=compat.abort_groups, daemon=True)
+    abort = threading.Thread(target=groups.abort_groups, daemon=True)
     abort.start()
     abort.join(END_TIMEOUT_S / 4)
 

@@ -80,7 +80,8 @@ def _devices() -> None:
 def _paths() -> None:
     import torch
 
-    from internlm import compat, runtime
+    from internlm import runtime
+    from internlm.compat import products
     from internlm.model import attention
 
     ids = torch.tensor([[0, 0, 1, 1]])
@@ -90,7 +91,7 @@ def _paths() -> None:
         _row(f"attention {name}", f"{path} (packed rows), dense (one document per row)")
     _row(
         "linear cpu",
-        "oneDNN" if compat.has_onednn_linear() else "default: torch has no oneDNN here, products are slower",
+        "oneDNN" if products.has_onednn_linear() else "default: torch has no oneDNN here, products are slower",
     )
     compiler = runtime.cpp_compiler()
     if compiler:

@@ -43,14 +43,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from internlm import compat, ranks
+    from internlm import ranks
     from internlm import recipe as recipes
     from internlm.checkpoint import store
+    from internlm.compat import groups
     from internlm.train.stop import EXIT_CODES, Stopped
 
     recipe = ranks.together(lambda: recipes.load(arguments.recipe, arguments.overrides)).value
     trainer = recipes.prepare(recipe)
-    compat.limit_waits(recipe.runtime.timeout_s)
+    groups.limit_waits(recipe.runtime.timeout_s)
     if (recipe.watch.stall_s or 0) >= recipe.runtime.timeout_s and ranks.world_size() > 1:
         logger.warning("warning: watch.stall_s has no effect: runtime.timeout_s, which names no rank, comes first")
     if trainer.progress.step >= recipe.train.total_steps:

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internlm import compat
+from internlm.compat import attention_kernels
 from internlm.infer import paged
 from internlm.infer.blocks import Blocks
 from internlm.infer.paged import Stored
@@ -299,7 +299,7 @@ def _over_runs(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     attention over both: copying them together in every step takes ten times as long (512 + 128 tokens: 1.5 ms a layer).
     """
     if 1 < len(keys) <= _MOST_MERGED:
-        parts = [compat.attention_and_mass(q, *run) for run in zip(keys, values, strict=True)]
+        parts = [attention_kernels.attention_and_mass(q, *run) for run in zip(keys, values, strict=True)]
         told = [part for part in parts if part is not None]
         if len(told) == len(keys):
             shares = torch.stack([mass for _, mass in told]).softmax(0)[..., None]  # [runs, 1, K, G, 1]

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internlm import compat
+from internlm.compat import attention_kernels, graphs
 
 PATHS = ("auto", "dense", "blocks", "varlen", "flex", "masked")
 
@@ -56,7 +56,11 @@ def arrange(ids: Tensor | None, device: torch.device, dtype: torch.dtype, path: 
         return Documents(ids, "dense")
     if path == "auto":
         if device.type == "cuda":
-            path = "varlen" if compat.has_varlen_attention() and dtype in (torch.bfloat16, torch.float16) else "flex"
+            path = (
+                "varlen"
+                if attention_kernels.has_varlen_attention() and dtype in (torch.bfloat16, torch.float16)
+                else "flex"
+            )
         else:
             path = "blocks" if device.type == "cpu" else "masked"
     if path == "blocks":
@@ -67,7 +71,7 @@ def arrange(ids: Tensor | None, device: torch.device, dtype: torch.dtype, path: 
     if path == "varlen":
         return Documents(ids, path, starts=_starts(ids))
     if path == "flex":
-        return Documents(ids, path, mask=compat.document_block_mask(ids))
+        return Documents(ids, path, mask=attention_kernels.document_block_mask(ids))
     same = ids[:, None, :, None] == ids[:, None, None, :]
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
     return Documents(ids, "masked", mask=same & causal)
@@ -89,10 +93,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         assert documents.starts is not None, "arrange sets the offsets that varlen reads"
         batch, length = q.shape[:2]
         q, k, v = (x.reshape(batch * length, *x.shape[2:]) for x in (q, k, v))
-        return compat.varlen_attention(q, k, v, documents.starts, length).unflatten(0, (batch, length))
+        return attention_kernels.varlen_attention(q, k, v, documents.starts, length).unflatten(0, (batch, length))
     if documents.path == "flex":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compat.flex_attention(q, k, v, documents.mask).transpose(1, 2)
+        return attention_kernels.flex_attention(q, k, v, documents.mask).transpose(1, 2)
     return sdpa(q, k, v, documents.mask)
 
 
@@ -133,7 +137,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     return out.transpose(1, 2)
 
 
-@compat.outside_graphs
+@graphs.outside_graphs
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """One causal call per span. Outside of compiled graphs: the spans change with every batch."""
     rows: list[list[Tensor]] = []

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internlm import compat
+from internlm.compat import graphs, products
 
 CHUNK_LOGITS = 1 << 22
 """Logits per chunk (16 MiB in fp32). On the CPU a chunk then stays in cache between product, softmax and gradient."""
@@ -78,8 +78,8 @@ class LanguageHead(nn.Module):
         """
         assert self.packed is None, "a packed head gives logits only"
         # Autocast reaches some of the products in the functions below and not others: cast here, once.
-        hidden = compat.as_products(hidden)
-        with compat.without_autocast(hidden):
+        hidden = graphs.as_products(hidden)
+        with graphs.without_autocast(hidden):
             return self._score(hidden, labels, coefficients)
 
     def _score(self, hidden: Tensor, labels: Tensor, coefficients: Tensor | None) -> TokenOutputs:
@@ -109,8 +109,8 @@ class LanguageHead(nn.Module):
 
 def _product(hidden: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the function (x [C, K], w [N, K]) → x · w transposed that is fastest for this device and dtype."""
-    if hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.float32 and compat.has_onednn_linear():
-        return compat.onednn_linear
+    if hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.float32 and products.has_onednn_linear():
+        return products.onednn_linear
     return F.linear
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internlm import compat
+from internlm.compat import products
 from internlm.model import attention
 from internlm.model.attention import Documents
 from internlm.model.config import ModelConfig
@@ -42,7 +42,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(in_features, out_features, bias=bias)
-        self.onednn = compat.has_onednn_linear()  # asked once, outside of compiled graphs
+        self.onednn = products.has_onednn_linear()  # asked once, outside of compiled graphs
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in]."""
@@ -62,14 +62,14 @@ class _CpuLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return compat.onednn_linear(x, weight, bias)
+        return products.onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_x = compat.onednn_linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        grad_x = products.onednn_linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
         grad_weight = torch.mm(flat.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
 

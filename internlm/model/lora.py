@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internlm import compat
+from internlm.compat import graphs
 from internlm.config import require_positive, section
 from internlm.errors import ConfigError, did_you_mean
 from internlm.model.config import ModelConfig
@@ -159,7 +159,7 @@ class LoraLinear(Linear):
     @torch.no_grad()
     def row_norms(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return ‖W + s·B·A‖ of each row [out], in fp32 at least; a few rows of the sum are held at a time."""
-        with compat.without_autocast(weight):
+        with graphs.without_autocast(weight):
             parts = [_sum(weight[rows], a, b[rows], self.scale).square().sum(1) for rows in _chunks(weight)]
             return _root(self.total(torch.cat(parts)))
 
@@ -180,7 +180,7 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor
         magnitude: m [out].
     """
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    with compat.without_autocast(weight):
+    with graphs.without_autocast(weight):
         for rows in _chunks(weight):
             changed = _sum(weight[rows], a, b[rows], scale)
             if magnitude is not None:

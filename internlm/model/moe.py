@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internlm import compat
+from internlm.compat import graphs, products
 from internlm.model.attention import Documents
 from internlm.model.config import ExpertsConfig, ModelConfig
 
@@ -134,7 +134,7 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         """Return [B, T, D] from the normalised stream x [B, T, D]; padding (document −1) is in no side loss."""
-        with compat.without_autocast(x):
+        with graphs.without_autocast(x):
             logits = self.router(x)
         p = logits.softmax(-1)  # [B, T, E]
         gates, chosen = p.topk(self.config.per_token)  # [B, T, k]
@@ -223,7 +223,7 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         weight: one matrix per group, in the dtype of x or cast to it.
         ends: [E] int32, where each group's rows end.
     """
-    x = compat.as_products(x)
+    x = graphs.as_products(x)
     return _Grouped.apply(x, weight.to(x.dtype), ends)
 
 
@@ -248,13 +248,13 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tenso
 
     Operators of our own: the loop over groups looks at numbers, which neither compiling nor a dry run can do.
     """
-    if compat.has_grouped_product(x, weight):
-        return compat.grouped_product(x, weight.mT if transposed else weight, ends)
+    if products.has_grouped_product(x, weight):
+        return products.grouped_product(x, weight.mT if transposed else weight, ends)
     out = x.new_empty(x.shape[0], weight.shape[1 if transposed else 2])
-    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and compat.has_onednn_linear()
+    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and products.has_onednn_linear()
     for rows, matrix in zip(_groups(x, ends), weight, strict=True):
         if onednn:
-            out[rows] = compat.onednn_linear(x[rows], matrix if transposed else matrix.t())
+            out[rows] = products.onednn_linear(x[rows], matrix if transposed else matrix.t())
         else:
             torch.mm(x[rows], matrix.t() if transposed else matrix, out=out[rows])
     return out
@@ -268,10 +268,10 @@ def _(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
 @torch.library.custom_op("internlm::grouped_outer", mutates_args=())
 def _outer(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """Return the gradients [E, N, K] of the groups' matrices, from those of the results [R, N] and from x [R, K]."""
-    if compat.has_grouped_product(x, grad):
+    if products.has_grouped_product(x, grad):
         is_empty = ends.diff(prepend=ends.new_zeros(1)) == 0
         # The kernel of some GPUs leaves what it finds in the result of an empty group.
-        return compat.grouped_product(grad.t(), x, ends).masked_fill_(is_empty[:, None, None], 0)
+        return products.grouped_product(grad.t(), x, ends).masked_fill_(is_empty[:, None, None], 0)
     out = x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
     for group, rows in enumerate(_groups(x, ends)):
         torch.mm(grad[rows].t(), x[rows], out=out[group])

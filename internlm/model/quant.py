@@ -57,7 +57,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internlm import compat
+from internlm.compat import products
 from internlm.errors import EngineError
 from internlm.log import warn_once
 from internlm.model.heads import LanguageHead
@@ -115,7 +115,7 @@ class SplitLinear(PackedLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
-        self.product = compat.onednn_linear if compat.has_onednn_linear() else F.linear
+        self.product = products.onednn_linear if products.has_onednn_linear() else F.linear
         parts = next(n for n in (64, 32, 16, 8, 4, 2, 1) if weight.shape[0] % n == 0)
         self.parts = weight.view(parts, -1, weight.shape[1])
 
@@ -134,12 +134,12 @@ class Fp32Linear(PackedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight, self.bias = compat.pack_onednn_linear(weight), bias
+        self.weight, self.bias = products.pack_onednn_linear(weight), bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in]."""
         rows = x.reshape(-1, x.shape[-1])
-        out = compat.onednn_linear(_filled(rows), self.weight, self.bias)[: rows.shape[0]]
+        out = products.onednn_linear(_filled(rows), self.weight, self.bias)[: rows.shape[0]]
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -148,11 +148,11 @@ class Fp16Linear(PackedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.packed = compat.pack_fp16_linear(weight, bias)
+        self.packed = products.pack_fp16_linear(weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in]."""
-        return compat.fp16_linear(x, self.packed)
+        return products.fp16_linear(x, self.packed)
 
 
 class Bf16Linear(PackedLinear):
@@ -160,12 +160,12 @@ class Bf16Linear(PackedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight, self.bias = compat.pack_bf16_linear(weight), bias
+        self.weight, self.bias = products.pack_bf16_linear(weight), bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in]."""
         rows = x.reshape(-1, x.shape[-1])
-        out = compat.bf16_linear(_filled(rows), self.weight)[: rows.shape[0]]
+        out = products.bf16_linear(_filled(rows), self.weight)[: rows.shape[0]]
         if self.bias is not None:
             out += self.bias
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -181,7 +181,7 @@ class Int8Linear(PackedLinear):
         rounded = torch.empty(weight.shape, dtype=torch.int8)
         for part, scale, out in zip(*(x.split(_ROWS) for x in (weight, self.scales, rounded)), strict=True):
             out.copy_((part / scale[:, None]).round_().clamp_(-_INT8_MAX, _INT8_MAX))
-        self.weight, self.bias = compat.pack_int8_linear(rounded), bias
+        self.weight, self.bias = products.pack_int8_linear(rounded), bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in]."""
@@ -191,7 +191,7 @@ class Int8Linear(PackedLinear):
         # 64 is added to both digits, and ½ because the conversion cuts off.
         whole = (rows / scale).add_(64 * 128 + 64 + 0.5).to(torch.int16)
         digits = torch.cat((whole >> 7, whole & 127)).to(torch.uint8)
-        high, low = compat.int8_linear(digits, self.weight, self.scales).chunk(2)
+        high, low = products.int8_linear(digits, self.weight, self.scales).chunk(2)
         out = torch.add(low, high, alpha=128).mul_(scale)
         if self.bias is not None:
             out += self.bias
@@ -350,24 +350,24 @@ def pack_weight(weight: Tensor, bias: Tensor | None, kind: Kind) -> PackedLinear
     none where plain fp32 products stand for packed ones, as they give the same.
     """
     if kind == "int8":
-        if not compat.has_int8_linear():
+        if not products.has_int8_linear():
             return _instead("int8 products are missing on this machine", weight, bias, "fp16")
         if not _largest(weight).isfinite():
             return _instead("weights that are not finite cannot be int8", weight, bias, "fp32")
         return Int8Linear(weight, bias)
     if kind == "bf16":
-        if not compat.has_bf16_linear():
+        if not products.has_bf16_linear():
             return _instead("bf16 products are missing on this machine", weight, bias, "fp16")
         return Bf16Linear(weight, bias)
     if kind == "fp16":
-        if not compat.has_fp16_linear():
+        if not products.has_fp16_linear():
             return _instead("fp16 products are missing on this machine", weight, bias, "fp32")
         if not _largest(weight) <= _FP16_MAX:  # also false for what is not a number
             return _instead(f"weights beyond ±{_FP16_MAX:.0f} do not fit into fp16", weight, bias, "fp32")
         return Fp16Linear(weight, bias)
     if kind == "split":
         return SplitLinear(weight, bias)
-    if not compat.has_packed_onednn_linear():
+    if not products.has_packed_onednn_linear():
         return PlainLinear(weight, bias)
     return Fp32Linear(weight, bias)
 

@@ -14,7 +14,7 @@ import zlib
 import torch
 from torch import Tensor, nn
 
-from internlm import compat
+from internlm.compat import graphs
 from internlm.model import attention
 from internlm.model.config import ModelConfig
 from internlm.model.heads import LanguageHead
@@ -55,7 +55,7 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(1, -1)
         x = tokens if self.embedding is None else self.embedding(tokens)
         # Autocast casts products only: the stream, and with it rotated queries and keys, would stay in fp32.
-        x = compat.as_products(x)
+        x = graphs.as_products(x)
         layout = attention.arrange(documents, x.device, x.dtype, self.attention_path)
         rotation = self.rope(positions, x.dtype)
         for block in self.blocks.values():

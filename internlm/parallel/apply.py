@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from internlm import compat
+from internlm.compat import groups
 from internlm.cost.split import stage_layers
 from internlm.errors import ConfigError
 from internlm.model.config import ModelConfig
@@ -77,7 +77,7 @@ class Parallel:
                 float8.convert(part)
             if self.mesh is not None and self.layout.tensor > 1:
                 if config.async_tensor:
-                    compat.fuse_collectives(self.mesh.group("tensor"))
+                    groups.fuse_collectives(self.mesh.group("tensor"))
                 tensor.cut(part, self.mesh.world["tensor"], sequence=config.sequence)
             if self.mesh is not None and self.layout.context > 1:
                 context.spread(part, self.mesh.group("context"))

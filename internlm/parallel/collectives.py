@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from internlm import compat
+from internlm.compat import groups
 
 Group = dist.ProcessGroup
 
@@ -60,20 +60,20 @@ def collect(x: Tensor, group: Group, dim: int) -> Tensor:
 
 def _all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
     if torch.compiler.is_compiling():
-        return compat.traced_gather(x, group, dim)
+        return groups.traced_gather(x, group, dim)
     size = dist.get_world_size(group)
     out = x.new_empty((size * x.shape[0], *x.shape[1:]))
-    compat.all_gather(out, x.contiguous(), group)
+    groups.all_gather(out, x.contiguous(), group)
     return out if dim == 0 else torch.cat(out.chunk(size), dim)
 
 
 def _reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     if torch.compiler.is_compiling():
-        return compat.traced_scatter(x, group, dim)
+        return groups.traced_scatter(x, group, dim)
     size = dist.get_world_size(group)
     parts = x.contiguous() if dim == 0 else torch.cat(x.chunk(size, dim))
     out = parts.new_empty((parts.shape[0] // size, *parts.shape[1:]))
-    compat.reduce_scatter(out, parts, group)
+    groups.reduce_scatter(out, parts, group)
     return out
 
 

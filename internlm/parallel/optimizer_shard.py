@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
-from internlm import compat
+from internlm.compat import groups
 from internlm.log import warn_once
 from internlm.parallel.mesh import Layout, Mesh, ParallelConfig
 
@@ -143,7 +143,7 @@ class Group:
             place.unflatten(1, each.piece).copy_(each.cut(_gradient(each)))
         got = sent.new_empty(sent.shape[1])
         if got.numel():
-            compat.reduce_scatter(got, sent.flatten(), self.group)
+            groups.reduce_scatter(got, sent.flatten(), self.group)
         del sent
         parts = list(zip(self.cut, got.split(self.sizes), strict=True))
         if self.whole:
@@ -166,7 +166,7 @@ class Group:
             place.view(each.piece)[tuple(slice(length) for length in own.shape)].copy_(own)
         got = sent.new_empty(dist.get_world_size(self.group), sent.numel())
         if got.numel():
-            compat.all_gather(got.view(-1), sent, self.group)
+            groups.all_gather(got.view(-1), sent, self.group)
         for each, pieces in zip(self.cut, got.split(self.sizes, dim=1), strict=True):
             each.part.copy_(each.join(pieces.unflatten(1, each.piece)))
         for each in self.whole:
@@ -227,7 +227,7 @@ class Slices:
                 if group.is_due:
                     group.gather()
                     group.done = self.side.record_event()
-        if compat.weight_stream(self.model) is None:
+        if groups.weight_stream(self.model) is None:
             self.settle()
 
     def settle(self) -> None:
@@ -252,7 +252,7 @@ class Slices:
         """Return a hook that waits for a group's weights, and lets their gathering wait, and that of those after it."""
 
         def wait(module: nn.Module, inputs: object) -> None:
-            stream = compat.weight_stream(self.model)
+            stream = groups.weight_stream(self.model)
             for index, group in enumerate(self.groups[number : number + 1 + self.ahead]):
                 if group.done is None:
                     continue
@@ -299,10 +299,10 @@ def _placement(parameter: DTensor, replicas: int) -> tuple[int | None, Placement
     """Return the dim along which a parameter is sliced, and how that is said of the replicate axis."""
     sizes = parameter.device_mesh.shape
     for dim in reversed(range(parameter.ndim)):
-        cutting = [size for size, p in zip(sizes, parameter.placements, strict=True) if compat.shards(p, dim)]
+        cutting = [size for size, p in zip(sizes, parameter.placements, strict=True) if groups.shards(p, dim)]
         parts = math.prod(cutting)
         if parameter.shape[dim] % parts == 0 and parameter.shape[dim] // parts >= replicas:
-            return dim, compat.shard_inside(dim, parts)
+            return dim, groups.shard_inside(dim, parts)
     return None, Replicate()
 
 

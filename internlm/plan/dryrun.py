@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from internlm import compat, ranks
+from internlm import ranks
+from internlm.compat import simulated
 from internlm.cost import traffic
 from internlm.data.batch import Batch
 from internlm.data.loader import DataConfig, Loader
@@ -71,16 +72,16 @@ def dry_run(recipe: Recipe, rank: int = 0, world_size: int = 1) -> DryStep:
     """
     if world_size == 1 and not recipe.parallel.offload:  # offloading is done by what spreads a model over ranks
         return _dry_run(recipe)
-    compat.join_fake_group(rank, world_size)
+    simulated.join_fake_group(rank, world_size)
     try:
         return _dry_run(recipe)
     finally:
-        compat.leave_fake_group()
+        simulated.leave_fake_group()
 
 
 def _dry_run(recipe: Recipe) -> DryStep:
     shape, layout = shape_of(recipe), Layout.of(recipe.parallel, ranks.world_size())
-    setting, fake = _setting(recipe, shape, layout), compat.fake_tensors()
+    setting, fake = _setting(recipe, shape, layout), simulated.fake_tensors()
     with _Immaterial(fake):
         parallel = Parallel(shape, recipe.parallel, setting)
     for part in parallel.parts:
@@ -188,7 +189,7 @@ class Recorder(TorchDispatchMode):
         self.exchanges: traffic.Exchanges = {}
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        exchange = compat.exchange_of(operator, args)
+        exchange = simulated.exchange_of(operator, args)
         if exchange is not None:
             self._count(*exchange)
         else:

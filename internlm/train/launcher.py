@@ -33,7 +33,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-from internlm import compat, ranks
+from internlm import ranks
+from internlm.compat import groups
 from internlm.errors import TrainingError
 from internlm.train.stop import EXIT_CODES, Reason
 
@@ -182,7 +183,7 @@ def start(words: list[str], patience_s: float) -> int:
     known = [name for name in _SIGNALS if hasattr(signal, name)]  # Windows lacks some
     wishes = _Wishes(patience_s, {name: signal.getsignal(getattr(signal, name)) for name in known})
     try:
-        with ranks.interruptible(), compat.launcher_agent(functools.partial(Agent, wishes=wishes)):
+        with ranks.interruptible(), groups.launcher_agent(functools.partial(Agent, wishes=wishes)):
             torchrun.main(words)
     except ChildFailedError as error:
         return report(error.failures, wishes.first, wishes.killed)

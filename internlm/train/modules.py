@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from internlm import compat
+from internlm.compat import graphs
 from internlm.optim.optimizer import Optimizer, local
 from internlm.parallel.apply import Parallel
 
@@ -117,7 +117,7 @@ class ModuleTable:
 
     def _places(self, part: nn.Module) -> Iterator[Place]:
         modules = dict(part.named_modules())
-        compiled = [path for path, module in modules.items() if compat.is_compiled(module)]
+        compiled = [path for path, module in modules.items() if graphs.is_compiled(module)]
         keeps_operators = self.parallel.config.recompute.kind == "operators"
         regions = [path for path, module in modules.items() if "forward" in vars(module)]  # as `recompute` leaves them
         for path, module in modules.items():
@@ -148,7 +148,7 @@ class ModuleTable:
 
     @contextlib.contextmanager
     def _watching(self, around: Callable[..., Any]) -> Iterator[None]:
-        undo = [compat.wrap_call(place.module, functools.partial(around, place)) for place in self.places]
+        undo = [graphs.wrap_call(place.module, functools.partial(around, place)) for place in self.places]
         try:
             yield
         finally:
@@ -384,7 +384,7 @@ class _Results(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = operator(*args, **(kwargs or {}))
-        if operator in compat.expensive_operators():
+        if operator in graphs.expensive_operators():
             self.show(_tensors(out))
         return out
 

@@ -49,7 +49,8 @@ from typing import Any, Literal
 import torch
 from torch.profiler import record_function
 
-from internlm import compat, storage
+from internlm import storage
+from internlm.compat import profiling
 from internlm.config import require_positive, section
 from internlm.data.loader import Loader
 from internlm.errors import ConfigError
@@ -134,13 +135,13 @@ class Trace:
         when another tool has the GPU's profiler."""
 
     def __enter__(self) -> Trace:
-        self._profiler = compat.start_profiler(self.device)
+        self._profiler = profiling.start_profiler(self.device)
         return self
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
         if self.device.type == "cuda" and kind is None:
             torch.cuda.synchronize(self.device)
-        events = [Event(*event) for event in compat.stop_profiler(self._profiler)]
+        events = [Event(*event) for event in profiling.stop_profiler(self._profiler)]
         communication, computation = spans(events, self.device.type != "cpu")
         if communication and computation:
             self.communication_s, self.waiting_s = (
@@ -279,7 +280,7 @@ class Windows:
             return
         with self._careful():
             path = self.path(f"oom-rank-{self.rank}.pickle")
-            _write(path, lambda beside: compat.dump_memory(str(beside)))
+            _write(path, lambda beside: profiling.dump_memory(str(beside)))
             logger.warning("what lay in the memory of %s: %s, see pytorch.org/memory_viz", self.device, path)
 
     def path(self, name: str) -> Path:
@@ -373,20 +374,20 @@ class _Open:
         self.has_snapshot = config.memory and self.device.type == "cuda"
         self.resident = Resident(config.memory and self.device.type == "cpu")
         if self.has_snapshot:
-            compat.record_memory(MEMORY_EVENTS)
-        self.profiler = compat.start_profiler(self.device, cpu_too=True)
+            profiling.record_memory(MEMORY_EVENTS)
+        self.profiler = profiling.start_profiler(self.device, cpu_too=True)
 
     def close(self) -> None:
         """Write the files; say where they are."""
         windows, stem = self.windows, f"step-{self.first:08d}-rank-{self.windows.rank}"
         self.resident.stop()
-        events = [Event(*event) for event in compat.stop_profiler(self.profiler)]
+        events = [Event(*event) for event in profiling.stop_profiler(self.profiler)]
         try:
             if self.has_snapshot:
-                _write(windows.path(f"{stem}.memory.pickle"), lambda beside: compat.dump_memory(str(beside)))
+                _write(windows.path(f"{stem}.memory.pickle"), lambda beside: profiling.dump_memory(str(beside)))
         finally:
             if self.has_snapshot:
-                compat.record_memory(0)
+                profiling.record_memory(0)
         steps = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
         steps += f", rank {windows.rank}"
         storage.write_text(windows.path(f"{stem}.txt"), table(events, steps))

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internlm import compat
+from internlm.compat import groups
 from internlm.config import section
 from internlm.errors import ConfigError
 from internlm.log import duration
@@ -271,7 +271,7 @@ class Watchdog:
             text = self._found(stood_s)
         if text is not None:
             logger.error("error: %s", text)
-        trace = compat.flight_record()
+        trace = groups.flight_record()
         if trace:
             with contextlib.suppress(OSError):
                 (folder / f"trace-{self.rank:05d}").write_bytes(trace)

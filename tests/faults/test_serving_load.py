@@ -55,7 +55,7 @@ class Process:
             threading.Thread(target=_read, args=(stream, lines), daemon=True).start()
         line = ""
         while not line.startswith("serving "):
-            line = self.said.get(timeout=60)
+            line = self.said.get(timeout=180)
         self.url = next(word for word in line.split() if word.startswith("http"))
 
     def held(self) -> dict[str, int]:

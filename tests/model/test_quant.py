@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from internlm import compat, log
+from internlm import log
+from internlm.compat import products, simulated
 from internlm.config import decode
 from internlm.errors import EngineError
 from internlm.model import quant
@@ -25,10 +26,10 @@ from internlm.model.transformer import Transformer, build
 
 HAVE = {
     "split": lambda: True,
-    "fp32": compat.has_packed_onednn_linear,
-    "fp16": compat.has_fp16_linear,
-    "bf16": compat.has_bf16_linear,
-    "int8": compat.has_int8_linear,
+    "fp32": products.has_packed_onednn_linear,
+    "fp16": products.has_fp16_linear,
+    "bf16": products.has_bf16_linear,
+    "int8": products.has_int8_linear,
 }
 TOLERANCE = {"split": 5e-6, "fp32": 5e-6, "fp16": 2e-3, "bf16": 2e-2, "int8": 4e-2}
 """Largest difference of logits, over the largest logit."""
@@ -215,7 +216,7 @@ def test_a_machine_without_the_kernels_gets_plain_products_and_a_warning_where_t
     kind: Kind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("has_packed_onednn_linear", "has_fp16_linear", "has_bf16_linear", "has_int8_linear"):
-        monkeypatch.setattr(compat, name, lambda: False)
+        monkeypatch.setattr(products, name, lambda: False)
     made = model(tie_embeddings=True)
     wanted = logits(made)
     pack(made, kind)
@@ -231,10 +232,10 @@ def test_a_kernel_that_fails_or_overflows_counts_as_missing(kernel: str, monkeyp
         raise RuntimeError("no such engine")
 
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    has, works = getattr(compat, f"has_{kernel}").__wrapped__, getattr(compat, kernel)
-    monkeypatch.setattr(compat, kernel, fails)
+    has, works = getattr(products, f"has_{kernel}").__wrapped__, getattr(products, kernel)
+    monkeypatch.setattr(products, kernel, fails)
     assert not has()
-    monkeypatch.setattr(compat, kernel, lambda *given: works(*given) + 1)
+    monkeypatch.setattr(products, kernel, lambda *given: works(*given) + 1)
     assert not has()
 
 
@@ -257,7 +258,7 @@ def test_what_cannot_be_packed_is_refused_and_left_as_it_was() -> None:
     with pytest.raises(EngineError, match=r"attention\.wq: .*for the CPU \(got 'meta'\)\. Load"):
         pack(empty, "fp32")
     far = model()
-    with compat.fake_tensors():
+    with simulated.fake_tensors():
         weight = torch.nn.Parameter(torch.empty(32, 32, device="cuda"))
     far.blocks["1"].attention.wq.weight = weight  # type: ignore[union-attr]
     with pytest.raises(EngineError, match=r"for the CPU \(got 'cuda'\)"):
@@ -290,7 +291,7 @@ def test_packed_weights_are_let_go(kind: Kind) -> None:
 
 _WEIGH = """
 import json, torch
-from internlm import compat
+from internlm.compat import products, simulated
 from internlm.model.config import ModelConfig
 from internlm.model.quant import pack
 from internlm.model.transformer import build
@@ -299,8 +300,8 @@ def held():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
 torch.set_num_threads(1)
-for probe in (compat.has_packed_onednn_linear, compat.has_fp16_linear, compat.has_bf16_linear, compat.has_int8_linear):
-    probe()
+for name in ("packed_onednn", "fp16", "bf16", "int8"):
+    getattr(products, f"has_{name}_linear")()
 config = ModelConfig(vocab_size=4096, hidden_size=1024, num_layers=2, num_heads=8, ffn_size=3072)
 ids = torch.zeros(1, 4, dtype=torch.long)
 changes = {}
@@ -330,14 +331,14 @@ def test_a_packed_model_takes_the_memory_of_its_packed_weights() -> None:
 
 _EXACT = """
 import torch
-from internlm import compat
-assert compat.has_int8_linear()
+from internlm.compat import products, simulated
+assert products.has_int8_linear()
 weight = torch.randint(-127, 128, (70, 1030), generator=torch.Generator().manual_seed(0)).to(torch.int8)
 weight[0], weight[1] = 127, -127
 for rows in (1, 2, 5, 32):
     x = torch.randint(0, 128, (rows, 1030), generator=torch.Generator().manual_seed(rows)).to(torch.uint8)
     x[0] = 127
-    got = compat.int8_linear(x, compat.pack_int8_linear(weight), torch.ones(70))
+    got = products.int8_linear(x, products.pack_int8_linear(weight), torch.ones(70))
     assert torch.equal(got, ((x.long() - 64) @ weight.long().t()).float()), rows
 """
 

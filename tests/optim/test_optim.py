@@ -11,7 +11,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from internlm import compat
+from internlm.compat import groups, simulated
 from internlm.errors import ConfigError
 from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.model.transformer import build
@@ -141,10 +141,10 @@ def test_muon_refuses_what_is_no_matrix() -> None:
 
 
 def test_only_axes_that_cut_matrices_make_ranks_exchange_them() -> None:
-    compat.join_fake_group(0, 8)
+    simulated.join_fake_group(0, 8)
     try:
         mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("shard", "tensor"))
-        inner = compat.shard_inside(1, 4)
+        inner = groups.shard_inside(1, 4)
         found = {}
         for name, placements in {
             "whole experts": [Shard(0), Replicate()],
@@ -157,7 +157,7 @@ def test_only_axes_that_cut_matrices_make_ranks_exchange_them() -> None:
             like = DTensor.from_local(local, mesh, placements, run_check=False, shape=(8, 20, 30), stride=(600, 30, 1))
             found[name] = [(cut.dim, cut.most, cut.ranks) for cut in muon._cuts(like)]
     finally:
-        compat.leave_fake_group()
+        simulated.leave_fake_group()
     assert found == {
         "whole experts": [],
         "rows of some experts": [(1, 5, 4)],

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from internlm import compat, config
+from internlm import config
 from internlm import recipe as recipes
+from internlm.compat import groups
 from internlm.optim import muon
 from internlm.optim.optimizer import local
 from internlm.parallel import optimizer_shard
@@ -83,9 +84,9 @@ def count_traffic(tree: dict[str, Any]) -> list[tuple[str, int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", counted("all-reduce", dist.all_reduce, lambda x, *_: x.numel()))
         patch.setattr(
-            compat, "reduce_scatter", counted("reduce-scatter", compat.reduce_scatter, lambda out, x, *_: x.numel())
+            groups, "reduce_scatter", counted("reduce-scatter", groups.reduce_scatter, lambda out, x, *_: x.numel())
         )
-        patch.setattr(compat, "all_gather", counted("all-gather", compat.all_gather, lambda out, x, *_: x.numel()))
+        patch.setattr(groups, "all_gather", counted("all-gather", groups.all_gather, lambda out, x, *_: x.numel()))
         trainer.step()
     return seen
 
@@ -116,7 +117,7 @@ def wait_order(tree: dict[str, Any]) -> list[tuple[str, str, str]]:
         assert slices is not None
         done = {group.done: str(number) for number, group in enumerate(slices.groups)}
         assert None not in done
-        names = {products: "products", compat.weight_stream(trainer.model): "gathers"}
+        names = {products: "products", groups.weight_stream(trainer.model): "gathers"}
         for name, module in trainer.model.named_modules():
             if isinstance(module, FSDPModule):
                 run = ("ran", name or "model", None)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from internlm import compat, config
+from internlm import config
 from internlm import recipe as recipes
+from internlm.compat import simulated
 from internlm.cost import traffic
 from internlm.errors import ConfigError
 from internlm.model import heads
@@ -152,7 +153,7 @@ def test_the_groups_of_a_rank_lie_where_the_formula_says(rank: int) -> None:
     """What stays inside a machine follows from it. Counted steps name their groups by the ranks that are in them."""
     recipe = recipe_of({"pipeline": 2, "replicate": 4, "shard": 8, "context": 4, "tensor": 4}, 2, FOUR)
     run, layout = dryrun.run_of(recipe, 1024), Layout.of(recipe.parallel, 1024)
-    compat.join_fake_group(rank, 1024)
+    simulated.join_fake_group(rank, 1024)
     try:
         mesh = Mesh(layout, "cpu")
         for axis in ("pipeline", "replicate", "shard", "context", "tensor"):
@@ -161,7 +162,7 @@ def test_the_groups_of_a_rank_lie_where_the_formula_says(rank: int) -> None:
             found = dist.get_process_group_ranks(mesh.group(axis))  # type: ignore[arg-type]
             assert found == [first + place * stride for place in range(size)]
     finally:
-        compat.leave_fake_group()
+        simulated.leave_fake_group()
 
 
 def test_experts_are_counted() -> None:

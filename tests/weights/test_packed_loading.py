@@ -245,7 +245,7 @@ _WEIGH = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from internlm import compat
+from internlm.compat import products
 from internlm.checkpoint.source import open_source
 
 def held():
@@ -258,7 +258,7 @@ def watch():
         time.sleep(0.001)
 
 torch.set_num_threads(1)
-for probe in (compat.has_packed_onednn_linear, compat.has_fp16_linear, compat.has_int8_linear):
+for probe in (products.has_packed_onednn_linear, products.has_fp16_linear, products.has_int8_linear):
     probe()
 found = {}
 for path, kind in zip(sys.argv[1::2], sys.argv[2::2]):
