@@ -2,8 +2,8 @@
 
 Rooms, in the order in which they may import each other (a test reads the imports and fails on anything else):
 
-    compat errors config log plot ranks runtime hashed_file storage · text · data · model · cost · weights · parallel · optim ·
-    checkpoint · sandbox · infer · eval · agent · train · recipe · plan · serve · cli
+    compat errors config log plot ranks runtime hashed_file storage · text · data · model · cost · weights · parallel ·
+    optim · checkpoint · sandbox · infer · eval · agent · train · recipe · plan · serve · cli
 """
 
 from __future__ import annotations

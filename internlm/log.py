@@ -57,13 +57,21 @@ def quantity(value: float) -> str:
     return f"{value:.3g}"
 
 
+def size(value: float) -> str:
+    """Return bytes with three significant digits: `41.2 kB`, `7.32 GB`."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(value) >= 0.9995 * unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value:.3g} B"
+
+
 class Progress:
     """Show how far a long piece of work is, with an estimate of the time left.
 
     Args:
         what: a verb phrase, such as "tokenising".
         total: units of work, or None when not known beforehand.
-        unit: their name.
+        unit: their name; "bytes" are shown in kB, MB, GB.
         every_s: seconds between two lines when stderr is not a terminal.
     """
 
@@ -93,12 +101,10 @@ class Progress:
             return
         spent = max(now - self.started, 1e-9)
         rate = self.done / spent
-        text = f"{self.what}: {quantity(self.done)}"
+        text = f"{self.what}: {self._amount(self.done)}"
         if self.total:
-            text += f"/{quantity(self.total)} {self.unit} ({min(1.0, self.done / self.total):.0%})"
-        else:
-            text += f" {self.unit}"
-        text += f" | {quantity(rate)} {self.unit}/s"
+            text += f" of {self._amount(self.total)} ({min(1.0, self.done / self.total):.0%})"
+        text += f" | {self._amount(rate)}/s"
         if final:
             text += f" | took {duration(spent)}"
         elif self.total and rate > 0:
@@ -106,6 +112,9 @@ class Progress:
         start, end = ("\r\x1b[2K", "\n" if final else "") if self.terminal else ("", "\n")
         sys.stderr.write(start + text + end)
         sys.stderr.flush()
+
+    def _amount(self, value: float) -> str:
+        return size(value) if self.unit == "bytes" else f"{quantity(value)} {self.unit}"
 
     def __enter__(self) -> Progress:
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from internlm.log import duration, quantity
+from internlm.log import Progress, duration, quantity, size
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,19 @@ from internlm.log import duration, quantity
 )
 def test_quantities_have_three_digits_and_a_unit(value: float, text: str) -> None:
     assert quantity(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0 B"), (999, "999 B"), (1e3, "1 kB"), (1.61e9, "1.61 GB")])
+def test_bytes_are_no_counts(value: float, text: str) -> None:
+    assert size(value) == text
+
+
+@pytest.mark.parametrize("unit", ["bytes", "texts"])
+def test_progress_says_how_much_of_how_much(unit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("copying", 4e9, unit) as shown:
+        shown.advance(1e9)
+    said = {"bytes": "copying: 1 GB of 4 GB (25%) | ", "texts": "copying: 1B texts of 4B texts (25%) | "}[unit]
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

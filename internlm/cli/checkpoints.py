@@ -70,7 +70,7 @@ def _facts(found: Found) -> dict[str, Any]:
 
 def _row(found: Found) -> tuple[str, ...]:
     """Return the cells of a checkpoint."""
-    from internlm.log import quantity
+    from internlm.log import quantity, size
 
     metrics = found.meta.get("metrics", {})
     held_out = [value for name, value in sorted(metrics.items()) if name.startswith("valid/loss/")]
@@ -80,7 +80,7 @@ def _row(found: Found) -> tuple[str, ...]:
         quantity(found.meta["tokens"]) if "tokens" in found.meta else "–",
         _number(metrics.get("train/loss")),
         _number(held_out[0] if held_out else None),
-        f"{quantity(found.bytes)}B",
+        size(found.bytes),
         found.problem or "complete",
         " × ".join(f"{name} {size}" for name, size in layout.items()) or "one rank",
     )

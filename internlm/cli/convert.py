@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from internlm import storage
     from internlm.checkpoint.source import Hints, open_source
-    from internlm.log import Progress, quantity
+    from internlm.log import Progress, quantity, size
     from internlm.weights.transformers import KIND
     from internlm.weights.weight import table
 
@@ -93,15 +93,15 @@ def run(arguments: argparse.Namespace) -> int:
     _check_apart(arguments, source)
     weights = source.weights()
     total = sum(weight.to(dtype_of(arguments.dtype)).nbytes for weight in weights.values())
-    with Progress("converting", total, "B") as shown:
+    with Progress("converting", total, "bytes") as shown:
         written = _write(arguments, source, weights, _options(arguments, source, shown.advance))
     print(*table(written), sep="\n")
-    size = sum(file.stat().st_size for file in target.iterdir())
+    written_bytes = sum(file.stat().st_size for file in target.iterdir())
     talk = source.talk
     chat = f"chat format {talk.template}"
     if talk.template is None:
         chat = "no chat format" if talk.foreign is None else "its own chat format, carried along"
-    print(f"{target}: {quantity(source.config.num_parameters)} parameters, {size / 2**20:.1f} MiB, {chat}")
+    print(f"{target}: {quantity(source.config.num_parameters)} parameters, {size(written_bytes)}, {chat}")
     if arguments.verify:
         verify(source, target, QUANTIZED_TOLERANCE if arguments.quantize else TOLERANCE)
     if talk.tokenizer is None:
