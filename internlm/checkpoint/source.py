@@ -136,8 +136,8 @@ def _open(path: Place, hints: Hints, above: tuple[Path, ...] = ()) -> Source:
         return Source(path, "transformers", config, lambda: transformers.open_weights(path), read_talk(path))
     if native.is_one(path):
         opened = native.open_checkpoint(path, hints.settings)
-        talk = read_talk(opened.folder)
-        return Source(opened.folder, "internlm-v0.2", opened.config, lambda: opened.weights, talk)
+        talk, facts = read_talk(opened.folder), native.progress(opened.folder)
+        return Source(opened.folder, "internlm-v0.2", opened.config, lambda: opened.weights, talk, facts)
     if gguf.is_one(path):
         return Source(path, "gguf", gguf.read_config(path), lambda: gguf.open_weights(path), gguf.read_talk(path))
     raise StorageError(

@@ -94,14 +94,15 @@ def open_weights(path: str | Path, overrides: Mapping[str, Any] | None = None) -
     return open_checkpoint(path, overrides).weights
 
 
-def progress(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def progress(folder: Path) -> dict[str, Any]:
     """Return how far training had come: step, batch, tokens, skipped steps, learning rate; what is absent is left out.
 
+    Args:
+        folder: of one checkpoint, `Checkpoint.folder`.
+
     Raises:
-        WeightsError: there is no complete checkpoint, or a file of it is damaged or unsafe.
+        WeightsError: a file of it is damaged or unsafe.
     """
-    said = native_config.settings(overrides)
-    folder = native_files.find(path, unfinished=said.get("unfinished", False))
     names = {
         "step_count": "step",
         "batch_count": "batch",

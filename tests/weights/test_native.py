@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from internlm.checkpoint.source import open_source
 from internlm.errors import WeightsError
 from internlm.model.config import DynamicScaling, ModelConfig, RopeConfig
 from internlm.model.transformer import Transformer
@@ -335,7 +336,7 @@ def test_wrong_overrides_are_errors(tmp_path: Path) -> None:
 
 def test_progress_says_how_far_training_had_come(tmp_path: Path) -> None:
     path = write(random(SHAPE), V02, tmp_path, step=12)
-    assert native.progress(path) == {
+    assert open_source(path).facts == {
         "step": 12, "batch": 11, "tokens": 12000, "samples_in_epoch": 5, "skipped_steps": 1, "learning_rate": 3e-5,
     }  # fmt: skip
 
