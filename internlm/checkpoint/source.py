@@ -26,6 +26,7 @@ from internlm.errors import StorageError, UsageError, WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.quant import Kind
 from internlm.model.transformer import Transformer
+from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
 from internlm.weights import adapters, gguf, native, transformers
 from internlm.weights import weight as lazy
@@ -44,6 +45,8 @@ class Hints:
     """What an adapter belongs to; None: the folder that the adapter names."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """What a training checkpoint of InternLM leaves open, such as `num_heads`."""
+    template: str | None = None
+    """Chat format in place of what is recorded, by name; "none": it is a plain model."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +109,21 @@ def open_source(path: str | Place, hints: Hints = Hints()) -> Source:
     Raises:
         StorageError: it is none of these.
         UsageError: a hint is given that it has no use for.
-        WeightsError, TokenizerError: its model or tokenizer is of a kind that is not known.
+        WeightsError, TokenizerError: its model or tokenizer is of a kind that is not known, or a chat format.
     """
     path = place.at(path)
     source = _open(path, hints)
     for name, value, kind in (("base", hints.base, "adapter"), ("settings", hints.settings, "internlm-v0.2")):
         if value and source.kind != kind:
             raise UsageError(f"{name} means nothing for this format", where=path, got=source.kind, allowed=[kind])
-    if hints.tokenizer is None:
-        return source
-    # The chat format of a folder was written for the tokenizer that lies there.
-    template = source.talk.template if source.talk.tokenizer is None else None
-    talk = Talk(Tokenizer.load(hints.tokenizer), template, generation=source.talk.generation)
+    talk = source.talk
+    if hints.tokenizer is not None:
+        # The chat format of a folder was written for the tokenizer that lies there.
+        template = talk.template if talk.tokenizer is None else None
+        talk = Talk(Tokenizer.load(hints.tokenizer), template, generation=talk.generation)
+    if hints.template is not None:
+        chosen = None if hints.template == "none" else get_template(hints.template).name
+        talk = dataclasses.replace(talk, template=chosen, foreign=None)
     return dataclasses.replace(source, talk=talk)
 
 

@@ -131,17 +131,17 @@ def _server(arguments: argparse.Namespace) -> Answerer:
 def _engine(arguments: argparse.Namespace, path: str, screen: Screen) -> Answerer:
     import secrets
 
-    from internlm.checkpoint.source import open_source
+    from internlm.checkpoint.source import Hints, open_source
     from internlm.infer.engine import Engine, Limits
     from internlm.serve.local import FromEngine
     from internlm.text.templates import get_template
 
     place = placement.placement(arguments, alone=True)
-    source = open_source(path)
-    name = arguments.template or source.talk.template
-    if name is None:
+    source = open_source(path, Hints(template=arguments.template))
+    name = source.talk.template
+    if name is None and arguments.template is None:
         screen.note("no chat format is recorded: the model goes on with your text; --template NAME chooses one")
-    template = None if name in (None, "none") else get_template(name)
+    template = None if name is None else get_template(name)
     model = source.model(place.dtype, place.device, place.pack)
     limits = Limits.on(place.device, batch=1)
     engine = Engine(model, source.talk.tokenizer, limits, pack=place.pack, seed=secrets.randbits(30))

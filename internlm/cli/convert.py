@@ -75,8 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, and say what was written."""
-    import dataclasses
-
     from internlm import storage
     from internlm.checkpoint.source import Hints, open_source
     from internlm.log import Progress, quantity, size
@@ -86,10 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     target = Path(arguments.target)
     storage.check_free(target, KIND, replace=arguments.force)
-    source = open_source(arguments.source, Hints(arguments.tokenizer, arguments.base, _settings(arguments.set)))
-    if arguments.template is not None:
-        name = None if arguments.template == "none" else arguments.template
-        source = dataclasses.replace(source, talk=dataclasses.replace(source.talk, template=name, foreign=None))
+    hints = Hints(arguments.tokenizer, arguments.base, _settings(arguments.set), arguments.template)
+    source = open_source(arguments.source, hints)
     _check_apart(arguments, source)
     weights = source.weights()
     total = sum(weight.to(dtype_of(arguments.dtype)).nbytes for weight in weights.values())

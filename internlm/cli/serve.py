@@ -158,23 +158,17 @@ def _keys(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 def _open(arguments: argparse.Namespace) -> Served:
     """Return the model, ready to be served."""
-    import dataclasses
     import secrets
 
     from internlm.checkpoint.source import Hints, open_source
     from internlm.infer.cache import Cache
     from internlm.infer.engine import Engine, Limits
     from internlm.serve.openai import Served
-    from internlm.text.templates import get_template
 
     place = placement.placement(arguments)
-    source = open_source(arguments.model, Hints(tokenizer=arguments.tokenizer))
+    source = open_source(arguments.model, Hints(tokenizer=arguments.tokenizer, template=arguments.template))
     talk = source.talk
-    if arguments.template == "none":
-        talk = dataclasses.replace(talk, template=None)
-    elif arguments.template is not None:
-        talk = dataclasses.replace(talk, template=get_template(arguments.template).name)
-    if talk.template is None:
+    if talk.template is None and arguments.template is None:
         _note("no chat format is recorded: /v1/completions only; --template NAME chooses one")
     model = source.model(place.dtype, place.device, place.pack)
     cache = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from internlm.checkpoint import saver, store
-from internlm.checkpoint.source import open_source
+from internlm.checkpoint.source import Hints, open_source
 from internlm.cli import main
 from internlm.cli.convert import QUANTIZED_TOLERANCE, TOLERANCE, size_in_bytes, verify
 from internlm.errors import UsageError, WeightsError
@@ -67,6 +68,18 @@ def test_an_existing_target_needs_force(run: Path, tmp_path: Path, capsys: pytes
     assert "--force" in capsys.readouterr().err
     assert main(["convert", str(run), str(tmp_path / "out"), "--force", "--template", "none"]) == 0
     assert read_talk(tmp_path / "out").template is None
+
+
+def test_a_format_that_is_chosen_takes_the_place_of_an_unknown_one(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    assert main(["convert", str(run), str(folder)]) == 0
+    described = json.loads((folder / "tokenizer_config.json").read_text())
+    described.pop("internlm_template")
+    (folder / "tokenizer_config.json").write_text(json.dumps(described | {"chat_template": "{{ messages }}"}))
+    assert open_source(folder).talk.foreign == "{{ messages }}"
+    for name, template in (("none", None), ("internlm2", "internlm2")):
+        talk = open_source(folder, Hints(template=name)).talk
+        assert (talk.template, talk.foreign) == (template, None)
 
 
 def test_verifying_finds_weights_under_the_wrong_name(
