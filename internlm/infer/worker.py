@@ -47,8 +47,6 @@ class Health:
     stalled: bool
     """Whether a step takes longer than it should."""
     draining: bool
-    heartbeat: float
-    """Seconds since the last sign of life, 0 when it sleeps for want of work."""
 
     @property
     def is_good(self) -> bool:
@@ -128,8 +126,8 @@ class Worker:
     def health(self) -> Health:
         """Whether the worker works."""
         since = self._working_since
-        age = 0.0 if since is None else time.monotonic() - since
-        return Health(self._thread.is_alive() and self.problem is None, age > self.stall_seconds, self._stopping, age)
+        stalled = since is not None and time.monotonic() - since > self.stall_seconds
+        return Health(self._thread.is_alive() and self.problem is None, stalled, self._stopping)
 
     def drain(self, seconds: float) -> int:
         """Take nothing new, wait for what is under way, then abort the rest; return how many requests those were."""

@@ -287,11 +287,6 @@ class Mesh:
         return self.world.get_group(axis)
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
-        return self.at.pipeline == 0
-
-    @property
     def reports(self) -> bool:
         """Whether this rank is the one of those with equal outputs whose numbers count: context and tensor 0."""
         return self.at.context == 0 and self.at.tensor == 0

@@ -124,7 +124,7 @@ def run_of(recipe: Recipe, world_size: int) -> traffic.Run:
     setting = _setting(recipe, shape, layout)
     limits = {
         "model.experts": shape.experts is not None,
-        "objective.z_loss": recipe.objective.z_loss != 0,
+        "objective": not recipe.objective.is_linear,
         "optim.kind": recipe.optim.kind == "muon",
     }
     for where, is_beyond in limits.items():

@@ -11,7 +11,6 @@ finally:
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -20,8 +19,6 @@ from internlm.errors import InternLMError
 from internlm.infer.request import Delta, Request
 from internlm.infer.worker import Worker
 from internlm.serve.metrics import Metrics
-
-logger = logging.getLogger(__name__)
 
 Mail = list[tuple[int, Delta]]
 Receive = Callable[[], Awaitable[Any]]

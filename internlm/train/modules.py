@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -37,8 +36,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from internlm.compat import graphs
 from internlm.optim.optimizer import Optimizer, local
 from internlm.parallel.apply import Parallel
-
-logger = logging.getLogger(__name__)
 
 MODEL, REST, MEASURING = "model", "(rest)", "(measuring)"
 """Rows of what no row further in has: the model's own, the step's, and what the table itself costs."""

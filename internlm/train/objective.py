@@ -18,12 +18,17 @@ from internlm.train.objectives.lm import LanguageModeling
 class Objective(Protocol):
     """The functions that the trainer calls, in this order, for every micro-batch."""
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the loss is linear in log-probabilities, so that the head needs no product more for its gradient."""
+        ...
+
     def count(self, batch: Batch) -> Tensor:
         """Return this micro-batch's share of the denominator, a scalar known before forward."""
         ...
 
     def coefficients(self, batch: Batch) -> Tensor | None:
-        """Return d loss / d logp [B, T] where it is known before forward, which makes the head cheaper; else None."""
+        """Return d loss / d logp [B, T], known before forward, of a linear loss; of another None."""
         ...
 
     def loss(self, outputs: TokenOutputs, batch: Batch) -> Tensor:

@@ -14,7 +14,6 @@ that is `RATIO` times slower in `LOOKS` looks in a row is named in a warning, on
 
 from __future__ import annotations
 
-import logging
 import math
 import socket
 import statistics
@@ -26,8 +25,6 @@ from torch import Tensor
 
 from internlm import ranks
 from internlm.parallel.mesh import Layout
-
-logger = logging.getLogger(__name__)
 
 RATIO = 1.5
 LOOKS = 3

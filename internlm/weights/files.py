@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,8 +31,6 @@ from internlm.hashed_file import HashedFile
 from internlm.weights import weight as lazy
 from internlm.weights.bin_files import open_bins
 from internlm.weights.weight import Weight, Weights
-
-logger = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

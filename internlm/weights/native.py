@@ -14,7 +14,6 @@ Not read: FSDP's files, mixtures of experts, reward models. Each is refused with
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +31,6 @@ from internlm.weights.native_merge import Reading
 from internlm.weights.weight import Weight, Weights
 
 __all__ = ["Checkpoint", "is_one", "open_checkpoint", "open_weights", "progress", "read_config"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def test_ranks_that_are_there_exchange_the_same(
     ("changes", "where"),
     [
         ({"optim": {"kind": "muon"}}, "optim.kind"),
-        ({"objective": {"kind": "lm", "z_loss": 1e-4}}, "objective.z_loss"),
+        ({"objective": {"kind": "lm", "z_loss": 1e-4}}, "objective"),
         ({"model": MODEL | {"experts": {"count": 4}}}, "model.experts"),
     ],
     ids=str,

@@ -31,13 +31,18 @@ class LanguageModeling:
         if not 0 <= self.z_loss < math.inf:
             raise ConfigError("must be finite and not negative", where="objective.z_loss", got=self.z_loss)
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the loss is linear in log-probabilities."""
+        return self.z_loss == 0
+
     def count(self, batch: Batch) -> Tensor:
         """Return the denominator: the sum of weights, a scalar known before forward."""
         return batch.weights.sum()
 
     def coefficients(self, batch: Batch) -> Tensor | None:
         """Return what each log-probability is multiplied by in the loss [B, T], or None when that is not known."""
-        return None if self.z_loss else -batch.weights
+        return -batch.weights if self.is_linear else None
 
     def loss(self, outputs: TokenOutputs, batch: Batch) -> Tensor:
         """Return the sum that is divided by the step's count, a scalar with a gradient."""
