@@ -6,12 +6,13 @@ Request(tokens=ids, temperature=0, stop_ids=(2,))      â†’      Delta, Delta, â€
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
-
-from torch import Tensor
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from internlm.errors import EngineError
+
+if TYPE_CHECKING:  # a client knows the rules, and starts without torch
+    from torch import Tensor
 
 MOST_ANSWERS = 128
 MOST_TOP = 100
@@ -88,6 +89,10 @@ class Rules:
         for name, good, allowed in ranges:
             if not good:
                 raise EngineError("is out of range", where=name, got=getattr(self, name), allowed=[allowed])
+
+
+RULES = tuple(rule.name for rule in fields(Rules))
+"""Their names."""
 
 
 @dataclass(frozen=True, kw_only=True)

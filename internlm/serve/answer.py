@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from internlm.errors import EngineError, UsageError, did_you_mean
 from internlm.infer.client import Client, Refused
+from internlm.infer.request import Rules
 from internlm.text.chat import Message
 
 _TOO_LONG = re.compile(r"refuses \(4\d\d\).*(context|too long|tokens are too many|too many tokens)", re.I | re.S)
@@ -24,17 +25,12 @@ _TOO_LONG = re.compile(r"refuses \(4\d\d\).*(context|too long|tokens are too man
 _NONE = ("none", "default")
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Rules):
     """How answers are written; names and meanings as of `Request`."""
 
     temperature: float = 0.8
     top_p: float = 0.8
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
     max_tokens: int = 512
     seed: int | None = None
     """The n-th answer is drawn with seed + n; None: at random."""

@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 
 from internlm.errors import EngineError, UsageError
 from internlm.infer.engine import Engine
-from internlm.infer.request import Finished, Request
+from internlm.infer.request import RULES, Finished, Request
 from internlm.serve.answer import Facts, Settings, TooLong
 from internlm.text.chat import Message, render_prompt
 from internlm.text.templates import Template
@@ -82,17 +82,11 @@ class FromEngine:
         return Request(
             tokens=prompt,
             max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            min_p=settings.min_p,
-            repetition_penalty=settings.repetition_penalty,
-            presence_penalty=settings.presence_penalty,
-            frequency_penalty=settings.frequency_penalty,
             seed=settings.seed,
             stop_ids=self._stops,
             stop_strings=settings.stop,
             continuation=self.template is None,
+            **{name: getattr(settings, name) for name in RULES},
         )
 
     def _prompt(self, messages: Sequence[Message], settings: Settings) -> list[int]:

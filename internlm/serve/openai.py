@@ -21,7 +21,7 @@ import torch
 from internlm import __version__
 from internlm.errors import InternLMError, UsageError
 from internlm.infer.engine import Engine
-from internlm.infer.request import Request
+from internlm.infer.request import RULES, Request
 from internlm.serve import structure
 from internlm.serve.problems import ApiError, from_error
 from internlm.serve.schema import (
@@ -275,17 +275,15 @@ def _request(served: Served, body: Sampling, tokens: list[int], most: int, extra
     limits = [seconds for seconds in (body.timeout, served.timeout) if seconds is not None]
     stop_ids = (*stops, *(body.stop_token_ids or ()))
     wanted = structure.wanted_of(body)
+    rules = {name: value for name in RULES if (value := getattr(body, name)) is not None}
+    if "top_p" in rules:
+        rules["top_p"] = rules["top_p"] or 1e-9  # 0 keeps the most probable token alone
+    if "top_k" in rules:
+        rules["top_k"] = max(0, rules["top_k"])  # −1 is none to vLLM's clients
     return Request(
         tokens=tokens,
         max_tokens=most,
         n=body.n or 1,
-        temperature=_or(body.temperature, 1.0),
-        top_p=_or(body.top_p, 1.0) or 1e-9,  # 0 keeps the most probable token alone
-        top_k=max(0, _or(body.top_k, 0)),
-        min_p=_or(body.min_p, 0.0),
-        repetition_penalty=_or(body.repetition_penalty, 1.0),
-        presence_penalty=_or(body.presence_penalty, 0.0),
-        frequency_penalty=_or(body.frequency_penalty, 0.0),
         logit_bias={int(id_): bias for id_, bias in (body.logit_bias or {}).items()},
         seed=None if body.seed is None else body.seed % 2**63,
         stop_ids=stop_ids,
@@ -295,6 +293,7 @@ def _request(served: Served, body: Sampling, tokens: list[int], most: int, extra
         grammar=structure.compile(served.engine, wanted, stop_ids) if wanted is not None else None,
         timeout=min(limits, default=None),
         show_special=body.skip_special_tokens is False,
+        **rules,
         **extra,
     )
 
@@ -326,7 +325,3 @@ def _check(served: Served, request: Request, prompt: str) -> None:
         told = from_error(error)
         param = prompt if told.param == "prompt" else told.param
         raise ApiError(str(told), status=told.status, param=param, code=told.code) from error
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
