@@ -6,6 +6,7 @@ already; what the model wrote of it then comes as content, and `finish_reason` i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -151,8 +152,12 @@ def turns_of(messages: Sequence[ChatMessage]) -> list[Message]:
         # What `CallReader.message` gave comes back so.
         thought = (message.model_extra or {}).get("reasoning_content") if role == "assistant" else None
         thought = thought if isinstance(thought, str) else ""
-        if turns and role == turns[-1].role and role in ("system", "user"):
-            turns[-1] = replace(turns[-1], content=f"{turns[-1].content}\n\n{message.text}")
-            continue
         turns.append(Message(role, message.text, calls=calls, call_id=message.tool_call_id, thought=thought))
-    return turns
+    joined: list[Message] = []
+    for role, group in itertools.groupby(turns, lambda turn: turn.role):
+        first, *others = group
+        if others and role in ("system", "user"):
+            joined.append(replace(first, content="\n\n".join(turn.content for turn in (first, *others))))
+        else:
+            joined += [first, *others]
+    return joined

@@ -81,7 +81,7 @@ def test_a_body_without_its_type_is_refused(server: Running) -> None:
         ({"messages": [{"content": "a"}]}, "messages"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
         ({"messages": [{"role": "system", "content": "a"}]}, "messages"),
-        ({"messages": USER * 2}, "messages"),
+        ({"messages": [*USER, *2 * [{"role": "assistant", "content": "a"}], *USER]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
         ({"messages": USER * 5000}, "messages"),
         ({"messages": [{"role": "user", "content": "cat " * 300}]}, "messages"),
