@@ -81,6 +81,7 @@ def load(
     path: str | Path | None = None,
     overrides: Iterable[str] = (),
     expand: Callable[[Tree, Origins], None] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> Loaded[T]:
     """Read, merge, override and validate a recipe.
 
@@ -89,6 +90,7 @@ def load(
         path: the YAML file; None starts from the defaults alone.
         overrides: `dotted.key=value`, the value in YAML.
         expand: called with the merged tree and its origins before validation; may fill in further keys (presets).
+        elsewhere: advice for keys that are not known, by their names.
 
     Raises:
         ConfigError: everything that is wrong with it, all at once.
@@ -96,7 +98,7 @@ def load(
     tree, origins = _layers(path, overrides)
     if expand is not None:
         expand(tree, origins)
-    return Loaded(decode(schema, tree, origins), origins)
+    return Loaded(decode(schema, tree, origins, elsewhere), origins)
 
 
 def read_tree(path: str | Path | None, overrides: Iterable[str] = ()) -> Tree:
@@ -104,8 +106,19 @@ def read_tree(path: str | Path | None, overrides: Iterable[str] = ()) -> Tree:
     return _layers(path, overrides)[0]
 
 
-def decode(schema: type[T], tree: Mapping[str, Any], origins: Origins | None = None) -> T:
+def decode(
+    schema: type[T],
+    tree: Mapping[str, Any],
+    origins: Origins | None = None,
+    elsewhere: Mapping[str, str] | None = None,
+) -> T:
     """Validate a tree of plain values against a dataclass.
+
+    Args:
+        schema: the dataclass.
+        tree: the values.
+        origins: where each comes from.
+        elsewhere: as of `load`.
 
     Raises:
         ConfigError: one line per problem, each with its place, the value and the next step.
@@ -122,7 +135,7 @@ def decode(schema: type[T], tree: Mapping[str, Any], origins: Origins | None = N
         if not problems:
             return value
     except pydantic.ValidationError as error:
-        problems = [_explain_problem(schema, dict(problem), origins) for problem in error.errors()]
+        problems = [_explain_problem(schema, dict(problem), origins, elsewhere or {}) for problem in error.errors()]
     except ConfigError as error:  # raised by a __post_init__
         problems = [str(error)]
     problems = list(dict.fromkeys(problems))
@@ -298,7 +311,7 @@ def _construct(node: Any, file: str, prefix: str, origins: Origins) -> Any:
         constructor.dispose()
 
 
-def _explain_problem(schema: type, problem: dict[str, Any], origins: Origins) -> str:
+def _explain_problem(schema: type, problem: dict[str, Any], origins: Origins, elsewhere: Mapping[str, str]) -> str:
     """Return one line for one pydantic error."""
     loc = [str(part) for part in problem["loc"]]
     path = ".".join(loc)
@@ -310,7 +323,7 @@ def _explain_problem(schema: type, problem: dict[str, Any], origins: Origins) ->
     kind = problem["type"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         name = clean[-1] if clean else path
-        advice = did_you_mean(name, known) or "Allowed here: " + ", ".join(known)
+        advice = elsewhere.get(name) or did_you_mean(name, known) or "Allowed here: " + ", ".join(known)
         return f"{place}: unknown key {name!r}. {advice}"
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{path}: is required and was not given"

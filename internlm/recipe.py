@@ -7,6 +7,7 @@ trainer.fit()
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import platform
@@ -25,7 +26,7 @@ from internlm.config import Loaded, Origins, Tree, section
 from internlm.cost import hardware
 from internlm.cost.flops import causal_pairs, training_flops
 from internlm.data.loader import DataConfig, Loader
-from internlm.errors import ConfigError, StorageError
+from internlm.errors import ConfigError, InternLMError, StorageError
 from internlm.log import quantity
 from internlm.model.config import ModelConfig
 from internlm.model.presets import preset
@@ -95,6 +96,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.model is None and self.init_from is None:
             raise ConfigError("is required unless init_from is given", where="model")
+        if self.evaluate.every_steps is not None and not self.data.validation:
+            raise ConfigError("there is nothing to validate: data.validation is empty", where="evaluate.every_steps")
         if not self.run:
             raise ConfigError("must name a folder", where="run", got=self.run)
         if not 0 <= self.seed < 2**63:
@@ -107,7 +110,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Loaded[Recipe]:
     Raises:
         ConfigError: everything that is wrong with it.
     """
-    return config.load(Recipe, path, overrides, expand=_expand_preset)
+    return config.load(Recipe, path, overrides, expand=_expand, elsewhere=_ELSEWHERE)
 
 
 def describe(loaded: Loaded[Recipe]) -> str:
@@ -127,7 +130,21 @@ def describe(loaded: Loaded[Recipe]) -> str:
         f"operations        {per_token * train.total_steps * train.batch_tokens:.3g} "
         f"({per_token:.3g} per token, full rows)",
     ]
-    return "\n".join(lines)
+    trouble = _trouble(recipe, shape)
+    return "\n".join(lines + ([] if trouble is None else ["", f"would not start here: {trouble}"]))
+
+
+def _trouble(recipe: Recipe, shape: ModelConfig) -> str | None:
+    """Return why a run would not start here, as far as that can be told without a model."""
+    try:
+        device = runtime.resolve_device(recipe.runtime)
+        layout = Layout.of(recipe.parallel, ranks.world_size())
+        loader = Loader(recipe.data, 0, layout.data)
+        _check_fit(recipe, shape, loader, None if recipe.init_from is None else _source(recipe.init_from))
+        setting_of(recipe, shape, layout, device)
+    except InternLMError as error:
+        return str(error)
+    return None
 
 
 def prepare(recipe: Recipe) -> Trainer:
@@ -139,6 +156,12 @@ def prepare(recipe: Recipe) -> Trainer:
         InternLMError: the ranks differ, a path is missing, parts do not fit each other, or the folder holds another
             run, or another process works in it.
     """
+    alerts = ranks.together(lambda: Alerts.open(recipe.alerts, Path(recipe.run), ranks.rank()))
+    with alerts.failing():
+        return _prepare(recipe, alerts)
+
+
+def _prepare(recipe: Recipe, alerts: Alerts) -> Trainer:
     found = versions()
     ranks.agree(config.encode(recipe) | {"versions": {name: v for name, v in found.items() if name != "python"}})
     device = runtime.resolve_device(recipe.runtime)
@@ -147,9 +170,10 @@ def prepare(recipe: Recipe) -> Trainer:
     run, rank = Path(recipe.run), ranks.rank()
     layout = Layout.of(recipe.parallel, ranks.world_size())
     loader = Loader(recipe.data, layout.data_rank(rank), layout.data)
-    alerts = ranks.together(lambda: Alerts.open(recipe.alerts, run, rank))
     if rank == 0:
         storage.hold(run)
+        if recipe.checkpoint.folder is not None and isinstance(folder := recipe.checkpoint.of(run), Path):
+            storage.hold(folder)  # another run may name the same
     goodput = Goodput(run if rank == 0 else None)
     begun = _newest_of(run, recipe)
     start = _source(recipe.init_from) if begun is None and recipe.init_from is not None else None
@@ -184,8 +208,13 @@ def prepare(recipe: Recipe) -> Trainer:
     if begun is not None:
         trainer.resume(begun)
         logger.info("resuming %s at step %d of %d", begun.path, begun.step, recipe.train.total_steps)
+        changed = _differences(begun.meta.get("recipe", {}), config.encode(recipe))
+        if changed:
+            told = "; ".join(f"{path} {before} → {now}" for path, before, now in changed)
+            logger.info("changed since that checkpoint: %s", told)
     if rank == 0:
-        storage.write_text(run / "recipe.yaml", config.dump(recipe))
+        if begun is None or begun.step < recipe.train.total_steps:  # else no step is taken with it
+            storage.write_text(run / "recipe.yaml", config.dump(recipe))
         storage.write_text(run / "versions.json", json.dumps(found, indent=1) + "\n")
         trainer.trackers += open_trackers(run, trainer.progress.step, recipe.track, trainer.facts)
     _announce(trainer, setting.dtype, "measured" if peak is None else "data sheet")
@@ -238,6 +267,40 @@ def versions() -> dict[str, str]:
     return found
 
 
+_ELSEWHERE = {
+    "max_steps": "The length of a run is train.tokens.",
+    "epochs": "The length of a run is train.tokens.",
+    "batch_size": "The size of a step is train.batch_tokens.",
+    "learning_rate": "It is optim.lr.",
+    "lora": "No recipe trains adapters yet.",
+}
+"""Keys that other programs have, and where to look here."""
+
+
+def _expand(tree: Tree, origins: Origins) -> None:
+    """Write out what a recipe says in short."""
+    _expand_preset(tree, origins)
+    _expand_start(tree, origins)
+    for side in ("train", "validation"):
+        sources = (tree.get("data") or {}).get(side)
+        if isinstance(sources, dict):  # without those of a base that are taken back
+            tree["data"][side] = {name: source for name, source in sources.items() if source is not None}
+
+
+def _expand_start(tree: Tree, origins: Origins) -> None:
+    """Fill a model of which a part is given with the shape of the weights that the run starts from."""
+    model, start = tree.get("model"), tree.get("init_from")
+    required = {field.name for field in dataclasses.fields(ModelConfig) if field.default is dataclasses.MISSING}
+    if not isinstance(model, dict) or not isinstance(start, str) or required <= model.keys():
+        return
+    base: Tree = config.encode(_source(start).config)
+    for key, value in base.items():
+        for path in [f"model.{key}", *(f"model.{key}.{sub}" for sub in _keys(value))]:
+            origins.setdefault(path, f"weights of {start}")
+    config.merge(base, {}, model, {})
+    tree["model"] = base
+
+
 def _expand_preset(tree: Tree, origins: Origins) -> None:
     model = tree.get("model")
     if not isinstance(model, dict) or "preset" not in model:
@@ -276,8 +339,12 @@ def _newest_of(run: Path, recipe: Recipe) -> Checkpoint | None:
             "the run folder holds a run and checkpoint.resume is false", where=recipe.run, do="Choose another `run`."
         )
     before = store.open_checkpoint(begun)
+    kind = before.meta.get("recipe", {}).get("optim", {}).get("kind", recipe.optim.kind)
+    if kind != recipe.optim.kind:
+        do = "Choose another `run`; its init_from can name this one."
+        raise ConfigError(f"the run was begun with {kind}", where="optim.kind", got=recipe.optim.kind, do=do)
     wanted = recipe.model or before.config
-    differing = _differences(before.config, wanted, _LOSSES)
+    differing = _as_models(before.config, wanted, _LOSSES)
     if differing:
         raise ConfigError(
             f"the run folder holds a run of another model ({'; '.join(differing)})",
@@ -291,20 +358,24 @@ _LOSSES = ("experts.balance_loss", "experts.z_loss")
 """Fields of a model that say how it is trained, not what it is."""
 
 
-def _differences(there: ModelConfig, here: ModelConfig, free: tuple[str, ...]) -> list[str]:
+def _as_models(there: ModelConfig, here: ModelConfig, free: tuple[str, ...]) -> list[str]:
     """Return what differs between two models, in words; fields that are free, and all below them, may differ."""
-    found = []
+    return [
+        f"{path}: {old} there, {new} here"
+        for path, old, new in _differences(config.encode(there), config.encode(here))
+        if not any(f"{path}.".startswith(f"{name}.") for name in free)
+    ]
 
-    def compare(old: Any, new: Any, path: str) -> None:
-        if path in free or old == new:
-            return
-        if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
-            for key in new:
-                compare(old[key], new[key], f"{path}.{key}" if path else key)
+
+def _differences(old: Tree, new: Tree, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return the paths at which both say something, and not the same, with what they say."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in (key for key in new if key in old and old[key] != new[key]):
+        before, now = old[key], new[key]
+        if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+            found += _differences(before, now, f"{prefix}{key}.")
         else:
-            found.append(f"{path}: {old} there, {new} here")
-
-    compare(config.encode(there), config.encode(here), "")
+            found.append((prefix + key, before, now))
     return found
 
 
@@ -383,7 +454,7 @@ def _check_start(source: Source, shape: ModelConfig, loader: Loader) -> None:
         ConfigError: naming the numbers or the tokenizers that differ.
     """
     old, new = config.encode(source.config), config.encode(shape)
-    differing = _differences(source.config, shape, ("context_length", "rope", "init", *_LOSSES))
+    differing = _as_models(source.config, shape, ("context_length", "rope", "init", *_LOSSES))
     if differing:
         raise ConfigError("has another shape than `model`: " + "; ".join(differing), where=f"init_from {source.path}")
     if old["rope"] != new["rope"]:

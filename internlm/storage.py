@@ -213,6 +213,11 @@ def verify(path: str | Path, first: int = 0, every: int = 1, *, but: str | None 
             )
 
 
+def hashes(path: str | Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a complete folder by its name, as the manifest has it."""
+    return {name: facts["sha256"] for name, facts in _load_manifest(Path(path))["files"].items()}
+
+
 def is_complete(path: str | Path, kind: str) -> bool:
     """Return whether `path` is a complete folder of this kind."""
     try:
@@ -251,9 +256,10 @@ def hold(folder: str | Path) -> None:
         ) from None
     except OSError as error:
         logger.warning("warning: %s cannot be locked (%s): start no second process in it", folder, error.strerror)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    with explained(f"writing {path}"):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
     _held[path] = file
 
 
@@ -363,7 +369,8 @@ def _load_manifest(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise StorageError(UNFINISHED, where=path, do="Write it again.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"manifest.json cannot be read: {error}", where=path, do="Write it again.") from error
+        advice = "Permission is missing." if isinstance(error, PermissionError) else "Write it again."
+        raise StorageError(f"manifest.json cannot be read: {error}", where=path, do=advice) from error
 
 
 def parse_manifest(text: str, where: object) -> dict[str, Any]:

@@ -162,3 +162,10 @@ def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
     storage.write_text(tmp_path / "d" / "f", "two")
     assert (tmp_path / "d" / "f").read_text() == "two"
     assert len(list((tmp_path / "d").iterdir())) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+def test_a_folder_that_cannot_be_claimed_for_want_of_room_is_named(tmp_path: Path) -> None:
+    (tmp_path / storage.LOCK).symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"writing .*lock"):
+        storage.hold(tmp_path)

@@ -11,7 +11,7 @@
     visible by    a rename                                 manifest.json, written last, once a listing shows every size
     over another  it is moved aside                        its manifest goes first
 
-Limits: two runs must not write into one folder. On a disk `hold` of the run's folder sees to that, in a store nobody.
+Limits: two runs must not write into one folder. On a disk `storage.hold` sees to that, in a store nobody.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from internlm.hashed_file import HashedFile
 
 KIND = "checkpoint"
 """What the manifests here say."""
+_PROBE = b"written to see whether checkpoints can be\n"
 _AT_ONCE = 2**28
 """Bytes of a read."""
 
@@ -119,13 +120,16 @@ def is_complete(folder: Place) -> bool:
     """Return whether a folder is a complete checkpoint.
 
     Raises:
-        Unreachable: the store does not say. It must not be taken for an empty one: the run would start over.
+        Unreachable: the store does not say, or who asks may not read it. It must not be taken for an empty one: the run
+            would go back, or start over.
     """
     try:
         read_manifest(folder)
     except Unreachable:
         raise
-    except StorageError:
+    except StorageError as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise Unreachable("may not be read", where=folder, do="Permission is missing.") from error
         return False
     return True
 
@@ -190,16 +194,20 @@ def _copies() -> tempfile.TemporaryDirectory[str]:
 def clear(folder: Place, mark: str) -> list[str]:
     """Remove what interrupted saves left in a folder of checkpoints, and return its names; one run works in a folder.
 
-    Of a store is found out, besides, whether it can be written: better now than at the first checkpoint.
+    Besides is found out whether the folder can be written: better now than at the first checkpoint.
 
     Raises:
-        Unreachable: the store does not answer, or refuses.
+        StorageError: it cannot; or the store does not answer.
     """
+    name = f"probe-{mark}"
     if isinstance(folder, Path):
+        with storage.explained(f"writing a first file into {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(_PROBE)
+            (folder / name).unlink()
         return _clear(folder)
-    probe = folder / f"probe-{mark}"
-    probe.write([b"written to see whether checkpoints can be\n"])
-    probe.unlink()
+    (folder / name).write([_PROBE])
+    (folder / name).unlink()
     left = [name for name in folder.names() if name.startswith("step-") and is_unfinished(folder / name)]
     for name in left:
         (folder / name).remove()

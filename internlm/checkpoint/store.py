@@ -31,12 +31,13 @@ import yaml
 from torch import Tensor
 
 from internlm import config as recipes
-from internlm import ranks
+from internlm import ranks, storage
 from internlm.checkpoint import pieces, place
 from internlm.checkpoint.place import Place as Place
 from internlm.checkpoint.remote import Remote, Unreachable
 from internlm.config import require_positive, section
-from internlm.errors import StorageError
+from internlm.errors import ConfigError, StorageError, did_you_mean
+from internlm.log import warn_once
 from internlm.model.config import ModelConfig
 from internlm.weights.weight import Weight, Weights
 
@@ -67,6 +68,13 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         require_positive(self, "checkpoint", "every_steps", "keep_last", "keep_every_tokens")
         if self.folder is not None:
+            if not self.folder or re.match(r"\w{2,}:/?(?!/)", self.folder):
+                raise ConfigError(
+                    "must be a path, or a URL with ://",
+                    where="checkpoint.folder",
+                    got=self.folder,
+                    do="A path whose name has a colon can begin with ./",
+                )
             place.at(self.folder)  # says what is wrong with it
 
     def of(self, run: Path) -> Place:
@@ -223,33 +231,38 @@ def survey(run: str | Place, *, verify: bool = False) -> list[Found]:
     """Return all checkpoint folders of a run, oldest first.
 
     Args:
-        run: a run, or its `checkpoints` folder; a path or a URL.
+        run: a run, its `checkpoints` folder, or one of them; a path or a URL.
         verify: whether every file is read and compared with its checksum.
 
     Raises:
         Unreachable: they lie in a store that does not answer.
     """
     found = []
-    for path in _steps(run):
+    one = place.at(run)
+    for path in _steps(run) or ([one] if _STEP.fullmatch(one.name) and place.names(one) else []):
         meta: dict[str, Any] = {}
-        problem = None
+        problem, size = None, 0
         try:
-            meta = place.read_manifest(path)
-            if verify:
-                place.verify(path)
+            with storage.explained("reading it"):
+                size = sum(place.sizes(path).values())
+                meta = place.read_manifest(path)
+                if verify:
+                    place.verify(path)
         except Unreachable:
             raise
         except StorageError as error:
+            if isinstance(path, Path) and not path.exists():
+                continue  # a run that goes on has just removed it
             problem = str(error).removeprefix(f"{path}: ")
-        size = sum(place.sizes(path).values())
         found.append(Found(path, int(path.name.rpartition("-")[2]), size, meta, problem))
     return found
 
 
 def _steps(run: str | Place) -> list[Place]:
     """Return the checkpoint folders of a run, complete or not, oldest first."""
-    folder = _folder(place.at(run))
-    found = {int(match[1]): folder / name for name in place.names(folder) if (match := _STEP.fullmatch(name))}
+    with storage.explained(f"looking for checkpoints in {run}"):
+        folder = _folder(place.at(run))
+        found = {int(match[1]): folder / name for name in place.names(folder) if (match := _STEP.fullmatch(name))}
     return [found[step] for step in sorted(found)]
 
 
@@ -291,12 +304,23 @@ def retain(run: Place, config: CheckpointConfig) -> None:
         values = {path: meta.get("metrics", {}).get(config.keep_best) for path, meta in complete}
         rated = {path: value for path, value in values.items() if value is not None and math.isfinite(value)}
         kept |= {min(rated, key=lambda path: rated[path])} if rated else set()
+        if not rated:
+            _tell_unknown(config.keep_best, complete[-1][1].get("metrics", {}))
     for path in _steps(run):
         if path == last[0]:
             return
         if path in kept:
             continue
         place.remove(path)
+
+
+def _tell_unknown(name: str, known: dict[str, float]) -> None:
+    """Warn of a metric by which nothing is kept; of one of a validation, when there was one."""
+    kind = name.partition("/")[0]
+    if known and name not in known and (kind != "valid" or any(other.startswith("valid/") for other in known)):
+        alike = [other for other in known if other.startswith(f"{kind}/")] or list(known)
+        advice = did_you_mean(name, alike) or f"There are: {', '.join(sorted(alike))}"
+        warn_once(logger, f"checkpoint.keep_best has no effect: nothing is measured as {name}. {advice}")
 
 
 class _quiet(warnings.catch_warnings):

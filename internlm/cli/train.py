@@ -5,6 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from internlm.recipe import Recipe
+    from internlm.train.trainer import Trainer
 
 DESCRIPTION = """Train a model from a recipe.
 
@@ -45,16 +50,28 @@ def run(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from internlm import ranks
     from internlm import recipe as recipes
+
+    recipe = ranks.together(lambda: recipes.load(arguments.recipe, arguments.overrides)).value
+    trainer = recipes.prepare(recipe)
+    with trainer.alerts.failing():
+        return _fit(trainer, recipe)
+
+
+def _fit(trainer: Trainer, recipe: Recipe) -> int:
+    from internlm import ranks
     from internlm.checkpoint import store
     from internlm.compat import groups
     from internlm.train.stop import EXIT_CODES, Stopped
 
-    recipe = ranks.together(lambda: recipes.load(arguments.recipe, arguments.overrides)).value
-    trainer = recipes.prepare(recipe)
     groups.limit_waits(recipe.runtime.timeout_s)
     if (recipe.watch.stall_s or 0) >= recipe.runtime.timeout_s and ranks.world_size() > 1:
         logger.warning("warning: watch.stall_s has no effect: runtime.timeout_s, which names no rank, comes first")
+    kept, made = recipe.checkpoint.keep_every_tokens, recipe.checkpoint.every_steps
+    each = (made or 0) * recipe.train.batch_tokens
+    if kept is not None and kept <= each:
+        logger.warning("warning: checkpoint.keep_every_tokens %d keeps them all: one is made every %d", kept, each)
     if trainer.progress.step >= recipe.train.total_steps:
+        trainer.retain()  # what the process before may have been killed in
         logger.info("%s is finished: %d steps taken", recipe.run, trainer.progress.step)
         return 0
     try:

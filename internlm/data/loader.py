@@ -60,6 +60,7 @@ class Source:
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
         self.name, self.data = name, data
         self.shards = Shards.open(config.path)
+        self.digest = self.shards.digest  # now: the folder may be gone, or another, when a checkpoint is written
         self.rewind()
         _tell_truncated(name, self.packing)
 
@@ -134,11 +135,6 @@ class Loader:
         """Chat template of the first source that has one."""
         return next((s.shards.template for s in self._sources if s.shards.template), None)
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Tokens of all sources together."""
-        return sum(source.shards.num_tokens for source in self._sources)
-
     def next_batch(self, rows: int) -> Batch:
         """Return this rank's part of the next step.
 
@@ -160,6 +156,7 @@ class Loader:
             "seq_len": self.config.seq_len,
             "pack": self.config.pack,
             "sources": {s.name: [s.shards.num_documents, s.shards.num_tokens] for s in self._sources},
+            "shards_sha256": {s.name: s.digest for s in self._sources},
             "tokenizer": self.fingerprint,
         }
 
@@ -170,10 +167,14 @@ class Loader:
             DataError: it is of other data; the message names what differs.
         """
         own = self.state_dict()
-        differing = [key for key in own if key != "taken" and own[key] != state.get(key)]
+        before = {"shards_sha256": own["shards_sha256"]} | state  # older ones do not say
+        differing = [found for key in own if key != "taken" for found in _differences(before.get(key), own[key], key)]
         if differing:
-            what = "; ".join(f"{key} was {state.get(key)!r}, is {own[key]!r}" for key in differing)
-            raise DataError(f"the saved position is of other data: {what}", where="data", do="Start another run.")
+            raise DataError(
+                f"the saved position is of other data: {'; '.join(differing)}",
+                where="data",
+                do="Give the old data back, or start another run; its `init_from` can name this one.",
+            )
         for source in self._sources:
             source.rewind()
         self._mixture = self._fresh_mixture()
@@ -182,6 +183,14 @@ class Loader:
     def _fresh_mixture(self) -> Mixture:
         weights = [source.weight for source in self.config.train.values()]
         return Mixture([w or float(s.shards.num_tokens) for w, s in zip(weights, self._sources, strict=True)])
+
+
+def _differences(before: Any, now: Any, place: str) -> list[str]:
+    """Return what differs between two values, in words; of mappings by key."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = {**before, **now}
+        return [found for key in keys for found in _differences(before.get(key), now.get(key), f"{place}.{key}")]
+    return [] if before == now else [f"{place} was {before!r}, is {now!r}"]
 
 
 def stack(rows: list[tuple[int, PackedRow]], sources: tuple[str, ...]) -> Batch:

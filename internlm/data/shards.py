@@ -11,6 +11,7 @@ How documents are spread over shard files is of no consequence to readers: `docu
 
 from __future__ import annotations
 
+import hashlib
 import os
 from array import array
 from dataclasses import asdict, dataclass
@@ -176,6 +177,16 @@ class Shards:
     def num_bytes(self) -> int:
         """UTF-8 bytes of all texts."""
         return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that are others where tokens, masks or documents are; from the manifest, not the files.
+
+        The same documents in shards of other sizes have another digest.
+        """
+        found = storage.hashes(self.path)
+        files = [found[name] for shard in self.shards for name in shard.files(self.dtype)]
+        return hashlib.sha256(" ".join(files).encode()).hexdigest()[:16]
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -139,6 +139,8 @@ class Alerts:
         ]
         self._told: dict[str, float] = {}
         self._left_out: Counter[str] = Counter()
+        self._failure: Exception | None = None
+        """The last that was told."""
         self._lock = threading.Lock()
 
     @classmethod
@@ -184,18 +186,30 @@ class Alerts:
         """Tell how a training of `total` steps begins and how it ends, and send what is left to send."""
         begun = time.monotonic()
         try:
-            self.tell("start", f"begins at step {self.step()} of {total}")
-            yield
-            self.tell("end", f"done: {total} steps, the last after {duration(time.monotonic() - begun)}")
+            with self.failing():
+                self.tell("start", f"begins at step {self.step()} of {total}")
+                yield
+                self.tell("end", f"done: {total} steps, the last after {duration(time.monotonic() - begun)}")
         except Stopped as stopped:
             self.tell("preempted", f"stopped at step {self.step()} of {total}, with a checkpoint: {stopped}")
             raise
-        except Exception as error:
-            said = (str(error).strip() or "no message").splitlines()[0]
-            self.tell("failure", f"{type(error).__name__}: {said[:500]}")
-            raise
         finally:
             self.close()
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Tell of an error that ends the block, and wait until it is sent. Blocks may lie in each other."""
+        try:
+            yield
+        except Stopped:
+            raise
+        except Exception as error:
+            if self._failure not in [one for one in (error, error.__cause__, error.__context__) if one is not None]:
+                self._failure = error
+                said = (str(error).strip() or "no message").splitlines()[0]
+                self.tell("failure", f"{type(error).__name__}: {said[:500]}")
+                self.close()
+            raise
 
     def tell_stall(self, text: str) -> None:
         """Tell that the run stands still, and wait until it is sent: the process ends afterwards."""

@@ -6,6 +6,7 @@ A run is, at each moment, in one phase. The seconds of all phases add up to the 
     data        waiting for the loader
     skipped     steps without an update: a number was not finite, or a spike was skipped
     lost        useful steps that are taken again: after a restart, those since the checkpoint; after a rollback as well
+    stalled     what the run stood still in until the watchdog ended it
     evaluate    validation
     checkpoint  the training waits for one: the copy, and the end of the one before
     startup     from the start of the process to its first step: imports, model, weights, reading the checkpoint
@@ -17,8 +18,8 @@ A run is, at each moment, in one phase. The seconds of all phases add up to the 
 RUN/goodput.json holds the seconds, so that the next process goes on from there; each checkpoint holds how many were
 useful when it was made, so that whoever goes back to it knows how many are lost: those of the file − its own.
 
-Limits: rank 0's clock. A killed process has written the file at most `WRITE_EVERY_S` before, or at its last checkpoint;
-what came after that counts as down. What a GPU still does of a step's update belongs to the phase that follows.
+Limits: rank 0's clock. A killed process has written the file at the end of a step, at most `WRITE_EVERY_S` and a step
+before; what came after that counts as down. What a GPU still does of a step's update belongs to the phase that follows.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from internlm.log import duration, warn_once
 
 logger = logging.getLogger(__name__)
 
-Phase = Literal["useful", "data", "skipped", "lost", "evaluate", "checkpoint", "startup", "down", "other"]
+Phase = Literal["useful", "data", "skipped", "lost", "stalled", "evaluate", "checkpoint", "startup", "down", "other"]
 PHASES: tuple[Phase, ...] = (
-    "useful", "data", "skipped", "lost", "evaluate", "checkpoint", "startup", "down", "other",
+    "useful", "data", "skipped", "lost", "stalled", "evaluate", "checkpoint", "startup", "down", "other",
 )  # fmt: skip
 
 FILE = "goodput.json"
@@ -105,6 +106,11 @@ class Goodput:
             self.write(at_once=True)
             if self._file is not None:
                 logger.info("%s", self)
+
+    def stall(self) -> None:
+        """Keep the time of a run that stands still, before its process is ended: nothing came of the present phase."""
+        self.enter("stalled", was="stalled")
+        self.write(at_once=True)
 
     def go_back(self, useful_s: float | None) -> None:
         """Count as lost what was useful since a checkpoint.

@@ -4,11 +4,11 @@ Names and units: `train/loss` nats per token, `train/loss/<source>`, `train/accu
 probable token, `train/step_loss` of the one step, `optim/lr`, `optim/grad_norm`, `optim/skipped_steps`, `optim/spikes`,
 `optim/rollbacks`, `optim/loss_scale`, `perf/tokens_per_s_per_device`, `perf/tflops`, `perf/mfu` (useful operations over
 the device's dense peak), `perf/hfu` (the same with what is computed again), `perf/step_s`, `perf/data_wait_s`,
-`mem/peak_gib`, `goodput/<phase>` share of the run's wall time, see `goodput`; of a traced step `perf/comm_s` (something
-is exchanged), `perf/comm_wait_s` (and nothing computed meanwhile), `ranks/slowest_rank` and `ranks/slowest_ratio` (its
-time over the median), see `stragglers`; `progress/tokens`; validation: `valid/loss/<source>` and
-`valid/bits_per_byte/<source>`; with experts: `moe/balance` (1 where all are chosen alike), `moe/z`,
-`moe/busiest_expert` (how often the most chosen expert of any layer was chosen, over the mean of its layer).
+`mem/peak_gib` of the rank with the most, `goodput/<phase>` share of the run's wall time, see `goodput`; of a traced
+step `perf/comm_s` (something is exchanged), `perf/comm_wait_s` (and nothing computed meanwhile), `ranks/slowest_rank`
+and `ranks/slowest_ratio` (its time over the median), see `stragglers`; `progress/tokens`; validation:
+`valid/loss/<source>` and `valid/bits_per_byte/<source>`; with experts: `moe/balance` (1 where all are chosen alike),
+`moe/z`, `moe/busiest_expert` (how often the most chosen expert of any layer was chosen, over the mean of its layer).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internlm import storage
+from internlm import runtime, storage
 from internlm.cost import flops
 from internlm.data.batch import Batch
 from internlm.log import duration, quantity
@@ -86,10 +86,12 @@ class Meter:
 
     def read(self) -> Metrics:
         """Return the window's figures, over all ranks. Every rank must call it."""
-        own = [self.sums, self._choices(), self.sums.new_tensor([self.tokens, self.flops, self.recomputed])]
+        peaks = self.sums.new_zeros(self.parallel.layout.world_size)
+        peaks[self.parallel.rank] = runtime.peak_memory_bytes(self.parallel.device)[0]
+        own = [self.sums, self._choices(), self.sums.new_tensor([self.tokens, self.flops, self.recomputed]), peaks]
         totals = self.parallel.total(torch.cat([part.flatten() for part in own]), counted=True).cpu()  # waits
         spent = max(time.perf_counter() - self.started, 1e-9)
-        sums, choices, rates = (
+        sums, choices, rates, peaks = (
             part.view(like.shape) for part, like in zip(totals.split([part.numel() for part in own]), own, strict=True)
         )
         tokens, operations, recomputed = (rates / self.parallel.layout.world_size).tolist()
@@ -103,6 +105,7 @@ class Meter:
             "perf/hfu": (operations + recomputed) / spent / self.peak_flops if self.peak_flops else float("nan"),
             "perf/step_s": spent / max(1, self.steps),
             "perf/data_wait_s": self.data_wait_s / max(1, self.steps),
+            "mem/peak_gib": float(peaks.max()) / 2**30,
         }
         metrics |= _choice_metrics(choices)
         if len(self.sources) > 1:
@@ -179,10 +182,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def step_line(step: int, total: int, metrics: Metrics, memory: tuple[int, int], eta_s: float) -> str:
-    """Return the one line that is logged for a step."""
-    used, size = (n / 2**30 for n in memory)
+def step_line(step: int, total: int, metrics: Metrics, memory: int, eta_s: float) -> str:
+    """Return the one line that is logged for a step; `memory`: bytes of the device."""
     is_known = math.isfinite(metrics.get("perf/comm_wait_s", math.nan))
+    used, size = metrics["mem/peak_gib"], memory / 2**30
     waiting = f" | comm wait {metrics['perf/comm_wait_s']:.3g}s" if is_known else ""
     return (
         f"step {step}/{total} | loss {metrics['train/loss']:.4f} | lr {metrics['optim/lr']:.1e} "

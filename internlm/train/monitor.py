@@ -33,7 +33,7 @@ import yaml
 
 from internlm.checkpoint import store
 from internlm.errors import StorageError
-from internlm.log import duration, quantity
+from internlm.log import duration, quantity, size
 from internlm.train import goodput
 
 WARNINGS = "warnings.jsonl"
@@ -257,10 +257,10 @@ def _ranks(run: Path, now: float) -> list[dict[str, Any]]:
 
 
 def _state(members: list[dict[str, Any]], step: int, total: int | None, limit_s: float, age_s: float | None) -> str:
-    """Return `running`, `done`, `stopped`, `failed`, `silent` (it should give signs and does not) or `unknown`."""
+    """Return `running`, `done`, `stopped`, `failed`, `stalled`, `silent` (it gives no sign) or `unknown`."""
     if members:
         phases = {one["phase"] for one in members}
-        for over in ("failed", "stopped"):
+        for over in ("failed", "stalled", "stopped"):
             if over in phases:
                 return over
         if phases == {"done"}:
@@ -378,7 +378,7 @@ def _saved(facts: dict[str, Any]) -> list[tuple[str, str]]:
     shown = []
     for one in facts["checkpoints"][-4:]:
         loss = f" · loss {one['loss']:.4f}" if one["loss"] is not None else ""
-        text = f"{'saved':10}step {one['step']} · {quantity(one['bytes'])}B{loss} · {one['problem'] or 'complete'}"
+        text = f"{'saved':10}step {one['step']} · {size(one['bytes'])}{loss} · {one['problem'] or 'complete'}"
         shown.append(("red" if one["problem"] else "", text))
     return shown or [("", f"{'saved':10}no checkpoint yet")]
 
@@ -388,7 +388,7 @@ def _members(facts: dict[str, Any]) -> list[tuple[str, str]]:
     members = facts["ranks"]
     if not members:
         return []
-    over = ("done", "stopped", "failed")
+    over = ("done", "stopped", "failed", "stalled")
     silent = [one for one in members if one["age_s"] > facts["silent_after_s"] and one["phase"] not in over]
     phases = sorted({one["phase"] for one in members})
     text = f"{'ranks':10}{len(members) - len(silent)} of {len(members)} heard of · {', '.join(phases)}"

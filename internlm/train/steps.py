@@ -36,6 +36,12 @@ class TrainConfig:
             "trace_every_steps",
         )
         require_positive(self, "train", *names)
+        if self.batch_tokens > self.tokens:
+            raise ConfigError(
+                f"one step is more than the whole budget, train.tokens {self.tokens}",
+                where="train.batch_tokens",
+                got=self.batch_tokens,
+            )
         if not self.max_grad_norm >= 0:
             raise ConfigError("must not be negative", where="train.max_grad_norm", got=self.max_grad_norm)
 

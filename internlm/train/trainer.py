@@ -29,7 +29,7 @@ from internlm.checkpoint.store import Checkpoint, CheckpointConfig
 from internlm.data.batch import Batch
 from internlm.data.loader import Loader
 from internlm.errors import ConfigError, StorageError, TrainingError
-from internlm.log import duration, quantity
+from internlm.log import duration, size
 from internlm.model.transformer import Transformer
 from internlm.optim.optimizer import Optimizer, scale_to_norm, squared_norm
 from internlm.optim.schedule import ScheduleConfig, rate
@@ -112,7 +112,7 @@ class Trainer:
         self.alerts.step = lambda: self.progress.step
         self.stop = Stop(self.run if self.parallel.rank == 0 else None)
         rank, world_size = self.parallel.rank, self.parallel.layout.world_size
-        self.watch = Watchdog(self.run, self.watching, rank, world_size, told=self.alerts.tell_stall)
+        self.watch = Watchdog(self.run, self.watching, rank, world_size, told=self._stalled)
         self.spiked = False
         """Whether the loss of the last step was a spike."""
         self.ending: Reason | None = None
@@ -250,15 +250,14 @@ class Trainer:
             step, last = self.progress.step, self.progress.step == total
             self.watch.advance(step)
             if step % self.config.log_every_steps == 0 or step == 1 or last or "perf/comm_s" in metrics:
-                metrics |= self.meter.read()
-                memory = runtime.peak_memory_bytes(self.device)
-                metrics |= {"mem/peak_gib": memory[0] / 2**30} | self.goodput.shares()
+                metrics |= self.meter.read() | self.goodput.shares()
                 paces = [*paces[-9:], metrics["perf/step_s"]]
                 eta = (total - step) * sorted(paces)[len(paces) // 2]
+                memory = runtime.peak_memory_bytes(self.device)[1]
                 logger.info(step_line(step, total, metrics, memory, eta))
                 self._record(file, metrics)
-                self.goodput.write()
                 self.meter.clear()
+            self.goodput.write()
             if last or self._due(self.evaluation.every_steps):
                 with self.watch.phase("evaluate"), self.goodput.within("evaluate"):
                     final = self.evaluator(self.parallel, final=last)
@@ -334,11 +333,22 @@ class Trainer:
             logger.warning("warning: %s could not be written, earlier ones stay: %s", saved.path.name, saved.problem)
             self.alerts.tell("checkpoint", f"{saved.path.name} could not be written: {saved.problem}")
             return
-        try:
-            store.retain(self.saver.folder, self.checkpoints)
-        except (OSError, StorageError) as error:
-            logger.warning("warning: old checkpoints could not be removed: %s", error)
-        logger.info("checkpoint %s | %sB | took %s", saved.path, quantity(saved.bytes), duration(saved.seconds))
+        self.retain()
+        logger.info("checkpoint %s | %s | took %s", saved.path, size(saved.bytes), duration(saved.seconds))
+
+    def retain(self) -> None:
+        """Drop checkpoints that need not be kept; a failure is a warning."""
+        if self.parallel.rank == 0:
+            try:
+                store.retain(self.checkpoints.of(self.run), self.checkpoints)
+            except (OSError, StorageError) as error:
+                logger.warning("warning: old checkpoints could not be removed: %s", error)
+
+    def _stalled(self, report: str | None) -> None:
+        """Keep the time of a run that stands still, and send what is known; the process ends afterwards."""
+        self.goodput.stall()
+        if report is not None:
+            self.alerts.tell_stall(report)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint of the same model and data, exactly where it stopped.

@@ -74,7 +74,7 @@ class Beat:
     step: int
     """Steps that it has taken."""
     phase: str
-    """start, train, evaluate, save, load; at the end done, stopped or failed."""
+    """start, train, evaluate, save, load; at the end done, stopped, failed or stalled."""
     host: str
     pid: int
     count: int
@@ -82,7 +82,7 @@ class Beat:
 
     @property
     def is_over(self) -> bool:
-        """Return whether no other sign will follow."""
+        """Return whether no other sign is due. Of a rank that stalled one is missed: its neighbour ends, too."""
         return self.phase in ("done", "stopped", "failed")
 
 
@@ -165,7 +165,7 @@ class Watchdog:
         run: folder of the run.
         config: the limits.
         rank, world_size: of this process.
-        told: called with the report, by the rank that makes it.
+        told: called before the process ends, with the report by the rank that makes it, with None by the others.
         end: called with the exit code.
     """
 
@@ -175,7 +175,7 @@ class Watchdog:
         config: WatchConfig,
         rank: int = 0,
         world_size: int = 1,
-        told: Callable[[str], None] = lambda report: None,
+        told: Callable[[str | None], None] = lambda report: None,
         end: Callable[[int], object] = os._exit,
     ) -> None:
         self.run, self.config, self.rank, self.world_size = run, config, rank, world_size
@@ -275,8 +275,9 @@ class Watchdog:
         if trace:
             with contextlib.suppress(OSError):
                 (folder / f"trace-{self.rank:05d}").write_bytes(trace)
-        if text is not None:
-            self._told(text)
+        self.heart.phase = "stalled"
+        self.heart.tell()
+        self._told(text)
 
     def _found(self, stood_s: float) -> str:
         """Return in words which ranks are to blame, as far as their last signs of life tell."""

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from internlm import storage
-from internlm.checkpoint import saver, store
+from internlm.checkpoint import place, saver, store
+from internlm.checkpoint.place import Place
+from internlm.checkpoint.remote import Unreachable
 from internlm.checkpoint.saver import Beside, Saver
 from internlm.checkpoint.store import CheckpointConfig
 from internlm.errors import StorageError
@@ -102,6 +104,44 @@ def test_a_manifest_that_the_disk_does_not_give_is_a_damaged_checkpoint(disk: Di
     disk.fail(tmp_path / "step-00000002" / "tensors", 0, errno.EIO)
     with pytest.raises(StorageError, match="the disk does not want to"):
         store.open_checkpoint(tmp_path).weights("")
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_gone_back_behind(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        saver.save(tmp_path / f"step-{step:08d}", {"x": torch.ones(3)}, SHAPE, None, {"step": step})
+    newest = tmp_path / "step-00000002"
+    for look in (store.newest, store.damaged, lambda run: store.retain(run, CheckpointConfig(keep_last=1))):
+        disk.fail(newest / storage.MANIFEST, 0, errno.EACCES)
+        with pytest.raises(Unreachable, match=r"step-00000002: may not be read\. Permission is missing"):
+            look(tmp_path)
+    disk.fail(newest / storage.MANIFEST, 0, errno.EACCES)
+    first, second = store.survey(tmp_path)
+    assert (first.problem, second.bytes) == (None, first.bytes)
+    assert "Permission is missing" in str(second.problem)
+
+    def locked(folder: Place) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(place, "names", locked)
+    with pytest.raises(StorageError, match=r"looking for checkpoints in .* Permission is missing"):
+        store.newest(tmp_path)
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_looked_at_is_not_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        saver.save(tmp_path / f"step-{step:08d}", {"x": torch.ones(3)}, SHAPE, None, {"step": step})
+    sizes = place.sizes
+
+    def after_a_removal(folder: Place) -> dict[str, int]:
+        place.remove(tmp_path / "step-00000001")
+        return sizes(folder)
+
+    monkeypatch.setattr(place, "sizes", after_a_removal)
+    assert [(found.step, found.problem) for found in store.survey(tmp_path)] == [(2, None)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")

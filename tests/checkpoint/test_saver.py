@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import threading
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from internlm import runtime, storage
 from internlm.checkpoint import pieces, saver, store
 from internlm.checkpoint.saver import Beside, Saved, Saver
 from internlm.checkpoint.store import CheckpointConfig
-from internlm.errors import StorageError
+from internlm.errors import ConfigError, StorageError
 from internlm.hashed_file import HashedFile
 from internlm.model.config import ModelConfig
 
@@ -187,6 +188,42 @@ def test_the_best_by_a_metric_is_kept(tmp_path: Path) -> None:
 
 def test_a_metric_that_was_never_measured_keeps_nothing(tmp_path: Path) -> None:
     assert kept(tmp_path, [{}, {}, {}], keep_last=1, keep_best="valid/loss/a") == [3]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("valid/loss/b", "measured as valid/loss/b. Did you mean 'valid/loss/a'?"),
+        ("quality", "measured as quality. There are: train/loss, valid/loss/a"),
+        ("valid/loss/a", ""),
+    ],
+)
+def test_a_metric_that_nobody_measures_is_told_once_there_was_a_validation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, wanted: str, said: str
+) -> None:
+    caplog.set_level(logging.WARNING, "internlm")
+    assert kept(tmp_path, [{"metrics": {}}], keep_last=1, keep_best=wanted) == [1]
+    if wanted.startswith("valid/"):
+        kept(tmp_path, [{"metrics": {"train/loss": 3.0}}], keep_last=1, keep_best=wanted)
+    assert not caplog.records, "it may still come"
+    known = {"train/loss": 3.0, "valid/loss/a": float("nan")}
+    kept(tmp_path, [{"metrics": known}] * 3, keep_last=1, keep_best=wanted)
+    assert [record.getMessage().partition("nothing is ")[2] for record in caplog.records] == [said] * bool(said)
+
+
+@pytest.mark.parametrize("where", ["", "s3:/bucket/run", "s3:bucket", "file:/tmp/x"])
+def test_a_url_that_is_none_is_no_folder_with_an_odd_name(where: str) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.folder: must be a path, or a URL with ://"):
+        CheckpointConfig(folder=where)
+    assert CheckpointConfig(folder="./s3:/bucket/run").of(Path()) == Path("s3:/bucket/run")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match=r"writing a first file into .*file"):
+        Saver(tmp_path / "file")
+    Saver(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_damaged_ones_go_with_the_old_ones_but_not_what_is_newer(tmp_path: Path) -> None:

@@ -46,6 +46,14 @@ def test_each_checkpoint_has_a_line_with_what_it_is(run: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.splitlines() == [head, *lines]
 
 
+def test_a_checkpoint_of_a_run_may_be_named_itself(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(run, 4)
+    for step, code in ((2, 0), (4, 1)):
+        assert main(["checkpoints", str(store.path_of(run, step)), "--verify"]) == code
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", str(step)]
+    assert main(["checkpoints", str(store.path_of(run, 2) / "tensors")]) == 1
+
+
 def test_damage_is_found_when_asked_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(run, 4)
     assert main(["checkpoints", str(run)]) == 0

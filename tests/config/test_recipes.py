@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from internlm import config, runtime
 from internlm import recipe as recipes
-from internlm import runtime
 from internlm.errors import ConfigError
 from internlm.parallel.mesh import Layout
 from internlm.recipe import Recipe
@@ -118,3 +120,79 @@ def test_a_model_that_cannot_fit_is_refused_and_no_other(
         return
     with pytest.raises(ConfigError, match=rf"takes more than \d+ GiB and {full} has {there[full] // GIB} GiB"):
         recipes._check_memory(recipe, recipe.model, layout, setting)
+
+
+def write(path: Path, recipe: Recipe, **changes: Any) -> Path:
+    """Write a recipe as YAML, with other values of its sections."""
+    tree = config.encode(recipe)
+    for section, values in changes.items():
+        tree[section] = values
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_a_dry_run_says_why_the_run_would_not_start_here(recipe: Make, tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", recipe())
+    assert "would not start" not in recipes.describe(recipes.load(path))
+    for override, why in (
+        ("data.train.a.path=nowhere", "nowhere: no such folder"),
+        ("train.batch_tokens=250", "train.batch_tokens: is not a multiple of data.seq_len"),
+        ("model.vocab_size=100", "model.vocab_size: the data's tokenizer has 280 ids"),
+        ("parallel.shard=8", "parallel"),
+    ):
+        told = recipes.describe(recipes.load(path, [override]))
+        assert "\nwould not start here: " in told
+        assert why in told.rpartition("would not start here: ")[2]
+
+
+def test_what_nothing_is_done_for_is_refused(recipe: Make) -> None:
+    with pytest.raises(ConfigError, match=r"evaluate\.every_steps: there is nothing to validate"):
+        recipe(evaluate={"every_steps": 1}, data__validation={})
+    with pytest.raises(ConfigError, match=r"train\.batch_tokens: one step is more than the whole budget"):
+        recipe(train__tokens=128, train__batch_tokens=256)
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"), [("train.max_steps", "train.tokens"), ("optim.learning_rate", "optim.lr"), ("lora", "adapters")]
+)
+def test_keys_of_other_programs_are_told_where_to_look(recipe: Make, tmp_path: Path, key: str, advice: str) -> None:
+    path = write(tmp_path / "r.yaml", recipe())
+    with pytest.raises(ConfigError, match=f"unknown key '{key.rpartition('.')[2]}'.*{advice}"):
+        recipes.load(path, [f"{key}=1"])
+
+
+def test_a_source_of_the_base_recipe_can_be_taken_back(recipe: Make, tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", recipe())
+    names = list(recipes.load(path).value.data.train)
+    assert len(names) > 1
+    left = recipes.load(path, [f"data.train.{names[0]}=null"]).value.data.train
+    assert list(left) == names[1:]
+
+
+def test_a_part_of_a_model_is_filled_with_the_shape_of_its_start(recipe: Make, tmp_path: Path) -> None:
+    first = recipes.prepare(recipe(run=str(tmp_path / "first"), train__tokens=256))
+    first.fit()
+    value = recipe(run=str(tmp_path / "second"), init_from=str(tmp_path / "first"))
+    path = write(tmp_path / "r.yaml", value, model={"context_length": 999})
+    loaded = recipes.load(path)
+    assert loaded.value.model == replace(first.parallel.shape, context_length=999)
+    assert re.search(r"hidden_size .*weights of ", config.explain(loaded))
+
+
+def test_a_run_that_goes_on_with_other_values_says_which(
+    recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    recipes.prepare(recipe(train__tokens=256, optim__lr=0.01)).fit()
+    with caplog.at_level(logging.INFO, logger="internlm"):
+        recipes.prepare(recipe(train__tokens=256, optim__lr=0.005))
+    assert "changed since that checkpoint: optim.lr 0.01 → 0.005" in caplog.messages
+    assert recipes.load(run / "recipe.yaml").value.optim.lr == 0.01, "no step was taken with the new one"
+    recipes.prepare(recipe(train__tokens=512, optim__lr=0.005))
+    assert recipes.load(run / "recipe.yaml").value.optim.lr == 0.005
+
+
+def test_a_run_does_not_go_on_with_another_optimizer(recipe: Make) -> None:
+    recipes.prepare(recipe(train__tokens=256)).fit()
+    with pytest.raises(ConfigError, match=r"optim\.kind: the run was begun with adamw \(got 'muon'\).*init_from"):
+        recipes.prepare(recipe(train__tokens=512, optim={"kind": "muon"}))

@@ -18,6 +18,8 @@ from internlm import config
 from internlm import recipe as recipes
 from internlm.errors import ConfigError
 from internlm.recipe import Recipe
+from internlm.train import goodput
+from internlm.train.monitor import Monitor
 from internlm.train.stop import Reason, Stopped
 from internlm.train.watchdog import EXIT_CODE, WatchConfig, Watchdog, path_of, read_beat
 from tests.launch.conftest import INTERNLM, children, finish, gone, hooked, slow, start, wait_for_step
@@ -34,12 +36,15 @@ class Kennel:
         self.run = run
         self.codes: list[int] = []
         self.reports: list[str] = []
+        self.heard = 0
         self.bitten = threading.Event()
 
     def watchdog(self, rank: int = 0, world_size: int = 1, **limits: Any) -> Watchdog:
-        return Watchdog(
-            self.run, WatchConfig(**LIMITS | limits), rank, world_size, told=self.reports.append, end=self._bite
-        )
+        return Watchdog(self.run, WatchConfig(**LIMITS | limits), rank, world_size, told=self._hear, end=self._bite)
+
+    def _hear(self, report: str | None) -> None:
+        self.heard += 1
+        self.reports += [] if report is None else [report]
 
     def _bite(self, code: int) -> None:
         self.codes.append(code)
@@ -138,6 +143,7 @@ def test_one_rank_speaks_and_all_write_their_stacks(kennel: Kennel) -> None:
         while len(kennel.codes) < 2:
             time.sleep(0.05)
     assert len(kennel.reports) == 1
+    assert kennel.heard == 2, "each keeps what it knows"
     assert {path.name for path in (kennel.run / "stacks").glob("rank-*")} == {"rank-00000.txt", "rank-00001.txt"}
 
 
@@ -238,6 +244,7 @@ def test_a_stopped_rank_is_named_and_the_job_ends_everywhere(recipe: Make, tmp_p
     path.write_text(
         config.dump(recipe(train__tokens=10**8, train__trace_every_steps=None, watch=LIMITS | {"stall_s": 4}))
     )
+    begun = time.monotonic()
     process = start([*LAUNCH, "2", "train", str(path)], env=slow(tmp_path, 0.1))
     try:
         wait_for_step(tmp_path / "run", 2, process)
@@ -253,6 +260,14 @@ def test_a_stopped_rank_is_named_and_the_job_ends_everywhere(recipe: Make, tmp_p
     assert code == EXIT_CODE, output
     assert len(re.findall(r"the run stands still", output)) == 1
     assert re.search(rf"rank 1 on \S+ \(process {victim}\) was last heard of \d+s ago, in train after step \d+", output)
+    spent = goodput.read(tmp_path / "run" / goodput.FILE)
+    assert spent is not None
+    assert 3.5 < spent["seconds"]["stalled"] < 15
+    assert spent["seconds"]["useful"] < stopped - begun
+    assert time.time() - spent["until"] < 15, "nothing is left that would count as down"
+    seen = Monitor(tmp_path / "run")
+    seen.look()
+    assert seen.facts()["state"] == "stalled"
     stacks = {file.name: file.read_text() for file in (tmp_path / "run" / "stacks").glob("rank-*")}
     assert (tmp_path / "run" / "stacks" / "trace-00000").stat().st_size > 0  # torch records gloo's exchanges, too
     assert list(stacks) == ["rank-00000.txt"]

@@ -33,6 +33,7 @@ def test_the_rank_that_sleeps_is_named_and_nobody_else(
     assert all(look["ranks/slowest_rank"] == slow and look["ranks/slowest_ratio"] > 1.5 for look in looks)
     (warning,) = [text for text in found[0]["warnings"] if "the median of its peers" in text]
     assert f"rank {slow} on {socket.gethostname()}" in warning
+    assert {line["mem/peak_gib"] for line in looks} == {world_size}, "the largest of all ranks"
     assert not any("the median" in text for other in found[1:] for text in other["warnings"]), "rank 0 says it"
 
 

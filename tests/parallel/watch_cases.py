@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from internlm import config, plot, ranks
+from internlm import config, plot, ranks, runtime
 from internlm import recipe as recipes
 from internlm.recipe import Recipe
 from internlm.train.metrics import read_metrics
@@ -17,6 +17,8 @@ from internlm.train.metrics import read_metrics
 
 def with_a_slow_rank(tree: dict[str, Any], slow: int, where: str, seconds: float) -> dict[str, Any]:
     """Train a recipe to its end while one rank sleeps in each step; return its metrics, warnings and collectives.
+
+    Rank r has used r + 1 GiB of memory.
 
     Args:
         tree: the recipe.
@@ -49,7 +51,11 @@ def with_a_slow_rank(tree: dict[str, Any], slow: int, where: str, seconds: float
 
     trainer.step = stepped  # type: ignore[method-assign]
     try:
-        with mock.patch.object(dist, "all_reduce", counted), mock.patch.object(plot, "loss_curve"):
+        with (
+            mock.patch.object(dist, "all_reduce", counted),
+            mock.patch.object(plot, "loss_curve"),
+            mock.patch.object(runtime, "peak_memory_bytes", return_value=(2**30 * (ranks.rank() + 1), 2**33)),
+        ):
             trainer.fit()
     finally:
         logger.removeHandler(handler)

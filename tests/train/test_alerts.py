@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from internlm import config, storage
 from internlm import recipe as recipes
+from internlm.checkpoint import store
 from internlm.checkpoint.store import CheckpointConfig
-from internlm.errors import ConfigError, StorageError, TrainingError
+from internlm.cli import main
+from internlm.errors import ConfigError, InternLMError, StorageError, TrainingError
 from internlm.recipe import Recipe
 from internlm.train import alerts as module
 from internlm.train.alerts import Alerts, AlertsConfig, Message, WebhookConfig, form
@@ -348,6 +351,39 @@ def test_a_run_that_fails_says_why_before_it_ends(recipe: Make, server: Server) 
     assert "GPU fell off the bus" in server.bodies[1]["text"]
 
 
+def test_a_run_that_fails_before_it_trains_says_why(recipe: Make, server: Server, corpus: Path, tmp_path: Path) -> None:
+    watched(recipe, server, train__tokens=256).fit()
+    newest = store.newest(tmp_path / "run")
+    assert newest is not None
+    (newest / storage.MANIFEST).write_text("{")
+    for changes, said in (
+        ({"data__train": {"a": {"path": "nowhere"}}}, "StorageError: nowhere: no such folder"),
+        ({}, "damaged, all of them"),
+        ({"init_from": "nowhere", "run": str(tmp_path / "other")}, "init_from: no such folder"),
+    ):
+        server.bodies.clear()
+        with pytest.raises(InternLMError):
+            watched(recipe, server, **changes)
+        assert [(body["kind"], body["step"]) for body in server.bodies] == [("failure", 0)]
+        assert said in server.bodies[0]["text"]
+
+
+@pytest.mark.parametrize("where", ["before the first step", "in a step", "after the last"])
+def test_a_run_that_fails_says_so_once_wherever_it_fails(
+    recipe: Make, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("the cup is full") if where == "in a step" else StorageError("the cup is full")
+
+    name = {"before the first step": "MetricsFile", "in a step": "Trainer.step", "after the last": "plot.loss_curve"}
+    monkeypatch.setattr(f"internlm.train.trainer.{name[where]}", broken)
+    section = {"webhooks": [{"url": server.url, "events": ["failure"]}], "interval_s": 0}
+    (tmp_path / "r.yaml").write_text(config.dump(recipe(alerts=section, train__tokens=256)))
+    assert main(["train", str(tmp_path / "r.yaml")]) == 1
+    assert [body["kind"] for body in server.bodies] == ["failure"]
+    assert "the cup is full" in server.bodies[0]["text"]
+
+
 def test_a_run_that_is_asked_to_end_says_so(recipe: Make, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("internlm.train.stop._LOOK_EVERY_S", 0.0)
     trainer = watched(recipe, server)
@@ -362,6 +398,7 @@ def test_a_run_tells_that_it_stands_still_and_which_rank_is_slow(recipe: Make, s
     trainer = watched(recipe, server)
     trainer.stragglers.look = lambda table: ({}, "rank 5 on node2 is slow")  # type: ignore[method-assign]
     trainer._step_and_trace()
+    trainer.watch._told(None)  # another rank has said it
     trainer.watch._told("nothing in 20m after step 1")
     assert [(body["kind"], body["text"], body["step"]) for body in server.bodies] == [
         ("straggler", "rank 5 on node2 is slow", 1), ("stall", "nothing in 20m after step 1", 1)
@@ -376,6 +413,8 @@ def test_a_hanging_server_does_not_slow_the_training_down(recipe: Make, server: 
         trainer.step()
         trainer._warn_of_spike(9.0, 20.0)
     assert time.monotonic() - begun < 20
+    while not server.tries and time.monotonic() - begun < 60:
+        time.sleep(0.01)
     assert server.tries == 1
 
 

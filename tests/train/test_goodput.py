@@ -72,6 +72,24 @@ def test_a_step_that_turns_out_to_be_skipped_is_not_useful(tmp_path: Path) -> No
     assert spent(goodput) == {"skipped": 3}
 
 
+def test_a_run_that_stands_still_keeps_its_time_and_its_hang_is_no_useful_step(tmp_path: Path) -> None:
+    clock = Clock()
+    goodput = Goodput(tmp_path, clock, born=1000.0)
+    clock.spend(goodput, "useful", 30)
+    saved = goodput.seconds["useful"]
+    goodput.enter("useful")
+    clock.now += 1200
+    goodput.stall()
+    found = read(tmp_path / FILE)
+    assert found is not None
+    assert {name: seconds for name, seconds in found["seconds"].items() if seconds} == {"useful": 30, "stalled": 1200}
+    assert found["until"] == clock.now
+    clock.now += 10
+    again = Goodput(tmp_path, clock, born=clock.now)
+    again.go_back(saved)
+    assert spent(again) == {"useful": 30, "stalled": 1200, "down": 10}
+
+
 def test_a_restart_adds_up_and_knows_what_was_lost_and_how_long_nothing_ran(tmp_path: Path) -> None:
     clock = Clock()
     first = Goodput(tmp_path, clock, born=1000.0)
@@ -187,6 +205,23 @@ def test_the_trainer_says_in_which_phase_it_is(recipe: Make, tmp_path: Path, mon
     assert sum(seconds.values()) == pytest.approx(wall, abs=0.2)
     last = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "goodput/useful" in line][-1]
     assert last["goodput/useful"] == pytest.approx(seconds["useful"] / last["goodput/wall_s"], rel=0.05)
+
+
+def test_the_time_is_kept_between_two_lines_of_the_log_too(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internlm.train.goodput.WRITE_EVERY_S", 0.0)
+    trainer = recipes.prepare(recipe(train__tokens=4 * 256, train__log_every_steps=100))
+    step, seen = trainer.step, []
+
+    def looked() -> Any:
+        found = read(tmp_path / "run" / FILE)
+        seen.append(found["seconds"]["useful"] if found else 0.0)
+        return step()
+
+    trainer.step = looked  # type: ignore[method-assign]
+    trainer.fit()
+    assert len(set(seen)) == 4, "each step finds what the one before it took"
 
 
 def test_a_rollback_loses_the_steps_since_the_checkpoint(recipe: Make, tmp_path: Path) -> None:

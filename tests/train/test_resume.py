@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from internlm import config, storage
 from internlm import recipe as recipes
 from internlm.checkpoint import saver, store
 from internlm.cli import main, train
-from internlm.errors import ConfigError, InternLMError, StorageError, WeightsError
+from internlm.data.shards import KIND, Shards, ShardWriter
+from internlm.errors import ConfigError, DataError, InternLMError, StorageError, WeightsError
 from internlm.recipe import Recipe
 from internlm.text.training import train_bpe
 from internlm.train.metrics import Metrics
@@ -38,6 +40,29 @@ def test_a_second_process_in_a_run_folder_is_refused(recipe: Make, tmp_path: Pat
     assert "another process works in this folder" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_two_runs_that_name_one_folder_of_checkpoints_do_not_work_in_it_at_once(recipe: Make, tmp_path: Path) -> None:
+    shared = {"folder": str(tmp_path / "shared")}
+    recipes.prepare(recipe(checkpoint=shared))
+    (tmp_path / "r.yaml").write_text(config.dump(recipe(checkpoint=shared, run=str(tmp_path / "other"))))
+    words = [sys.executable, "-m", "internlm", "train", str(tmp_path / "r.yaml")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{tmp_path / 'shared'}: another process works in this folder" in done.stderr
+
+
+def test_checkpoints_that_are_all_kept_for_ever_are_told(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(train.logger, "warning", lambda text, *values: said.append(text % values))
+    for tokens in (512, 513):
+        checkpoint = {"every_steps": 2, "keep_every_tokens": tokens}
+        value = recipe(checkpoint=checkpoint, train__tokens=256, run=str(tmp_path / str(tokens)))
+        (tmp_path / "r.yaml").write_text(config.dump(value))
+        assert main(["train", str(tmp_path / "r.yaml")]) == 0
+    assert said == ["warning: checkpoint.keep_every_tokens 512 keeps them all: one is made every 512"]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(recipe: Make, tmp_path: Path) -> None:
@@ -97,6 +122,50 @@ def test_a_removal_that_was_cut_short_is_finished(recipe: Make, tmp_path: Path) 
     (left / "model.yaml").write_text("x")
     trainer.fit()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_a_finished_run_that_was_killed_before_old_checkpoints_went_drops_them_when_started_again(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = recipe(train__tokens=4 * 256, checkpoint={"every_steps": 1, "keep_last": 1, "background": False})
+    (tmp_path / "r.yaml").write_text(config.dump(value))
+    with monkeypatch.context() as killed:
+        killed.setattr(store, "retain", lambda *_: None)
+        assert main(["train", str(tmp_path / "r.yaml")]) == 0
+    assert len(store.listed(tmp_path / "run")) == 4
+    assert main(["train", str(tmp_path / "r.yaml")]) == 0
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_data_that_was_swapped_is_noticed_and_named(recipe: Make, corpus: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(corpus / name, tmp_path / name)
+    sources = {name: {"path": str(tmp_path / name)} for name in ("a", "b")}
+    trainer = recipes.prepare(recipe(data__train=sources, train__tokens=2 * 256))
+    shutil.rmtree(tmp_path / "b")  # the same numbers of documents and tokens, in another order
+    shards = Shards.open(corpus / "b")
+    with storage.writing(tmp_path / "b", KIND) as out:
+        writer = ShardWriter(out.path, "00000", shards.vocab_size)
+        for number in reversed(range(shards.num_documents)):
+            writer.add(shards.document(number)[0].tolist(), None, 1)
+        shutil.copytree(corpus / "b" / "tokenizer", out.path / "tokenizer")
+        out.meta.update(shards.facts | {"shards": [asdict(writer.close())]})
+    trainer.fit()  # the checkpoint says what it began with
+    value = recipe(data__train=sources, train__tokens=4 * 256)
+    with pytest.raises(DataError, match=r"of other data: shards_sha256\.b was '\w{16}', is '\w{16}'\. Give"):
+        recipes.prepare(value)
+    shutil.rmtree(tmp_path / "b")
+    shutil.copytree(corpus / "b", tmp_path / "b")
+    assert recipes.prepare(value).progress.step == 2
+
+
+def test_a_checkpoint_that_does_not_say_what_its_data_held_is_gone_on_from(recipe: Make, tmp_path: Path) -> None:
+    trainer = recipes.prepare(recipe(train__tokens=2 * 256))
+    state = trainer.loader.state_dict()
+    del state["shards_sha256"]
+    trainer.loader.load_state_dict(state)
+    with pytest.raises(DataError, match=r"of other data: sources\.b was \[1, 2\], is \[30, \d+\]\. Give"):
+        trainer.loader.load_state_dict(state | {"sources": state["sources"] | {"b": [1, 2]}})
 
 
 def test_a_checkpoint_made_on_a_cpu_goes_on_on_a_gpu(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
