@@ -106,12 +106,13 @@ def open_adapter(path: str | Path, model: ModelConfig) -> Adapter:
     described = adapter_config.read(fields, path / FILE, model, names)
     needed, base, known = _needed(described.lora, model), shapes(model), _by_their_names(model, names)
     saved = {name: base[name] for name in _saved(described.saved, known, path) if name in base}
-    fitting = Check(needed | saved, False)
+    wanted = needed | saved
+    fitting = Check(wanted, False)
     found: Weights = {}
     for name, weight in stored.items():
         for ours, part in _ours(name, weight, known, model).items():
             if ours in _TABLES:  # PEFT may write them along unasked
-                fitting.needed[ours] = base[_TABLES[0]]
+                wanted[ours] = base[_TABLES[0]]
             if fitting.accepts(ours, torch.Size(part.shape)):
                 found[ours] = part
     made_for = f"It was made for {described.base!r}." if described.base else None

@@ -11,7 +11,9 @@ dtype that it is packed from: a block is packed as soon as its last weight is th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,9 +53,10 @@ def empty(config: ModelConfig) -> Transformer:
         return Transformer(config)
 
 
-def shapes(config: ModelConfig) -> dict[str, torch.Size]:
+@functools.lru_cache(maxsize=16)  # a conversion asks several times, and for every weight that is cut
+def shapes(config: ModelConfig) -> Mapping[str, torch.Size]:
     """Return the shape of every parameter by name, in the model's order; a tied head is not listed."""
-    return {name: parameter.shape for name, parameter in empty(config).named_parameters()}
+    return MappingProxyType({name: parameter.shape for name, parameter in empty(config).named_parameters()})
 
 
 def read_model(
@@ -199,7 +202,7 @@ class Check:
         tied: whether `head.weight` is the embedding and may come along.
     """
 
-    def __init__(self, needed: dict[str, torch.Size], tied: bool) -> None:
+    def __init__(self, needed: Mapping[str, torch.Size], tied: bool) -> None:
         self.needed, self.tied = needed, tied
         self.seen: set[str] = set()
         self.complaints: list[str] = []
