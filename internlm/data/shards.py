@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +39,8 @@ class ShardFacts:
     bytes: int
     """UTF-8 bytes of the text."""
     trained_tokens: int
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Of its files by name, found while they were written; not part of the manifest's facts, which has them itself."""
 
     def files(self, dtype: np.dtype[Any]) -> dict[str, int]:
         """Return the names of the shard's files and their sizes in bytes."""
@@ -61,8 +63,9 @@ class ShardWriter:
 
     def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype_for(vocab_size)
-        self._tokens = open(folder / f"{name}.tokens", "wb")  # noqa: SIM115  closed by close()
-        self._mask = open(folder / f"{name}.mask", "wb")  # noqa: SIM115
+        (folder / f"{name}.mask").unlink(missing_ok=True)
+        self._tokens = _File(folder / f"{name}.tokens")
+        self._mask: _File | None = None
         self._offsets = array("q", [0])
         self._trained_tokens = self._bytes = 0
 
@@ -75,24 +78,47 @@ class ShardWriter:
             text_bytes: UTF-8 bytes of its text.
         """
         self._tokens.write(np.asarray(ids, dtype=self.dtype).tobytes())
-        self._mask.write(b"\1" * len(ids) if mask is None else bytes(mask))
+        if self._mask is None and mask is not None and not all(mask):  # all before is trained on
+            self._mask = _File(self.folder / f"{self.name}.mask")
+            self._mask.write(b"\1" * self._offsets[-1])
+        if self._mask is not None:
+            self._mask.write(b"\1" * len(ids) if mask is None else bytes(mask))
         self._offsets.append(self._offsets[-1] + len(ids))
         self._trained_tokens += len(ids) if mask is None else sum(mask)
         self._bytes += text_bytes
 
     def close(self) -> ShardFacts:
         """Finish the files and see them onto the disk."""
-        with open(self.folder / f"{self.name}.offsets", "wb") as file:
-            file.write(np.asarray(self._offsets, dtype="<i8").tobytes())
-            _finish(file)
-        facts = ShardFacts(
-            self.name, self._offsets[-1], len(self._offsets) - 1, self._bytes, trained_tokens=self._trained_tokens
+        offsets = _File(self.folder / f"{self.name}.offsets")
+        offsets.write(np.asarray(self._offsets, dtype="<i8").tobytes())
+        files = [file for file in (self._tokens, offsets, self._mask) if file is not None]
+        return ShardFacts(
+            self.name,
+            self._offsets[-1],
+            len(self._offsets) - 1,
+            self._bytes,
+            trained_tokens=self._trained_tokens,
+            sha256={file.path.name: file.close() for file in files},
         )
-        _finish(self._tokens)
-        _finish(self._mask)
-        if facts.trained_tokens == facts.tokens:
-            (self.folder / f"{self.name}.mask").unlink()
-        return facts
+
+
+class _File:
+    """A file that is hashed while it is written: a corpus need not be read once more for its manifest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file, self._hash = open(path, "wb"), hashlib.sha256()  # noqa: SIM115  closed by close()
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._hash.update(content)
+
+    def close(self) -> str:
+        """See the file onto the disk, and return its SHA-256."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._hash.hexdigest()
 
 
 def meta(
@@ -108,7 +134,7 @@ def meta(
         "bos_id": bos_id,
         "eos_id": eos_id,
         "template": template,
-        "shards": [asdict(shard) for shard in shards],
+        "shards": [{name: fact for name, fact in asdict(shard).items() if name != "sha256"} for shard in shards],
     }
 
 
@@ -211,10 +237,3 @@ class Shards:
         tokens = np.memmap(self.path / f"{shard.name}.tokens", self.dtype, "r")
         is_masked = shard.trained_tokens != shard.tokens
         return tokens, np.memmap(self.path / f"{shard.name}.mask", np.uint8, "r") if is_masked else None
-
-
-def _finish(file: IO[bytes]) -> None:
-    """Close a file when its content is on the disk, so that what is written later cannot outlive it in a crash."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

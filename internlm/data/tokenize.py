@@ -110,8 +110,10 @@ def tokenize(
         template=None if template is None else template.name,
     )
     with storage.writing(out, shards.KIND, replace=replace) as folder:
-        for name in (name for shard in facts for name in shard.files(shards.dtype_for(tokenizer.vocab_size))):
-            _link(work.folder / name, folder.path / name)
+        for shard in facts:
+            for name in shard.files(shards.dtype_for(tokenizer.vocab_size)):
+                _link(work.folder / name, folder.path / name)
+            folder.hashes.update(shard.sha256)
         (folder.path / "tokenizer").mkdir()
         tokenizer.save(folder.path / "tokenizer")
         folder.meta.update(meta)

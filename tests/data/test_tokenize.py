@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from internlm import storage
 from internlm.data import formats
 from internlm.data.formats import (
     Conversation,
@@ -39,12 +40,26 @@ from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import SPECIAL_TOKENS, train_bpe
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "the quick brown fox", "naïve café 東京 🎉", "a", "x = [1, 2, 3]\n" * 40]
+SHA256 = storage.sha256
 TALK = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 
 
 def write_jsonl(path: Path, records: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def test_shards_are_hashed_while_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS] + [TALK] + [{"text": "after"}])
+    train_bpe(TEXTS, 300).save(tmp_path / "tokenizer")
+    read: list[str] = []
+    monkeypatch.setattr(storage, "sha256", lambda path: read.append(Path(path).name) or SHA256(path))
+    options = Options(str(tmp_path / "tokenizer"), template="internlm")
+    tokenize([source], tmp_path / "out", options, workers=1)
+    assert not [name for name in read if name.startswith("0000")]
+    monkeypatch.undo()
+    storage.verify(tmp_path / "out")
+    assert (tmp_path / "out" / "00000.mask").read_bytes()[:9] == b"\1" * 9, "all documents before the conversation"
 
 
 def test_every_container_gives_its_samples(tmp_path: Path) -> None:
