@@ -64,10 +64,8 @@ def _draw(lines: list[Mapping[str, Any]], path: Path, title: str) -> None:
     rate.set_ylabel("learning rate", color="#808080")
     axes.legend(frameon=False)
     figure.tight_layout()
-    beside = path.with_suffix(".partial.png")
-    with storage.explained(f"writing {path}"):
-        figure.savefig(beside)
-        beside.replace(path)
+    with storage.beside(path) as draft:
+        figure.savefig(draft, format=path.suffix.removeprefix("."))
     pyplot.close(figure)
 
 

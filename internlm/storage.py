@@ -263,19 +263,37 @@ def hold(folder: str | Path) -> None:
     _held[path] = file
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a small file so that readers see the old content or the new, never a part."""
+@contextlib.contextmanager
+def beside(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield where to write a file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Readers see the old content or the new, never a part.
+
+    Args:
+        path: the final file.
+        durable: whether it is on the disk before it has its name; what is written every few seconds need not be.
+
+    Raises:
+        StorageError: it cannot be written; `path` is as it was.
+    """
     path = Path(path)
-    beside = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    draft = path.with_name(f"{path.name}.partial-{os.getpid()}")  # who looks for the ending finds whole files only
     with explained(f"writing {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            beside.write_text(text, encoding="utf-8")
-            _fsync(beside)
-            os.replace(beside, path)
+            yield draft
+            if durable:
+                _fsync(draft)
+            os.replace(draft, path)
         except BaseException:
-            beside.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
             raise
+
+
+def write_text(path: str | Path, text: str, *, durable: bool = True) -> None:
+    """Write a small file whole, or not at all, as `beside`."""
+    with beside(path, durable=durable) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def require_space(path: str | Path, needed_bytes: int, what: str) -> None:

@@ -102,13 +102,9 @@ def tokenize(
         logger.warning("warning: template %s has no effect: the input holds no conversations", template.name)
         template = None
     meta = shards.meta(
-        facts,
-        vocab_size=tokenizer.vocab_size,
-        fingerprint=tokenizer.fingerprint,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        template=None if template is None else template.name,
-    )
+        facts, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint, bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id, template=None if template is None else template.name,
+    )  # fmt: skip
     with storage.writing(out, shards.KIND, replace=replace) as folder:
         for shard in facts:
             for name in shard.files(shards.dtype_for(tokenizer.vocab_size)):

@@ -27,7 +27,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -203,14 +202,8 @@ class Tokenizer:
         for other in (folder / name for name in VOCABULARY_FILES):
             if other.exists() and (other != vocabulary or other.read_bytes() != self._data):
                 raise StorageError("is another tokenizer's", where=other, do="Choose another folder.")
-        with storage.explained(f"writing {vocabulary}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            beside = vocabulary.with_name(f"{vocabulary.name}.partial-{os.getpid()}")
-            try:
-                beside.write_bytes(self._data)
-                os.replace(beside, vocabulary)
-            finally:
-                beside.unlink(missing_ok=True)
+        with storage.beside(vocabulary) as draft:
+            draft.write_bytes(self._data)
         reader = {"tokenizer_class": "PreTrainedTokenizerFast"} if self._is_json else {}
         config = json.dumps({**reader, **self.config()}, indent=2, ensure_ascii=False)
         storage.write_text(folder / CONFIG_FILE, config + "\n")

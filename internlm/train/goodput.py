@@ -34,6 +34,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from internlm import storage
+from internlm.errors import StorageError
 from internlm.log import duration, warn_once
 
 logger = logging.getLogger(__name__)
@@ -143,12 +145,10 @@ class Goodput:
         if self._since - self._logged > LOG_EVERY_S:
             self._logged = self._since
             logger.info("%s", self)
-        beside = self._file.with_name(f"{FILE}.partial-{os.getpid()}")
-        try:  # no fsync: what a machine that loses its power forgets is a few seconds of this
-            beside.write_text(json.dumps(state) + "\n", encoding="utf-8")
-            os.replace(beside, self._file)
-        except OSError as error:
-            warn_once(logger, f"{self._file} cannot be written: {error.strerror}")
+        try:  # what a machine that loses its power forgets is a few seconds of this
+            storage.write_text(self._file, json.dumps(state) + "\n", durable=False)
+        except StorageError as error:
+            warn_once(logger, str(error))
 
     def __str__(self) -> str:
         """Return the time in words: `goodput 91.2% of 5h12m | down 4.1%, startup 2.0%, lost 1.3%`."""

@@ -38,7 +38,6 @@ import gzip
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -280,7 +279,8 @@ class Windows:
             return
         with self._careful():
             path = self.path(f"oom-rank-{self.rank}.pickle")
-            _write(path, lambda beside: profiling.dump_memory(str(beside)))
+            with storage.beside(path, durable=False) as draft:
+                profiling.dump_memory(str(draft))
             logger.warning("what lay in the memory of %s: %s, see pytorch.org/memory_viz", self.device, path)
 
     def path(self, name: str) -> Path:
@@ -384,7 +384,8 @@ class _Open:
         events = [Event(*event) for event in profiling.stop_profiler(self.profiler)]
         try:
             if self.has_snapshot:
-                _write(windows.path(f"{stem}.memory.pickle"), lambda beside: profiling.dump_memory(str(beside)))
+                with storage.beside(windows.path(f"{stem}.memory.pickle"), durable=False) as draft:
+                    profiling.dump_memory(str(draft))
         finally:
             if self.has_snapshot:
                 profiling.record_memory(0)
@@ -394,7 +395,8 @@ class _Open:
         if self.resident.is_on:
             storage.write_text(windows.path(f"{stem}.memory.txt"), f"{steps}\n{self.resident.as_text()}")
         path = windows.path(f"{stem}.json.gz")
-        _write(path, lambda beside: _pack(self.profiler, beside))
+        with storage.beside(path, durable=False) as draft:
+            _pack(self.profiler, draft)
         logger.info("profile of %s: %s and .txt", steps, path)
 
 
@@ -413,17 +415,6 @@ def _pack(profiler: Any, path: Path) -> None:
         plain.unlink(missing_ok=True)
     if path.stat().st_size > MAX_TRACE_BYTES:
         raise ValueError(f"the trace has more than {MAX_TRACE_BYTES >> 20} MiB: lower profile.steps")
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Let a file be written beside, and give it its name when it is there."""
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        with storage.explained(f"writing {path}"):
-            write(beside)
-            os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -33,9 +33,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internlm import storage
 from internlm.compat import groups
 from internlm.config import section
-from internlm.errors import ConfigError
+from internlm.errors import ConfigError, StorageError
 from internlm.log import duration
 from internlm.train.stop import Stopped
 
@@ -140,11 +141,8 @@ class Heartbeat:
             "pid": os.getpid(), "count": self._count,
         }  # fmt: skip
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(".partial")
-            beside.write_text(json.dumps(fact), encoding="utf-8")
-            os.replace(beside, path)
-        except OSError:
+            storage.write_text(path, json.dumps(fact), durable=False)
+        except StorageError:
             return False
         return True
 

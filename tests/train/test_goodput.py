@@ -143,7 +143,8 @@ def test_a_clock_that_is_set_back_counts_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "internlm")
-    goodput = Goodput(tmp_path / "gone", Clock(), born=1000.0)
+    (tmp_path / "file").touch()
+    goodput = Goodput(tmp_path / "file", Clock(), born=1000.0)
     goodput.write(at_once=True)
     goodput.write(at_once=True)
     assert len(caplog.records) == 1
