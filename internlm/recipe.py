@@ -381,6 +381,8 @@ def _differences(old: Tree, new: Tree, prefix: str = "") -> list[tuple[str, Any,
 
 def _source(init_from: str | None) -> Source:
     """Open the weights that a run starts from."""
+    if init_from is not None:
+        storage.require_here(init_from, where="init_from")
     if init_from is None or not ("://" in init_from or Path(init_from).is_dir()):
         raise ConfigError("no such folder", where="init_from", got=init_from)
     return open_source(init_from)

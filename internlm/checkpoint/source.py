@@ -28,7 +28,7 @@ from internlm.model.quant import Kind
 from internlm.model.transformer import Transformer
 from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
-from internlm.weights import adapters, gguf, native, transformers
+from internlm.weights import adapters, files, gguf, native, transformers
 from internlm.weights import weight as lazy
 from internlm.weights.load import read_model
 from internlm.weights.talk import Talk, read_talk
@@ -107,10 +107,13 @@ def open_source(path: str | Place, hints: Hints = Hints()) -> Source:
         hints: what it does not say itself.
 
     Raises:
-        StorageError: it is none of these.
+        StorageError: it is none of these, or the name of something that would have to be downloaded.
         UsageError: a hint is given that it has no use for.
         WeightsError, TokenizerError: its model or tokenizer is of a kind that is not known, or a chat format.
     """
+    for given in (path, hints.tokenizer):
+        if isinstance(given, str | Path):
+            storage.require_here(given)
     path = place.at(path)
     source = _open(path, hints)
     for name, value, kind in (("base", hints.base, "adapter"), ("settings", hints.settings, "internlm-v0.2")):
@@ -135,6 +138,7 @@ def _open(path: Place, hints: Hints, above: tuple[Path, ...] = ()) -> Source:
         raise StorageError(
             "no complete checkpoint here", where=path, do="Of a store only runs and checkpoints of ours can be read."
         )
+    files.require_fetched(path)
     if adapters.is_one(path):
         return _adapter(path, hints, above)
     if (path / "config.json").is_file():
@@ -164,6 +168,8 @@ def _checkpoint(path: Place) -> Source:
 def _adapter(path: Path, hints: Hints, above: tuple[Path, ...]) -> Source:
     """Open an adapter with its base, as the model that both are together."""
     named = adapters.base_of(path)
+    if hints.base is not None:
+        storage.require_here(hints.base)
     if hints.base is None and (named is None or not Path(named).exists()):
         raise WeightsError(
             "the base of this adapter is not here", where=path, got=named, do="Say where it lies: --base FOLDER."

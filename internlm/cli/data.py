@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from internlm.text.tokenizer import Tokenizer
 
-DESCRIPTION = """Build, tokenise and look at training data.
+DESCRIPTION = """Build, tokenize and look at training data.
 
   internlm data corpus --out runs/corpus
   internlm data tokenize runs/corpus/train.jsonl --tokenizer runs/tokenizer --out runs/train
   internlm data inspect runs/train --document 0
   internlm data export runs/train --out back.jsonl"""
+
+_BRITISH = "tokenise"
+"""How half of those who read this write the verb; it works, with a note."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     corpus.add_argument("--validation-ratio", type=float, default=0.05, help="share of the bytes held out (0.05)")
     corpus.add_argument("--seed", type=int, default=1, help="decides which modules are held out (1)")
     corpus.add_argument("--force", action="store_true", help="replace an existing corpus")
-    tokenize = verbs.add_parser("tokenize", help="turn text or conversations into shards of tokens")
+    told = "turn text or conversations into shards of tokens"
+    tokenize = verbs.add_parser("tokenize", aliases=[_BRITISH], help=told)
     tokenize.add_argument("inputs", nargs="+", help="files and folders: .txt .md .py … .jsonl .json, also .gz .zst")
     tokenize.add_argument("--tokenizer", required=True, help="folder, tokenizer.json or .model")
     tokenize.add_argument("--out", required=True, help="folder to write")
-    tokenize.add_argument("--format", choices=("text", "document", "messages"), help="told from the files by default")
+    formats = ("text", "document", "messages", "sharegpt", "alpaca", "completion")
+    tokenize.add_argument("--format", choices=formats, help="of the records; told from files and keys by default")
     tokenize.add_argument("--text-key", default="text", help="key of a document's text (text)")
     tokenize.add_argument("--template", help="chat template for conversations")
     tokenize.add_argument("--workers", type=_positive, help="processes (one per core)")
@@ -57,9 +62,8 @@ def _positive(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the sub-verb."""
-    return {"corpus": _corpus, "tokenize": _tokenize, "inspect": _inspect, "export": _export}[arguments.action](
-        arguments
-    )
+    actions = {"corpus": _corpus, "tokenize": _tokenize, _BRITISH: _tokenize, "inspect": _inspect, "export": _export}
+    return actions[arguments.action](arguments)
 
 
 def _corpus(arguments: argparse.Namespace) -> int:
@@ -79,7 +83,11 @@ def _corpus(arguments: argparse.Namespace) -> int:
 
 def _tokenize(arguments: argparse.Namespace) -> int:
     from internlm.data.tokenize import Options, tokenize
+    from internlm.storage import require_here
 
+    if arguments.action == _BRITISH:
+        print("note: here this is written `internlm data tokenize`", file=sys.stderr)
+    require_here(arguments.tokenizer)
     options = Options(arguments.tokenizer, arguments.format, arguments.text_key, arguments.template, arguments.on_error)
     facts = tokenize(arguments.inputs, arguments.out, options, workers=arguments.workers, replace=arguments.force)
     total = {key: sum(s[key] for s in facts["shards"]) for key in ("documents", "tokens", "trained_tokens", "bytes")}

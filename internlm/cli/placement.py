@@ -30,7 +30,7 @@ class Placement:
 
 def add_arguments(add: Callable[..., Any]) -> None:
     """Declare the options with a parser's `add_argument`."""
-    add("--device", metavar="NAME", help="cpu, cuda, … (default: cuda where there is one)")
+    add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add(
         "--pack",
         choices=["fp32", "fp16", "bf16", "int8", _UNPACKED],
@@ -54,8 +54,13 @@ def placement(arguments: argparse.Namespace, *, alone: bool = False) -> Placemen
     device = arguments.device or "auto"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise UsageError("no such device here", where="--device", got=device, allowed=["auto", "cpu", "cuda"])
+    here = ["auto", "cpu"]
+    if torch.cuda.is_available():
+        here += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    elif device.startswith("cuda"):
+        raise UsageError("no CUDA device here", where="--device", got=device, do="Leave it out, or give --device cpu.")
+    if device not in here:
+        raise UsageError("no such device here", where="--device", got=device, allowed=here)
     if device != "cpu":
         if arguments.pack not in (None, _UNPACKED):
             do = "Leave it out, or give --device cpu."

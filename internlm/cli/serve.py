@@ -15,6 +15,7 @@ from internlm.cli import placement
 from internlm.errors import UsageError
 
 if TYPE_CHECKING:
+    from internlm.model.transformer import Transformer
     from internlm.serve.openai import Served
 
 DESCRIPTION = """\
@@ -161,8 +162,8 @@ def _open(arguments: argparse.Namespace) -> Served:
     import secrets
 
     from internlm.checkpoint.source import Hints, open_source
-    from internlm.infer.cache import Cache
     from internlm.infer.engine import Engine, Limits
+    from internlm.model.config import DynamicScaling
     from internlm.serve.openai import Served
 
     place = placement.placement(arguments)
@@ -171,16 +172,40 @@ def _open(arguments: argparse.Namespace) -> Served:
     if talk.template is None and arguments.template is None:
         _note("no chat format is recorded: /v1/completions only; --template NAME chooses one")
     model = source.model(place.dtype, place.device, place.pack)
-    cache = None
-    if arguments.cache_gib is not None:
-        cache = max(1, int(arguments.cache_gib * 2**30) // Cache.bytes_per_token(model, rounded=arguments.kv == "int8"))
     limits = Limits.on(
-        place.device, batch=arguments.max_batch, length=arguments.max_length, cache_tokens=cache, cache=arguments.kv
-    )
+        place.device, batch=arguments.max_batch, length=arguments.max_length, cache=arguments.kv,
+        cache_tokens=_cache_tokens(arguments, model),
+    )  # fmt: skip
     engine = Engine(model, talk.tokenizer, limits, pack=place.pack, seed=secrets.randbits(30))
     engine.warm_up()
+    trained, scaling = source.config.context_length, source.config.rope.scaling
+    if engine.length > trained and not isinstance(scaling, DynamicScaling):
+        what = f"the model was trained for {trained} tokens, and what it writes beyond them has no meaning"
+        _note(f"warning: --max-length {engine.length}: {what}")
     names = tuple(dict.fromkeys(arguments.model_name or [Path(arguments.model).resolve().name]))
     return Served(engine, talk, names, timeout=arguments.request_timeout)
+
+
+def _cache_tokens(arguments: argparse.Namespace, model: Transformer) -> int | None:
+    """Return how many tokens --cache-gib has room for; None where memory says it.
+
+    Raises:
+        UsageError: it is more than there is.
+    """
+    from internlm.infer.cache import Cache
+    from internlm.infer.limits import free_memory
+
+    if arguments.cache_gib is None:
+        return None
+    device = model.embedding.weight.device
+    free = free_memory(device) / 2**30
+    if arguments.cache_gib > free:
+        do = "Give less, or leave it out: memory says it then."
+        raise UsageError(
+            f"only {free:.1f} GiB are free on {device}", where="--cache-gib", got=arguments.cache_gib, do=do
+        )
+    per_token = Cache.bytes_per_token(model, rounded=arguments.kv == "int8")
+    return max(1, int(arguments.cache_gib * 2**30) // per_token)
 
 
 def _note(text: str) -> None:

@@ -5,9 +5,11 @@
     corpus.json                          a list of JSON objects
 
 A record is told by its keys: `messages` makes a conversation (OpenAI's form, with `tools` and calls: see
-`internlm.data.messages`), anything else a document under `text_key`. A file of another ending is one document, unless
-the format of its records is given: then it holds lines. Every complaint names file and line. Nothing is passed over
-in silence. A byte order mark is no part of a text.
+`internlm.data.messages`), those of another form too (`internlm.data.dialects`), anything else a document under
+`text_key`. One of another form that has that key too is an error until its format is given. A file of another ending
+is one document, unless the format of its records is given: then it holds lines; tables and pages (.csv, .parquet, .pdf,
+…) are refused. Every complaint names file and line. Nothing is passed over in silence. A byte order mark is no part of
+a text.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from internlm.data.dialects import DIALECTS
 from internlm.data.messages import read_messages, read_parallel, read_tools
 from internlm.errors import DataError
-from internlm.text.chat import Message
+from internlm.storage import require_here
+from internlm.text.chat import ROLES, Message
 from internlm.text.tools import Tool
 
 logger = logging.getLogger(__name__)
@@ -33,6 +37,17 @@ logger = logging.getLogger(__name__)
 OnError = Literal["raise", "skip"]
 _LINES = (".jsonl", ".ndjson")
 _PACKED = (".gz", ".zst")
+_TABLES = {
+    ".csv": "read_csv(FILE)",
+    ".tsv": "read_csv(FILE, sep='\\t')",
+    ".parquet": "read_parquet(FILE)",
+    ".arrow": None,
+    ".feather": "read_feather(FILE)",
+    ".xlsx": "read_excel(FILE)",
+    ".xls": "read_excel(FILE)",
+}
+"""Endings of tables, and how pandas reads them."""
+_PAGES = (".pdf", ".docx", ".doc", ".odt", ".epub")
 _TEXT = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".js", ".ts", ".java", ".sh", ".html", ".tex")
 
 
@@ -121,7 +136,9 @@ class Piece:
 
 def _document(record: Record, text_key: str, where: str) -> Document:
     if text_key not in record:
-        raise DataError(f"has no key {text_key!r}", where=where, allowed=record, do="Name the key with --text-key.")
+        keys = ", ".join(map(str, record)) or "none"
+        do = "Name the key of a document with --text-key; write a conversation as `messages`."
+        raise DataError(f"has no key {text_key!r}; its keys: {keys}", where=where, do=do)
     text = record[text_key]
     if not isinstance(text, str):
         raise DataError(f"{text_key!r} is {type(text).__name__}, not a string", where=where)
@@ -129,11 +146,24 @@ def _document(record: Record, text_key: str, where: str) -> Document:
 
 
 def _messages(record: Record, text_key: str, where: str) -> Conversation:
+    if record.get("messages") == []:
+        raise DataError("'messages' is empty", where=where, do="Drop the record.")
     messages = read_messages(record, where)
+    for number, message in enumerate(messages, 1):
+        if message.role not in ROLES:  # before anyone counts turns
+            raise DataError("no such role", where=f"{where}, message {number}", got=message.role, allowed=ROLES)
     return Conversation(messages, where, read_tools(record, messages, where), read_parallel(record, where))
 
 
-RECORDS: dict[str, Callable[[Record, str, str], Sample]] = {"document": _document, "messages": _messages}
+def _dialect(name: str) -> Callable[[Record, str, str], Conversation]:
+    return lambda record, text_key, where: _messages(DIALECTS[name].read(record, where), text_key, where)
+
+
+RECORDS: dict[str, Callable[[Record, str, str], Sample]] = {
+    "document": _document,
+    "messages": _messages,
+    **{name: _dialect(name) for name in DIALECTS},
+}
 FORMATS = ("text", *RECORDS)
 
 
@@ -144,7 +174,14 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
         DataError: an input does not exist, or a folder holds nothing readable.
     """
     files: list[Path] = []
-    for given in map(Path, inputs):
+    for name in inputs:
+        if "/" in str(name):
+            require_here(name, dataset=True)
+        if "://" in str(name):
+            raise DataError(
+                "is an address, and nothing is downloaded here", where=name, do="Download it, then give FILE."
+            )
+        given = Path(name)
         if given.is_dir():
             found = sorted(p for p in given.rglob("*") if p.is_file())
             readable = [p for p in found if _ending(p) in (*_LINES, ".json", *_TEXT)]
@@ -155,6 +192,7 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
                 logger.warning("warning: %d files of other kinds are left out, such as %s", len(others), others[0])
             files += readable
         elif given.is_file():
+            _refuse_binary(given)
             files.append(given)
         else:
             raise DataError("no such file or folder", where=given)
@@ -164,8 +202,24 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     return list(unique.values())
 
 
+def _refuse_binary(path: Path) -> None:
+    """Raise DataError for a file that holds a table or pages, by its ending: it is no text."""
+    ending = _ending(path)
+    if ending in _TABLES:
+        reader = _TABLES[ending]
+        how = f", such as with pandas: {reader}.to_json(NEW, orient='records', lines=True)" if reader else ""
+        raise DataError("is a table, which is not read", where=path, do=f"Write it as .jsonl, one row a line{how}.")
+    if ending in _PAGES:
+        raise DataError("holds pages, which are not read", where=path, do="Save it as plain text.")
+
+
 def read_samples(
-    path: str | Path, format: str | None = None, text_key: str = "text", on_error: OnError = "raise"
+    path: str | Path,
+    format: str | None = None,
+    text_key: str = "text",
+    on_error: OnError = "raise",
+    *,
+    any_text: bool = False,
 ) -> Iterator[Sample]:
     """Yield every sample of a file or folder.
 
@@ -173,13 +227,14 @@ def read_samples(
         path: file or folder.
         format, text_key: as for `read_piece`.
         on_error: "skip" leaves bad records out, counts them, and says so at the end of each file.
+        any_text: as for `read_piece`.
 
     Raises:
         DataError: something is missing, damaged or of a wrong type; with its place.
     """
     for file in find_files([path]):
         bad = BadRecords(str(file), on_error)
-        yield from read_piece(Piece(str(file)), format, text_key, bad)
+        yield from read_piece(Piece(str(file)), format, text_key, bad, any_text=any_text)
         bad.report()
 
 
@@ -187,7 +242,7 @@ def read_documents(
     path: str | Path, format: str | None = None, text_key: str = "text", on_error: OnError = "raise"
 ) -> Iterator[Document]:
     """Yield every document of a file or folder; a conversation gives one document per text. See `read_samples`."""
-    for sample in read_samples(path, format, text_key, on_error):
+    for sample in read_samples(path, format, text_key, on_error, any_text=True):
         if isinstance(sample, Document):
             yield sample
         else:
@@ -195,7 +250,12 @@ def read_documents(
 
 
 def read_piece(
-    piece: Piece, format: str | None = None, text_key: str = "text", bad: BadRecords | None = None
+    piece: Piece,
+    format: str | None = None,
+    text_key: str = "text",
+    bad: BadRecords | None = None,
+    *,
+    any_text: bool = False,
 ) -> Iterator[Sample]:
     """Yield the samples of one piece.
 
@@ -204,6 +264,7 @@ def read_piece(
         format: one of FORMATS, or None to tell it from the file's ending and each record's keys.
         text_key: key of a document's text.
         bad: where bad records go; None: the first ends the reading.
+        any_text: whether a record that may be a document or a conversation is a document, and no error.
 
     Raises:
         DataError: the file is damaged, or a record is bad and not to be left out.
@@ -215,7 +276,7 @@ def read_piece(
         try:
             if isinstance(record, DataError):
                 raise record
-            sample = record if isinstance(record, Document) else _to_sample(record, format, text_key, where)
+            sample = record if isinstance(record, Document) else _to_sample(record, format, text_key, where, any_text)
         except DataError as error:
             bad.add(error)
         else:
@@ -255,11 +316,27 @@ def _layout(path: Path, format: str | None) -> Literal["text", "list", "lines"]:
     return "lines" if ending in _LINES or format is not None else "text"
 
 
-def _to_sample(record: Any, format: str | None, text_key: str, where: str) -> Sample:
+def _to_sample(record: Any, format: str | None, text_key: str, where: str, any_text: bool) -> Sample:
     if not isinstance(record, dict):
-        raise DataError(f"a record is a JSON object, not {type(record).__name__}", where=where)
-    kind = format or ("messages" if "messages" in record else "document")
+        do = "A file that is one list is named .json." if isinstance(record, list) else None
+        raise DataError(f"a record is a JSON object, not {type(record).__name__}", where=where, do=do)
+    kind = format or _kind_of(record, text_key, where, any_text)
     return RECORDS[kind](record, text_key, where)
+
+
+def _kind_of(record: Record, text_key: str, where: str, any_text: bool) -> str:
+    """Return the format of a record by its keys."""
+    if "messages" in record:
+        return "messages"
+    found = {name: dialect.keys for name, dialect in DIALECTS.items() if record.keys() >= set(dialect.keys)}
+    if not found:
+        return "document"
+    if text_key in record:
+        found = {"document": (text_key,), **found}
+    if len(found) > 1 and not any_text:
+        what = "has the keys of " + " and of ".join(f"{name} ({', '.join(keys)})" for name, keys in found.items())
+        raise DataError(what, where=where, do=f"Say which: --format {' or '.join(found)}.")
+    return next(iter(found))
 
 
 def _records(piece: Piece, format: str | None) -> Iterator[tuple[str, Any]]:
@@ -271,6 +348,10 @@ def _records(piece: Piece, format: str | None) -> Iterator[tuple[str, Any]]:
             yield from _lines(piece, file)
             return
         data = file.read()
+    if layout == "text" and b"\0" in data:
+        do = "If it is UTF-16: `iconv -f utf-16 -t utf-8`."
+        yield str(path), DataError("holds zero bytes, which no text in UTF-8 does", where=path, do=do)
+        return
     if layout == "text":
         yield str(path), _decode(data, str(path), lambda text: Document(text, str(path)))
         return
@@ -301,7 +382,8 @@ def _decode(data: bytes, where: str, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return DataError(f"is not UTF-8: {error.reason} at byte {error.start}", where=where)
+        do = "Write it in UTF-8, such as with `iconv -f latin1 -t utf-8`."
+        return DataError(f"is not UTF-8: {error.reason} at byte {error.start}", where=where, do=do)
     except json.JSONDecodeError as error:
         at_end = error.pos >= len(error.doc.rstrip()) - 1 and not error.msg.startswith("Extra data")
         cut = at_end or "Unterminated" in error.msg

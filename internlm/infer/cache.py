@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internlm.compat import attention_kernels
+from internlm.errors import EngineError
 from internlm.infer import paged
 from internlm.infer.blocks import Blocks
 from internlm.infer.paged import Stored
@@ -146,6 +147,9 @@ class Cache:
         blocks: whose the slots are.
         paged: whether pieces of one token that begin a step are one call.
         rounded: whether keys and values are kept in 8 bits.
+
+    Raises:
+        EngineError: there is no memory for them.
     """
 
     def __init__(self, model: Transformer, blocks: Blocks, *, paged: bool = False, rounded: bool = False) -> None:
@@ -156,8 +160,14 @@ class Cache:
         # One block more than there are texts for: rows that only fill a batch write there. Never read before it is
         # written, so it need not be filled: the system gives memory when it is touched.
         shape = (2 * config.num_layers, 1, config.num_kv_heads, (blocks.count + 1) * blocks.size, config.head_dim)
-        self._stored = torch.empty(shape, dtype=torch.int8 if rounded else self.dtype, device=self.device)
-        self._scales = torch.empty(shape[:-1], dtype=torch.float32, device=self.device) if rounded else None
+        try:
+            self._stored = torch.empty(shape, dtype=torch.int8 if rounded else self.dtype, device=self.device)
+            self._scales = torch.empty(shape[:-1], dtype=torch.float32, device=self.device) if rounded else None
+        except (RuntimeError, MemoryError) as error:  # torch has no type of its own for a CPU without memory
+            needed = shape[3] * self.bytes_per_token(model, rounded=rounded)
+            reason = str(error).partition("\n")[0]
+            what = f"the {needed / 2**30:.1f} GiB for keys and values cannot be had: {reason}"
+            raise EngineError(what, do="Give it less (cache_tokens), or free memory.") from error
         self._plain, self._factor = frequencies(config.rope, config.head_dim)
         self._plain = self._plain.to(self.device)
         self._step: Step | None = None

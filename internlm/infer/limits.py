@@ -65,6 +65,14 @@ class Limits:
             raise EngineError("is no form of keys and values", where="cache", got=self.cache, allowed=CACHES)
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that may still be taken on a device."""
+    if device.type != "cuda":
+        return runtime.available_memory()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch gives it back when asked
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
 def cache_tokens(model: Transformer, limits: Limits, context: int) -> int:
     """Return how many tokens the cache shall hold.
 

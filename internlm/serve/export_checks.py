@@ -20,6 +20,7 @@ from internlm.serve.export import GGUF, Export, Finding, Wish
 from internlm.text.chat import stop_ids
 from internlm.text.templates import get_template
 from internlm.weights import gguf_config
+from internlm.weights.talk import TEMPLATE_KEY, is_written_by
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -48,6 +49,16 @@ def _check_template(export: Export, wish: Wish) -> Iterator[Finding]:
         f"there is no chat format: this is a base model; {without}",
         f"Use /v1/completions{bos}. If it is a chat model: `internlm convert … --template NAME`.",
     )
+
+
+def _check_recorded(export: Export, wish: Wish) -> Iterator[Finding]:
+    name = export.talk.template
+    if name is None or not export.template or is_written_by(name, export.template):
+        return
+    what = f"{export.template_file} does not hold the chat format {name}, which is recorded"
+    do = f"`internlm convert {shlex.quote(export.path)} NEW` writes the recorded one; if the other is right, take "
+    do += f'"{TEMPLATE_KEY}" out of tokenizer_config.json.'
+    yield Finding(what, do, blocks=True)
 
 
 def _check_stops(export: Export, wish: Wish) -> Iterator[Finding]:
@@ -185,8 +196,8 @@ def _check_door(export: Export, wish: Wish) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Export, Wish], Iterable[Finding]], ...] = (
-    _check_tokenizer, _check_template, _check_stops, _check_bos, _check_name, _check_heads, _check_rope, _check_dtype,
-    _check_bias, _check_tied, _check_shape_of_file, _check_tensor, _check_door,
+    _check_tokenizer, _check_template, _check_recorded, _check_stops, _check_bos, _check_name, _check_heads,
+    _check_rope, _check_dtype, _check_bias, _check_tied, _check_shape_of_file, _check_tensor, _check_door,
 )  # fmt: skip
 """Every check, in the order in which findings are told."""
 

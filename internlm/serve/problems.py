@@ -57,14 +57,26 @@ def from_error(error: InternLMError) -> ApiError:
     return ApiError(str(error), param=PARAMS.get(where, where) if where else None)
 
 
-def from_validation(errors: Sequence[Any]) -> ApiError:
-    """Return how a body that does not fit its type is told: the first fault that pydantic found, without its input."""
+def from_validation(errors: Sequence[Any], body: Any = None) -> ApiError:
+    """Return how a body that does not fit its type is told: the first fault that pydantic found, without its input.
+
+    Args:
+        errors: of FastAPI.
+        body: its text, where it is no JSON.
+    """
     if not errors:
         return ApiError("the body cannot be read")
     first = errors[0]
     path = [str(part) for part in first.get("loc", ()) if part != "body"]
     if first.get("type") in ("json_invalid", "missing") and (not path or path[0].isdigit()):
-        what = "the body is no JSON" if first["type"] == "json_invalid" else "the body is missing"
+        what = "the body is missing"
+        if first["type"] == "json_invalid":
+            what = "the body is no JSON"
+            if isinstance(body, str) and path:
+                at = int(path[0])
+                reason = str(first.get("ctx", {}).get("error", "it ends here"))
+                line, column = body.count("\n", 0, at) + 1, at - body.rfind("\n", 0, at)
+                what += f": {reason} (line {line}, column {column})"
         return ApiError(f"{what}: send JSON with Content-Type: application/json")
     text = str(first.get("msg", "is wrong")).removeprefix("Value error, ")
     param = path[0] if path else None

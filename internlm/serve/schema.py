@@ -18,6 +18,15 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _text_only(content: Any) -> Any:
+    """Return a content, after a word to clients that send pictures or sound."""
+    kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    for kind in kinds:
+        if isinstance(kind, str) and kind != "text":
+            raise ValueError(f"this model reads text only, and here is a part of type {kind[:40]!r}")
+    return content
+
+
 Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
 Bool = Annotated[bool, Field(strict=True)]
 Probability = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1)]
@@ -174,7 +183,9 @@ class ChatMessage(Body):
     """What one party says."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=1024)] | None = None
+    content: Annotated[str | Annotated[list[TextPart], Field(max_length=1024)] | None, BeforeValidator(_text_only)] = (
+        None
+    )
     name: Name | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: Name | None = None

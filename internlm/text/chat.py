@@ -29,6 +29,9 @@ from internlm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+ROLES = ("system", "user", "assistant", "tool")
+"""Of messages; a template may know fewer, and `tool` is written out by a format of `internlm.text.tools`."""
+
 
 @dataclass(frozen=True)
 class ToolCall:

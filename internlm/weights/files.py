@@ -28,6 +28,7 @@ from torch import Tensor
 from internlm import storage
 from internlm.errors import StorageError, WeightsError
 from internlm.hashed_file import HashedFile
+from internlm.text.tokenizer import VOCABULARY_FILES
 from internlm.weights import weight as lazy
 from internlm.weights.bin_files import open_bins
 from internlm.weights.weight import Weight, Weights
@@ -54,6 +55,8 @@ NAMES: dict[torch.dtype, str] = {
 """Names of dtypes in safetensors."""
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 """dtypes by their name there."""
+_POINTER = b"version https://git-lfs"
+"""How the text begins that git keeps in the place of a large file."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +217,29 @@ def open_folder(folder: Path) -> Weights:
     raise WeightsError(f"holds neither {SINGLE} nor {INDEX}, nor {BIN_SINGLE} or {BIN_INDEX}", where=folder)
 
 
+def require_fetched(path: Path) -> None:
+    """Check that a file, or what is read of a folder, is not the pointer that git-lfs leaves in its place.
+
+    Raises:
+        WeightsError: naming the first that is.
+    """
+    forms = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*", "*.gguf")  # of the first alone, if there is
+    found = next(filter(None, (sorted(path.glob(form)) for form in forms)), []) if path.is_dir() else [path]
+    vocabularies = [path / name for name in VOCABULARY_FILES if (path / name).is_file()]
+    for file in (*found, *vocabularies[:1]):
+        if not file.is_file():
+            continue
+        with storage.explained(f"reading {file}"), file.open("rb") as opened:
+            is_pointer = opened.read(len(_POINTER)) == _POINTER
+        if is_pointer:
+            do = "In its folder: `git lfs pull`; or download the file itself."
+            raise WeightsError("is a pointer of git-lfs, not the file: that was never fetched", where=file, do=do)
+
+
 def _open_files(paths: list[Path]) -> dict[Path, Weights]:
     """Return the weights of files, told by their names' end."""
+    for path in paths:
+        require_fetched(path)
     bins = open_bins([path for path in paths if path.suffix == ".bin"])
     for path, weights in bins.items():
         for name, weight in weights.items():

@@ -112,10 +112,13 @@ def read_talk(folder: str | Path) -> Talk:
     """
     folder = Path(folder)
     described = _read_json(folder / CONFIG_FILE)
-    found, _ = read_template(folder)
+    found, where = read_template(folder)
     name = described.get(TEMPLATE_KEY)
     if name not in TEMPLATES:
         name = name_of(found) if isinstance(found, str) else None
+    elif found is not None and not is_written_by(name, found):
+        what = f"does not hold the chat format {name}, which {TEMPLATE_KEY} of {CONFIG_FILE} records"
+        logger.warning("warning: %s %s: here the recorded one counts", folder / where, what)
     if name is None and found is not None:
         logger.warning("warning: the chat template of %s is not known here: it is carried along, not used", folder)
     generation = _read_json(folder / GENERATION_FILE)
@@ -141,6 +144,11 @@ def read_template(folder: Path) -> tuple[Any, str]:
         return path.read_text(encoding="utf-8"), TEMPLATE_FILE  # Transformers 5 writes it here, and it counts more
     except (OSError, UnicodeDecodeError) as error:
         raise WeightsError(f"cannot be read: {error}", where=path, do="Copy the file again.") from error
+
+
+def is_written_by(name: str, template: Any) -> bool:
+    """Return whether a chat format of a folder is the one of this name, as it is written here."""
+    return isinstance(template, str) and name_of(template.removesuffix("\n")) == name  # Jinja takes that off too
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

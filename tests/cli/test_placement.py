@@ -40,8 +40,20 @@ def test_a_gpu_is_taken_where_there_is_one_and_nothing_is_packed_there(monkeypat
         placed("--pack fp16")
 
 
-@pytest.mark.parametrize("device", ["cuda", "tpu", "cuda:0"])
-def test_a_device_that_is_not_here_is_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match="no such device here"):
+@pytest.mark.parametrize(
+    ("device", "gpus", "message"),
+    [
+        ("cuda", 0, "--device: no CUDA device here (got 'cuda'). Leave it out, or give --device cpu."),
+        ("cuda:0", 0, "--device: no CUDA device here (got 'cuda:0'). Leave it out, or give --device cpu."),
+        ("tpu", 0, "--device: no such device here (got 'tpu'); allowed: auto, cpu"),
+        ("cuda:2", 2, "--device: no such device here (got 'cuda:2'); allowed: auto, cpu, cuda, cuda:0, cuda:1"),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused_and_none_that_is_not_here_is_offered(
+    device: str, gpus: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UsageError) as refused:
         placed(f"--device {device}")
+    assert str(refused.value) == message

@@ -85,9 +85,15 @@ def test_every_container_gives_its_samples(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "ok"}\n{"text": "cut in ha', r"a\.jsonl:2: the JSON is cut short.*--on-error skip"),
         ("a.jsonl", '{"text": "ok"}\n\n{oops}\n', r"a\.jsonl:3: is not JSON: .* at column 2"),
         ("a.jsonl", '{"text": 3}\n', r"a\.jsonl:1: 'text' is int, not a string"),
-        ("a.jsonl", '{"body": "x", "id": 1}\n', r"a\.jsonl:1: has no key 'text'; allowed: body, id\. .*--text-key"),
-        ("a.jsonl", '["x"]\n', r"a\.jsonl:1: a record is a JSON object, not list"),
-        ("a.jsonl", '{"messages": []}\n', r"a\.jsonl:1: 'messages' is not a list of at least one"),
+        ("a.jsonl", '{"body": "x", "id": 1}\n', r"a\.jsonl:1: has no key 'text'; its keys: body, id\. .*--text-key"),
+        ("a.jsonl", '["x"]\n', r"a\.jsonl:1: a record is a JSON object, not list\. A file that is one list is named"),
+        ("a.jsonl", '{"messages": []}\n', r"a\.jsonl:1: 'messages' is empty"),
+        ("a.jsonl", '{"messages": {}}\n', r"a\.jsonl:1: 'messages' is not a list of at least one"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            r"a\.jsonl:1, message 1: no such role \(got 'human'\); allowed: system, user, assistant, tool",
+        ),
         ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"a\.jsonl:1, message 1: a message is an object with"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": [1]}]}\n', r"message 1: 'content' is list"),
         ("a.jsonl", '{"text": "x"}}\n', r"a\.jsonl:1: is not JSON: Extra data at column 14"),
@@ -106,7 +112,7 @@ def test_damaged_input_names_file_line_and_next_step(tmp_path: Path, name: str, 
 
 def test_other_encodings_name_the_byte(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(DataError, match=r"a\.txt: is not UTF-8: .* at byte 3"):
+    with pytest.raises(DataError, match=r"a\.txt: is not UTF-8: .* at byte 3\. Write it in UTF-8, such as with `iconv"):
         list(read_samples(tmp_path / "a.txt"))
 
 

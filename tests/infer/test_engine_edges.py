@@ -14,7 +14,7 @@ import torch
 
 from internlm import runtime
 from internlm.errors import EngineError, WeightsError
-from internlm.infer.cache import Piece
+from internlm.infer.cache import Cache, Piece
 from internlm.infer.engine import Engine, Limits
 from internlm.infer.request import Constraint, Request
 from internlm.model.config import DynamicScaling, RopeConfig
@@ -325,6 +325,25 @@ def test_loading_keeps_the_counters_and_the_size_of_the_cache_and_lets_the_old_o
         monkeypatch.undo()
         with pytest.raises(WeightsError, match="is missing"):
             engine.load([("norm.weight", torch.ones(48))])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate\nmore"), MemoryError("no room")])
+def test_memory_that_ends_while_the_cache_is_made_is_an_error_of_ours(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = random_model(SHAPE), torch.empty
+
+    def empty(size: Any, *rest: Any, **options: Any) -> torch.Tensor:
+        if isinstance(size, tuple) and len(size) == 5:
+            raise error
+        return plain(size, *rest, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    needed = (64 + 32) * Cache.bytes_per_token(model) / 2**30
+    with pytest.raises(EngineError) as refused:
+        Engine(model, limits=Limits(length=64, cache_tokens=64))
+    reason = str(error).splitlines()[0]
+    assert f"the {needed:.1f} GiB for keys and values cannot be had: {reason}. Give it less" in str(refused.value)
 
 
 def test_nothing_of_an_answer_is_kept_when_it_has_ended() -> None:

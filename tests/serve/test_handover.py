@@ -346,6 +346,37 @@ def test_a_chat_format_that_is_no_text_is_an_error_that_names_the_file(make: Mak
         read_export(open_source(folder))
 
 
+@pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
+def test_a_chat_format_that_is_not_the_recorded_one_gets_no_command_until_it_is_settled(
+    engine: str, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make()
+    ours = read_export(open_source(folder)).template
+    assert ours is not None
+    file = folder / "chat_template.jinja"
+    file.write_text(ours + "\n")
+    assert handover.plan_for(folder, Wish(engine=engine)).command is not None
+    assert caplog.text == ""
+    file.write_text(ours[: len(ours) // 2])
+    source = open_source(folder)
+    assert "chat_template.jinja does not hold the chat format internlm, which internlm_template of" in caplog.text
+    assert "here the recorded one counts" in caplog.text
+    assert source.talk.template == "internlm"
+    plan = handover.plan_for(folder, Wish(engine=engine))
+    if engine == "llama.cpp":  # a file is made first, by the recorded one
+        assert plan.command is not None
+        return
+    assert plan.command is None
+    (finding,) = (finding for finding in plan.findings if finding.blocks)
+    assert finding.what == "chat_template.jinja does not hold the chat format internlm, which is recorded"
+    assert "`internlm convert model NEW` writes the recorded one" in finding.do
+    assert main(["convert", "model", "new"]) == 0
+    assert handover.plan_for("new", Wish(engine=engine)).command is not None
+    edit(folder / "tokenizer_config.json", internlm_template=None)
+    assert handover.plan_for(folder, Wish(engine=engine)).command is not None
+    assert open_source(folder).talk.foreign is not None
+
+
 def test_the_verb_prints_the_command_alone_to_stdout(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make(dtype=torch.float32)
     assert main(["deploy", str(folder), "--engine", "sglang"]) == 0

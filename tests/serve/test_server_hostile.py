@@ -47,7 +47,8 @@ def lives(server: Running) -> None:
     ("raw", "message"),
     [
         (b"", "JSON"),
-        (b"{", "JSON"),
+        (b"{", "the body is no JSON: Expecting property name enclosed in double quotes (line 1, column 2): send JSON"),
+        (b'{"prompt":\n "\xc3\xa9",}', "(line 2, column 6): send JSON with Content-Type"),
         (b"\xff\xfe{}", ""),
         (b"[]", ""),
         (b"null", ""),
@@ -116,6 +117,14 @@ def test_a_body_without_its_type_is_refused(server: Running) -> None:
 )
 def test_a_chat_request_that_is_wrong_is_refused_by_the_field(server: Running, body: Any, param: str) -> None:
     assert refused(server.post(CHAT, body))["param"] == param
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "x" * 5000])
+def test_a_picture_is_answered_with_that_the_model_reads_text(server: Running, kind: str) -> None:
+    parts = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "data:"}}]
+    error = refused(server.post(CHAT, {"messages": [{"role": "user", "content": parts}]}))
+    place = "messages.0.content: this model reads text only, and here is a part of type"
+    assert error["message"] == f"{place} {kind[:40]!r}"
 
 
 @pytest.mark.parametrize(

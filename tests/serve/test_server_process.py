@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ import httpx
 import openai
 import pytest
 
+from internlm import runtime
 from internlm.cli import main, serve
 from internlm.errors import UsageError
+from internlm.model.config import DynamicScaling
 from internlm.serve.run import Address, bind
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk
@@ -264,14 +268,41 @@ def test_wrong_use_says_what_is_wrong(
     assert message in capsys.readouterr().err
 
 
+def test_a_cache_beyond_the_free_memory_is_refused_with_both_numbers_before_it_is_made(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "available_memory", lambda: 3 * 2**29)
+    assert main(["serve", str(folder), "--port", "0", "--device", "cpu", "--cache-gib", "2"]) == 2
+    said = "--cache-gib: only 1.5 GiB are free on cpu (got 2.0). Give less, or leave it out: memory says it then."
+    assert said in capsys.readouterr().err
+    assert main(["serve", str(folder), "--port", "0", "--device", "cpu", "--cache-gib", "1e300"]) == 2
+    assert "only 1.5 GiB are free" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("length", "rope", "warns"), [(257, None, True), (256, None, False), (257, "dynamic", False)])
+def test_a_length_beyond_the_trained_one_is_warned_of_unless_positions_are_scaled(
+    length: int, rope: str | None, warns: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaling = None if rope is None else DynamicScaling(original_length=128)
+    shape = replace(SHAPE, rope=replace(SHAPE.rope, scaling=scaling))
+    folders.export(
+        of_tensors(random_model(shape).named_parameters()), shape, tmp_path / "m", Talk(TOKENIZER, "internlm")
+    )
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    arguments = parser.parse_args([str(tmp_path / "m"), "--device", "cpu", "--max-length", str(length)])
+    serve._foreign_spelling(arguments)
+    assert serve._open(arguments).engine.length == length
+    said = capsys.readouterr().err
+    assert ("warning: --max-length 257: the model was trained for 256 tokens" in said) == warns
+
+
 def test_a_port_that_is_taken_is_an_error_of_the_user() -> None:
     with bind(Address(port=0)) as listener, pytest.raises(UsageError, match="cannot listen"):
         bind(Address(port=listener.getsockname()[1]))
 
 
 def test_keys_come_from_the_line_the_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import argparse
-
     file = tmp_path / "keys"
     file.write_text("\ufeff# ours\nb\n\n c \na\n", encoding="utf-8")
     monkeypatch.setenv(serve.KEY_VARIABLE, "d\n")
@@ -302,8 +333,6 @@ def test_a_server_for_others_without_a_key_is_warned_of(capsys: pytest.CaptureFi
 def test_a_server_for_this_machine_without_a_key_knows_its_names(
     words: list[str], keys: tuple[str, ...], hosts: tuple[str, ...] | None
 ) -> None:
-    import argparse
-
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     arguments = parser.parse_args(["m", *words])
