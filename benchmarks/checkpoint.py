@@ -15,25 +15,24 @@ is added to `written`, but not to `stall`.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import logging
 import os
-import platform
 import shutil
 import statistics
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import workers
+from shapes import TOY, model_of
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
@@ -41,14 +40,14 @@ from internlm import storage
 from internlm.checkpoint.saver import Beside, Saver
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import Transformer
-from internlm.runtime import ALLOCATOR_SETTINGS
 
-SHAPES = {
-    "small": {"vocab_size": 8000, "hidden_size": 384, "num_layers": 6, "num_heads": 6, "ffn_size": 1024},
-    "134m": {"vocab_size": 32000, "hidden_size": 768, "num_layers": 12, "num_heads": 12, "ffn_size": 2048},
-}
+PRESETS = {"small": "toy-8m", "134m": TOY}
 OURS, WAITING, ASYNC = "internlm", "internlm, waiting", "dcp.async_save"
 BACKGROUND = (OURS, ASYNC)
+COLUMNS = {
+    "ranks": "5d", "": "<18", "stall s": "8.3f", "first s": "8.3f", "share": "7.1%", "written s": "9.2f",
+    "MB/s": "6.0f", "pace": "5.2f", "disk MB": "8.0f",
+}  # fmt: skip
 Wait = Callable[[], None]
 Begun = tuple[Wait, Wait]
 """What waits until the state may change, and what waits until all is on the disk."""
@@ -167,55 +166,56 @@ def once(save: Callable[[], Begun], folder: Path, world: int, step_s: float) -> 
     paused = time.perf_counter()
     copied()
     stall += time.perf_counter() - paused
-    ends: list[float] = []
-    thread = threading.Thread(target=lambda: (wait(), ends.append(time.perf_counter())))
-    thread.start()
-    while step_s and thread.is_alive():
-        busy.append(work(5))
-    thread.join()
+
+    def end() -> float:
+        wait()
+        return time.perf_counter() - begun
+
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(end)
+        while step_s and not written.done():
+            busy.append(work(5))
+    found = {"stall_s": stall, "written_s": written.result()}
     together(world)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    found = {"stall_s": stall, "written_s": ends[0] - begun, "bytes": size}
+    if not dist.get_rank():  # which empties the folder next
+        found["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return found | ({"pace": idle / statistics.fmean(busy)} if busy else {})
 
 
-def rank_work(rank: int, world: int, arguments: argparse.Namespace, scratch: str) -> None:
-    """Measure, as one rank; rank 0 writes the figures of all."""
+def do(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure, as one rank; return the bytes that it holds, and what each turn of each way took."""
     warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(max(1, arguments.threads // world))
-    store = f"file://{scratch}/store-{world}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    config = ModelConfig(**SHAPES[arguments.shape])
-    folder = Path(scratch) / "saved"
+    rank, world, scratch = job["rank"], job["world"], Path(job["scratch"])
+    torch.set_num_threads(max(1, job["threads"] // world))
+    dist.init_process_group("gloo", init_method=f"file://{scratch}/store-{world}", rank=rank, world_size=world)
+    config = model_of(PRESETS[job["shape"]])
+    folder = scratch / "saved"
     state = state_of(config, world)
     ways = Ways(state, config, folder, rank).all()
-    own = sum(tensor.nbytes for tensor in local(state).values())
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    for turn in range(arguments.repeats + 1):
+    for turn in range(job["repeats"] + 1):
         for name in list(ways) if turn % 2 else reversed(ways):
-            turns[name].append(once(ways[name], folder, world, arguments.step_s if name in BACKGROUND else 0.0))
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, (own, turns))
-    if rank == 0:
-        Path(scratch, f"rows-{world}.json").write_text(json.dumps(rows(world, everyone)))
-    dist.destroy_process_group()
+            turns[name].append(once(ways[name], folder, world, job["step_s"] if name in BACKGROUND else 0.0))
+    return {"bytes": sum(tensor.nbytes for tensor in local(state).values()), "turns": turns}
 
 
-def rows(world: int, everyone: list[tuple[int, dict[str, list[dict[str, float]]]]]) -> list[dict[str, Any]]:
+def rows(everyone: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each way: medians over turns of what the slowest rank took."""
-    size = sum(own for own, _ in everyone)
+    size = sum(rank["bytes"] for rank in everyone)
     found = []
-    for name in everyone[0][1]:
+    for name in everyone[0]["turns"]:
 
         def slowest(key: str, name: str = name) -> list[float]:
-            return [max(turn[key] for turn in turns) for turns in zip(*(one[name] for _, one in everyone), strict=True)]
+            return [
+                max(turn[key] for turn in turns)
+                for turns in zip(*(one["turns"][name] for one in everyone), strict=True)
+            ]
 
         stalls, written = slowest("stall_s"), slowest("written_s")
-        paces = [turn["pace"] for _, one in everyone for turn in one[name][1:] if "pace" in turn]
+        paces = [turn["pace"] for one in everyone for turn in one["turns"][name][1:] if "pace" in turn]
         found.append(
             {
-                "ranks": world,
+                "ranks": len(everyone),
                 "way": name,
                 "stall_s": statistics.median(stalls[1:]),
                 "stall_worst_s": max(stalls[1:]),
@@ -224,7 +224,7 @@ def rows(world: int, everyone: list[tuple[int, dict[str, list[dict[str, float]]]
                 "mb_per_s": size / 1e6 / statistics.median(written[1:]),
                 "pace": statistics.median(paces) if paces else None,
                 "state_bytes": size,
-                "disk_bytes": everyone[0][1][name][-1]["bytes"],
+                "disk_bytes": everyone[0]["turns"][name][-1]["bytes"],
             }
         )
     waited = next(row for row in found if row["way"] == WAITING)
@@ -233,50 +233,39 @@ def rows(world: int, everyone: list[tuple[int, dict[str, list[dict[str, float]]]
     return found
 
 
-def show(found: list[dict[str, Any]]) -> None:
-    head = f"{'stall':>8} {'first':>8} {'share':>7} {'written':>8} {'MB/s':>6} {'pace':>5} {'disk':>9}"
-    print(f"{'ranks':>5}  {'':18} {head}")
+def show(found: list[dict[str, Any]], table: report.Table) -> None:
+    keys = ("ranks", "way", "stall_s", "stall_first_s", "stall_share", "written_s", "mb_per_s", "pace")
     for row in found:
-        pace = "" if row["pace"] is None else f"{row['pace']:.2f}"
-        print(
-            f"{row['ranks']:>5}  {row['way']:18} {row['stall_s']:>7.3f}s {row['stall_first_s']:>7.3f}s"
-            f" {row['stall_share']:>7.1%} {row['written_s']:>7.2f}s {row['mb_per_s']:>6.0f} {pace:>5}"
-            f" {row['disk_bytes'] / 1e6:>6.0f} MB"
-        )
+        table.row(*(row[key] for key in keys), row["disk_bytes"] / 1e6)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="134m")
+    if workers.is_worker():
+        workers.answer(do)
+        return
+    parser = report.parser(__doc__)
+    parser.add_argument("--shape", choices=list(PRESETS), default="134m")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--step-s", type=float, default=0.5, help="length of a forward and backward")
     parser.add_argument("--threads", type=int, default=2, help="of all ranks together")
     parser.add_argument("--folder", type=Path, help="where to write; default: the folder for temporary files")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    arguments = parser.parse_args()
-    os.environ["GLIBC_TUNABLES"] = ALLOCATOR_SETTINGS  # as in a training
-
-    config = ModelConfig(**SHAPES[arguments.shape])
+    options = parser.parse_args()
+    config = model_of(PRESETS[options.shape])
     found: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+    table = report.Table(COLUMNS)
+    settings = {name: getattr(options, name) for name in ("threads", "repeats", "step_s")}
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         storage.require_space(scratch, 3 * 12 * config.num_parameters, "the benchmark")
-        for world in arguments.ranks:
-            torch.multiprocessing.spawn(rank_work, (world, arguments, scratch), nprocs=world)
-            figures = json.loads(Path(scratch, f"rows-{world}.json").read_text())
-            show(figures)
+        for world in options.ranks:
+            job = settings | {"shape": options.shape, "world": world, "scratch": scratch}
+            jobs = [job | {"rank": rank} for rank in range(world)]
+            variables = workers.on_cpu(max(1, options.threads // world))
+            figures = rows(workers.together(__file__, jobs, timeout_s=3600, variables=variables))
+            show(figures, table)
             found += figures
-    if arguments.out:
-        facts = {
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} threads",
-            "torch": torch.__version__,
-            "shape": SHAPES[arguments.shape] | {"parameters": config.num_parameters, "state": "float32, 3 of each"},
-            "repeats": arguments.repeats,
-            "step_s": arguments.step_s,
-            "rows": found,
-        }
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    model = {"preset": PRESETS[options.shape], "parameters": config.num_parameters, "state": "float32, 3 of each"}
+    report.write(options.out, report.result(**model, **settings, rows=found))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,8 @@ process, which `/proc` tells: pages of mapped files do not count, the system tak
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import math
-import platform
 import shlex
 import shutil
 import statistics
@@ -27,16 +24,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
+from shapes import model_of
 
-from internlm import recipe as recipes
-from internlm.config import decode
 from internlm.model.config import ModelConfig
 from internlm.model.presets import PRESETS
 from internlm.weights.load import shapes
 from internlm.weights.names import to_transformers
 
-RESULTS = Path(__file__).parent / "results"
 BIN_BYTES = 3 * 10**9
 """Size of a written `.bin`; the published ones have 10 GB, which would have to be in memory here at once."""
 
@@ -104,15 +100,13 @@ def timed(command: list[str]) -> tuple[float, int]:
 
 def main() -> None:
     """Run, print, write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__, report.RESULTS / "convert.json")
     parser.add_argument("--preset", default="internlm-7b", choices=PRESETS)
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work; default: the system's folder for temporary files")
-    parser.add_argument("--out", type=Path, default=RESULTS / "convert.json")
     options = parser.parse_args()
-    fields = PRESETS[options.preset] | ({"num_layers": options.layers} if options.layers else {})
-    config = decode(ModelConfig, fields)
+    config = model_of(options.preset, **({"num_layers": options.layers} if options.layers else {}))
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         size = released(folder / "source", config)
@@ -130,18 +124,10 @@ def main() -> None:
             )
     largest = 2 * max(math.prod(shape) for shape in shapes(config).values())
     ratio = statistics.median(run["cp_s"] / run["convert_s"] for run in runs)
-    result = {
-        "command": shlex.join(["python", "benchmarks/convert.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.machine(),
-        "versions": recipes.versions(),
-        "bytes": size,
-        "largest_tensor_bytes": largest,
-        "runs": runs,
-        "speed over cp": ratio,
-        "anonymous memory over the largest tensor": max(run["peak_anonymous_bytes"] for run in runs) / largest,
-    }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    over = max(run["peak_anonymous_bytes"] for run in runs) / largest
+    facts = {"preset": options.preset, "layers": config.num_layers, "bytes": size, "largest_tensor_bytes": largest}
+    facts |= {"speed_over_cp": ratio, "anonymous_memory_over_largest_tensor": over}
+    report.write(options.out, report.result(**facts, rows=runs))
     print(f"{size / 1e9:.1f} GB: {ratio:.2f} × the speed of cp", options.out)
 
 

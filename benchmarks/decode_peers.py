@@ -1,20 +1,22 @@
-"""The contenders of decode_cpu.py, each in a process of its own that answers requests on its standard input.
+"""The contenders of `decode_cpu.py`.
 
-    python benchmarks/decode_peers.py NAME FOLDER THREADS LENGTH     # one JSON object a line: {"prompts": …, "new": …}
-
-A contender is a function that loads the folder and returns `answer(prompts, new) -> tokens`; prompts have one length.
+This file is the worker. The interpreter that has the peers runs it, which need not have `internlm`: ours and each peer
+are imported only where they are used. A contender is a function that loads the folder and returns
+`answer(prompts, new) -> tokens`; prompts have one length. The first job names it, those after it hold prompts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+import workers
+from llama import generate
 
 Answer = Callable[[list[list[int]], int], list[list[int]]]
 
@@ -35,20 +37,9 @@ def internlm(kind: str | None, folder: Path, length: int) -> Answer:
 
 def transformers(cache: str, folder: Path, length: int) -> Answer:
     """`generate` with a growing ("dynamic") or a fixed ("static") cache."""
-    import torch
-
     model = _transformers(folder)
-
-    def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
-        ids = torch.tensor(prompts)
-        options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-        if cache == "static":
-            options["cache_implementation"] = "static"
-        with torch.inference_mode():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        return out[:, ids.shape[1] :].tolist()
-
-    return answer
+    options = {"cache_implementation": "static"} if cache == "static" else {}
+    return lambda prompts, new: generate(model, prompts, new, **options)
 
 
 def transformers_batching(folder: Path, length: int) -> Answer:
@@ -69,7 +60,6 @@ def transformers_batching(folder: Path, length: int) -> Answer:
 
 def litgpt(folder: Path, length: int) -> Answer:
     """Litgpt's own model and cache in its `generate`'s loop; it knows batches of one length."""
-    import torch
     from litgpt import GPT, Config
     from safetensors.torch import load_file
 
@@ -128,7 +118,7 @@ def llama_cpp(kind: str, folder: Path, length: int) -> Answer:
     settings = library.llama_context_default_params()
     texts, step = 16, 512
     settings.n_ctx, settings.n_seq_max, settings.n_batch, settings.n_ubatch = texts * length, texts, step, step
-    settings.n_threads = settings.n_threads_batch = int(sys.argv[3])
+    settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
     context = library.llama_init_from_model(model, settings)
     batch = library.llama_batch_init(step, 0, 1)
 
@@ -171,44 +161,37 @@ def _transformers(folder: Path) -> Any:
 
 
 CONTENDERS: dict[str, Callable[[Path, int], Answer]] = {
-    "internlm": lambda folder, length: internlm("fp32", folder, length),
-    "internlm split": lambda folder, length: internlm("split", folder, length),
-    "internlm fp16": lambda folder, length: internlm("fp16", folder, length),
-    "internlm bf16": lambda folder, length: internlm("bf16", folder, length),
-    "internlm int8": lambda folder, length: internlm("int8", folder, length),
-    "transformers": lambda folder, length: transformers("dynamic", folder, length),
-    "transformers static": lambda folder, length: transformers("static", folder, length),
+    "internlm": partial(internlm, "fp32"),
+    "internlm split": partial(internlm, "split"),
+    "internlm fp16": partial(internlm, "fp16"),
+    "internlm bf16": partial(internlm, "bf16"),
+    "internlm int8": partial(internlm, "int8"),
+    "transformers": partial(transformers, "dynamic"),
+    "transformers static": partial(transformers, "static"),
     "transformers batching": transformers_batching,
     "litgpt": litgpt,
-    "llama.cpp": lambda folder, length: llama_cpp("f32", folder, length),
-    "llama.cpp f16": lambda folder, length: llama_cpp("f16", folder, length),
-    "llama.cpp q8_0": lambda folder, length: llama_cpp("q8_0", folder, length),
+    "llama.cpp": partial(llama_cpp, "f32"),
+    "llama.cpp f16": partial(llama_cpp, "f16"),
+    "llama.cpp q8_0": partial(llama_cpp, "q8_0"),
 }
 
 
-def main() -> None:
-    name, folder, threads, length = sys.argv[1:]
-    replies = os.fdopen(os.dup(1), "w", buffering=1)  # what a library prints must not be taken for a reply
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            import torch
+class Contender:
+    """Answers jobs: loads what the first one names, then times itself on prompts."""
 
-            torch.set_num_threads(int(threads))
-            answer = CONTENDERS[name](Path(folder), int(length))
-        except Exception as error:
-            print(json.dumps({"failed": f"{type(error).__name__}: {error}"}), file=replies)
-            return
-        print(json.dumps({"ready": True}), file=replies)
-        for line in sys.stdin:
-            wanted = json.loads(line)
-            try:
-                begin = time.perf_counter()
-                tokens = answer(wanted["prompts"], wanted["new"])
-                reply = {"seconds": time.perf_counter() - begin, "tokens": tokens}
-            except Exception as error:
-                reply = {"failed": f"{type(error).__name__}: {error}"}
-            print(json.dumps(reply), file=replies)
+    def __init__(self) -> None:
+        self.answer: Answer | None = None
+
+    def do(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Return seconds and tokens for a job with prompts; nothing for the first one."""
+        if self.answer is None:
+            torch.set_num_threads(job["threads"])
+            self.answer = CONTENDERS[job["name"]](Path(job["folder"]), job["length"])
+            return {}
+        begin = time.perf_counter()
+        tokens = self.answer(job["prompts"], job["new"])
+        return {"seconds": time.perf_counter() - begin, "tokens": tokens}
 
 
 if __name__ == "__main__":
-    main()
+    workers.answer(Contender().do)

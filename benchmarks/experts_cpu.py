@@ -8,18 +8,14 @@ Both are run in turn, several rounds; medians are reported, and how far outputs 
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import report
 import torch
 from torch import Tensor, nn
-from train_cpu import machine
 
 from internlm.model.attention import Documents
 from internlm.model.config import ExpertsConfig, ModelConfig
@@ -39,21 +35,11 @@ SHAPES = {
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser = report.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    import transformers
-
-    report: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": "python benchmarks/experts_cpu.py " + " ".join(sys.argv[1:]),
-        "machine": machine(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "layers": {name: measure(shape, options.rounds) for name, shape in SHAPES.items()},
-    }
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    rows = [{"layer": name, **measure(shape, options.rounds)} for name, shape in SHAPES.items()]
+    report.write(options.out, report.result(tokens=ROWS * LENGTH, rounds=options.rounds, rows=rows))
 
 
 def measure(shape: ModelConfig, rounds: int) -> dict[str, Any]:

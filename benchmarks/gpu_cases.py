@@ -17,8 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train_cpu import Shape, write_random_shards
+import random_run
+from shapes import model_of
 
+from internlm import config
 from internlm.cost.flops import causal_pairs, training_flops
 from internlm.model.config import ModelConfig
 
@@ -69,9 +71,9 @@ class Case:
     @property
     def shape(self) -> ModelConfig:
         """The model."""
-        from internlm import config
-
-        return config.decode(ModelConfig, shape_tree(self))
+        preset = model_of(self.preset)
+        length = max(self.seq_len, preset.context_length)
+        return replace(preset, num_layers=self.layers or preset.num_layers, context_length=length)
 
     @property
     def batch_tokens(self) -> int:
@@ -127,21 +129,12 @@ def check_name(name: str) -> str:
     return name
 
 
-def shape_tree(case: Case) -> dict[str, Any]:
-    """Return the section `model` of a case's recipe."""
-    from internlm.model.presets import preset
-
-    tree = dict(preset(case.preset))
-    length = max(case.seq_len, int(tree.get("context_length", 0)))
-    return tree | {"num_layers": case.layers or tree["num_layers"], "context_length": length}
-
-
 def recipe_tree(case: Case, folder: Path) -> dict[str, Any]:
     """Return the recipe of ours over the random shards in `folder / "data"`."""
     return {
         "run": str(folder / "run"),
-        "model": shape_tree(case),
-        "data": {"seq_len": case.seq_len, "pack": "whole", "train": {"random": {"path": str(folder / "data")}}},
+        "model": config.encode(case.shape),
+        "data": random_run.data(folder, case.seq_len),
         "train": {
             "tokens": 1000 * case.batch_tokens,
             "batch_tokens": case.batch_tokens,
@@ -156,10 +149,5 @@ def recipe_tree(case: Case, folder: Path) -> dict[str, Any]:
 
 def write_data(case: Case, folder: Path, steps: int) -> None:
     """Write random ids for so many steps, `case.documents` to a row."""
-    shape = case.shape
     length = case.seq_len // case.documents
-    document = Shape(
-        hidden_size=shape.hidden_size, num_layers=shape.num_layers, num_heads=shape.num_heads,
-        ffn_size=shape.ffn_size, vocab_size=shape.vocab_size, seq_len=length, batch_rows=1,
-    )  # fmt: skip
-    write_random_shards(folder / "data", document, steps * case.batch_tokens // length)
+    random_run.write_shards(folder / "data", case.shape.vocab_size, length, steps * case.batch_tokens // length)

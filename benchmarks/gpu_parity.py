@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import workers
 from gpu_cases import Case, recipe_tree, write_data
 
 LENGTHS = [[100, 1, 155], [256], [40, 40, 40, 40, 40, 40, 16], [200, 40]]
@@ -79,8 +80,7 @@ def compare(device: str, wanted: list[Variant] | None = None) -> list[dict[str, 
         try:
             loss, grads, path = _step(variant, device)
         except Exception as error:  # whatever a path raises is its row
-            message = (str(error).strip().splitlines() or [""])[0]
-            rows.append(row | {"passed": False, "error": f"{type(error).__name__}: {message}"[:300]})
+            rows.append(row | {"passed": False, "error": workers.in_words(error)[:300]})
             continue
         expected, expected_grads, _ = references[variant.is_packed]
         errors = {name: _error(grads[name], value) for name, value in expected_grads.items()}

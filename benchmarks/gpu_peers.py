@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchtitan_llama
 from gpu_cases import LEARNING_RATE, Case
+from llama import llama_config
+from shapes import Shape
 from torch.profiler import record_function
 
 Step = Callable[[], float]
@@ -22,15 +24,9 @@ Step = Callable[[], float]
 
 def build_llama(case: Case, device: torch.device) -> Any:
     """Return transformers' Llama in the case's shape, with SDPA; biases as in ours where it can have them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    shape = case.shape
-    config = LlamaConfig(
-        hidden_size=shape.hidden_size, num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads, intermediate_size=shape.ffn_size, vocab_size=shape.vocab_size,
-        max_position_embeddings=case.seq_len, attention_bias=shape.qkv_bias, tie_word_embeddings=False,
-        use_cache=False, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+    config = llama_config(case.shape, case.seq_len, use_cache=False, attn_implementation="sdpa")
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if case.library == "transformers-bf16" else torch.float32)
     try:
@@ -88,10 +84,10 @@ def transformers_step(case: Case, folder: Path) -> tuple[Step, int]:
 
 
 def torchtitan_step(case: Case, folder: Path) -> tuple[Step, int]:
-    """Return a step of torchtitan's Trainer, with the model and data of `peers.py`.
+    """Return a step of torchtitan's Trainer on random rows.
 
-    Written for version 0.3, and never run on a GPU yet. The model gets its SDPA, as in the CPU benchmark, hence whole
-    rows only; it has no biases. What it recomputes is its own default, or nothing where ours recomputes nothing.
+    Never run on a GPU yet. The model gets its SDPA, as in the CPU benchmark, hence whole rows only; it has no biases.
+    What it recomputes is its own default, or nothing where ours recomputes nothing.
 
     Raises:
         RuntimeError: it cannot be imported, or the case is beyond it.
@@ -100,32 +96,11 @@ def torchtitan_step(case: Case, folder: Path) -> tuple[Step, int]:
         raise RuntimeError("torchtitan is not installed")
     if case.documents > 1 or case.micro_batches > 1 or case.device != "cuda":
         raise RuntimeError("torchtitan: only whole rows and one micro-batch, on a GPU")
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    import peers
-    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
-    from torchtitan.components.metrics import MetricsProcessor
-    from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
-    from torchtitan.config.configs import CompileConfig, TrainingConfig
-    from torchtitan.trainer import Trainer
-
-    shape = peers_shape(case)
-    dataloader, tokenizer = peers._torchtitan_data(shape)
+    shape = Shape.of(case.shape, case.seq_len, case.micro_rows)
     more: dict[str, Any] = {"activation_checkpoint": None} if case.recompute == "none" else {}
-    trainer = Trainer(
-        Trainer.Config(
-            model_spec=peers._torchtitan_model(shape),
-            dump_folder=str(folder),
-            loss=ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=shape.vocab_size)),
-            optimizer=default_adamw(lr=LEARNING_RATE),
-            lr_scheduler=LRSchedulersContainer.Config(warmup_steps=0),
-            training=TrainingConfig(local_batch_size=case.micro_rows, seq_len=case.seq_len, steps=1000, max_norm=1.0),
-            dataloader=dataloader,
-            tokenizer=tokenizer,
-            metrics=MetricsProcessor.Config(log_freq=1),
-            compile=CompileConfig(enable="compile" in case.switches),
-            **more,
-        )
-    )
+    trainer = torchtitan_llama.trainer(
+        shape, folder, LEARNING_RATE, "compile" in case.switches, {"steps": 1000}, **more
+    )  # fmt: skip
     losses: list[float] = []
     trainer.metrics_processor.log = lambda step, loss, *rest, **named: losses.append(float(loss))
     batches = trainer.batch_generator(trainer.dataloader)
@@ -135,18 +110,7 @@ def torchtitan_step(case: Case, folder: Path) -> tuple[Step, int]:
         trainer.train_step(batches)
         return losses[-1]
 
-    return step, peers.count(trainer.model_parts[0])
-
-
-def peers_shape(case: Case) -> Any:
-    """Return the case's shape as `peers.py` takes it."""
-    from train_cpu import Shape
-
-    shape = case.shape
-    return Shape(
-        hidden_size=shape.hidden_size, num_layers=shape.num_layers, num_heads=shape.num_heads,
-        ffn_size=shape.ffn_size, vocab_size=shape.vocab_size, seq_len=case.seq_len, batch_rows=case.micro_rows,
-    )  # fmt: skip
+    return step, sum(p.numel() for p in trainer.model_parts[0].parameters())
 
 
 STEPS = {

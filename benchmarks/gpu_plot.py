@@ -8,13 +8,13 @@ from typing import Any
 
 COLORS = {
     "matmul": "#1f5fa8", "attention": "#d1622b", "norms and elementwise": "#3a8f4d", "copies and casts": "#b08d1e",
-    "optimizer": "#8a4fa3", "communication": "#9db8d9", "other": "#808080", "gaps": "#dddddd",
+    "optimizer": "#8a4fa3", "communication": "#9db8d9", "compiled": "#c7889f", "other": "#808080", "gaps": "#dddddd",
 }  # fmt: skip
 
 
-def bars(report: dict[str, Any], path: Path) -> Path | None:
+def bars(facts: dict[str, Any], path: Path) -> Path | None:
     """Draw the groups below each other; return the path, or None when matplotlib or the figures are missing."""
-    groups = [group for group in report["groups"] if any("step_ms" in row for row in group["rows"])]
+    groups = [group for group in facts["groups"] if any("step_ms" in row for row in group["rows"])]
     if not groups or importlib.util.find_spec("matplotlib") is None:
         return None
     import matplotlib as mpl
@@ -32,7 +32,7 @@ def bars(report: dict[str, Any], path: Path) -> Path | None:
     labelled = [pair for axes in all_axes[:, 0] for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     handles = {label: handle for handle, label in labelled}
     figure.legend(handles.values(), handles.keys(), frameon=False, ncols=4, loc="lower center", fontsize=8)
-    figure.suptitle(report["hardware"]["device"], fontsize=10)
+    figure.suptitle(facts["device"]["name"], fontsize=10)
     figure.tight_layout(rect=(0, 0.9 / figure.get_figheight(), 1, 1))
     figure.savefig(path)
     pyplot.close(figure)

@@ -2,14 +2,13 @@
 
 Read from the trace of torch's profiler. On a GPU a kernel counts; those launched inside `torch.optim` or ours, marked
 by a range called OPTIMIZER, are the optimizer's whatever their names are. Without a GPU the operators of the CPU
-count, each without what it calls, so that the same lines run everywhere. Families are told by name: `top` in the result
-holds the longest kernels, by which a reader can check them.
+count, each without what it calls, so that the same lines run everywhere. Families are told by name, as in the tables of
+a profiled run: `top` in the result holds the longest kernels, by which a reader can check them.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from bisect import bisect_right
 from collections import defaultdict
@@ -17,28 +16,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from internlm.train.operators import family
+
 OPTIMIZER, STEP = "benchmark/optimizer", "benchmark/step"
-FAMILIES = (
-    ("communication", r"nccl|c10d|all_?gather|all_?reduce|reduce_?scatter|all_?to_?all"),
-    ("attention", r"flash|fmha|attention|sdpa|cudnn_generated_fort_native|_attn"),
-    (
-        "matmul",
-        r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitk|matmul|scaled_mm|addmm|\bbmm\b|\bmm\b|linear|triton_tem|mkldnn",
-    ),
-    ("optimizer", r"multi_tensor_apply|adam|lerp"),
-    ("norms and elementwise", r"triton_(poi|red|per)"),  # fused with the casts beside them
-    ("copies and casts", r"copy|memcpy|memset|::fill_|::zero_|_to_copy|FillFunctor|CatArray|::cat$"),
-    ("norms and elementwise", r"elementwise|reduce|norm|softmax|silu|mul|add|sub|div|sum|exp"),
-)
-OTHER, IDLE = "other", "idle"
-_PATTERNS = [(family, re.compile(pattern, re.IGNORECASE)) for family, pattern in FAMILIES]
+IDLE = "idle"
 _DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 _LAUNCHES = {"cuda_runtime", "cuda_driver"}
-
-
-def family(name: str) -> str:
-    """Return the family of a kernel or an operator."""
-    return next((found for found, pattern in _PATTERNS if pattern.search(name)), OTHER)
 
 
 def profile(step: Callable[[], Any], device: Any, steps: int = 2) -> dict[str, Any]:

@@ -17,68 +17,65 @@ steps (`gpu_trace.py`); `gap_ms` is a median unprofiled step less the time in wh
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import os
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gpu_memory
+import gpu_plot
+import report
+import torch
+import workers
 from gpu_cases import DEEPEST, DEFAULT, SWITCHES, Case, check_name
 
-RESULTS = Path(__file__).parent / "results"
+WORKER = str(Path(__file__).with_name("gpu_work.py"))
 ALLOCATOR = "expandable_segments:True"
 """PYTORCH_CUDA_ALLOC_CONF of every contender, unless it is set already."""
 ATTEMPTS = 3
 """Depths that are tried when ours is out of memory, each an eighth less."""
+COLUMNS = {
+    "": "<34", "tokens/s": "9.0f", "step ms": "8.1f", "[10–90 %]": ">17", "TFLOPS": "7.4g", "MFU": "6.1%",
+    "of ceiling": "10.1%", "GiB": "6.2f",
+}  # fmt: skip
 
 
 def main() -> int:
     """Measure, print, write; return the exit code."""
-    if sys.argv[1:2] == ["--worker"]:
-        answer(json.loads(sys.argv[2]))
-        return 0
     options = parse_options()
-    report: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": shlex.join(["python", "benchmarks/gpu_train.py", *sys.argv[1:]]),
-    }
     groups = groups_of(options)
     if options.plan:
         available = options.memory_gib or _card_gib()
         for group in groups:
             plan(group, available)
         return 0
-    report["hardware"] = run_worker({"task": "hardware", "device": options.device}, options)
-    if "error" in report["hardware"]:
-        print(report["hardware"]["error"], file=sys.stderr)
+    device = run_worker({"task": "device", "device": options.device}, options)
+    if "error" in device:
+        print(f"{device['error']}; --plan needs no GPU", file=sys.stderr)
         return 1
-    report["allocator"] = environment("")["PYTORCH_CUDA_ALLOC_CONF"]
+    facts: dict[str, Any] = {"device": device, "allocator": variables("")["PYTORCH_CUDA_ALLOC_CONF"], "groups": []}
     if not options.skip_parity:
-        report["parity"] = run_worker({"task": "parity", "device": options.device}, options)
-        write(report, options.out)
-        if not is_equal(report["parity"], options.device) and not options.keep_going:
+        facts["parity"] = run_worker({"task": "parity", "device": options.device}, options)
+        report.write(options.out, report.result(**facts))
+        if not is_equal(facts["parity"], options.device) and not options.keep_going:
             return 1
-    available = options.memory_gib or report["hardware"].get("memory_gib") or report["hardware"]["host"]["memory_gib"]
-    report["groups"] = []
+    available = options.memory_gib or device.get("memory_gib") or report.machine()["memory_gib"]
     for group in groups:
-        measure(group, available, options, report)
-    write(report, options.out)
-    draw(report, options.out.with_suffix(".png"))
-    print(f"\n{options.out}")
-    ours = [row for group in report["groups"] for row in group["rows"] if row["name"].startswith("ours")]
+        measure(group, available, options, facts)
+    report.write(options.out, report.result(**facts))
+    drawn = gpu_plot.bars(facts, options.out.with_suffix(".png"))
+    print("no plot: matplotlib is missing, or there is nothing to draw" if drawn is None else f"\n{drawn}")
+    print(options.out)
+    ours = [row for group in facts["groups"] for row in group["rows"] if row["name"].startswith("ours")]
     return 1 if any("error" in row for row in ours) else 0  # a peer that is missing is a row that says why
 
 
 def parse_options() -> argparse.Namespace:
     """Return the options of the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__, report.RESULTS / "gpu_train.json")
     parser.add_argument("--preset", default="internlm-7b")
     parser.add_argument("--seq", type=int, nargs="+", default=[2048, 8192], help="tokens per row; a group each")
     parser.add_argument("--rows", type=int, nargs="+", default=[4, 1], help="rows of a micro-batch, per group")
@@ -100,7 +97,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--keep-going", action="store_true", help="measure although the parity failed; it is recorded")
     parser.add_argument("--timeout", type=float, default=900, help="seconds a contender may take")
     parser.add_argument("--verbose", action="store_true", help="show what contenders print")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_train.json", help="JSON file; a PNG goes beside it")
     options = parser.parse_args()
     if options.steps < 10 or options.warmup < 1:
         parser.error("--steps must be at least 10 and --warmup at least 1")
@@ -141,8 +137,6 @@ def groups_of(options: argparse.Namespace) -> list[list[Case]]:
 
 def plan(group: list[Case], available_gib: float) -> tuple[int, dict[str, float]]:
     """Return the depth of a group and what each contender takes; print them."""
-    import gpu_memory
-
     first = group[0]
     full = replace(first, layers=0).shape
     if first.layers:
@@ -170,11 +164,11 @@ def whole_depth(shape: Any) -> str:
     return ", ".join(f"{name} {size * shape.num_parameters / 2**30:.0f} GiB" for name, size in sizes.items())
 
 
-def measure(group: list[Case], available_gib: float, options: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Run a group and add its figures to the report; ours out of memory: all of it again with fewer blocks."""
+def measure(group: list[Case], available_gib: float, options: argparse.Namespace, facts: dict[str, Any]) -> None:
+    """Run a group and add its figures to the facts; ours out of memory: all of it again with fewer blocks."""
     layers, needed = plan(group, available_gib)
     entry: dict[str, Any] = {"planned_layers": layers, "planned_gib": needed, "rows": []}
-    report["groups"].append(entry)
+    facts["groups"].append(entry)
     if layers == 0:
         entry["rows"] = [{"name": case.name, "error": "one block does not fit"} for case in group]
         return
@@ -184,13 +178,13 @@ def measure(group: list[Case], available_gib: float, options: argparse.Namespace
         entry["parameters"], entry["tokens"] = cases[0].shape.num_parameters, cases[0].batch_tokens
         entry["useful_tflop"] = cases[0].flops / 1e12
         entry["ceilings"] = run_worker({"task": "ceilings", "case": cases[0].to_json()}, options)
-        peak = peaks(entry["ceilings"], cases[0], report["hardware"]["device"])
+        peak = peaks(entry["ceilings"], cases[0], facts["device"]["name"])
         entry["peak_tflops"] = peak
         for case in cases:
             print(f"{case.name}, {layers} blocks …", file=sys.stderr)
             found = run_worker({"task": "case", "case": case.to_json()}, options)
             entry["rows"].append(summarise(case, found, peak))
-            write(report, options.out)
+            report.write(options.out, report.result(**facts))
             if is_out_of_memory(found) and case.library == "ours" and layers > 1:
                 break
         else:
@@ -235,21 +229,17 @@ def print_table(entry: dict[str, Any]) -> None:
     """Print the rows of a group."""
     peak = ", ".join(f"{name} {value:.4g}" for name, value in entry["peak_tflops"].items() if value)
     print(f"{entry['tokens']} tokens, {entry['useful_tflop']:.4g} TFLOP a step; peaks in TFLOPS: {peak}")
-    head = f"{'tokens/s':>9} {'step ms':>8} {'[10–90 %]':>17} {'TFLOPS':>7} {'MFU':>6} {'of ceiling':>10} {'GiB':>6}"
-    print(f"{'':34} {head}")
+    table = report.Table(COLUMNS)
     for row in entry["rows"]:
         if "error" in row:
-            print(f"{row['name']:34} {row['error']}")
+            table.row(row["name"], row["error"])
             continue
-        low, high = row["step_ms_10_90"]
-        print(
-            f"{row['name']:34} {row['tokens_per_s']:9.0f} {row['step_ms']:8.1f} {f'[{low:.1f}–{high:.1f}]':>17} "
-            f"{row['tflops']:7.4g} {percent(row['mfu']):>6} {percent(row['of_measured_ceiling']):>10} "
-            f"{row['peak_gib']:6.2f}{'' if row['same_model'] else '  ! another number of parameters'}"
-        )
+        spread = report.spread(row["step_ms_10_90"], ".1f")
+        figures = [row["tokens_per_s"], row["step_ms"], spread, row["tflops"], row["mfu"]]
+        remark = [] if row["same_model"] else ["! another number of parameters"]
+        table.row(row["name"], *figures, row["of_measured_ceiling"], row["peak_gib"], *remark)
         parts = ", ".join(f"{name} {ms:.4g}" for name, ms in row["breakdown"]["ms"].items() if name != "idle")
-        print(f"    {row['policy']}\n    ms: {parts}, gaps {row['gap_ms']:.4g}")
-    sys.stdout.flush()
+        print(f"    {row['policy']}\n    ms: {parts}, gaps {row['gap_ms']:.4g}", flush=True)
 
 
 def is_equal(parity: dict[str, Any], device: str) -> bool:
@@ -270,97 +260,29 @@ def is_equal(parity: dict[str, Any], device: str) -> bool:
     return not failed
 
 
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
 def _card_gib() -> float:
     """Return the memory of the GPU here, or of the card that this is written for."""
-    import torch
-    from gpu_memory import CARD_GIB
-
-    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else CARD_GIB
+    if not torch.cuda.is_available():
+        return gpu_memory.CARD_GIB
+    return torch.cuda.get_device_properties(0).total_memory / 2**30
 
 
 def is_out_of_memory(found: dict[str, Any]) -> bool:
     return "out of memory" in found.get("error", "").lower() or "OutOfMemory" in found.get("error", "")
 
 
-def write(report: dict[str, Any], path: Path) -> None:
-    """Write what there is: a long measurement that is cut off keeps it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw where the time of a step goes, a bar per contender; nothing without matplotlib."""
-    from gpu_plot import bars
-
-    drawn = bars(report, path)
-    print("no plot: matplotlib is missing, or there is nothing to draw" if drawn is None else f"\n{drawn}")
-
-
-# Workers: everything that touches the device.
-
-
 def run_worker(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Do a job in a process of its own; return its result, or `error`."""
+    """Do a job in a process of its own; return its answer."""
     with tempfile.TemporaryDirectory() as cache:
-        try:
-            done = subprocess.run(
-                [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(job)],
-                env=environment(cache),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=options.timeout,
-            )
-        except subprocess.TimeoutExpired:
-            return {"error": f"not done after {options.timeout:.0f} s"}
-    if options.verbose:
-        print(done.stderr, file=sys.stderr)
-    try:
-        return json.loads(done.stdout)
-    except ValueError:  # it died without a word on stdout
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        return {"error": f"exit {done.returncode}: {lines[-1]}"}
+        return workers.run(
+            WORKER, job, timeout_s=options.timeout, variables=variables(cache), verbose=options.verbose
+        )  # fmt: skip
 
 
-def environment(cache: str) -> dict[str, str]:
-    """Return the environment of a worker: a compile cache of its own, the same allocator for all."""
-    more = {"TORCHINDUCTOR_CACHE_DIR": cache, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    return {"PYTORCH_CUDA_ALLOC_CONF": ALLOCATOR, **os.environ, **more}
-
-
-def answer(job: dict[str, Any]) -> None:
-    """Do a job and print its result as the one line on stdout; what libraries print goes to stderr."""
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        result = do(job)
-    except Exception as error:  # whatever a contender raises becomes its row
-        logging.exception("%s failed", job["task"])
-        message = (str(error).strip().splitlines() or ["no message"])[0]
-        result = {"error": f"{type(error).__name__}: {message}"}
-    sys.stdout.flush()
-    os.write(stdout, (json.dumps(result) + "\n").encode())
-
-
-def do(job: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of a job."""
-    import gpu_parity
-    import gpu_work
-    import torch
-
-    device = job["case"]["device"] if "case" in job else job["device"]
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("there is no GPU here: --plan needs none, and --device cpu measures the CPU")
-    if job["task"] == "hardware":
-        return gpu_work.hardware(device)
-    if job["task"] == "parity":
-        return {"rows": gpu_parity.compare(device)}
-    case = Case(**job["case"])
-    return gpu_work.ceilings(case) if job["task"] == "ceilings" else gpu_work.run_case(case)
+def variables(cache: str) -> dict[str, str]:
+    """Return a worker's variables: a compile cache of its own, the same allocator for all."""
+    allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)
+    return {"TORCHINDUCTOR_CACHE_DIR": cache, "PYTORCH_CUDA_ALLOC_CONF": allocator}
 
 
 if __name__ == "__main__":

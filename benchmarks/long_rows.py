@@ -12,18 +12,15 @@ process held beyond what it held before.
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from train_cpu import machine
+import report
+import workers
 
 TOKENS, HEADS, WIDTH = 8192, 8, 64
 ROWS = {
@@ -36,38 +33,29 @@ ROWS = {
 
 def main() -> None:
     """Measure and print."""
-    if sys.argv[1:2] == ["--worker"]:
-        print(json.dumps(attend(sys.argv[2], ROWS[sys.argv[3]])))
+    if workers.is_worker():
+        workers.answer(lambda job: attend(job["path"], job["lengths"]))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser = report.parser(__doc__)
     parser.add_argument("--seven-b", action="store_true", help="one training step of internlm-7b-8k with one layer")
     options = parser.parse_args()
-    report: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": "python benchmarks/long_rows.py " + " ".join(sys.argv[1:]),
-        "machine": machine(),
-    }
-    if options.seven_b:
-        report["internlm-7b-8k, one layer"] = seven_b()
-    else:
-        report["attention"] = compare()
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    rows = [seven_b()] if options.seven_b else compare()
+    report.write(options.out, report.result(row_tokens=TOKENS, rows=rows))
 
 
-def compare() -> dict[str, Any]:
+def compare() -> list[dict[str, Any]]:
     """Return time and memory of both paths on every kind of row."""
-    rows = {}
-    for name in ROWS:
-        found = {}
-        for path in ("blocks", "masked"):
-            done = subprocess.run([sys.executable, __file__, "--worker", path, name], capture_output=True, check=True)
-            found[path] = json.loads(done.stdout)
+    rows = []
+    paths = ("blocks", "masked")
+    table = report.Table({"": "<30"} | {f"{path} {unit}": "11.2f" for path in paths for unit in ("s", "MiB")})
+    for name, lengths in ROWS.items():
+        found = {path: workers.run(__file__, {"path": path, "lengths": lengths}) for path in paths}
+        if problems := [one["error"] for one in found.values() if "error" in one]:
+            raise SystemExit(f"{name}: {problems[0]}")
         ratio = found["masked"]["seconds"] / found["blocks"]["seconds"]
-        rows[name] = found | {"times_faster": round(ratio, 2)}
-        cells = "   ".join(f"{path} {f['seconds']:6.2f} s {f['mib']:6.0f} MiB" for path, f in found.items())
-        print(f"{name:30}{cells}   {ratio:.1f} × faster")
+        rows.append({"documents": name, **found, "times_faster": round(ratio, 2)})
+        figures = [one[unit] for one in found.values() for unit in ("seconds", "mib")]
+        table.row(name, *figures, f"{ratio:.1f} × faster")
     return rows
 
 
@@ -94,14 +82,14 @@ def attend(path: str, lengths: list[int]) -> dict[str, float]:
 
 def seven_b() -> dict[str, Any]:
     """Take one step of the 7B shape at 8,192 tokens, one layer deep, through the trainer; return what it says."""
-    from train_cpu import Shape, write_random_shards
+    import random_run
 
     from internlm import config
     from internlm import recipe as recipes
 
-    recipe = Path(__file__).parents[1] / "recipes" / "pretrain" / "internlm-7b.yaml"
+    recipe = report.ROOT / "recipes" / "pretrain" / "internlm-7b.yaml"
     with tempfile.TemporaryDirectory() as folder:
-        write_random_shards(Path(folder) / "data", Shape(4096, 1, 32, 11008, 103168, TOKENS, 1), 1)
+        random_run.write_shards(Path(folder) / "data", 103168, TOKENS, 1)
         loaded = recipes.load(
             recipe,
             [
@@ -117,6 +105,7 @@ def seven_b() -> dict[str, Any]:
         metrics = trainer.step()
         spent = time.perf_counter() - started
         found = {
+            "shape": "internlm-7b-8k, one layer",
             "parameters": trainer.parallel.shape.num_parameters,
             "loss": round(metrics["train/step_loss"], 4),
             "grad_norm": round(metrics["optim/grad_norm"], 4),

@@ -18,21 +18,16 @@ Random weights say little here: their logits lie so close that the order of a su
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import platform
-import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
+import report
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internlm import runtime
 from internlm.checkpoint.source import Hints, Source, open_source
 from internlm.data import corpus, loader
 from internlm.data.batch import Batch
@@ -42,7 +37,6 @@ from internlm.data.tokenize import Options, tokenize
 from internlm.infer.engine import Engine, Limits
 from internlm.model.quant import KINDS, Kind
 from internlm.model.transformer import Transformer
-from internlm.recipe import versions
 
 BYTES: dict[Kind, int] = {"split": 4, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 _FP16_INPUTS = 512
@@ -51,6 +45,14 @@ _ROWS = 8
 """Of a forward pass."""
 _CHUNK = 512
 """Tokens whose logits are compared at once."""
+SHOWN = (
+    "loss_nats_per_token", "bits_per_byte", "loss_difference_percent", "perplexity_difference", "same_next_token",
+    "largest_logit_difference", "greedy_tokens_equal", "greedy_answers_equal",
+)  # fmt: skip
+COLUMNS = {
+    "weights": "<8", "loss": "8.4f", "bits/byte": "9.4f", "loss +%": "+8.4f", "ppl +": "+9.4f", "same next": "9.2%",
+    "logit": "8.4f", "greedy": "7.1f", "to the end": "10.0%", "MB": "7.1f",
+}  # fmt: skip
 
 
 def batches_of(source: Source, text: Path | None, length: int, rows: int | None) -> list[Batch]:
@@ -159,8 +161,7 @@ def measure(source: Source, batches: list[Batch], prompts: list[list[int]], new:
     plain = source.model(torch.float32)
     states = [hidden_states(plain, batch) for batch in batches]
     wanted = answers(plain, None, prompts, new)
-    head = f"{'loss':>8} {'bits/byte':>9} {'loss +%':>8} {'ppl +':>9} {'same next':>9} {'logit':>8}"
-    print(f"{'weights':8} {head} {'greedy':>7} {'to the end':>10} {'MB':>7}")
+    table = report.Table(COLUMNS)
     found: dict[str, dict[str, float]] = {}
     for kind in (None, *KINDS):
         model = plain if kind is None else source.model(torch.float32, pack=kind)
@@ -168,19 +169,12 @@ def measure(source: Source, batches: list[Batch], prompts: list[list[int]], new:
         row |= agreement(wanted, wanted if kind is None else answers(model, kind, prompts, new))
         row["weight_bytes"] = memory(plain, model, kind)
         found[kind or "plain"] = row
-        print(
-            f"{kind or 'plain':8} {row['loss_nats_per_token']:>8.4f} {row['bits_per_byte']:>9.4f}"
-            f" {row['loss_difference_percent']:>+8.4f} {row['perplexity_difference']:>+9.4f}"
-            f" {100 * row['same_next_token']:>8.2f}% {row['largest_logit_difference']:>8.4f}"
-            f" {row['greedy_tokens_equal']:>7.1f} {100 * row['greedy_answers_equal']:>9.0f}%"
-            f" {row['weight_bytes'] / 1e6:>7.1f}",
-            flush=True,
-        )
+        table.row(kind or "plain", *(row[key] for key in SHOWN), row["weight_bytes"] / 1e6)
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = report.parser(__doc__)
     parser.add_argument("model", type=Path, help="a run, a checkpoint, a Transformers folder, a GGUF file")
     parser.add_argument("--tokenizer", type=Path, help="where none lies beside the model")
     parser.add_argument("--text", type=Path, help="what the model has not seen: .txt, .jsonl (the embedded corpus's)")
@@ -190,39 +184,32 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt (32)")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer (128)")
     parser.add_argument("--threads", type=int, help="of torch (its own choice)")
-    parser.add_argument("--name", help="of the model in the results (its path)")
-    parser.add_argument("--out", type=Path, help="JSON file to write; what it says of other models stays")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    source = open_source(arguments.model, Hints(tokenizer=arguments.tokenizer))
-    length = arguments.length or min(source.config.context_length, 512)
-    batches = batches_of(source, arguments.text, length, arguments.rows)
+    parser.add_argument("--name", help="of the model in --out (its path), which keeps what it says of other models")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    source = open_source(options.model, Hints(tokenizer=options.tokenizer))
+    length = options.length or min(source.config.context_length, 512)
+    batches = batches_of(source, options.text, length, options.rows)
     rows = [row for batch in batches for row in batch.tokens.tolist()]
-    prompts = [rows[i * len(rows) // arguments.prompts][: arguments.prompt] for i in range(arguments.prompts)]
+    prompts = [rows[i * len(rows) // options.prompts][: options.prompt] for i in range(options.prompts)]
     tokens = sum(batch.num_tokens for batch in batches)
-    print(f"{arguments.model}: {source.config.num_parameters:,} parameters, {tokens:,} tokens scored")
-    found = measure(source, batches, prompts, arguments.new)
-    if arguments.out:
-        facts: dict[str, Any] = {
-            "model": arguments.name or str(arguments.model),
-            "command": " ".join(sys.argv),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": runtime.device_name(torch.device("cpu")),
-            "system": platform.platform(),
-            "versions": versions(),
+    print(f"{options.model}: {source.config.num_parameters:,} parameters, {tokens:,} tokens scored")
+    found = measure(source, batches, prompts, options.new)
+    if options.out:
+        facts = {
+            "model": options.name or report.place(str(options.model)),
             "parameters": source.config.num_parameters,
             "trained_tokens": source.facts.get("tokens"),
             "tokens_scored": tokens,
             "row_tokens": length,
-            "greedy": {"prompts": len(prompts), "prompt_tokens": arguments.prompt, "new_tokens": arguments.new},
+            "greedy": {"prompts": len(prompts), "prompt_tokens": options.prompt, "new_tokens": options.new},
             "weights": found,
         }
-        known = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else []
-        known = [other for other in known if other["model"] != facts["model"]]
-        arguments.out.write_text(json.dumps([*known, facts], indent=1) + "\n", encoding="utf-8")
-    return 0
+        known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
+        others = [other for other in known if other["model"] != facts["model"]]
+        report.write(options.out, [*others, report.result(**facts)])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

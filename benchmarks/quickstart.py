@@ -10,9 +10,7 @@ transformers (when installed) from the same export, and must be the same ids.
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import random
 import subprocess
 import sys
@@ -21,18 +19,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 
-from internlm import runtime
 from internlm.data import corpus
 from internlm.infer.engine import Engine
-from internlm.recipe import versions
 from internlm.text.chat import Message, render_prompt, stop_ids
 from internlm.text.templates import get_template
 from internlm.train.metrics import read_metrics
 from internlm.weights.talk import read_talk
 
-ROOT = Path(__file__).parents[1]
 QUESTIONS, CHECKED = 300, 50
 
 
@@ -40,7 +36,7 @@ def run_quickstart(folder: Path) -> float:
     """Run the script; return the seconds it took."""
     started = time.monotonic()
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-    subprocess.run(["bash", str(ROOT / "scripts/quickstart.sh"), str(folder)], check=True, env=environment)
+    subprocess.run(["bash", str(report.ROOT / "scripts/quickstart.sh"), str(folder)], check=True, env=environment)
     return time.monotonic() - started
 
 
@@ -87,34 +83,26 @@ def same_as_transformers(
     return f"{equal} of {len(prompts)}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = report.parser(__doc__)
     parser.add_argument("--folder", type=Path, help="folder of a finished quickstart")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (0)")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary) / "quickstart"
-        seconds = None if arguments.folder else run_quickstart(folder)
+        folder = options.folder or Path(temporary) / "quickstart"
+        seconds = None if options.folder else run_quickstart(folder)
         metrics = read_metrics(folder / "pretrain/metrics.jsonl")
         final = next(line for line in reversed(metrics) if "valid/bits_per_byte/held_out" in line)
-        report = {
-            "command": " ".join(sys.argv),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": runtime.device_name(torch.device("cpu")),
-            "system": platform.platform(),
-            "versions": versions(),
-            "seconds": seconds,
-            "tokens": final["progress/tokens"],
-            "bits_per_byte": {"model": final["valid/bits_per_byte/held_out"]}
-            | corpus.compression(folder / "corpus/validation.jsonl"),
-            "facts": ask(folder, arguments.seed),
-        }
-    print(json.dumps(report, indent=1))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+        held_out = corpus.compression(folder / "corpus/validation.jsonl")
+        found = report.result(
+            seconds=seconds,
+            tokens=final["progress/tokens"],
+            bits_per_byte={"model": final["valid/bits_per_byte/held_out"]} | held_out,
+            facts=ask(folder, options.seed),
+        )
+    print(json.dumps(found, indent=1))
+    report.write(options.out, found)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -23,19 +23,20 @@ import functools
 import itertools
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
 import torch
+from shapes import TOY, model_of
 
 from internlm.infer.engine import Engine, Limits
 from internlm.infer.request import Request
@@ -47,8 +48,11 @@ from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors
 
-SHAPE = {"vocab_size": 32000, "hidden_size": 768, "num_layers": 12, "num_heads": 12, "ffn_size": 2048}
-NOTHING = SHAPE | {"hidden_size": 32, "num_layers": 1, "num_heads": 1, "ffn_size": 32}
+MODEL = model_of(TOY, context_length=2048)
+NOTHING = model_of(TOY, context_length=2048, hidden_size=32, num_layers=1, num_heads=1, ffn_size=32)
+QUANTILES = ("p50", "p95", "p99")
+COLUMNS = {"pack": "<6", "streams": "7d"}
+COLUMNS |= {f"{part} {q}": "12.1f" for part in ("first ms", "between ms") for q in QUANTILES} | {"tokens/s": "8.1f"}
 LETTERS = "the quick brown fox jumps over the lazy dog"
 SAMPLED = {"temperature": 0.8, "top_p": 0.8}
 
@@ -59,16 +63,15 @@ def tokenizer() -> Tokenizer:
     return train_bpe([LETTERS] * 4, 280)
 
 
-def export(shape: dict[str, int], folder: Path) -> Path:
+def export(config: ModelConfig, folder: Path) -> Path:
     """Write a random model with a tokenizer, and return the folder."""
-    config = ModelConfig(**shape, context_length=2048)
     weights = of_tensors(build(config, 0).named_parameters())
     folders.export(weights, config, folder, Talk(tokenizer(), None))
     return folder
 
 
 class Server:
-    """A server in a process of its own."""
+    """A server in a process of its own, until the end of `with`."""
 
     def __init__(self, folder: Path, pack: str, threads: int) -> None:
         command = [sys.executable, "-m", "internlm", "serve", str(folder), "--port", "0", "--pack", pack]
@@ -86,15 +89,12 @@ class Server:
         fields = Path(f"/proc/{self.child.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def __enter__(self) -> Server:
+        return self
 
-@contextlib.contextmanager
-def serving(folder: Path, pack: str, threads: int) -> Iterator[Server]:
-    server = Server(folder, pack, threads)
-    try:
-        yield server
-    finally:
-        server.child.kill()
-        server.child.wait()
+    def __exit__(self, *_: object) -> None:
+        self.child.kill()
+        self.child.wait()
 
 
 async def stream(url: str, body: dict[str, Any]) -> list[float]:
@@ -131,14 +131,14 @@ def body(prompt: int, new: int, number: int) -> dict[str, Any]:
     }
 
 
-def wait_of(url: str, streams: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def wait_of(url: str, streams: int, options: argparse.Namespace) -> dict[str, Any]:
     """Return how long clients wait when so many streams are open."""
     runs: list[list[float]] = []
 
     async def client(number: int, rounds: int) -> None:
         for round_ in range(rounds):
             seed = random.getrandbits(60) + number + round_
-            runs.append(await stream(url, body(arguments.prompt, arguments.new, seed)))
+            runs.append(await stream(url, body(options.prompt, options.new, seed)))
 
     async def all_clients(rounds: int) -> None:
         await asyncio.gather(*(client(number, rounds) for number in range(streams)))
@@ -146,10 +146,10 @@ def wait_of(url: str, streams: int, arguments: argparse.Namespace) -> dict[str, 
     asyncio.run(all_clients(1))
     runs.clear()
     began = time.perf_counter()
-    asyncio.run(all_clients(arguments.rounds))
+    asyncio.run(all_clients(options.rounds))
     seconds = time.perf_counter() - began
     tokens = sum(len(times) - 1 for times in runs)
-    assert tokens == streams * arguments.rounds * arguments.new, "every token was seen"
+    assert tokens == streams * options.rounds * options.new, "every token was seen"
     return {
         "streams": streams,
         "first_token_ms": quantiles([times[1] - times[0] for times in runs]),
@@ -159,7 +159,7 @@ def wait_of(url: str, streams: int, arguments: argparse.Namespace) -> dict[str, 
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
-    return {f"p{q}": float(np.percentile(seconds, q)) * 1e3 for q in (50, 95, 99)}
+    return {q: float(np.percentile(seconds, int(q[1:]))) * 1e3 for q in QUANTILES}
 
 
 class Clock:
@@ -173,11 +173,11 @@ class Clock:
         """Time a method of an object from now on."""
         plain: Callable[..., Any] = getattr(owner, name)
 
-        def timed(*given: Any, **options: Any) -> Any:
+        def timed(*given: Any, **named: Any) -> Any:
             self._inner.append(0.0)
             began = time.thread_time()
             try:
-                return plain(*given, **options)
+                return plain(*given, **named)
             finally:
                 spent = time.thread_time() - began
                 self.spent[part] += spent - self._inner.pop()
@@ -188,8 +188,7 @@ class Clock:
 
 def small_engine(batch: int) -> Engine:
     """Return an engine over nearly nothing."""
-    config = ModelConfig(**NOTHING, context_length=2048)
-    return Engine(build(config, 0), tokenizer(), Limits(batch=batch, cache_tokens=(batch + 1) * 1024, length=1024))
+    return Engine(build(NOTHING, 0), tokenizer(), Limits(batch=batch, cache_tokens=(batch + 1) * 1024, length=1024))
 
 
 def begin(engine: Engine, batch: int, count: int, **rules: Any) -> None:
@@ -240,7 +239,7 @@ def http_of(folder: Path, streams: int, count: int) -> dict[str, Any]:
     alone = small_engine(streams)
     begin(alone, streams, count, temperature=0)
     engine = steps(alone, streams, count) / (count * streams)
-    with serving(folder, "none", 1) as server:
+    with Server(folder, "none", 1) as server:
 
         async def rounds(number: int) -> None:
             asked = [stream(server.url, body(64, count, number * streams + i)) for i in range(streams)]
@@ -260,26 +259,20 @@ def http_of(folder: Path, streams: int, count: int) -> dict[str, Any]:
     }
 
 
-def show_wait(row: dict[str, Any]) -> None:
-    first, between = row["first_token_ms"], row["between_tokens_ms"]
-    told = "  ".join(f"{part[q]:8.1f}" for part in (first, between) for q in ("p50", "p95", "p99"))
-    print(f"{row['pack']:6} {row['streams']:>7}  {told}  {row['tokens_per_s']:>8.1f}", flush=True)
-
-
-def waits(scratch: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def waits(scratch: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure and print how long clients wait."""
     rows = []
-    print(
-        f"{'pack':6} {'streams':>7}  {'first token, ms: 50/95/99 %':^28}  {'between tokens, ms':^28}  {'tokens/s':>8}"
-    )
-    folder = scratch if arguments.url else export(SHAPE, scratch / "model")
-    for pack in arguments.pack if not arguments.url else ["–"]:
+    table = report.Table(COLUMNS)
+    folder = scratch if options.url else export(MODEL, scratch / "model")
+    for pack in options.pack if not options.url else ["–"]:
         with contextlib.ExitStack() as stack:
-            server = None if arguments.url else stack.enter_context(serving(folder, pack, arguments.threads))
-            for streams in arguments.streams:
-                url = arguments.url if server is None else server.url
-                rows.append({"pack": pack, **wait_of(url, streams, arguments)})
-                show_wait(rows[-1])
+            server = None if options.url else stack.enter_context(Server(folder, pack, options.threads))
+            for streams in options.streams:
+                url = options.url if server is None else server.url
+                row = {"pack": pack, **wait_of(url, streams, options)}
+                waits_ms = [row[part][q] for part in ("first_token_ms", "between_tokens_ms") for q in QUANTILES]
+                table.row(pack, streams, *waits_ms, row["tokens_per_s"])
+                rows.append(row)
     return rows
 
 
@@ -287,23 +280,20 @@ def overheads(scratch: Path, count: int) -> dict[str, Any]:
     """Measure and print what a token costs beside the model."""
     torch.set_num_threads(1)
     rows = [overhead_of(b, count, **rules) for b in (1, 16) for rules in ({"temperature": 0.0}, SAMPLED)]
+    parts = rows[0]["parts_us_per_token"]
+    table = report.Table(dict.fromkeys(("batch", "temperature", "µs a token", *parts, "model µs a step"), "11.4g"))
     for row in rows:
-        parts = ", ".join(f"{part} {spent:.0f}" for part, spent in row["parts_us_per_token"].items())
-        print(
-            f"batch {row['batch']}, temperature {row['temperature']}: {row['overhead_us_per_token']:.0f} µs a token "
-            f"({parts}; model {row['model_us_per_step']:.0f} µs a step)", flush=True,
-        )  # fmt: skip
+        times = [row["overhead_us_per_token"], *(row["parts_us_per_token"][part] for part in parts)]
+        table.row(row["batch"], row["temperature"], *times, row["model_us_per_step"])
     http = [http_of(export(NOTHING, scratch / f"nothing{s}"), s, count) for s in (1, 16)]
+    table = report.Table(dict.fromkeys(http[0], "20.4g"))
     for row in http:
-        print(
-            f"{row['streams']} streams: HTTP adds {row['http_us_per_token']:.0f} µs to a token's "
-            f"{row['engine_us_per_token']:.0f}; {row['tokens_per_s']:.0f} tokens/s", flush=True,
-        )  # fmt: skip
+        table.row(*row.values())
     return {"engine": rows, "http": http}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
     parser.add_argument("--url", help="measure this server's waits; default: start one")
     parser.add_argument("--pack", nargs="+", default=["fp32", "fp16"], choices=["fp32", "fp16", "bf16", "int8", "none"])
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
@@ -313,22 +303,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300, help="of the overhead's measurement")
     parser.add_argument("--only", choices=["waits", "overhead"])
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    arguments = parser.parse_args()
-
-    facts: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} threads",
-        "torch": torch.__version__,
-    }
+    options = parser.parse_args()
+    facts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        if arguments.only != "overhead":
-            rows = waits(Path(scratch), arguments)
-            facts["waits"] = {"shape": SHAPE, "prompt": arguments.prompt, "new": arguments.new, "rows": rows}
-        if arguments.only != "waits" and not arguments.url:
-            facts["overhead"] = {"shape": NOTHING, **overheads(Path(scratch), arguments.steps)}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        if options.only != "overhead":
+            facts["rows"] = waits(Path(scratch), options)
+        if options.only != "waits" and not options.url:
+            facts["overhead"] = overheads(Path(scratch), options.steps)
+    settings = {"preset": TOY, "threads": options.threads, "prompt": options.prompt, "new": options.new}
+    report.write(options.out, report.result(**settings, **facts))
 
 
 if __name__ == "__main__":

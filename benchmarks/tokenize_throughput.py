@@ -9,18 +9,15 @@ their checksums, and starts its workers, all of which is inside its time. Rounds
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from internlm import runtime
+import report
+
 from internlm.data import corpus
 from internlm.data.formats import read_documents
 from internlm.data.tokenize import Options, tokenize
@@ -73,48 +70,37 @@ def loader_speed(shards: Path) -> float:
     return STEPS * ROWS * SEQ_LEN / (time.perf_counter() - started)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = report.parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, help=".model file or folder with tokenizer.json")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         corpus.build(folder / "corpus")
         path = folder / "corpus/train.jsonl"
         texts = [document.text for document in read_documents(path)]
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
-        if arguments.tokenizer is None:
+        if options.tokenizer is None:
             train_to_folder(texts, folder / "tokenizer", 4096)
-        tokenizer = arguments.tokenizer or folder / "tokenizer"
+        tokenizer = options.tokenizer or folder / "tokenizer"
         times: dict[str, list[float]] = {}
-        for _ in range(arguments.rounds):
+        for _ in range(options.rounds):
             for name, call in contenders(path, texts, tokenizer, folder / "shards").items():
                 started = time.perf_counter()
                 call()
                 times.setdefault(name, []).append(time.perf_counter() - started)
         speeds = {name: megabytes / statistics.median(seconds) for name, seconds in times.items()}
         packed = loader_speed(folder / "shards")
-    for name, speed in speeds.items():
-        print(f"{name:28}{speed:8.2f} MB/s")
-    print(f"{'loader, rows of 2,048':28}{packed / 1e6:8.2f} M tokens/s")
-    import torch
-
-    from internlm.recipe import versions
-
-    report: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{runtime.device_name(torch.device('cpu'))}, {runtime.available_cpus()} usable cores",
-        "versions": versions(),
-        "megabytes": megabytes,
-        "mb_per_s": speeds,
-        "loader_tokens_per_s": packed,
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    table = report.Table({"": "<28", "MB/s": "8.2f"})
+    rows = [{"name": name, "mb_per_s": speed} for name, speed in speeds.items()]
+    for row in rows:
+        table.row(*row.values())
+    print(f"loader, rows of {SEQ_LEN:,}: {packed / 1e6:.2f} M tokens/s")
+    kind = "trained here" if options.tokenizer is None else tokenizer.name
+    facts = {"tokenizer": kind, "megabytes": megabytes, "loader_tokens_per_s": packed}
+    report.write(options.out, report.result(**facts, rows=rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,17 +9,13 @@ Results: benchmarks/results/traffic_*.json.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import platform
 import resource
-import shlex
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
+
+import report
 
 from internlm import config
 from internlm import recipe as recipes
@@ -28,11 +24,13 @@ from internlm.parallel.mesh import Layout
 from internlm.plan import dryrun
 from internlm.recipe import Recipe
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 GPUS_PER_NODE = 8
 MOST_MICRO_BATCHES = 4
 """Traffic is linear in the number of micro-batches from the second on; a step of 128 takes minutes to trace."""
+COLUMNS = {
+    "": "<48", "ranks": "5d", "mb": "3d", "calls": "6d", "steps": "8d", "sent GB": "9.2f", "spanning": "9.2f",
+    "crossing": "9.2f", "resident": "8.1f", "took s": "7.1f",
+}  # fmt: skip
 LAYOUTS: dict[str, dict[str, Any]] = {
     "flat": {"shard": 1024, "zero": "3"},
     "hybrid": {"replicate": 128, "shard": 8, "zero": "2"},
@@ -63,10 +61,8 @@ def measure(recipe: Recipe, rank: int, world_size: int) -> dict[str, Any]:
     if dryrun.shape_of(recipe).experts is None:
         collectives = traffic.step_traffic(dryrun.run_of(recipe, world_size), rank)
         assert step.exchanges == traffic.by_group(collectives), "the formula is not what the step does"
-        exchanges = [
-            {"axis": axis, "kind": kind, "calls": calls, "bytes": size}
-            for (axis, kind), (calls, size) in sorted(traffic.by_axis(collectives).items())
-        ]
+        known = sorted(traffic.by_axis(collectives).items())
+        exchanges = [{"axis": axis, "kind": kind, "calls": n, "bytes": size} for (axis, kind), (n, size) in known]
     else:
         found = sorted(step.exchanges.items())
         collectives = [traffic.Collective("world", key[2], *sums, *key[:2]) for key, sums in found]
@@ -87,78 +83,74 @@ def measure(recipe: Recipe, rank: int, world_size: int) -> dict[str, Any]:
     }
 
 
-def compare() -> dict[str, Any]:
+def compare(table: report.Table) -> dict[str, Any]:
     """Return both layouts of the 7B on 1,024 ranks, one and four micro-batches, and their ratios."""
-    rows: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
     for micro_batches in (1, 4):
+        tokens = 1024 * 4096 * micro_batches
         for name, parallel in LAYOUTS.items():
             tree = {
                 "run": "runs/traffic",
-                "model": config.encode(recipes.load(ROOT / "recipes/pretrain/internlm-7b.yaml").value.model),
+                "model": config.encode(recipes.load(report.ROOT / "recipes/pretrain/internlm-7b.yaml").value.model),
                 "data": {"seq_len": 2048, "train": {"none": {"path": "none"}}},
-                "train": {"tokens": 1, "batch_tokens": 1024 * 4096 * micro_batches, "micro_batch_rows": 2},
+                "train": {"tokens": tokens, "batch_tokens": tokens, "micro_batch_rows": 2},
                 "parallel": parallel,
             }
-            rows[f"{name}, {micro_batches} micro-batches"] = measure(config.decode(Recipe, tree), 0, 1024)
+            rows.append({"name": name} | measure(config.decode(Recipe, tree), 0, 1024))
+            show(table, rows[-1])
     ratios = {}
     for micro_batches in (1, 4):
-        flat, hybrid = (rows[f"{name}, {micro_batches} micro-batches"]["total"] for name in ("flat", "hybrid"))
+        totals = {row["name"]: row["total"] for row in rows if row["micro_batches"] == micro_batches}
         ratios[str(micro_batches)] = {
-            name: round(flat[name] / hybrid[name], 2) for name in ("spanning_bytes", "crossing_bytes", "steps")
+            name: round(totals["flat"][name] / totals["hybrid"][name], 2)
+            for name in ("spanning_bytes", "crossing_bytes", "steps")
         }
-    return {"rows": rows, "flat over hybrid": ratios}
+    return {"flat_over_hybrid": ratios, "rows": rows}
 
 
-def every_recipe() -> dict[str, Any]:
+def every_recipe(table: report.Table) -> dict[str, Any]:
     """Return the first and the last rank of every recipe that names its ranks."""
-    rows: dict[str, Any] = {}
-    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
-        recipe, name = recipes.load(path).value, str(path.relative_to(ROOT))
+    rows: list[dict[str, Any]] = []
+    for path in sorted((report.ROOT / "recipes").rglob("*.yaml")):
+        recipe, name = recipes.load(path).value, str(path.relative_to(report.ROOT))
         world_size = world_of(recipe)
         if recipe.model is None or world_size is None:
             continue
         recipe = with_micro_batches(recipe, world_size, MOST_MICRO_BATCHES)
-        rows[name] = [measure(recipe, rank, world_size) for rank in sorted({0, world_size - 1})]
-        show(rows[name][0], name)
-    return {"rows": rows, "most_micro_batches": MOST_MICRO_BATCHES}
+        found = [{"name": name} | measure(recipe, rank, world_size) for rank in sorted({0, world_size - 1})]
+        show(table, found[0])
+        rows += found
+    return {"most_micro_batches": MOST_MICRO_BATCHES, "rows": rows}
 
 
-def show(row: dict[str, Any], name: str) -> None:
+def show(table: report.Table, row: dict[str, Any]) -> None:
     """Print a line of the table."""
     sums = row["total"]
-    print(
-        f"{name:48} {row['ranks']:5} {row['micro_batches']:3} {sums['calls']:6} {sums['steps']:8} "
-        f"{sums['sent_bytes'] / 1e9:9.2f} {sums['spanning_bytes'] / 1e9:9.2f} {sums['crossing_bytes'] / 1e9:9.2f} "
-        f"{row['resident_gb']:8.1f} {row['took_s']:7.1f}",
-        flush=True,
-    )
+    sizes = [sums[name] / 1e9 for name in ("sent_bytes", "spanning_bytes", "crossing_bytes")]
+    counts = [row["ranks"], row["micro_batches"], sums["calls"], sums["steps"]]
+    table.row(row["name"], *counts, *sizes, row["resident_gb"], row["took_s"])
 
 
 def main() -> None:
     """Run, print a table, write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", action="store_true", help="every recipe instead of the comparison")
-    chosen = parser.parse_args()
-    head = ("", "ranks", "mb", "calls", "steps", "sent GB", "spanning", "crossing", "resident", "took s")
-    print("{:48} {:>5} {:>3} {:>6} {:>8} {:>9} {:>9} {:>9} {:>8} {:>7}".format(*head))
-    result = every_recipe() if chosen.recipes else compare()
-    if not chosen.recipes:
-        for name, row in result["rows"].items():
-            show(row, name)
-        print(json.dumps(result["flat over hybrid"], indent=1))
+    parser = report.parser(__doc__, report.RESULTS / "traffic_7b_1024.json")
+    more = "every recipe instead of the comparison; its figures go to traffic_recipes.json"
+    parser.add_argument("--recipes", action="store_true", help=more)
+    options = parser.parse_args()
+    if options.recipes and options.out == parser.get_default("out"):
+        options.out = report.RESULTS / "traffic_recipes.json"
+    table = report.Table(COLUMNS)
+    found = every_recipe(table) if options.recipes else compare(table)
+    if not options.recipes:
+        print(json.dumps(found["flat_over_hybrid"], indent=1))
     about = {
-        "command": shlex.join(["python", "benchmarks/traffic.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "versions": recipes.versions(),
-        "machine": platform.machine(),
         "gpus_per_node": GPUS_PER_NODE,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "units": "exchanges: calls, and bytes of whole tensors, of one rank and step; total: internlm.cost.traffic; "
         "resident: weights, gradients and AdamW moments in GB",
     }
-    path = RESULTS / ("traffic_recipes.json" if chosen.recipes else "traffic_7b_1024.json")
-    path.write_text(json.dumps({**about, **result}, indent=1) + "\n")
-    print(path)
+    report.write(options.out, report.result(**about, **found))
+    print(options.out)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_the_benchmark_runs_at_toy_shape_and_writes_all_its_figures(tmp_path: Pa
     done = run(*words.split(), str(out))
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
-    assert {"date", "command", "hardware", "groups"} <= set(report)
+    assert {"command", "date", "machine", "versions", "commit", "device", "groups"} <= set(report)
     (group,) = report["groups"]
     assert group["layers"] == 1
     assert group["peak_tflops"]["measured"] > 0
@@ -131,6 +131,8 @@ def test_kernels_are_sorted_into_families_and_gaps() -> None:
         ("triton_poi_fused_mul_silu_3", "norms and elementwise"),
         ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_1", "norms and elementwise"),
         ("ncclDevKernel_AllGather_RING_LL", "communication"),
+        ("gloo:all_reduce", "communication"),
+        ("aten::_foreach_addcdiv_", "optimizer"),
         ("_ZN17something_unknown", "other"),
     ],
 )
@@ -182,13 +184,13 @@ def test_ours_out_of_memory_starts_the_group_again_with_fewer_blocks(
 
     monkeypatch.setattr(gpu_train, "run_worker", run_worker)
     monkeypatch.setattr(gpu_train, "plan", lambda group, available: (2, {}))
-    report: dict[str, Any] = {"hardware": {"device": "NVIDIA H100 80GB HBM3"}, "groups": []}
+    facts: dict[str, Any] = {"device": {"name": "NVIDIA H100 80GB HBM3"}, "groups": []}
     first = Case("ours", "toy", 0, 64, 2, dtype="float32", device="cpu")
     group = [first, Case("transformers", "toy", 0, 64, 2, dtype="float32", device="cpu")]
-    gpu_train.measure(group, 80.0, argparse.Namespace(out=tmp_path / "gpu.json"), report)
+    gpu_train.measure(group, 80.0, argparse.Namespace(out=tmp_path / "gpu.json"), facts)
     assert tried == [("ours", 2), ("ours", 1), ("transformers", 1)]
-    ours, peer = report["groups"][0]["rows"]
-    assert report["groups"][0]["layers"] == 1
+    ours, peer = facts["groups"][0]["rows"]
+    assert facts["groups"][0]["layers"] == 1
     assert ours["gap_ms"] == pytest.approx(300)
     assert ours["mfu"] == pytest.approx(first.at(1).flops / 67e12)
     assert "out of memory" in peer["error"]

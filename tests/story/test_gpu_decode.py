@@ -19,8 +19,8 @@ def test_the_benchmark_runs_tiny_and_writes_all_its_figures(tmp_path: Path) -> N
     done = subprocess.run([sys.executable, str(SCRIPT), *words.split(), str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
     report = json.loads(out.read_text())
-    assert {"date", "command", "hardware", "versions"} <= set(report)
-    assert report["versions"]["internlm"]["torch"] == torch.__version__
+    assert {"command", "date", "machine", "versions", "commit", "device"} <= set(report)
+    assert report["versions"]["torch"] == report["rows"][0]["versions"]["torch"] == torch.__version__
     assert [row["batch"] for row in report["rows"]] == [1, 3]
     for row in report["rows"]:
         assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["step_s"])
