@@ -41,5 +41,5 @@ cat <<END
 model      $DIR/model  (loads with AutoModelForCausalLM, no remote code)
 loss plot  $DIR/pretrain/loss.png
 metrics    $DIR/pretrain/metrics.jsonl
-go on      internlm chat $DIR/model
+go on      $(command -v internlm) chat $DIR/model
 END

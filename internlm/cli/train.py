@@ -18,7 +18,7 @@ DESCRIPTION = """Train a model from a recipe.
   internlm train recipes/pretrain/internlm-7b.yaml --dry-run
 
 A run that was stopped goes on from its newest complete checkpoint when the same command is given again. On several
-ranks it is started by `internlm launch`, torchrun or srun.
+ranks it is started by `internlm launch`, torchrun or srun. What the keys of a recipe mean: docs/recipe.md.
 
 SIGTERM, SIGUSR1, Ctrl-C or a file RUN/stop: it saves at the end of the step and ends, with exit code 75, 75, 130 or 0;
 a second signal ends it at once."""

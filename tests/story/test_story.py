@@ -1,18 +1,27 @@
-"""The README's way, and every command of the README and the docs, run as a reader would."""
+"""The README's way, and the commands of the README and the docs, run as a reader would.
+
+Blocks of `bash` and `python` are run. Those of `yaml` are read as parts of a recipe, with a title they are files of the
+reader's. What stands in `text` needs GPUs, several machines, a store or the network: its `internlm` lines are parsed.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from internlm import cli
 from internlm import recipe as recipes
 from internlm.train.metrics import read_metrics
+from tools import recipe_reference
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,6 +31,12 @@ FEW = """cd runs/quickstart
 head -n 3 corpus/validation.jsonl > few.jsonl
 rm -r data/validation
 internlm data tokenize few.jsonl --tokenizer tokenizer --out data/validation"""
+
+
+def titled(page: Path, language: str) -> list[tuple[str, str]]:
+    """Return the blocks of a language with their titles, which may be empty."""
+    block = re.compile(rf'^```{language}(?: title="([^"\n]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
+    return block.findall(page.read_text(encoding="utf-8"))
 
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -41,6 +56,10 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = shell("bash scripts/quickstart.sh", folder)
     assert done.returncode == 0, done.stderr
     (folder / "quickstart.txt").write_text(done.stdout)
+    for page in PAGES:
+        for title, text in titled(page, "yaml"):
+            if title:
+                (folder / title).write_text(text)
     done = shell(FEW, folder)  # every run that the pages begin ends with a validation on all there is
     assert done.returncode == 0, done.stderr
     return folder
@@ -61,7 +80,7 @@ def test_the_quickstart_ends_with_a_model_a_plot_and_answers(house: Path) -> Non
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [text for _, text in titled(page, language)]
 
 
 @pytest.mark.timeout(600)
@@ -78,6 +97,44 @@ def test_every_command_of_the_documentation_runs(page: Path, house: Path) -> Non
         done = subprocess.run([sys.executable, "-c", block], cwd=house, capture_output=True, text=True)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
         assert done.stdout.strip()
+
+
+def test_every_piece_of_a_recipe_in_the_documentation_is_one(tmp_path: Path) -> None:
+    pieces = [block for page in PAGES for block in blocks(page, "yaml")]
+    assert pieces
+    # The source has the name of one of those in the page about mixtures: with it they all have a weight.
+    (tmp_path / "whole.yaml").write_text(
+        "{run: a, model: {preset: toy}, data: {seq_len: 8, train: {books: {path: b}}},"
+        " train: {tokens: 8, batch_tokens: 8}}"
+    )
+    for piece in pieces:
+        (tmp_path / "piece.yaml").write_text(f"base: whole.yaml\n{piece}")
+        recipes.load(tmp_path / "piece.yaml")
+
+
+def understand(words: list[str]) -> None:
+    """Parse a command, and the one inside it that a launch has; what is wrong ends the process, as on a terminal."""
+    module = importlib.import_module(f"internlm.cli.{words[0]}")
+    parser = argparse.ArgumentParser(f"internlm {words[0]}")
+    module.add_arguments(parser)
+    inner = getattr(cli.parse(parser, words[1:]), "command", None)
+    if inner:
+        understand(inner)
+
+
+def test_every_other_command_of_the_documentation_is_understood() -> None:
+    found = 0
+    for page in PAGES:
+        for line in "".join(blocks(page, "text")).splitlines():
+            if line.startswith("internlm "):
+                found += 1
+                command = re.split(" {2,}", line)[0].replace(" K ", " 1 ")  # a remark stands behind two spaces
+                understand(shlex.split(command)[1:])
+    assert found > 10
+
+
+def test_the_page_of_recipe_keys_says_what_the_code_says() -> None:
+    assert recipe_reference.PAGE.read_text(encoding="utf-8") == recipe_reference.page(), "make recipe.md again"
 
 
 def test_every_link_between_pages_leads_somewhere() -> None:
