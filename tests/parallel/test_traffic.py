@@ -75,14 +75,14 @@ PROOF: list[Case] = [
 
 def recipe_of(parallel: dict[str, Any], micro_batches: int, model: dict[str, Any], **sizes: int) -> Recipe:
     world, length, rows = (sizes.get(name, other) for name, other in (("world", 1024), ("length", 32), ("rows", 2)))
-    data = Layout.of(config.decode(ParallelConfig, parallel), world).data
+    tokens = length * rows * micro_batches * Layout.of(config.decode(ParallelConfig, parallel), world).data
     return config.decode(
         Recipe,
         {
             "run": "nowhere",
             "model": model,
             "data": {"seq_len": length, "train": {"none": {"path": "nowhere"}}},
-            "train": {"tokens": 1, "batch_tokens": length * rows * micro_batches * data, "micro_batch_rows": rows},
+            "train": {"tokens": tokens, "batch_tokens": tokens, "micro_batch_rows": rows},
             "parallel": parallel,
         },
     )
