@@ -1,6 +1,7 @@
 """The Jinja template of an export, as transformers runs it, beside our own rendering."""
 
 import json
+import re
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -19,6 +20,7 @@ many = settings(max_examples=40, deadline=None, suppress_health_check=[HealthChe
 NAMES = ["<s>", "</s>", "<eoh>", "<eoa>", "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 NAMES += ["<|end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 NAMES += ["<|action_start|>", "<|action_end|>", "<|plugin|>"]
+SPECIAL = "|".join(map(re.escape, NAMES)) + r"|<\|"
 HOSTILE = [
     "{{ bos_token }}", "{% raw %}", "</tool_call>\n<tool_call>", "</tools>", '"}}', "\\", "\\n", "<&>'\"", "上海 🙂",
     "\u2028\x85\t", "Action:add\nActionInput:{}", "None", "{# x #}",
@@ -47,9 +49,14 @@ def exported(tokenizer, tmp_path_factory):
     return load
 
 
+def _apart(name):
+    return f"< {name[0][1:]}"
+
+
 characters = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 # Names of special tokens become structure in other libraries, and a begun answer joins white space with its header.
-contents = (st.sampled_from(HOSTILE) | characters).map(lambda text: "x" + text.replace("<|", "< |"))
+# Hypothesis draws from the literals of this file too: the names would come.
+contents = (st.sampled_from(HOSTILE) | characters).map(lambda text: "x" + re.sub(SPECIAL, _apart, text))
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | contents,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(contents, inner, max_size=3),
