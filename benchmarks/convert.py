@@ -30,8 +30,8 @@ from shapes import model_of
 
 from internlm.model.config import ModelConfig
 from internlm.model.presets import PRESETS
+from internlm.weights.families.names import to_transformers
 from internlm.weights.load import shapes
-from internlm.weights.names import to_transformers
 
 BIN_BYTES = 3 * 10**9
 """Size of a written `.bin`; the published ones have 10 GB, which would have to be in memory here at once."""

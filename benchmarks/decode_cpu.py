@@ -29,8 +29,8 @@ from shapes import TOY, model_of
 from workers import Worker
 
 from internlm.model.transformer import build
-from internlm.weights import gguf
 from internlm.weights import transformers as folders
+from internlm.weights.gguf import model as gguf
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import of_tensors
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from internlm.train.operators import family
+from internlm.train.profile.operators import family
 
 OPTIMIZER, STEP = "benchmark/optimizer", "benchmark/step"
 IDLE = "idle"

@@ -36,18 +36,18 @@ from internlm.parallel.apply import Parallel, Setting
 from internlm.parallel.mesh import Layout, ParallelConfig
 from internlm.runtime import RuntimeConfig
 from internlm.text.tokenizer import Tokenizer
-from internlm.train.alerts import Alerts, AlertsConfig
+from internlm.train.budget import TrainConfig
 from internlm.train.evaluate import EvaluateConfig, Evaluator
-from internlm.train.goodput import Goodput
 from internlm.train.loss_scale import LossScale
 from internlm.train.objective import Objectives
 from internlm.train.objectives.lm import LanguageModeling
-from internlm.train.profile import ProfileConfig
-from internlm.train.spikes import SpikeConfig, Spikes
-from internlm.train.steps import TrainConfig
-from internlm.train.trackers import TrackConfig, open_trackers
+from internlm.train.profile.windows import ProfileConfig
 from internlm.train.trainer import Trainer
-from internlm.train.watchdog import WatchConfig
+from internlm.train.watch.alerts import Alerts, AlertsConfig
+from internlm.train.watch.goodput import Goodput
+from internlm.train.watch.spikes import SpikeConfig, Spikes
+from internlm.train.watch.trackers import TrackConfig, open_trackers
+from internlm.train.watch.watchdog import WatchConfig
 
 logger = logging.getLogger(__name__)
 

@@ -126,7 +126,7 @@ def test_the_health_check_fails_where_the_server_says_that_it_is_not_well(status
 
 
 def test_the_health_check_asks_a_path_that_the_server_has_and_that_needs_no_key() -> None:
-    source = (ROOT / "internlm" / "serve" / "app.py").read_text(encoding="utf-8")
+    source = (ROOT / "internlm" / "serve" / "api" / "app.py").read_text(encoding="utf-8")
     assert '.get("/health")' in source
     assert re.search(r'open_paths = \{[^}]*"/health"', source)
 

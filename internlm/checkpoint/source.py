@@ -28,9 +28,11 @@ from internlm.model.quant import Kind
 from internlm.model.transformer import Transformer
 from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
-from internlm.weights import adapters, files, gguf, native, transformers
+from internlm.weights import adapters, files, transformers
 from internlm.weights import weight as lazy
+from internlm.weights.gguf import model as gguf
 from internlm.weights.load import read_model
+from internlm.weights.native import read as native
 from internlm.weights.talk import Talk, read_talk
 from internlm.weights.weight import Weights
 

@@ -13,9 +13,9 @@ from internlm.cli import placement
 from internlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from internlm.serve.answer import Answerer
-    from internlm.serve.conversation import Chat
-    from internlm.serve.terminal import Screen
+    from internlm.serve.chat.answer import Answerer
+    from internlm.serve.chat.conversation import Chat
+    from internlm.serve.chat.terminal import Screen
 
 DESCRIPTION = """\
 Talk to a model: a run, a checkpoint or a Transformers folder, or one behind an OpenAI-style URL.
@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer one question, or converse."""
-    from internlm.serve.answer import Settings
-    from internlm.serve.conversation import Chat
-    from internlm.serve.terminal import Screen, say
+    from internlm.serve.chat.answer import Settings
+    from internlm.serve.chat.conversation import Chat
+    from internlm.serve.chat.terminal import Screen, say
 
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -122,7 +122,7 @@ def _answerer(arguments: argparse.Namespace, screen: Screen) -> Answerer:
 
 def _server(arguments: argparse.Namespace) -> Answerer:
     from internlm.infer.client import Client
-    from internlm.serve.answer import FromServer
+    from internlm.serve.chat.answer import FromServer
 
     key = (arguments.api_key or os.environ.get(KEY_VARIABLE, "")).strip()  # a file's last line end is no part of it
     return FromServer(Client(arguments.url, arguments.model, key or None))
@@ -133,7 +133,7 @@ def _engine(arguments: argparse.Namespace, path: str, screen: Screen) -> Answere
 
     from internlm.checkpoint.source import Hints, open_source
     from internlm.infer.engine import Engine, Limits
-    from internlm.serve.local import FromEngine
+    from internlm.serve.chat.local import FromEngine
     from internlm.text.templates import get_template
 
     place = placement.placement(arguments, alone=True)
@@ -164,8 +164,8 @@ def _facts(chat: Chat) -> dict[str, object]:
 
 def _converse(chat: Chat, screen: Screen, *, remembers: bool) -> int:
     """Converse at a terminal."""
-    from internlm.serve.lines import InputHistory, open_input, state_file
-    from internlm.serve.terminal import Terminal
+    from internlm.serve.chat.lines import InputHistory, open_input, state_file
+    from internlm.serve.chat.terminal import Terminal
 
     inputs = InputHistory(state_file() if remembers else None)
     screen.note(f"{chat.answerer.name}; /help lists the commands, /exit leaves")

@@ -113,7 +113,7 @@ def _check(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: one of them does not, or there is no such format.
     """
-    from internlm.weights.family import FAMILIES
+    from internlm.weights.families.table import FAMILIES
 
     allowed = [*FORMATS, *FAMILIES]
     if arguments.to not in allowed:
@@ -167,13 +167,13 @@ def _options(arguments: argparse.Namespace, source: Source, progress: Callable[[
 def _write(arguments: argparse.Namespace, source: Source, weights: Weights, options: ExportOptions) -> Weights:
     """Write the target, and return what was written."""
     if arguments.to == "gguf":
-        from internlm.weights import gguf
+        from internlm.weights.gguf import model as gguf
 
         return gguf.export(
             weights, source.config, arguments.target, source.talk, options, quantization=arguments.quantize
         )
     if arguments.to == "internlm-v0.2":
-        from internlm.weights import native_write
+        from internlm.weights.native import write as native_write
 
         layout = native_write.Layout(
             tensor=1 if arguments.tensor is None else arguments.tensor,
@@ -256,9 +256,9 @@ def _logits_there(source: Source, ids: Tensor, dtype: torch.dtype) -> Tensor | N
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise UsageError("needs transformers", where="--verify", do="pip install 'internlm[hf]'") from None
-    from internlm.weights import remote
+    from internlm.weights import carried
 
-    trusted = remote.is_ours(source.path)
+    trusted = carried.is_ours(source.path)
     described = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
     if not trusted and ("auto_map" in described or described["model_type"].startswith("internlm")):
         return None  # only with code of others, which is not run

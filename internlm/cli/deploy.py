@@ -20,7 +20,7 @@ The command goes to stdout, everything else to stderr. One machine and no other 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from internlm.serve.engines import ENGINES
+    from internlm.serve.handover.engines import ENGINES
 
     parser.add_argument("model", metavar="MODEL", nargs="?", help="run, checkpoint, Transformers folder, GGUF file …")
     parser.add_argument("--engine", metavar="NAME", help=", ".join(ENGINES))
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the command, or become it."""
-    from internlm.serve import engines
+    from internlm.serve.handover import engines
 
     if arguments.table:
         print(engines.markdown())
@@ -58,8 +58,8 @@ def _hand_over(arguments: argparse.Namespace) -> int:
         UsageError: `--run` where something comes first, or the engine is not installed.
         WeightsError: the engine would not serve the model as it is.
     """
-    from internlm.serve import handover
-    from internlm.serve.export import Wish
+    from internlm.serve.handover import command as handover
+    from internlm.serve.handover.export import Wish
 
     wish = Wish(
         engine=arguments.engine, host=arguments.host, port=arguments.port, tensor=arguments.tensor,

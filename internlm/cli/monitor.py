@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from internlm.train.monitor import Monitor
+    from internlm.train.watch.monitor import Monitor
 
 DESCRIPTION = """\
 Show a run that is under way, or over: progress, losses, speed, checkpoints, ranks, warnings. Only its files are read:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Show the run."""
     from internlm.errors import UsageError
-    from internlm.train.monitor import Monitor
+    from internlm.train.watch.monitor import Monitor
 
     if not arguments.every > 0:
         raise UsageError(f"--every {arguments.every:g}: must be above 0")
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _picture(facts: dict[str, Any], height: int | None) -> list[str]:
     """Return the lines of a picture, coloured for a terminal that takes colours, and no more than fit."""
-    from internlm.train.monitor import BLOCKS, lines
+    from internlm.train.watch.monitor import BLOCKS, lines
 
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     try:

@@ -16,7 +16,7 @@ from internlm.errors import UsageError
 
 if TYPE_CHECKING:
     from internlm.model.transformer import Transformer
-    from internlm.serve.openai import Served
+    from internlm.serve.api.asked import Served
 
 DESCRIPTION = """\
 Serve a model (a run, a checkpoint, a Transformers folder) to OpenAI's clients, with a chat page at /.
@@ -68,9 +68,9 @@ def run(arguments: argparse.Namespace, ready: Callable[[str], None] | None = Non
     except ImportError as error:
         raise UsageError(f"the server needs {error.name}", do="pip install 'internlm[serve]'") from error
     from internlm.infer.worker import Worker
-    from internlm.serve import run as process
-    from internlm.serve.app import make_app
-    from internlm.serve.gate import Access
+    from internlm.serve.api import run as process
+    from internlm.serve.api.app import make_app
+    from internlm.serve.api.gate import Access
 
     _check(arguments)
     keys = _keys(arguments)
@@ -164,7 +164,7 @@ def _open(arguments: argparse.Namespace) -> Served:
     from internlm.checkpoint.source import Hints, open_source
     from internlm.infer.engine import Engine, Limits
     from internlm.model.config import DynamicScaling
-    from internlm.serve.openai import Served
+    from internlm.serve.api.asked import Served
 
     place = placement.placement(arguments)
     source = open_source(arguments.model, Hints(tokenizer=arguments.tokenizer, template=arguments.template))

@@ -34,20 +34,20 @@ from internlm.model.transformer import Transformer
 from internlm.optim.optimizer import Optimizer, scale_to_norm, squared_norm
 from internlm.optim.schedule import ScheduleConfig, rate
 from internlm.parallel.apply import Parallel
-from internlm.train.alerts import Alerts
+from internlm.train.budget import TrainConfig
 from internlm.train.evaluate import EvaluateConfig, Evaluator
-from internlm.train.goodput import Goodput
 from internlm.train.loss_scale import LossScale
 from internlm.train.metrics import Meter, Metrics, MetricsFile, is_finite, read_metrics, step_line
-from internlm.train.monitor import noted
 from internlm.train.objective import Objective
-from internlm.train.profile import Parts, ProfileConfig, Trace, Windows
-from internlm.train.spikes import Spikes
-from internlm.train.steps import TrainConfig
+from internlm.train.profile.windows import Parts, ProfileConfig, Trace, Windows
 from internlm.train.stop import Reason, Stop, Stopped
-from internlm.train.stragglers import Stragglers
-from internlm.train.trackers import Tracker
-from internlm.train.watchdog import WatchConfig, Watchdog
+from internlm.train.watch.alerts import Alerts
+from internlm.train.watch.goodput import Goodput
+from internlm.train.watch.monitor import noted
+from internlm.train.watch.spikes import Spikes
+from internlm.train.watch.stragglers import Stragglers
+from internlm.train.watch.trackers import Tracker
+from internlm.train.watch.watchdog import WatchConfig, Watchdog
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from internlm.errors import ConfigError, WeightsError, did_you_mean
 from internlm.model import lora
 from internlm.model.config import ModelConfig
 from internlm.model.lora import ALL_LINEAR, LoraConfig
-from internlm.weights.names import TRANSFORMERS, Names, to_transformers
+from internlm.weights.families.names import TRANSFORMERS, Names, to_transformers
 
 logger = logging.getLogger(__name__)
 

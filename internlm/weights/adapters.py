@@ -42,8 +42,8 @@ from internlm.weights import adapter_config, card, files
 from internlm.weights import weight as lazy
 from internlm.weights.adapter_config import FILE, theirs
 from internlm.weights.bin_files import open_bin
+from internlm.weights.families.names import INTERNLM2, TRANSFORMERS, Names, to_transformers
 from internlm.weights.load import Check, check, shapes
-from internlm.weights.names import INTERNLM2, TRANSFORMERS, Names, to_transformers
 from internlm.weights.talk import write_json
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import Weight, Weights

@@ -35,9 +35,10 @@ from internlm.errors import WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.quant import Kind
 from internlm.model.transformer import Transformer
-from internlm.weights import families, files, remote
+from internlm.weights import carried, files
 from internlm.weights import weight as lazy
 from internlm.weights.card import card
+from internlm.weights.families import translate as families
 from internlm.weights.load import check, read_model
 from internlm.weights.talk import Talk, write_json
 from internlm.weights.weight import Weights
@@ -101,7 +102,7 @@ def export(
     theirs = {name: weight.to(options.dtype) for name, weight in theirs.items()}
     talk.check(config.vocab_size)
     if options.remote_code:
-        described |= remote.fields(talk)
+        described |= carried.fields(talk)
     storage.check_free(out, KIND, replace=options.replace)
     with storage.writing(out, KIND, replace=options.replace, resume=options.resume) as folder:
         files.require_space(folder, sum(weight.nbytes for weight in theirs.values()), f"export {out.name}")
@@ -111,7 +112,7 @@ def export(
         write_json(folder.path / "config.json", described | talk.role_ids() | {"torch_dtype": stored, "dtype": stored})
         talk.write(folder.path)
         if options.remote_code:
-            remote.write(folder.path, talk)
+            carried.write(folder.path, talk)
         notes = {"remote_code": options.remote_code, **options.notes}
         storage.write_text(folder.path / "README.md", card(config, described["architectures"][0], stored, talk, notes))
         folder.meta.update({"internlm_template": talk.template, "dtype": stored, **options.notes})
@@ -163,14 +164,14 @@ def _family(options: ExportOptions) -> str | None:
     Raises:
         WeightsError: another is asked for than the one that the carried code is of.
     """
-    if not options.remote_code or options.family == remote.FAMILY:
+    if not options.remote_code or options.family == carried.FAMILY:
         return options.family
     if options.family is not None:
         raise WeightsError(
             "the code that gives a folder `model.chat` is InternLM's",
-            where="family", got=options.family, allowed=[remote.FAMILY], do="Leave out one of the two.",
+            where="family", got=options.family, allowed=[carried.FAMILY], do="Leave out one of the two.",
         )  # fmt: skip
-    return remote.FAMILY
+    return carried.FAMILY
 
 
 def _fields(folder: Path) -> dict[str, Any]:

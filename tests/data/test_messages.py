@@ -14,8 +14,8 @@ from internlm.data.formats import Conversation, read_documents, read_samples
 from internlm.data.shards import Shards
 from internlm.data.tokenize import Options, tokenize
 from internlm.errors import DataError
-from internlm.serve.schema import ChatRequest
-from internlm.serve.tooling import CallReader, tools_of, turns_of
+from internlm.serve.api.schema import ChatRequest
+from internlm.serve.api.tooling import CallReader, tools_of, turns_of
 from internlm.text.chat import Message, ToolCall, render_prompt
 from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from internlm.infer.cache import Cache, Piece
-from internlm.serve.replies import Reply
+from internlm.serve.api.replies import Reply
 from internlm.text.tokenizer import Tokenizer
 from tests.serve.servers import TOKENIZER, Running, serving, slow_engine, until
 

@@ -18,10 +18,10 @@ from internlm import config
 from internlm import recipe as recipes
 from internlm.errors import ConfigError
 from internlm.recipe import Recipe
-from internlm.train import goodput
-from internlm.train.monitor import Monitor
 from internlm.train.stop import Reason, Stopped
-from internlm.train.watchdog import EXIT_CODE, WatchConfig, Watchdog, path_of, read_beat
+from internlm.train.watch import goodput
+from internlm.train.watch.monitor import Monitor
+from internlm.train.watch.watchdog import EXIT_CODE, WatchConfig, Watchdog, path_of, read_beat
 from tests.launch.conftest import INTERNLM, children, finish, gone, hooked, slow, start, wait_for_step
 
 Make = Callable[..., Recipe]
@@ -161,7 +161,7 @@ def test_a_neighbour_that_falls_silent_during_a_validation_is_found(kennel: Kenn
 def test_a_process_that_was_stopped_itself_gets_its_time_back(kennel: Kennel, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.monotonic
     shift = 0.0
-    monkeypatch.setattr("internlm.train.watchdog.time.monotonic", lambda: now() + shift)
+    monkeypatch.setattr("internlm.train.watch.watchdog.time.monotonic", lambda: now() + shift)
     with kennel.watchdog() as watch:
         watch.advance(1)
         time.sleep(0.3)
@@ -174,7 +174,7 @@ def test_a_full_disk_ends_no_run(kennel: Kennel, monkeypatch: pytest.MonkeyPatch
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("internlm.train.watchdog.os.replace", full)
+    monkeypatch.setattr("internlm.train.watch.watchdog.os.replace", full)
     with kennel.watchdog(0, 2) as watch:
         for step in range(10):
             watch.advance(step)

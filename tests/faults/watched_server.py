@@ -17,8 +17,8 @@ from internlm.cli import main
 from internlm.infer.engine import Engine
 from internlm.infer.request import Delta
 from internlm.infer.schedule import Sequence
-from internlm.serve import app
-from internlm.serve.inbox import Ticket
+from internlm.serve.api import app
+from internlm.serve.api.inbox import Ticket
 
 make_app, step = app.make_app, Engine.step
 breaks = False

@@ -13,9 +13,9 @@ from internlm import storage
 from internlm.infer.engine import Engine
 from internlm.model.config import DynamicScaling, ModelConfig
 from internlm.model.transformer import Transformer
-from internlm.weights import families
 from internlm.weights import transformers as folders
-from internlm.weights.family import FAMILIES, fitting
+from internlm.weights.families import translate as families
+from internlm.weights.families.table import FAMILIES, fitting
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import of_tensors
 from tests.parity import references

@@ -31,7 +31,8 @@ from internlm.text.chat import Message, render_prompt
 from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import PATTERN, train_bpe
-from internlm.weights import gguf, gguf_vocabulary
+from internlm.weights.gguf import model as gguf
+from internlm.weights.gguf import vocabulary
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors
 
@@ -212,7 +213,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "v7 as json": lambda: Tokenizer.from_json(json_of(Tokenizer.load(V7))),
     **{
         "own" if PATTERN in key[0] else f"{name} {number}": partial(words, *key)
-        for number, (key, name) in enumerate(gguf_vocabulary.PRE.items())
+        for number, (key, name) in enumerate(vocabulary.PRE.items())
     },
 }
 

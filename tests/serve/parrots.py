@@ -17,7 +17,7 @@ import torch
 from internlm.errors import EngineError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import Transformer, build
-from internlm.serve.answer import Facts, Settings, TooLong
+from internlm.serve.chat.answer import Facts, Settings, TooLong
 from internlm.text.chat import Message
 from internlm.text.training import train_bpe
 from internlm.weights import transformers as folders

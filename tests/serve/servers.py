@@ -17,11 +17,11 @@ from internlm.infer.request import Request
 from internlm.infer.worker import Worker
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import Transformer
-from internlm.serve.app import make_app
-from internlm.serve.gate import Access
-from internlm.serve.metrics import Metrics
-from internlm.serve.openai import Served
-from internlm.serve.run import Address, Server, bind, url_of
+from internlm.serve.api.app import make_app
+from internlm.serve.api.asked import Served
+from internlm.serve.api.gate import Access
+from internlm.serve.api.metrics import Metrics
+from internlm.serve.api.run import Address, Server, bind, url_of
 from internlm.text.training import train_bpe
 from internlm.weights.talk import Talk
 from tests.infer import engines

@@ -20,14 +20,15 @@ from internlm.cli import main
 from internlm.errors import InternLMError, UsageError, WeightsError
 from internlm.model.config import DynamicScaling, ExpertsConfig, ModelConfig, RopeConfig
 from internlm.model.transformer import build
-from internlm.serve import engines, handover
-from internlm.serve.export import Wish, read_export
-from internlm.serve.export_checks import CHECKS
+from internlm.serve.handover import command as handover
+from internlm.serve.handover import engines
+from internlm.serve.handover.checks import CHECKS
+from internlm.serve.handover.export import Wish, read_export
 from internlm.text.templates import get_template, jinja
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import train_bpe
-from internlm.weights import gguf
 from internlm.weights import transformers as folders
+from internlm.weights.gguf import model as gguf
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors
 

@@ -14,7 +14,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from internlm.serve.app import Access
+from internlm.serve.api.app import Access
 from tests.serve.servers import Running, serving, slow_engine
 
 schemathesis = pytest.importorskip("schemathesis")

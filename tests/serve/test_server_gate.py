@@ -15,12 +15,12 @@ import openai
 import pytest
 
 from internlm.infer.worker import Busy, Worker
-from internlm.serve import app as application
-from internlm.serve import openai as asking
-from internlm.serve.app import Service
-from internlm.serve.gate import Access
-from internlm.serve.metrics import Metrics
-from internlm.serve.openai import Served
+from internlm.serve.api import app as application
+from internlm.serve.api import asked as asking
+from internlm.serve.api.app import Service
+from internlm.serve.api.asked import Served
+from internlm.serve.api.gate import Access
+from internlm.serve.api.metrics import Metrics
 from internlm.weights.talk import Talk
 from tests.serve.servers import TOKENIZER, Running, serving, slow_engine, until
 

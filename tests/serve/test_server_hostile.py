@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from internlm.infer.request import Request
-from internlm.serve.gate import Access
+from internlm.serve.api.gate import Access
 from tests.serve.servers import TOKENIZER, Running, Script, SlowEngine, random_model, serving, slow_engine, until
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"

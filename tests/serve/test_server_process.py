@@ -27,7 +27,7 @@ from internlm import runtime
 from internlm.cli import main, serve
 from internlm.errors import UsageError
 from internlm.model.config import DynamicScaling
-from internlm.serve.run import Address, bind
+from internlm.serve.api.run import Address, bind
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors

@@ -12,7 +12,8 @@ from typing import Any
 import openai
 import pytest
 
-from internlm.serve import structure, web
+from internlm.serve import web
+from internlm.serve.api import structure
 from tests.serve.servers import TOKENIZER, Running, scripted, serving, slow_engine, until
 
 CHAT = "/v1/chat/completions"

@@ -13,10 +13,10 @@ import pytest
 
 from internlm.data.formats import Conversation, read_samples
 from internlm.errors import DataError, EngineError, StorageError, UsageError
-from internlm.serve.answer import Facts, Settings
-from internlm.serve.conversation import Chat
-from internlm.serve.lines import InputHistory
-from internlm.serve.terminal import COMMANDS, Screen, Terminal, say
+from internlm.serve.chat.answer import Facts, Settings
+from internlm.serve.chat.conversation import Chat
+from internlm.serve.chat.lines import InputHistory
+from internlm.serve.chat.terminal import COMMANDS, Screen, Terminal, say
 from internlm.text.chat import Message
 from tests.serve.parrots import Parrot
 

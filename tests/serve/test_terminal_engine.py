@@ -17,10 +17,10 @@ from internlm.errors import EngineError, InternLMError, TokenizerError, UsageErr
 from internlm.infer.engine import Engine, Limits
 from internlm.infer.request import Request
 from internlm.model.transformer import Transformer, build
-from internlm.serve.answer import Settings
-from internlm.serve.conversation import Chat
-from internlm.serve.local import FromEngine
-from internlm.serve.terminal import HIDDEN
+from internlm.serve.chat.answer import Settings
+from internlm.serve.chat.conversation import Chat
+from internlm.serve.chat.local import FromEngine
+from internlm.serve.chat.terminal import HIDDEN
 from internlm.text.chat import Message, render_prompt
 from internlm.text.templates import Template, get_template
 from internlm.text.tokenizer import Tokenizer

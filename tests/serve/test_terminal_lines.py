@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from internlm.serve.lines import InputHistory, state_file
+from internlm.serve.chat.lines import InputHistory, state_file
 
 
 def test_texts_of_several_lines_come_back_as_they_were(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import pytest
 from internlm.cli import main
 from internlm.errors import EngineError
 from internlm.infer.client import Client
-from internlm.serve.answer import Facts, FromServer, Settings
-from internlm.serve.conversation import Chat
-from internlm.serve.terminal import Screen, say
+from internlm.serve.chat.answer import Facts, FromServer, Settings
+from internlm.serve.chat.conversation import Chat
+from internlm.serve.chat.terminal import Screen, say
 from internlm.text.chat import Message
 from tests.serve.parrots import FakeServer, serving
 

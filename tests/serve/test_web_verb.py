@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from internlm.cli import web
-from internlm.serve.gate import Access
+from internlm.serve.api.gate import Access
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors

@@ -28,10 +28,10 @@ from internlm.checkpoint.store import CheckpointConfig
 from internlm.cli import main
 from internlm.errors import ConfigError, InternLMError, StorageError, TrainingError
 from internlm.recipe import Recipe
-from internlm.train import alerts as module
-from internlm.train.alerts import Alerts, AlertsConfig, Message, WebhookConfig, form
 from internlm.train.stop import FILE, Stopped
 from internlm.train.trainer import Trainer
+from internlm.train.watch import alerts as module
+from internlm.train.watch.alerts import Alerts, AlertsConfig, Message, WebhookConfig, form
 
 Make = Callable[..., Recipe]
 TOKEN = "hook-4711-secret"

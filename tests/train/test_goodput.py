@@ -20,10 +20,10 @@ from internlm import recipe as recipes
 from internlm.checkpoint import store
 from internlm.parallel.mesh import Layout
 from internlm.recipe import Recipe
-from internlm.train.goodput import FILE, Goodput, read, sentence
 from internlm.train.metrics import read_metrics
-from internlm.train.stragglers import LOOKS, Stragglers
 from internlm.train.trainer import Trainer
+from internlm.train.watch.goodput import FILE, Goodput, read, sentence
+from internlm.train.watch.stragglers import LOOKS, Stragglers
 
 Make = Callable[..., Recipe]
 
@@ -211,7 +211,7 @@ def test_the_trainer_says_in_which_phase_it_is(recipe: Make, tmp_path: Path, mon
 def test_the_time_is_kept_between_two_lines_of_the_log_too(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("internlm.train.goodput.WRITE_EVERY_S", 0.0)
+    monkeypatch.setattr("internlm.train.watch.goodput.WRITE_EVERY_S", 0.0)
     trainer = recipes.prepare(recipe(train__tokens=4 * 256, train__log_every_steps=100))
     step, seen = trainer.step, []
 
@@ -253,7 +253,7 @@ SCRIPT = """
 import sys, time, yaml
 from internlm import config, log, plot, runtime
 from internlm import recipe as recipes
-from internlm.train import goodput
+from internlm.train.watch import goodput
 runtime.measure_peak, plot.loss_curve, goodput.WRITE_EVERY_S = lambda *_: 1e12, lambda *_: None, 0.0
 log.setup()
 trainer = recipes.prepare(config.decode(recipes.Recipe, yaml.safe_load(open(sys.argv[1]))))

@@ -20,7 +20,7 @@ from internlm.cli import main
 from internlm.errors import StorageError
 from internlm.recipe import Recipe
 from internlm.train.metrics import MetricsFile
-from internlm.train.monitor import WARNINGS, Lines, Monitor, clip, lines, noted, spark
+from internlm.train.watch.monitor import WARNINGS, Lines, Monitor, clip, lines, noted, spark
 
 pexpect = pytest.importorskip("pexpect")
 Make = Callable[..., Recipe]
@@ -222,7 +222,7 @@ def test_warnings_and_the_error_that_ends_a_run_are_kept_and_shown(recipe: Make,
 
 
 def test_the_file_of_warnings_does_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("internlm.train.monitor._MOST_BYTES", 1000)
+    monkeypatch.setattr("internlm.train.watch.monitor._MOST_BYTES", 1000)
     with noted(tmp_path):
         for number in range(200):
             logging.getLogger("internlm.x").warning("number %d", number)

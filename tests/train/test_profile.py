@@ -24,12 +24,12 @@ from internlm import recipe as recipes
 from internlm.compat import profiling
 from internlm.errors import ConfigError, TrainingError
 from internlm.recipe import Recipe
-from internlm.train import profile
 from internlm.train.metrics import read_metrics
-from internlm.train.modules import ModuleTable, row_of
-from internlm.train.operators import STEP, Event, family, length, outside, self_times, table
-from internlm.train.profile import ProfileConfig, Trace, Windows, spans
-from internlm.train.resident import Resident, resident_bytes
+from internlm.train.profile import windows
+from internlm.train.profile.modules import ModuleTable, row_of
+from internlm.train.profile.operators import STEP, Event, family, length, outside, self_times, table
+from internlm.train.profile.resident import Resident, resident_bytes
+from internlm.train.profile.windows import ProfileConfig, Trace, Windows, spans
 from internlm.train.stop import Reason, Stopped
 
 Make = Callable[..., Recipe]
@@ -301,7 +301,7 @@ def test_a_profiler_that_fails_is_a_warning(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if fails == "full disk":
-        monkeypatch.setattr(profile.shutil, "copyfileobj", fail)
+        monkeypatch.setattr(windows.shutil, "copyfileobj", fail)
     elif fails == "no folder":
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "profile").write_text("in the way")
@@ -321,8 +321,8 @@ def test_a_profiler_that_fails_is_a_warning(
 def test_what_opening_and_writing_takes_is_not_in_the_time_of_steps(
     recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack = profile._pack
-    monkeypatch.setattr(profile, "_pack", lambda *a: profile.time.sleep(3) or pack(*a))
+    pack = windows._pack
+    monkeypatch.setattr(windows, "_pack", lambda *a: windows.time.sleep(3) or pack(*a))
     lines = train(recipe(train__tokens=6 * 256, profile=WINDOW))
     assert max(line["perf/step_s"] for line in lines if "perf/step_s" in line) < 3
 
@@ -485,7 +485,7 @@ def test_the_most_that_a_phase_held_is_seen() -> None:
     with resident.phase("update"):
         held = torch.ones(2**25)  # 128 MiB
         held.sum()
-        profile.time.sleep(0.05)
+        windows.time.sleep(0.05)
         del held
     with resident.phase("data"):
         pass

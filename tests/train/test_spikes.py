@@ -16,8 +16,8 @@ from internlm.data.batch import Batch
 from internlm.optim.optimizer import Optimizer
 from internlm.recipe import Recipe
 from internlm.train.metrics import read_metrics
-from internlm.train.spikes import SpikeConfig, Spikes
 from internlm.train.trainer import Trainer
+from internlm.train.watch.spikes import SpikeConfig, Spikes
 
 Make = Callable[..., Recipe]
 

@@ -19,9 +19,9 @@ import pytest
 from internlm import recipe as recipes
 from internlm.errors import ConfigError
 from internlm.recipe import Recipe
-from internlm.train import trackers
 from internlm.train.metrics import read_metrics
-from internlm.train.trackers import IDS, MlflowConfig, ServerConfig, Sink, TrackConfig, open_trackers
+from internlm.train.watch import trackers
+from internlm.train.watch.trackers import IDS, MlflowConfig, ServerConfig, Sink, TrackConfig, open_trackers
 
 Make = Callable[..., Recipe]
 

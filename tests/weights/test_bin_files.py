@@ -18,9 +18,10 @@ import torch
 from internlm.errors import WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
-from internlm.weights import bin_files, files, native_pickle
+from internlm.weights import bin_files, files
 from internlm.weights import transformers as folders
 from internlm.weights import weight as lazy
+from internlm.weights.native import pickles
 from internlm.weights.weight import of_tensors
 
 SHAPE = ModelConfig(vocab_size=50, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=24)
@@ -141,7 +142,7 @@ def test_a_file_that_was_cut_off_is_named(kept: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["compressed", "of another byte order"])
-@pytest.mark.parametrize("opened", [files.open_folder, native_pickle.load])
+@pytest.mark.parametrize("opened", [files.open_folder, pickles.load])
 def test_an_archive_that_torch_would_not_write_here_is_refused(
     opened: Callable[[Path], Any], change: str, tmp_path: Path
 ) -> None:

@@ -13,9 +13,11 @@ from internlm.model import lora
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
 from internlm.text.training import train_bpe
-from internlm.weights import adapters, gguf, native_write
+from internlm.weights import adapters
 from internlm.weights import transformers as folders
 from internlm.weights.card import UNKNOWN, card
+from internlm.weights.gguf import model as gguf
+from internlm.weights.native import write as native_write
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors
 

@@ -18,9 +18,9 @@ from internlm.errors import UsageError, WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
 from internlm.text.training import train_bpe
-from internlm.weights import families
 from internlm.weights import transformers as folders
-from internlm.weights.names import to_transformers
+from internlm.weights.families import translate as families
+from internlm.weights.families.names import to_transformers
 from internlm.weights.talk import read_talk
 from internlm.weights.weight import of_tensors
 

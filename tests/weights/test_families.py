@@ -24,11 +24,12 @@ from internlm.model.config import (
     YarnScaling,
 )
 from internlm.model.transformer import Transformer, build
-from internlm.weights import families, names
 from internlm.weights import transformers as folders
-from internlm.weights.family import FAMILIES
+from internlm.weights.families import names
+from internlm.weights.families import translate as families
+from internlm.weights.families.names import from_transformers, is_stacked, to_transformers
+from internlm.weights.families.table import FAMILIES
 from internlm.weights.load import shapes
-from internlm.weights.names import from_transformers, is_stacked, to_transformers
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import Weight, Weights, of_tensors
 

@@ -31,7 +31,8 @@ from internlm.model.config import (
 )
 from internlm.model.transformer import Transformer, build
 from internlm.text.training import train_bpe
-from internlm.weights import gguf, gguf_file
+from internlm.weights.gguf import header
+from internlm.weights.gguf import model as gguf
 from internlm.weights.load import load_model, shapes
 from internlm.weights.talk import Talk
 from internlm.weights.transformers import ExportOptions
@@ -440,7 +441,7 @@ def test_a_damaged_file_is_explained_wherever_it_is_cut_or_changed(tmp_path: Pat
     model = replace(SHAPE, vocab_size=300, num_layers=1, rope=LLAMA3, head_dim=8, ffn_size=8)
     file = export(build(model, 0), tmp_path / "out", Talk(train_bpe(["a sum"], 270)))
     data, other = file.read_bytes(), tmp_path / "other.gguf"
-    start = min(tensor.offset for tensor in gguf_file.read_header(file).tensors.values())
+    start = min(tensor.offset for tensor in header.read_header(file).tensors.values())
     generator, read, explained = np.random.default_rng(0), 0, []
     for size in [0, 3, 4, 10, *generator.integers(20, start, 40), start, len(data) // 2]:
         other.write_bytes(data[:size])

@@ -18,8 +18,8 @@ from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.tool_jinja import chat_template
 from internlm.text.training import train_bpe
-from internlm.weights import gguf
-from internlm.weights.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from internlm.weights.gguf import model as gguf
+from internlm.weights.gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors
 

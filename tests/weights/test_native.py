@@ -15,8 +15,8 @@ from internlm.checkpoint.source import open_source
 from internlm.errors import WeightsError
 from internlm.model.config import DynamicScaling, ModelConfig, RopeConfig
 from internlm.model.transformer import Transformer
-from internlm.weights import native
 from internlm.weights.load import load_model, shapes
+from internlm.weights.native import read as native
 from internlm.weights.weight import table, tensors
 from tests.weights.old_layout import Old, write
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from internlm.errors import WeightsError
 from internlm.model.config import ModelConfig
 from internlm.weights.load import shapes
-from internlm.weights.native_optimizer import KINDS, open_optimizer
+from internlm.weights.native.optimizer import KINDS, open_optimizer
 from internlm.weights.weight import tensors
 from tests.weights.old_layout import Old, write
 

@@ -16,8 +16,8 @@ import torch
 
 from internlm import storage
 from internlm.errors import WeightsError
-from internlm.weights import native
-from internlm.weights.native_pickle import load
+from internlm.weights.native import read as native
+from internlm.weights.native.pickles import load
 from tests.weights.old_layout import Config, ParallelMode, framework
 
 

@@ -16,9 +16,11 @@ from internlm.errors import StorageError, WeightsError
 from internlm.model.config import DynamicScaling, ExpertsConfig, ModelConfig, RopeConfig, YarnScaling
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import train_bpe
-from internlm.weights import native, native_archive, native_write
 from internlm.weights.load import shapes
-from internlm.weights.native_write import Layout
+from internlm.weights.native import archive
+from internlm.weights.native import read as native
+from internlm.weights.native import write as native_write
+from internlm.weights.native.write import Layout
 from internlm.weights.talk import Talk
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import Weight, of_tensor, of_tensors, table, tensors
@@ -146,7 +148,7 @@ def test_v02_computes_the_size_of_the_feed_forward_from_the_ratio() -> None:
         (1000, 768),
     ):
         config = replace(PLAIN, hidden_size=hidden, ffn_size=ffn)
-        ratio = native_write.native_config.mlp_ratio(config)
+        ratio = native_write.fields.mlp_ratio(config)
         assert 256 * ((int(hidden * ratio) + 255) // 256) == ffn
 
 
@@ -207,7 +209,7 @@ def test_memory_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
 
         return replace(of_tensor(tensor), read=read)
 
-    native_archive.write(tmp_path / "a.pt", {str(n): counting(torch.randn(4, 4)) for n in range(9)})
+    archive.write(tmp_path / "a.pt", {str(n): counting(torch.randn(4, 4)) for n in range(9)})
     assert most <= 2  # one is replaced by the next
     assert len(torch.load(tmp_path / "a.pt")) == 9
 
@@ -219,10 +221,10 @@ def test_archives_are_whole_zip_files_with_aligned_storages(tmp_path: Path) -> N
         "empty": torch.zeros(0, 3),
         "one": torch.tensor(2.0),
     }
-    native_archive.write(tmp_path / "a.pt", {name: of_tensor(tensor) for name, tensor in tensors_.items()})
-    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
-        assert archive.testzip() is None
-        for entry in archive.infolist():
+    archive.write(tmp_path / "a.pt", {name: of_tensor(tensor) for name, tensor in tensors_.items()})
+    with zipfile.ZipFile(tmp_path / "a.pt") as zipped:
+        assert zipped.testzip() is None
+        for entry in zipped.infolist():
             with open(tmp_path / "a.pt", "rb") as file:
                 file.seek(entry.header_offset + 26)
                 name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
@@ -230,7 +232,7 @@ def test_archives_are_whole_zip_files_with_aligned_storages(tmp_path: Path) -> N
     for options in ({}, {"mmap": True}, {"weights_only": False}):
         assert equal(torch.load(tmp_path / "a.pt", **options), tensors_)
     with pytest.raises(WeightsError, match="int64"):
-        native_archive.write(tmp_path / "b.pt", {"a": of_tensor(torch.zeros(2, dtype=torch.long))})
+        archive.write(tmp_path / "b.pt", {"a": of_tensor(torch.zeros(2, dtype=torch.long))})
 
 
 def test_the_tokenizer_is_written_along(tmp_path: Path) -> None:
@@ -257,10 +259,10 @@ def test_archives_over_four_gib_are_read(tmp_path: Path, request: pytest.Fixture
     big = torch.zeros(2**31 + 2**27, dtype=torch.float16)  # pages that nobody wrote take no memory
     small = torch.randn(5)
     weights = {"a": of_tensor(small), "big": of_tensor(big), "b": of_tensor(small)}
-    native_archive.write(tmp_path / "a.pt", weights)
+    archive.write(tmp_path / "a.pt", weights)
     found = torch.load(tmp_path / "a.pt", mmap=True)
     assert torch.equal(found["a"], small)
     assert torch.equal(found["b"], small)
     assert found["big"].shape == big.shape
-    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
-        assert archive.testzip() is None
+    with zipfile.ZipFile(tmp_path / "a.pt") as zipped:
+        assert zipped.testzip() is None

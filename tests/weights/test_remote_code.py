@@ -27,7 +27,7 @@ from internlm.text.chat import Message, render_prompt
 from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import train_bpe
-from internlm.weights import remote
+from internlm.weights import carried
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk, read_talk
 from internlm.weights.weight import of_tensors
@@ -166,7 +166,7 @@ class World:
     def answers(self, name: str) -> list[str]:
         """Return what our engine says."""
         case = self.cases[name]
-        stops = tuple(remote.chat_format(Talk(self.tokenizers[name], self.templates[name]))["stops"])  # type: ignore[index]
+        stops = tuple(carried.chat_format(Talk(self.tokenizers[name], self.templates[name]))["stops"])  # type: ignore[index]
         engine = Engine(self.models[name], self.tokenizers[name])
         prompts = [self.prompt(name, asked) for asked in case["conversations"]]
         requests = [Request(tokens=ids, max_tokens=NEW_TOKENS, temperature=0, stop_ids=stops) for ids in prompts]
@@ -365,9 +365,9 @@ def test_sampling_repeats_with_its_seed_and_halves_can_talk(seen: dict[str, Any]
 
 
 def test_the_code_imports_nothing_of_this_package_and_is_carried_whole(world: World) -> None:
-    carried = {path.name for path in Path(world.cases["plain"]["folder"]).glob("*.py")}
-    assert carried == {path.name for path in remote.CODE.glob("*.py")}
-    for path in remote.CODE.glob("*.py"):
+    there = {path.name for path in Path(world.cases["plain"]["folder"]).glob("*.py")}
+    assert there == {path.name for path in carried.CODE.glob("*.py")}
+    for path in carried.CODE.glob("*.py"):
         assert "import internlm" not in path.read_text(encoding="utf-8")
         assert "from internlm" not in path.read_text(encoding="utf-8")
 
@@ -375,24 +375,24 @@ def test_the_code_imports_nothing_of_this_package_and_is_carried_whole(world: Wo
 def test_only_the_code_carried_here_counts_as_ours(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(world.cases["plain"]["folder"], folder)
-    assert remote.is_ours(folder)
+    assert carried.is_ours(folder)
     described = json.loads((folder / "config.json").read_text())
     elsewhere = {**described, "auto_map": {"AutoModel": "someone/else--modeling_internlm.InternLMForCausalLM"}}
     (folder / "config.json").write_text(json.dumps(elsewhere))
-    assert not remote.is_ours(folder)
+    assert not carried.is_ours(folder)
     (folder / "config.json").write_text(json.dumps(described))
     code = folder / "chat_internlm.py"
     code.write_text(code.read_text() + "\n")
-    assert not remote.is_ours(folder)
-    shutil.copyfile(remote.CODE / code.name, code)
+    assert not carried.is_ours(folder)
+    shutil.copyfile(carried.CODE / code.name, code)
     (folder / "more.py").write_text("")
-    assert not remote.is_ours(folder)
+    assert not carried.is_ours(folder)
     (folder / "more.py").unlink()
-    assert remote.is_ours(folder)
+    assert carried.is_ours(folder)
     inside = {**described, "auto_map": {**described["auto_map"], "AutoConfig": "../more.InternLMConfig"}}
     (folder / "config.json").write_text(json.dumps(inside))
-    assert not remote.is_ours(folder)
-    assert not remote.is_ours(tmp_path)
+    assert not carried.is_ours(folder)
+    assert not carried.is_ours(tmp_path)
 
 
 def test_a_folder_with_code_is_read_back_as_it_was(world: World) -> None:
@@ -415,9 +415,9 @@ def test_what_the_code_does_not_know_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_without_eoa_and_a_format_has_no_chat() -> None:
-    assert remote.chat_format(Talk(train_bpe(["What is the sum?"] * 3, 300))) is None
-    assert remote.chat_format(Talk()) is None
-    form = remote.chat_format(Talk(sentencepiece_tokenizer()))
+    assert carried.chat_format(Talk(train_bpe(["What is the sum?"] * 3, 300))) is None
+    assert carried.chat_format(Talk()) is None
+    form = carried.chat_format(Talk(sentencepiece_tokenizer()))
     assert form is not None
     assert form["name"] == "internlm-v1.1"
     assert json.loads(json.dumps(form)) == form

@@ -1,0 +1,417 @@
+"""The OpenAI-compatible server as an ASGI application.
+
+    app = make_app(served, worker, Access(keys=("secret",)))
+
+Rendering and encoding run on a small pool of threads; the event loop only moves deltas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+
+from internlm import __version__
+from internlm.errors import InternLMError
+from internlm.infer.worker import Busy, Worker
+from internlm.serve import web
+from internlm.serve.api import asked, problems, structure
+from internlm.serve.api.asked import Asked, Served
+from internlm.serve.api.gate import Access, Gate
+from internlm.serve.api.inbox import Gone, Inbox, Ticket
+from internlm.serve.api.metrics import Metrics
+from internlm.serve.api.problems import ApiError
+from internlm.serve.api.replies import Chunk, Reply
+from internlm.serve.api.schema import (
+    ChatAnswer,
+    ChatMessage,
+    ChatRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    EncodeAnswer,
+    EncodeRequest,
+    ErrorAnswer,
+    LegacyChatRequest,
+    ModelCard,
+    ModelList,
+    Sampling,
+    TokenizeAnswer,
+    TokenizeRequest,
+)
+
+logger = logging.getLogger(__name__)
+
+_PAGE_HEADERS = {"Cache-Control": "no-cache", "X-Frame-Options": "DENY"}
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 405, 408, 413, 429, 500, 503)
+}
+_ANYONE = Access()
+_UNREAD_SECONDS = 120.0
+"""How long a client may read nothing of a stream."""
+_GONE = 499
+"""What the log of a proxy says of a client that went away; nobody receives it."""
+
+
+class Service:
+    """What the routes call.
+
+    Args:
+        served: the model.
+        worker: with the same engine.
+        metrics: what is measured.
+    """
+
+    def __init__(self, served: Served, worker: Worker, metrics: Metrics) -> None:
+        self.served, self.worker, self.metrics = served, worker, metrics
+        self.inbox = Inbox(worker, metrics)
+        self.pool = ThreadPoolExecutor(4, thread_name_prefix="prompt")
+        self.compilers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
+        self._preparing = 0
+
+    async def ask(self, function: Callable[[Served, Any], Asked], body: Sampling) -> Asked:
+        """Return what a request asks of the engine; compiling a grammar for one holds up no other.
+
+        Raises:
+            ApiError: it cannot be done.
+            Busy: as `prepare`.
+        """
+        pool = self.compilers if structure.is_slow(body) else self.pool
+        asked: Asked = await self.prepare(function, self.served, body, pool=pool)
+        return asked
+
+    async def prepare(
+        self, function: Callable[..., Any], *arguments: Any, pool: ThreadPoolExecutor | None = None
+    ) -> Any:
+        """Return what a function gives that may take a while, run off the event loop.
+
+        Raises:
+            Busy: as many wait for that as may be answered at once. Each of them holds its whole body.
+        """
+        if self._preparing >= self.worker.capacity:
+            raise Busy(f"{self._preparing} prompts wait to be read, which is the limit", do="Try again later.")
+        self._preparing += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool or self.pool, function, *arguments)
+        finally:
+            self._preparing -= 1
+
+    async def respond(self, request: Request, asked: Asked) -> Response:
+        """Return the response to a request of the engine: a stream, or one body."""
+        most = self.worker.capacity
+        if sum(one.n for one in asked.requests) > most and len(asked.requests) > 1:
+            raise ApiError(f"prompt: over {most} answers at once are too many for this server", param="prompt")
+        ticket = self.inbox.open(asked.requests)
+        try:
+            ticket.watch(request.receive)
+            reply = Reply(self.served, asked)
+            if asked.stream:
+                return _Stream(self._events(ticket, reply), ticket)
+            body = await self._whole(ticket, reply)
+        except BaseException:
+            ticket.close()
+            raise
+        ticket.close()
+        return body
+
+    async def _whole(self, ticket: Ticket, reply: Reply) -> Response:
+        try:
+            async for mail in ticket:
+                for place, delta in mail:
+                    if delta.finished == "error":
+                        raise ApiError(delta.problem or "the answer failed", status=500, code="engine_error")
+                    reply.add(place, delta)
+                if reply.is_settled:
+                    ticket.abort()
+        except Gone:
+            return Response(status_code=_GONE)
+        return _json(reply.whole())
+
+    async def _events(self, ticket: Ticket, reply: Reply) -> AsyncIterator[bytes]:
+        """Yield the events of a stream; it ends with [DONE], unless the client has gone."""
+        try:
+            for chunk in reply.opening():
+                yield _event(chunk)
+            async for mail in ticket:
+                if not mail:
+                    yield b": the answer is being written\n\n"
+                for place, delta in mail:
+                    if delta.finished == "error":
+                        raise ApiError(delta.problem or "the answer failed", status=500, code="engine_error")
+                    for chunk in reply.chunks(place, delta):
+                        yield _event(chunk)
+                if reply.is_settled:
+                    ticket.abort()
+            for chunk in reply.closing():
+                yield _event(chunk)
+        except Gone:
+            return
+        except Exception as error:
+            told = str(error)
+            if not isinstance(error, ApiError):
+                logger.exception("a stream failed")
+                told = "the server has a defect; its log says more"
+            self.metrics.errors[500] += 1
+            yield b"data: " + problems.body_of(told, 500, code="engine_error") + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+
+class _Stream(StreamingResponse):
+    """A stream of events; however it ends, and even if it never began, its ticket is closed."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], ticket: Ticket) -> None:
+        super().__init__(events, headers=_STREAM_HEADERS)
+        self.ticket = ticket
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_soon(event: Any) -> None:
+            async with asyncio.timeout(_UNREAD_SECONDS):
+                await send(event)
+
+        try:
+            await super().__call__(scope, receive, send_soon)
+        except (TimeoutError, ClientDisconnect):
+            logger.warning("warning: a client reads its stream no more: it is closed")
+        finally:
+            self.ticket.close()
+
+
+def make_app(served: Served, worker: Worker, access: Access = _ANYONE, metrics: Metrics | None = None) -> FastAPI:
+    """Return the application. `metrics`: None begins new ones."""
+    metrics = metrics or Metrics()
+    service = Service(served, worker, metrics)
+    app = FastAPI(
+        title="internlm",
+        version=__version__,
+        description="OpenAI-compatible API",
+        responses=_ERRORS,
+        docs_url=None,  # FastAPI's pages run scripts of a foreign server, in the origin of the chat page and its key
+        redoc_url=None,
+    )
+    app.state.service = service
+    for routes in (_answers(service), _models(service), _texts(service), _operations(service)):
+        app.include_router(routes)
+    open_paths = {"/health", "/ready", *_add_page(app)}
+    _add_handlers(app)
+    _correct_schema(app, open_paths if access.keys else None)
+    app.add_middleware(Gate, access=access, open_paths=open_paths, metrics=metrics)
+    if access.origins:  # outside the gate: a browser's question beforehand (OPTIONS) has no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(access.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    return app
+
+
+def _answers(service: Service) -> APIRouter:
+    """Return the routes that write."""
+    router = APIRouter()
+
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        return await service.respond(request, await service.ask(asked.ask_chat, body))
+
+    async def legacy(body: LegacyChatRequest, request: Request) -> Response:
+        """Answer a conversation; `max_length` counts the prompt's tokens too."""
+        return await service.respond(request, await service.ask(asked.ask_chat, body))
+
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        """Go on with texts."""
+        return await service.respond(request, await service.ask(asked.ask_completion, body))
+
+    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+    for path, function, model in (
+        ("/v1/chat/completions", chat, ChatAnswer),
+        ("/internlm/chat/completions", legacy, ChatAnswer),
+        ("/v1/completions", complete, CompletionAnswer),
+    ):
+        router.add_api_route(path, function, methods=["POST"], response_model=model, responses=streams)
+    return router
+
+
+def _models(service: Service) -> APIRouter:
+    """Return the routes that say what is served."""
+    router = APIRouter()
+    served = service.served
+
+    def card(name: str) -> ModelCard:
+        return ModelCard(id=name, created=served.created, root=served.names[0], max_model_len=served.engine.length)
+
+    @router.get("/v1/models", response_model=ModelList)
+    @router.get("/internlm/models", response_model=ModelList, operation_id="legacy_models")
+    async def models() -> ModelList:
+        """List the names that the model answers to."""
+        return ModelList(data=[card(name) for name in served.names])
+
+    @router.get("/v1/models/{name:path}", response_model=ModelCard)
+    async def model(name: str) -> ModelCard:
+        """Describe one of them."""
+        return card(served.check_name(name))
+
+    return router
+
+
+def _texts(service: Service) -> APIRouter:
+    """Return the routes between texts and ids."""
+    router = APIRouter()
+    served = service.served
+
+    def tokenize_now(body: TokenizeRequest) -> TokenizeAnswer:
+        ids = asked.ask_ids(served, body)
+        names = None
+        if body.return_token_strs:
+            names = [served.tokenizer.token_bytes(id_, skip_special=False).decode("utf-8", "replace") for id_ in ids]
+        return TokenizeAnswer(count=len(ids), max_model_len=served.engine.length, tokens=ids, token_strs=names)
+
+    @router.post("/tokenize", response_model=TokenizeAnswer)
+    async def tokenize(body: TokenizeRequest) -> TokenizeAnswer:
+        """Return the ids of a text or of a conversation."""
+        served.check_name(body.model)
+        found: TokenizeAnswer = await service.prepare(tokenize_now, body)
+        return found
+
+    @router.post("/detokenize", response_model=DetokenizeAnswer)
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeAnswer:
+        """Return the text of ids, special tokens by name."""
+        served.check_name(body.model)
+        return DetokenizeAnswer(prompt=await service.prepare(served.tokenizer.decode, body.tokens))
+
+    def encode_now(body: EncodeRequest) -> EncodeAnswer:
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        found: list[list[int]] = []
+        for text in texts:
+            if body.do_preprocess:
+                found.append(asked.render_chat(served, [ChatMessage(role="user", content=text)]))
+            else:
+                found.append(asked.encode_text(served, text, special=body.add_bos))
+        if isinstance(body.input, str):
+            return EncodeAnswer(input_ids=found[0], length=len(found[0]))
+        return EncodeAnswer(input_ids=found, length=[len(ids) for ids in found])
+
+    @router.post("/v1/encode", response_model=EncodeAnswer)
+    async def encode(body: EncodeRequest) -> EncodeAnswer:
+        """Return the ids of texts, under LMDeploy's names."""
+        answer: EncodeAnswer = await service.prepare(encode_now, body)
+        return answer
+
+    return router
+
+
+def _operations(service: Service) -> APIRouter:
+    """Return the routes for those who run the server."""
+    router = APIRouter()
+
+    def state(ready: bool) -> Response:
+        health, stats = service.worker.health, service.worker.stats
+        good = health.is_good and not (ready and health.draining)
+        words = {"status": "ok" if good else "unavailable", "alive": health.alive, "stalled": health.stalled}
+        facts = {**words, "draining": health.draining, "running": stats.running, "waiting": stats.waiting}
+        return _json(facts, 200 if good else 503)
+
+    @router.get("/health")
+    async def health() -> Response:
+        """Say whether the engine works."""
+        return state(ready=False)
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        """Say whether new requests are taken."""
+        return state(ready=True)
+
+    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @router.get("/metrics", response_class=Response, responses=text)
+    async def metrics() -> Response:
+        """Return all figures in Prometheus' text format."""
+        figures = service.metrics.text(service.worker)
+        return Response(figures, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router
+
+
+def _add_page(app: FastAPI) -> list[str]:
+    """Serve the files of the chat page, each by its own route, and return their paths."""
+    files = web.files()
+    for path, file in files.items():
+        app.router.add_route(path, _sender(file), methods=["GET"], include_in_schema=False)
+    return list(files)
+
+
+def _correct_schema(app: FastAPI, open_paths: Collection[str] | None) -> None:
+    """Leave 422 out of the OpenAPI schema: a body that does not fit gets 400, with our error object.
+
+    Every path but the open ones needs a key; None: there is no key.
+    """
+    make = app.openapi
+
+    def corrected() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            found = make()
+            for path, operations in found["paths"].items():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+                    if open_paths is not None and path not in open_paths:
+                        operation["security"] = [{"key": []}]
+            if open_paths is not None:
+                found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for name in ("HTTPValidationError", "ValidationError"):
+                found["components"]["schemas"].pop(name, None)
+        return make()
+
+    app.openapi = corrected  # type: ignore[method-assign]
+
+
+def _sender(file: web.File) -> Callable[[Request], Awaitable[Response]]:
+    async def send(request: Request) -> Response:
+        return Response(file.content, media_type=file.kind, headers=_PAGE_HEADERS)
+
+    return send
+
+
+def _add_handlers(app: FastAPI) -> None:
+    """Tell every error as OpenAI does."""
+
+    def told(error: ApiError, headers: dict[str, str] | None = None) -> Response:
+        body = problems.body_of(str(error), error.status, error.param, error.code)
+        return Response(body, error.status, media_type="application/json", headers=headers)
+
+    @app.exception_handler(InternLMError)
+    async def ours(request: Request, error: InternLMError) -> Response:
+        return told(problems.from_error(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return told(problems.from_validation(error.errors(), error.body))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        text = {404: "there is nothing here", 405: "this method is not allowed here"}.get(error.status_code)
+        about = f"{request.method} {request.url.path}: {text or error.detail}"
+        allowed = {key: value for key, value in (error.headers or {}).items() if key.lower() == "allow"}
+        return told(ApiError(about, status=error.status_code), allowed)
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    body = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+    return Response(body, status, media_type="application/json")
+
+
+def _event(chunk: Chunk) -> bytes:
+    return b"data: " + json.dumps(chunk, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"

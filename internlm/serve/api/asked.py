@@ -1,0 +1,327 @@
+"""OpenAI's requests → the engine's: prompts are rendered and encoded, names and defaults translated, limits checked.
+
+    asked = ask_chat(served, body)        # may take a while for a long text: not on the event loop
+    asked.requests                        # for the engine; `replies` turns what comes into a response
+
+Text is text: no string in a message becomes a special token. Ids in a prompt of ids are taken as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from internlm import __version__
+from internlm.errors import InternLMError, UsageError
+from internlm.infer.engine import Engine
+from internlm.infer.request import RULES, Request
+from internlm.serve.api import structure
+from internlm.serve.api.problems import ApiError, from_error
+from internlm.serve.api.schema import (
+    Body,
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    LegacyChatRequest,
+    Sampling,
+    TokenizeRequest,
+)
+from internlm.serve.api.structure import Wanted
+from internlm.serve.api.tooling import ToolUse, tools_of, turns_of
+from internlm.text.chat import Message, render_prompt
+from internlm.text.templates import Part, Template, get_template
+from internlm.text.tokenizer import Tokenizer, well_formed
+from internlm.text.tools import format_of
+from internlm.weights.talk import Talk
+
+
+@dataclass(frozen=True)
+class Served:
+    """The model as clients see it.
+
+    Raises:
+        UsageError: it came without a tokenizer, or has no name.
+        TokenizerError: the tokenizer lacks a token of the chat format.
+    """
+
+    engine: Engine
+    talk: Talk
+    names: tuple[str, ...]
+    """What it may be asked for by; the first is its own."""
+    timeout: float | None = None
+    """Most seconds for an answer."""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        if self.engine.tokenizer is None or self.talk.tokenizer is None:
+            raise UsageError("serving needs a tokenizer, and the model came without one", do="Give --tokenizer.")
+        if not self.names:
+            raise UsageError("a served model needs a name")
+        if self.template is not None:
+            render_prompt([Message("user", "a")], self.template, self.tokenizer)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that decides an answer beside the weights and the request: where it differs, a seed may too."""
+        engine = self.engine
+        weight = next(engine.model.parameters())
+        parts = (__version__, torch.__version__, engine.model.config, engine.limits, engine.pack, weight.dtype)
+        text = repr((*parts, weight.device.type, self.talk.template))
+        return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        assert self.engine.tokenizer is not None, "checked when it was made"
+        return self.engine.tokenizer
+
+    @property
+    def template(self) -> Template | None:
+        """The chat format, None for a model without one."""
+        return None if self.talk.template is None else get_template(self.talk.template)
+
+    def check_name(self, name: str | None) -> str:
+        """Return the name that a request asks for; the first where it asks for none.
+
+        Raises:
+            ApiError: there is no such model here.
+        """
+        if name is None:
+            return self.names[0]
+        if name not in self.names:
+            known = ", ".join(self.names)
+            raise ApiError(
+                f"The model {name!r} does not exist here; there is: {known}",
+                status=404, param="model", code="model_not_found",
+            )  # fmt: skip
+        return name
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one HTTP request asks of the engine."""
+
+    requests: tuple[Request, ...]
+    """One for each prompt."""
+    model: str
+    stream: bool
+    include_usage: bool
+    usage_each: bool
+    """Whether the usage is told with every chunk too."""
+    is_chat: bool
+    echoes: tuple[str, ...] | None = None
+    """The text of each prompt, where it is to be repeated before the answer."""
+    tools: ToolUse | None = None
+    """What the model may call."""
+
+
+def ask_chat(served: Served, body: ChatRequest) -> Asked:
+    """Return what a chat request asks.
+
+    Raises:
+        ApiError: it cannot be done.
+    """
+    model = _admit(served, body)
+    tokens, use = _render(served, body)
+    room = served.engine.length - len(tokens)
+    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    if isinstance(body, LegacyChatRequest) and body.max_length is not None:
+        if body.max_length <= len(tokens):
+            problem = f"the prompt has {len(tokens)} tokens, and max_length, which counts them, is {body.max_length}"
+            raise ApiError(problem, param="max_length", code="context_length_exceeded")
+        most = min(body.max_length - len(tokens), most if most is not None else room)
+    if most == 0:
+        raise ApiError("max_tokens: an answer has at least 1 token", param="max_tokens")
+    extra = {
+        "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
+        "continuation": bool(body.continue_final_message),
+    }
+    request = _request(served, body, tokens, max(1, room) if most is None else most, extra)
+    if use is not None and use.tools:
+        request = _with_tools(served, request, use)
+    _check(served, request, "messages")
+    return Asked((request,), model, *_streaming(body), is_chat=True, tools=use if use and use.tools else None)
+
+
+def ask_completion(served: Served, body: CompletionRequest) -> Asked:
+    """Return what a completion request asks.
+
+    Raises:
+        ApiError: it cannot be done.
+    """
+    model = _admit(served, body)
+    prompts, texts = _prompts(served, body)
+    given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    most = 16 if given is None else given
+    if most == 0 and not body.echo:
+        raise ApiError("max_tokens: 0 is for echo only", param="max_tokens")
+    scores = body.logprobs if body.echo else None
+    extra = {
+        "logprobs": body.logprobs,
+        "prompt_logprobs": 0 if scores is None and most == 0 else scores,
+        "continuation": True,
+    }
+    requests = tuple(_request(served, body, prompt, most, extra) for prompt in prompts)
+    for request in requests:
+        _check(served, request, "prompt")
+    return Asked(requests, model, *_streaming(body), is_chat=False, echoes=tuple(texts) if body.echo else None)
+
+
+def ask_ids(served: Served, body: TokenizeRequest) -> list[int]:
+    """Return the ids of a text, or those that the model would get for a conversation.
+
+    Raises:
+        ApiError: it cannot be written.
+    """
+    if body.messages is None:
+        return encode_text(served, body.prompt or "", special=body.add_special_tokens)
+    chat = ChatRequest(
+        messages=body.messages,
+        tools=body.tools,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+    )
+    return _render(served, chat)[0]
+
+
+def render_chat(
+    served: Served, messages: Sequence[ChatMessage], use: ToolUse | None = None, *, goes_on: bool = False
+) -> list[int]:
+    """Return the ids of a conversation, after which the answer comes; with `goes_on` its last message has begun it.
+
+    Raises:
+        ApiError: the model has no chat format, or none that is known here, or it cannot write these messages.
+    """
+    if served.template is None:
+        known = "has a chat format that is not known here" if served.talk.foreign is not None else "has no chat format"
+        raise ApiError(f"the model {known}: use /v1/completions, or start the server with --template", code="no_chat")
+    turns = turns_of(messages)
+    use = use or ToolUse(format_of(served.template.name), (), True, None)
+    begin: Sequence[Part] = use.forced.begin if use.forced is not None else ()
+    if goes_on:
+        begun = turns.pop()
+        if begun.role != "assistant" or begun.calls or not begun.content or use.forced is not None:
+            text = "the last message must be a text of the assistant's, and no call can be asked for after it"
+            raise ApiError(f"continue_final_message: {text}", param="continue_final_message")
+        begin = (begun.content,)
+    try:
+        return render_prompt(use.render(turns), served.template, served.tokenizer, begin)
+    except InternLMError as error:
+        raise ApiError(str(error), param="messages") from error
+
+
+def encode_text(served: Served, text: str, *, special: bool) -> list[int]:
+    """Return the ids of a text, beginning with bos if `special` and there is one."""
+    bos = served.tokenizer.bos_id
+    return ([bos] if special and bos is not None else []) + served.tokenizer.encode(text)
+
+
+def _render(served: Served, body: ChatRequest) -> tuple[list[int], ToolUse | None]:
+    """Return the ids of a chat request's prompt, and its tools."""
+    goes_on = bool(body.continue_final_message)
+    if body.add_generation_prompt is not None and body.add_generation_prompt == goes_on:
+        text = "goes without continue_final_message" if goes_on else "can be false with continue_final_message alone"
+        raise ApiError(f"add_generation_prompt: {text}", param="add_generation_prompt")
+    use = tools_of(body, served.talk.template) if served.talk.template is not None else None
+    return render_chat(served, body.messages, use, goes_on=goes_on), use
+
+
+def _streaming(body: Sampling) -> tuple[bool, bool, bool]:
+    """Return whether the answer is streamed, whether with its usage, and whether that comes with every chunk."""
+    options = body.stream_options
+    usage = bool(options and options.include_usage)
+    each = usage and bool(options and options.continuous_usage_stats)
+    return bool(body.stream), usage, each
+
+
+def _prompts(served: Served, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
+    """Return the ids and the text of each prompt."""
+    given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    if given and isinstance(given[0], int):
+        given = [given]
+    if given and isinstance(given[0], str):
+        special = body.add_special_tokens is not False
+        return [encode_text(served, text, special=special) for text in given], [well_formed(text) for text in given]
+    if not body.echo:
+        return given, [""] * len(given)
+    skip = body.skip_special_tokens is not False
+    try:
+        return given, [served.tokenizer.decode(ids, skip_special=skip) for ids in given]
+    except InternLMError as error:
+        raise ApiError(str(error), param="prompt") from error
+
+
+def _admit(served: Served, body: Sampling) -> str:
+    """Return the model's name, if nothing is asked that cannot be done."""
+    nested: list[Body | None] = [body, body.response_format, body.structured_outputs, body.stream_options]
+    for part in nested:
+        found = part.refuse_unsupported() if part is not None else None
+        if found is not None:
+            raise ApiError(f"{found[0]}: this server does not support it", param=found[0], code="unsupported")
+    return served.check_name(body.model)
+
+
+def _request(served: Served, body: Sampling, tokens: list[int], most: int, extra: dict[str, Any]) -> Request:
+    """Return the engine's request; what a client leaves out is OpenAI's default."""
+    stops = () if body.ignore_eos else tuple(served.talk.stop_ids())
+    texts = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    limits = [seconds for seconds in (body.timeout, served.timeout) if seconds is not None]
+    stop_ids = (*stops, *(body.stop_token_ids or ()))
+    wanted = structure.wanted_of(body)
+    rules = {name: value for name in RULES if (value := getattr(body, name)) is not None}
+    if "top_p" in rules:
+        rules["top_p"] = rules["top_p"] or 1e-9  # 0 keeps the most probable token alone
+    if "top_k" in rules:
+        rules["top_k"] = max(0, rules["top_k"])  # −1 is none to vLLM's clients
+    return Request(
+        tokens=tokens,
+        max_tokens=most,
+        n=body.n or 1,
+        logit_bias={int(id_): bias for id_, bias in (body.logit_bias or {}).items()},
+        seed=None if body.seed is None else body.seed % 2**63,
+        stop_ids=stop_ids,
+        stop_strings=tuple(map(well_formed, texts)),
+        include_stop=bool(body.include_stop_str_in_output),
+        min_tokens=body.min_tokens or 0,
+        grammar=structure.compile(served.engine, wanted, stop_ids) if wanted is not None else None,
+        timeout=min(limits, default=None),
+        show_special=body.skip_special_tokens is False,
+        **rules,
+        **extra,
+    )
+
+
+def _with_tools(served: Served, request: Request, use: ToolUse) -> Request:
+    """Return the request with what its tools ask for."""
+    if use.forced is not None:
+        if request.grammar is not None:
+            raise ApiError("a call that must be made leaves no room for response_format", param="response_format")
+        text = json.dumps(use.forced.grammar)
+        wanted = Wanted("tools", use.forced.kind, text)
+        request = replace(request, grammar=structure.compile(served.engine, wanted, request.stop_ids))
+    # A call in the midst of a sentence is read by its tags, special tokens in some formats: they need a text.
+    shown = request.show_special or bool(use.format.specials)
+    return replace(request, stop_strings=(*request.stop_strings, *use.format.stops), show_special=shown)
+
+
+def _check(served: Served, request: Request, prompt: str) -> None:
+    """Check that the engine can serve a request; `prompt` is the field its tokens came from."""
+    room = served.engine.length - (request.max_tokens > 0)
+    if len(request.tokens) > room:
+        raise ApiError(
+            f"The prompt has {len(request.tokens)} tokens, and this server's context is {served.engine.length} tokens "
+            "of prompt and answer together.", param=prompt, code="context_length_exceeded",
+        )  # fmt: skip
+    try:
+        served.engine.check(request)
+    except InternLMError as error:
+        told = from_error(error)
+        param = prompt if told.param == "prompt" else told.param
+        raise ApiError(str(told), status=told.status, param=param, code=told.code) from error

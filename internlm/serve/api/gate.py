@@ -1,0 +1,193 @@
+"""What every request passes before it is looked at: its number, the key, the size of its body.
+
+The whole body is read here, up to the limit, so that nothing behind ever holds more. On the way back failed responses
+are counted, a defect becomes a proper response, and the log gets a line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from internlm.serve.api import problems
+from internlm.serve.api.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_NUMBER = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+RETRY_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may ask, and how much."""
+
+    keys: tuple[str, ...] = ()
+    """One of them must come with every request, but for health, readiness and the page; none: everyone may."""
+    origins: tuple[str, ...] = ()
+    """Other origins whose pages may call the server (CORS)."""
+    hosts: tuple[str, ...] | None = None
+    """Public names that a client may call the server by, beside addresses and names of private networks; None: any.
+
+    A page of a stranger can let a name of its own point to 127.0.0.1 (DNS rebinding), and then counts as our origin.
+    """
+    body_bytes: int = 2**20
+    """Most bytes of a request."""
+    body_seconds: float = 60.0
+    """Most seconds until it has come."""
+
+
+class Gate:
+    """ASGI middleware around the whole application.
+
+    Args:
+        app: what is behind it.
+        access: who may enter, and with how much.
+        open_paths: need no key.
+        metrics: failed responses are counted there.
+    """
+
+    def __init__(self, app: App, *, access: Access, open_paths: Iterable[str], metrics: Metrics) -> None:
+        self.app, self.access, self.metrics = app, access, metrics
+        self.keys = [key.encode() for key in access.keys]
+        self.open_paths = frozenset(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        number = given if _NUMBER.fullmatch(given) else uuid.uuid4().hex.encode()
+        began, status = time.monotonic(), 0
+
+        async def send_marked(event: Event) -> None:
+            nonlocal status
+            if event["type"] == "http.response.start":
+                status = event["status"]
+                extra = [(b"x-request-id", number), (b"x-content-type-options", b"nosniff")]
+                if status in (429, 503):
+                    extra.append((b"retry-after", str(RETRY_SECONDS).encode()))
+                if status >= 400:
+                    self.metrics.errors[status] += 1
+                event["headers"] = [*event.get("headers", ()), *extra]
+            await send(event)
+
+        try:
+            await self._admit(scope, headers, receive, send_marked)
+        except Exception:
+            if status:
+                raise  # it has begun: the connection breaks, and the traceback is the server's to tell
+            logger.exception("a defect: %s (%s)", _name(scope), number.decode())
+            await _refuse(send_marked, 500, "the server has a defect; its log says more", "internal_error")
+        finally:
+            if scope["path"] not in self.open_paths and scope["path"] != "/metrics":  # those are asked all the time
+                seconds = time.monotonic() - began
+                logger.info("%s: %d after %.3f s (%s)", _name(scope), status, seconds, number.decode())
+
+    async def _admit(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        """Let a request through if it may enter."""
+        if self.access.hosts is not None and not _is_ours(headers.get(b"host", b""), self.access.hosts):
+            text = "this server is not known by this name: --allow-origin names it, or --api-key asks for a key"
+            await _refuse(send, 403, text, "unknown_host")
+            return
+        if scope["path"] not in self.open_paths and not self._may_enter(headers.get(b"authorization", b"")):
+            await _refuse(send, 401, "the API key is missing or wrong", "invalid_api_key")
+            return
+        try:
+            async with asyncio.timeout(self.access.body_seconds):
+                body = await self._read(headers, receive)
+        except TimeoutError:
+            text = f"the body did not come within {self.access.body_seconds:g} seconds"
+            await _refuse(send, 408, text, "body_too_slow")
+            return
+        if body is None:
+            text = f"the body is larger than {self.access.body_bytes} bytes"
+            await _refuse(send, 413, text, "body_too_large")
+            return
+        await self.app(scope, _replay(body, receive), send)
+
+    def _may_enter(self, header: bytes) -> bool:
+        """Whether the header holds one of the keys; all are compared, in constant time."""
+        if not self.keys:
+            return True
+        scheme, _, given = header.partition(b" ")
+        fitting = [hmac.compare_digest(given.strip(), key) for key in self.keys]
+        return scheme.lower() == b"bearer" and any(fitting)
+
+    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+        """Return the body, None if it is too large."""
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > self.access.body_bytes:
+            return None
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            event = await receive()
+            if event["type"] != "http.request":
+                return b"".join(parts)  # the client has gone: what is behind notices
+            parts.append(event.get("body", b""))
+            size += len(parts[-1])
+            if size > self.access.body_bytes:
+                return None
+            if not event.get("more_body"):
+                return b"".join(parts)
+
+
+def _is_ours(header: bytes, hosts: Iterable[str]) -> bool:
+    """Whether a Host header holds one of these names, or one that no stranger can let point here."""
+    text = header.decode("latin-1").lower()
+    name = text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0].rstrip(".")
+    if "." not in name or name.endswith((".localhost", ".local", ".internal")) or name in hosts:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _name(scope: Scope) -> str:
+    """Return what was asked for, as a log can hold it: a client must not be able to write lines of its own."""
+    path = scope["path"][:200].encode("unicode_escape").decode()
+    return f"{scope['method']} {path}"
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body once, and then what the connection gives."""
+    given = False
+
+    async def again() -> Event:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+async def _refuse(send: Send, status: int, message: str, code: str) -> None:
+    body = problems.body_of(message, status, code=code)
+    kinds = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 401:
+        kinds.append((b"www-authenticate", b"Bearer"))
+    if status in (408, 413):
+        kinds.append((b"connection", b"close"))  # the rest of the body is not read
+    await send({"type": "http.response.start", "status": status, "headers": kinds})
+    await send({"type": "http.response.body", "body": body})

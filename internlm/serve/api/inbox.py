@@ -1,0 +1,152 @@
+"""Between the engine's thread and the event loop: one wake-up of the loop a step, a queue for each HTTP request.
+
+ticket = inbox.open(requests)            # Busy, Stopping, EngineError: nothing was queued
+try:
+    async for deltas in ticket:          # [(place of the request, delta)]; [] now and then while nothing comes
+        …
+finally:
+    ticket.close()                       # aborts what has not ended
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+from internlm.errors import InternLMError
+from internlm.infer.request import Delta, Request
+from internlm.infer.worker import Worker
+from internlm.serve.api.metrics import Metrics
+
+Mail = list[tuple[int, Delta]]
+Receive = Callable[[], Awaitable[Any]]
+
+
+class Gone(Exception):
+    """The client has closed the connection."""
+
+
+class Inbox:
+    """Takes the engine's deltas to those who wait for them. Belongs to one event loop.
+
+    Args:
+        worker: with the engine.
+        metrics: what is measured.
+        quiet_seconds: after so long without a delta a ticket gives an empty list, so that a stream can show life.
+    """
+
+    def __init__(self, worker: Worker, metrics: Metrics, *, quiet_seconds: float = 15.0) -> None:
+        self.worker, self.metrics, self.quiet_seconds = worker, metrics, quiet_seconds
+        self.tickets: dict[int, Ticket] = {}
+        """By the id of each request that has not ended."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def open(self, requests: Sequence[Request]) -> Ticket:
+        """Submit requests and return what their deltas come to.
+
+        Raises:
+            Busy, Stopping, EngineError: none of them was taken.
+        """
+        self._loop = asyncio.get_running_loop()
+        ticket = Ticket(self, requests)
+        try:
+            for place, request in enumerate(requests):
+                # The loop is busy here, so that no delta is looked at before its ticket is known.
+                id_ = self.worker.submit(request, self._deliver)
+                self.tickets[id_] = ticket
+                ticket.places[id_] = place
+        except InternLMError:
+            ticket.close()
+            raise
+        return ticket
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        """Take the deltas of a step, on the engine's thread."""
+        assert self._loop is not None, "it was set before anything was submitted"
+        self._loop.call_soon_threadsafe(self._spread, deltas)
+
+    def _spread(self, deltas: list[Delta]) -> None:
+        mail: dict[Ticket, Mail] = {}
+        for delta in deltas:
+            if delta.waited is not None and not delta.index:
+                self.metrics.queue.observe(delta.waited)
+            if delta.finished:
+                self.metrics.ended[delta.finished] += 1
+            ticket = self.tickets.get(delta.id)
+            if ticket is not None:
+                mail.setdefault(ticket, []).append((ticket.places[delta.id], delta))
+        for ticket, part in mail.items():
+            ticket.take(part)
+
+
+class Ticket:
+    """What one HTTP request waits for."""
+
+    def __init__(self, inbox: Inbox, requests: Sequence[Request]) -> None:
+        self.places: dict[int, int] = {}
+        """Id of a request → its place among them."""
+        self._inbox = inbox
+        self._left = sum(request.n for request in requests)
+        self._queue: asyncio.Queue[Mail | None] = asyncio.Queue()
+        self._watch: asyncio.Task[None] | None = None
+        self._began = time.monotonic()
+        self._first: float | None = None
+        self._counts: dict[tuple[int, int], int] = {}
+
+    def watch(self, receive: Receive) -> None:
+        """End with `Gone` when the client closes the connection."""
+
+        async def wait() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self.abort()
+            self._queue.put_nowait(None)
+
+        self._watch = asyncio.create_task(wait())
+
+    def take(self, mail: Mail) -> None:
+        """Queue deltas, on the event loop."""
+        now = time.monotonic()
+        metrics = self._inbox.metrics
+        for place, delta in mail:
+            if delta.tokens:
+                if self._first is None:
+                    self._first = now
+                    metrics.first_token.observe(now - self._began)
+                key = place, delta.index
+                self._counts[key] = self._counts.get(key, 0) + len(delta.tokens)
+            self._left -= delta.finished is not None
+        if not self._left:
+            metrics.total.observe(now - self._began)
+            most = max(self._counts.values(), default=0)
+            if self._first is not None and most > 1:
+                metrics.per_token.observe((now - self._first) / (most - 1))
+        self._queue.put_nowait(mail)
+
+    async def __aiter__(self) -> AsyncIterator[Mail]:
+        while True:
+            try:
+                mail = await asyncio.wait_for(self._queue.get(), self._inbox.quiet_seconds)
+            except TimeoutError:
+                yield []
+                continue
+            if mail is None:
+                raise Gone
+            yield mail
+            if not self._left and self._queue.empty():
+                return
+
+    def abort(self) -> None:
+        """End what has not ended."""
+        for id_ in self.places:
+            self._inbox.worker.abort(id_)
+
+    def close(self) -> None:
+        """Abort what has not ended, and take no further deltas."""
+        if self._watch is not None:
+            self._watch.cancel()
+        self.abort()
+        for id_ in self.places:
+            self._inbox.tickets.pop(id_, None)

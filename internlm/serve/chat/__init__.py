@@ -1,0 +1,1 @@
+"""Chatting: in the terminal, with a model here or behind a URL."""

@@ -1,0 +1,1 @@
+"""Handing a model over to other engines."""

@@ -1,0 +1,206 @@
+"""What would go wrong with an export on another engine, each with what to do about it.
+
+    [finding for check in CHECKS for finding in check(export, wish)]
+
+A check is a function from (Export, Wish) to findings; a new one is a function and its name in CHECKS. What an engine
+can and cannot do is data, in engines.py.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+
+from internlm.errors import WeightsError
+from internlm.model.config import DynamicScaling, ModelConfig
+from internlm.serve.handover import engines
+from internlm.serve.handover.engines import ENGINES
+from internlm.serve.handover.export import GGUF, Export, Finding, Wish
+from internlm.text.chat import stop_ids
+from internlm.text.templates import get_template
+from internlm.weights.gguf import fields
+from internlm.weights.talk import TEMPLATE_KEY, is_written_by
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def _check_tokenizer(export: Export, wish: Wish) -> Iterator[Finding]:
+    if export.architecture == GGUF or "tokenizer.json" in export.tokenizer_files:
+        return
+    if not export.tokenizer_files:
+        yield Finding("there is no tokenizer", "`internlm convert` takes one with --tokenizer PATH.", blocks=True)
+    else:
+        yield Finding("there is no tokenizer.json, which engines load without further packages", _reconvert(export))
+
+
+def _check_template(export: Export, wish: Wish) -> Iterator[Finding]:
+    if export.template:
+        return
+    without = {
+        "lmdeploy": "/v1/chat/completions runs the messages together without a word",
+        "vllm": "/v1/chat/completions is an error",
+        "sglang": "/v1/chat/completions is an error",
+        "llama.cpp": "/v1/chat/completions takes chatml",
+    }[wish.engine]
+    tokenizer = export.talk.tokenizer
+    bos = "" if tokenizer is None or tokenizer.bos_id is None else ", each prompt with bos in front"
+    yield Finding(
+        f"there is no chat format: this is a base model; {without}",
+        f"Use /v1/completions{bos}. If it is a chat model: `internlm convert … --template NAME`.",
+    )
+
+
+def _check_recorded(export: Export, wish: Wish) -> Iterator[Finding]:
+    name = export.talk.template
+    if name is None or not export.template or is_written_by(name, export.template):
+        return
+    what = f"{export.template_file} does not hold the chat format {name}, which is recorded"
+    do = f"`internlm convert {shlex.quote(export.path)} NEW` writes the recorded one; if the other is right, take "
+    do += f'"{TEMPLATE_KEY}" out of tokenizer_config.json.'
+    yield Finding(what, do, blocks=True)
+
+
+def _check_stops(export: Export, wish: Wish) -> Iterator[Finding]:
+    talk = export.talk
+    if talk.tokenizer is None or talk.template is None:
+        return
+    ends = stop_ids(get_template(talk.template), talk.tokenizer)
+    missing = [id_ for id_ in ends if id_ not in export.eos and id_ != talk.tokenizer.eos_id]
+    if missing:
+        names = ", ".join(f"{talk.tokenizer.decode([id_])} ({id_})" for id_ in missing)
+        do = "Let every request name it in `stop`." if export.architecture == GGUF else _reconvert(export)
+        yield Finding(f"answers would not end at {names}, which {export.eos_file} does not name", do)
+
+
+def _check_bos(export: Export, wish: Wish) -> Iterator[Finding]:
+    # vLLM and SGLang add no special tokens to a rendered prompt; llama.cpp takes a second one off.
+    if wish.engine != "lmdeploy" or not export.adds_bos or export.template is None or export.talk.tokenizer is None:
+        return
+    tokenizer = export.talk.tokenizer
+    assert tokenizer.bos_id is not None, "it would add none"
+    if "bos_token" in export.template or tokenizer.decode([tokenizer.bos_id]) in export.template:
+        do = _reconvert(export) if export.talk.template else "Take bos out of the chat format."
+        yield Finding("every chat would begin with bos twice: tokenizer.json and the chat format both write it", do)
+
+
+def _check_name(export: Export, wish: Wish) -> Iterator[Finding]:
+    for pattern, chosen in ENGINES[wish.engine].template_names.items():
+        if re.search(pattern, export.path.lower()):
+            if wish.engine == "lmdeploy" and export.template:
+                what = (
+                    f"the path would select the chat format {chosen!r}; the command says --chat-template hf against it"
+                )
+                yield Finding(what, "Keep that option, or rename the folder.")
+            else:
+                do = "Rename the folder, or give its path by a link of another name."
+                yield Finding(f"the path selects the chat format {chosen!r} of {wish.engine}", do, blocks=True)
+            return
+
+
+def _check_heads(export: Export, wish: Wish) -> Iterator[Finding]:
+    size = export.config.head_dim
+    if wish.engine != "lmdeploy" or size == engines.TURBOMIND_KV_HEAD:
+        return
+    if size not in engines.TURBOMIND_HEADS:
+        sizes = ", ".join(map(str, engines.TURBOMIND_HEADS))
+        what = f"TurboMind has no attention for heads of {size} (only {sizes}): the command takes the PyTorch engine"
+        yield Finding(what, "Nothing has to be done; it is slower.")
+    else:
+        what = f"TurboMind keeps keys and values in 4 or 8 bits for heads of 128 only, and these have {size}"
+        yield Finding(what, "Leave --quant-policy out.")
+
+
+def _check_rope(export: Export, wish: Wish) -> Iterator[Finding]:
+    scaling = export.config.rope.scaling
+    if not isinstance(scaling, DynamicScaling) or (_is_lmdeploy(wish) and export.is_for_turbomind):
+        return
+    title, trained = ENGINES[wish.engine].title, scaling.original_length
+    if _is_lmdeploy(wish):
+        title += "'s PyTorch engine"
+    if wish.engine == "sglang" and scaling.factor != 1.0:
+        what = f"SGLang takes one rotary base for all texts (factor {scaling.factor:g}), so short ones change too"
+        yield Finding(what, "Serve it with LMDeploy or `internlm serve`.", blocks=True)
+    elif export.config.context_length > trained:
+        what = f"{title} does not extend by dynamic NTK as trained: the context is the first {trained} tokens"
+        other = "LMDeploy (--engine lmdeploy) or " if export.is_for_turbomind or export.architecture == GGUF else ""
+        do = f"For {export.config.context_length} tokens take {other}`internlm serve`."
+        yield Finding(what, do)
+
+
+def _check_dtype(export: Export, wish: Wish) -> Iterator[Finding]:
+    if export.architecture == GGUF or export.dtype == "bfloat16":
+        return
+    what = f"the weights are stored as {export.dtype} and run as bfloat16"
+    if wish.engine == "lmdeploy":
+        what += " (without --dtype LMDeploy would take float16, in which large activations overflow)"
+    yield Finding(what, "`internlm convert … --dtype bfloat16` stores what is run.")
+
+
+def _check_bias(export: Export, wish: Wish) -> Iterator[Finding]:
+    without = engines.WITHOUT_OUTPUT_BIAS.get(wish.engine, ())
+    if export.config.output_bias and export.architecture in without:
+        what = f"{ENGINES[wish.engine].title} has no bias on the attention's output in {export.architecture}"
+        yield Finding(what, "Serve it with LMDeploy, SGLang or `internlm serve`.", blocks=True)
+
+
+def _check_tied(export: Export, wish: Wish) -> Iterator[Finding]:
+    if export.config.tie_embeddings and export.architecture in engines.WITHOUT_TIED_HEAD.get(wish.engine, ()):
+        what = f"{ENGINES[wish.engine].title} does not tie the head of a {export.architecture} to its embedding"
+        yield Finding(what, "Serve it with vLLM or `internlm serve`.", blocks=True)
+
+
+def _check_shape_of_file(export: Export, wish: Wish) -> Iterator[Finding]:
+    if wish.engine != "llama.cpp":
+        return
+    try:
+        fields.architecture(export.config)
+    except WeightsError as error:
+        yield Finding(str(error), "Serve it with another engine.", blocks=True)
+
+
+def _check_tensor(export: Export, wish: Wish) -> Iterator[Finding]:
+    config, parts = export.config, wish.tensor
+    if wish.engine == "llama.cpp":  # it shares out layers
+        if parts > config.num_layers:
+            yield Finding(f"{config.num_layers} layers are shared out to {parts} GPUs", "Lower --tensor.", blocks=True)
+        return
+    fits = [
+        n for n in range(1, config.num_heads + 1) if _divides(config, n) and not (_is_lmdeploy(wish) and n & (n - 1))
+    ]
+    if parts not in fits:
+        what = f"{parts} GPUs cannot share {config.num_heads} heads, {config.num_kv_heads} key-value heads and "
+        what += f"{config.ffn_size} feed-forward columns" + (", or are no power of 2" if _is_lmdeploy(wish) else "")
+        yield Finding(what, f"Give --tensor {', '.join(map(str, fits))}.", blocks=True)
+    elif config.num_kv_heads % parts:
+        what = f"{config.num_kv_heads} key-value heads on {parts} GPUs: some hold copies of the same"
+        yield Finding(what, "Nothing has to be done; the cache holds less than it could.")
+
+
+def _divides(config: ModelConfig, parts: int) -> bool:
+    kv = config.num_kv_heads
+    return not (config.num_heads % parts or config.ffn_size % parts) and (kv % parts == 0 or parts % kv == 0)
+
+
+def _is_lmdeploy(wish: Wish) -> bool:
+    return wish.engine == "lmdeploy"
+
+
+def _check_door(export: Export, wish: Wish) -> Iterator[Finding]:
+    engine = ENGINES[wish.engine]
+    if wish.api_key is None and wish.host not in LOCAL:
+        yield Finding(f"whoever reaches {wish.host}:{wish.port} can use the model", "Give --api-key.")
+    if wish.api_key is not None and engine.key_variable is None:
+        what = f"{engine.title} takes the key from its command line, where every user of the machine can read it"
+        yield Finding(what, "Put a proxy that asks for the key in front, or take care who logs in.")
+
+
+CHECKS: tuple[Callable[[Export, Wish], Iterable[Finding]], ...] = (
+    _check_tokenizer, _check_template, _check_recorded, _check_stops, _check_bos, _check_name, _check_heads,
+    _check_rope, _check_dtype, _check_bias, _check_tied, _check_shape_of_file, _check_tensor, _check_door,
+)  # fmt: skip
+"""Every check, in the order in which findings are told."""
+
+
+def _reconvert(export: Export) -> str:
+    return f"`internlm convert {shlex.quote(export.path)} NEW` writes it."

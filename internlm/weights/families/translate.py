@@ -1,0 +1,149 @@
+"""Model families of Transformers: whose config.json and weight names we read, and which we write.
+
+    described, theirs = write(ours, config)            # config.json and weights of the family that fits
+    ours = read(theirs, described, path)                # and back
+
+What a family is like stands in its row of `table.FAMILIES`; here is what is done with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internlm.errors import WeightsError
+from internlm.model.config import ModelConfig
+from internlm.weights import weight as lazy
+from internlm.weights.families import fused
+from internlm.weights.families import table as rows
+from internlm.weights.families.fields import describe, understand
+from internlm.weights.families.names import from_transformers, is_stacked, to_transformers
+from internlm.weights.load import shapes
+from internlm.weights.weight import Weight, Weights
+
+FOLLOWING = "rotary_emb.inv_freq"
+"""End of a name: old exports carry the rotary frequencies, which follow from the config."""
+
+
+def read_config(fields: dict[str, Any], path: Path) -> ModelConfig:
+    """Return the shape that a config.json describes.
+
+    Args:
+        fields: its content.
+        path: of the file, for errors.
+
+    Raises:
+        WeightsError: it is of a family that is not known, or has a part that this decoder has not.
+    """
+    return understand(fields, path)
+
+
+def read(weights: Weights, fields: dict[str, Any], path: Path) -> Weights:
+    """Return a family's weights by our names, in the model's order; what the model does not know comes last.
+
+    Args:
+        weights: by the family's names.
+        fields: content of config.json.
+        path: of the file, for errors.
+
+    Raises:
+        WeightsError: a name is not one of the family's, a weight comes twice, or the parts of one do not fit.
+    """
+    config = read_config(fields, path)
+    if config.num_layers > len(weights):  # else as many layers would be made to compare them
+        raise WeightsError(f"says that there are {config.num_layers} layers of {len(weights)} weights", where=path)
+    tables = rows.FAMILIES[fields["model_type"]].names
+    found: dict[str, list[tuple[int | None, Weight]]] = {}  # ours → expert and weight: one, or one per expert
+    for name, weight in weights.items():
+        if name.endswith(FOLLOWING):
+            continue
+        ours, expert = from_transformers(name, *tables)
+        if not weight.dtype.is_floating_point:
+            raise WeightsError("holds integers, which are no weights", where=f"{path.parent}: {name}", got=weight.dtype)
+        pieces = [weight] if len(ours) == 1 else fused.cut(weight, ours, config)
+        for one, piece in zip(ours, pieces, strict=True):
+            found.setdefault(one, []).append((expert, piece))
+    order = [name for name in shapes(config) if name in found]
+    order += [name for name in found if name not in set(order)]
+    whole = {name: _whole(name, found[name]) for name in order}
+    if config.tie_embeddings and {"head.weight", "embedding.weight"} <= whole.keys():
+        _check_tied(whole["head.weight"], whole["embedding.weight"], path)
+    return whole
+
+
+def _check_tied(head: Weight, embedding: Weight, path: Path) -> None:
+    """Check that a head that is said to be the embedding, and is there too, is it.
+
+    Raises:
+        WeightsError: it is another. Transformers 4 takes the embedding then, 5 the head.
+    """
+    if head.place is not None and head.place == embedding.place:
+        return
+    if head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):
+        raise WeightsError(
+            f"says that the head is the embedding, and there is a {head.origin} that is another", where=path,
+            do="Set tie_word_embeddings to false in it, if that head is the model's; else delete the head.",
+        )  # fmt: skip
+
+
+def write(weights: Weights, config: ModelConfig, family: str | None = None) -> tuple[dict[str, Any], Weights]:
+    """Return config.json, without token ids and dtype, and the weights by the names of a family.
+
+    Args:
+        weights: by our names, complete.
+        config: shape of the model.
+        family: its `model_type`; None: the plainest that fits and that Transformers loads without further code.
+
+    Raises:
+        WeightsError: there is no such family, or it cannot express the shape.
+    """
+    name = family or rows.fitting(config)
+    rows.check(config, name)
+    row = rows.family_of(name)
+    stored = _with_biases(config, row)
+    needed, dtype = shapes(stored), lazy.main_dtype(weights)
+    groups: dict[str, list[str]] = {}  # theirs → ours
+    for ours in needed:
+        groups.setdefault(to_transformers(ours, None, row.names[0]), []).append(ours)
+    theirs: Weights = {}
+    for their, names in groups.items():
+        parts = [weights[one] if one in weights else lazy.zeros(needed[one], dtype) for one in names]
+        if len(parts) > 1:
+            theirs[their] = fused.join(parts, names, stored)
+        elif is_stacked(names[0]):
+            theirs |= {their.replace("{e}", str(e)): part for e, part in enumerate(_apart(parts[0]))}
+        else:
+            theirs[their] = parts[0]
+    return describe(stored, name), theirs
+
+
+def _with_biases(config: ModelConfig, family: rows.Family) -> ModelConfig:
+    """Return the shape with the biases that the family always has, or has with others: zeros, which is exact."""
+    qkv, output = config.qkv_bias or family.qkv_bias is True, config.output_bias
+    if family.qkv_bias == family.output_bias and family.qkv_bias is not False:
+        qkv = output = qkv or output
+    return dataclasses.replace(config, qkv_bias=qkv, output_bias=output)
+
+
+def _apart(weight: Weight) -> list[Weight]:
+    """Return the matrices of all experts, one by one."""
+    weight = lazy.shared(weight, weight.shape[0])
+    return [weight.turned(weight.shape[1:], lambda t, e=e: t[e], f"[{e}]") for e in range(weight.shape[0])]  # type: ignore[misc]
+
+
+def _whole(name: str, parts: list[tuple[int | None, Weight]]) -> Weight:
+    """Return one weight of ours, of one of theirs or of one for each expert."""
+    numbers = [expert for expert, _ in parts]
+    if numbers == [None] or (len(parts) == 1 and not is_stacked(name)):
+        return parts[0][1]
+    parts = sorted(parts, key=lambda part: -1 if part[0] is None else part[0])
+    if not is_stacked(name) or [expert for expert, _ in parts] != list(range(len(parts))):
+        listed = ", ".join(weight.origin for _, weight in parts[:4])
+        raise WeightsError("is there twice, or experts are missing", where=name, got=listed)
+    matrices = [weight for _, weight in parts]
+    if len({matrix.shape for matrix in matrices}) > 1:
+        raise WeightsError("the experts differ in shape", where=name)
+    return lazy.joined(matrices, (len(matrices), *matrices[0].shape), torch.stack)
