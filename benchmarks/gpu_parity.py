@@ -133,11 +133,11 @@ def _step(variant: Variant, device: str) -> tuple[float, dict[str, torch.Tensor]
                 grads[name] = parameter.grad.detach().float().cpu().clone()
 
         batch = _batch(variant.is_packed)
-        trainer.loader.next_batch = lambda rows: batch  # type: ignore[method-assign]
-        trainer.optimizer.step = keep  # type: ignore[method-assign]
+        trainer.stepper.loader.next_batch = lambda rows: batch  # type: ignore[method-assign]
+        trainer.stepper.optimizer.step = keep  # type: ignore[method-assign]
         attention.arrange = arrange_and_tell
         try:
-            loss = trainer.step()["train/step_loss"]
+            loss = trainer.stepper.step()["train/step_loss"]
         finally:
             attention.arrange = arrange
     if not grads:

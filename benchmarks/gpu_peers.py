@@ -106,7 +106,7 @@ def torchtitan_step(case: Case, folder: Path) -> tuple[Step, int]:
     batches = trainer.batch_generator(trainer.dataloader)
 
     def step() -> float:
-        trainer.step += 1
+        trainer.stepper.step += 1
         trainer.train_step(batches)
         return losses[-1]
 

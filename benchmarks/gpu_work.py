@@ -86,17 +86,17 @@ def ours_step(case: Case, folder: Path) -> tuple[Callable[[], float], int]:
     """Return the step of the Trainer that a recipe gives, and the number of parameters."""
     write_data(case, folder, case.warmup + case.steps + PROFILED_STEPS + 1)
     trainer = prepare(config.decode(Recipe, recipe_tree(case, folder)))
-    update, expected = trainer.optimizer.step, case.flops
+    update, expected = trainer.stepper.optimizer.step, case.flops
 
     def update_in_range(rate: float) -> None:
         with record_function(OPTIMIZER):
             update(rate)
 
-    trainer.optimizer.step = update_in_range  # type: ignore[method-assign]
+    trainer.stepper.optimizer.step = update_in_range  # type: ignore[method-assign]
 
     def step() -> float:
         trainer.meter.clear()
-        loss = trainer.step()["train/step_loss"]
+        loss = trainer.stepper.step()["train/step_loss"]
         if not math.isclose(trainer.meter.flops, expected, rel_tol=1e-9):
             raise RuntimeError(f"the trainer counted {trainer.meter.flops} operations and the case has {expected}")
         if trainer.progress.skipped_steps:

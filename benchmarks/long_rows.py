@@ -102,7 +102,7 @@ def seven_b() -> dict[str, Any]:
         )  # fmt: skip
         trainer = recipes.prepare(config.decode(recipes.Recipe, config.encode(loaded.value)))
         started = time.perf_counter()
-        metrics = trainer.step()
+        metrics = trainer.stepper.step()
         spent = time.perf_counter() - started
         found = {
             "shape": "internlm-7b-8k, one layer",

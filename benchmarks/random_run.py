@@ -66,7 +66,7 @@ def train(shape: Shape, steps: int, folder: Path, mark: Callable[[float | None],
     trainer.meter.clear()
     mark(None)
     for _ in range(steps):
-        trainer.step()
+        trainer.stepper.step()
         mark(trainer.meter.read()["train/loss"])
         trainer.meter.clear()
     return trainer

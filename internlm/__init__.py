@@ -2,8 +2,8 @@
 
 Rooms, in the order in which they may import each other (a test reads the imports and fails on anything else):
 
-    compat errors config log plot ranks runtime hashed_file storage · text · data · model · cost · weights · parallel ·
-    optim · checkpoint · sandbox · infer · eval · agent · train · recipe · plan · serve · cli
+    compat errors version config log plot ranks runtime hashed_file storage · text · data · model · cost · weights ·
+    parallel · optim · checkpoint · source · sandbox · infer · eval · agent · train · recipe · plan · serve · cli
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+from internlm.version import __version__
 
 _PUBLIC = {
     "Tokenizer": "internlm.text.tokenizer",
@@ -22,6 +22,7 @@ _PUBLIC = {
     "Trainer": "internlm.train.trainer",
     "Engine": "internlm.infer.engine",
     "Request": "internlm.infer.engine",
+    "open_source": "internlm.source",
 }
 """Public name → module; importing torch takes seconds, so nothing is imported before it is asked for."""
 

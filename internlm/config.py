@@ -175,10 +175,29 @@ def dump(value: Any) -> str:
 
 def explain(loaded: Loaded[Any]) -> str:
     """Return a table: every leaf of the recipe, its value, and where the value came from."""
-    rows = [(key, repr(value), _origin(key, loaded.origins)) for key, value in _leaves(encode(loaded.value))]
+    rows = [(key, repr(value), _origin(key, loaded.origins)) for key, value in leaves(encode(loaded.value))]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     widths[1] = min(widths[1], 60)
     return "\n".join(f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}" for key, value, origin in rows)
+
+
+def leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Return what stands in a tree, each with its dotted path; an empty mapping is a leaf."""
+    if isinstance(value, dict) and value:
+        return [leaf for key, item in value.items() for leaf in leaves(item, f"{prefix}{key}.")]
+    return [(prefix.removesuffix("."), value)]
+
+
+def changes(old: Tree, new: Tree, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return the dotted paths at which two trees both say something, and not the same, with what they say."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in (key for key in new if key in old and old[key] != new[key]):
+        before, now = old[key], new[key]
+        if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+            found += changes(before, now, f"{prefix}{key}.")
+        else:
+            found.append((prefix + key, before, now))
+    return found
 
 
 def merge(tree: Tree, origins: Origins, layer: Tree, layer_origins: Origins, prefix: str = "") -> None:
@@ -215,7 +234,7 @@ def parse_override(text: str) -> tuple[Tree, Origins]:
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"the value is not YAML: {error}", where=f"override {key}", got=raw) from error
     origins = {".".join(parts): "command line"}
-    origins.update({f"{key}.{leaf}": "command line" for leaf, _ in _leaves(value)} if isinstance(value, dict) else {})
+    origins.update({f"{key}.{leaf}": "command line" for leaf, _ in leaves(value)} if isinstance(value, dict) else {})
     tree: Tree = {parts[-1]: value}
     for part in reversed(parts[:-1]):
         tree = {part: tree}
@@ -403,12 +422,6 @@ def _tag(cls: Any) -> str | None:
     hint = typing.get_type_hints(cls).get("kind")
     values = typing.get_args(hint)
     return str(values[0]) if values else None
-
-
-def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        return [leaf for key, item in value.items() for leaf in _leaves(item, f"{prefix}{key}.")]
-    return [(prefix.removesuffix("."), value)]
 
 
 def _origin(key: str, origins: Origins) -> str:

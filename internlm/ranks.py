@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from internlm import config
 from internlm.errors import ConfigError, InternLMError, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -368,7 +369,7 @@ def agree(facts: dict[str, Any]) -> None:
     Raises:
         ConfigError: on every rank, naming the keys that differ and who holds which value.
     """
-    own = json.dumps(dict(_leaves(facts)), sort_keys=True, default=str)
+    own = json.dumps(dict(config.leaves(facts)), sort_keys=True, default=str)
     if len(set(gather(hashlib.sha256(own.encode()).hexdigest()))) == 1:
         return
     everyone = [json.loads(text) for text in gather(own)]
@@ -381,14 +382,6 @@ def agree(facts: dict[str, Any]) -> None:
             problems.append(f"{key}: " + "; ".join(f"{value} on {_ranks(who)}" for value, who in holders.items()))
     head = "the ranks differ; give all of them the same recipe, overrides and code"
     raise ConfigError("\n  ".join([head, *problems]))
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{prefix}{key}.")
-    else:
-        yield prefix.removesuffix("."), value
 
 
 def _ranks(numbers: list[int]) -> str:

@@ -58,6 +58,11 @@ class AdamWConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError("must lie in [0, 1)", where="optim.betas", got=self.betas)
 
+    @property
+    def moment_bytes(self) -> int:
+        """What is kept of a parameter from step to step, besides itself, in bytes."""
+        return {"float32": 8, "bfloat16": 4, "int8": 2}[self.state_dtype]
+
 
 @section
 class MuonConfig(AdamWConfig):
@@ -71,6 +76,11 @@ class MuonConfig(AdamWConfig):
         super().__post_init__()
         if not 0 <= self.momentum < 1:
             raise ConfigError("must lie in [0, 1)", where="optim.momentum", got=self.momentum)
+
+    @property
+    def moment_bytes(self) -> int:
+        """As for AdamW; of matrices, which are nearly all, one moment in float32."""
+        return min(super().moment_bytes, 4)
 
 
 OptimConfig = Annotated[AdamWConfig | MuonConfig, pydantic.Field(discriminator="kind"), default_kind("adamw")]

@@ -3,7 +3,7 @@
     step = dry_run(load("recipes/pretrain/internlm-7b-1024gpus.yaml").value, rank=1023, world_size=1024)
     step.exchanges[128, 8, "all-reduce"]        # among 128 ranks, 8 apart: (35, 3660974080), calls and bytes of tensors
 
-The trainer, the model, torch's sharding and pipelining and the optimizer are those of a run. What is not: tensors know
+The step, the model, torch's sharding and pipelining and the optimizer are those of a run. What is not: tensors know
 their shapes only, the process group answers nothing, rows are full and of one document, experts are chosen equally
 often, and whatever is asked of a number (is it finite? how many tokens?) is answered with 1. Operators are the CPU's:
 attention takes the path for whole rows, and blocks are not compiled. The second step is the one that counts, because
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -37,9 +36,8 @@ from internlm.parallel import expert
 from internlm.parallel.apply import Parallel, Setting
 from internlm.parallel.mesh import Layout, Mesh
 from internlm.recipe import Recipe, setting_of
-from internlm.train.evaluate import Evaluator
 from internlm.train.metrics import Meter
-from internlm.train.trainer import Trainer
+from internlm.train.step import Stepper
 
 KINDS: dict[str, traffic.Kind] = {
     "allgather_base": "all-gather",
@@ -92,26 +90,20 @@ def _dry_run(recipe: Recipe) -> DryStep:
     rows = Rows(recipe.data, setting.micro_rows * setting.micro_batches)
     recorder = Recorder(parallel.mesh)
     with fake, _Affirmative(), recorder:
-        trainer = Trainer(
-            run=Path(recipe.run),
+        stepper = Stepper(
             config=recipe.train,
             schedule=recipe.schedule,
-            checkpoints=recipe.checkpoint,
-            evaluation=recipe.evaluate,
             parallel=parallel,
             objective=recipe.objective,
             optimizer=Optimizer(optim, parallel.owned_parameters()),
             loader=cast(Loader, rows),
-            evaluator=cast(Evaluator, None),
-            device=parallel.device,
-            peak_flops=1.0,
+            meter=_Unmetered(parallel, rows.sources, 1.0),
         )
-        trainer.meter = _Unmetered(parallel, rows.sources, 1.0)
-        trainer.step()
+        stepper.step()
         recorder.clear()
-        trainer.step()
+        stepper.step()
     held = _elements(parameter for _, parameter in parallel.named_parameters())
-    return DryStep(recorder.exchanges, held, _elements(trainer.parameters))
+    return DryStep(recorder.exchanges, held, _elements(stepper.parameters))
 
 
 def run_of(recipe: Recipe, world_size: int) -> traffic.Run:

@@ -47,7 +47,7 @@ class Evaluator:
         self.config, self.data = config, source
         self.label_bytes = torch.from_numpy(data.label_bytes(tokenizer))
 
-    def __call__(self, parallel: Parallel, *, final: bool) -> Metrics:
+    def evaluate(self, parallel: Parallel, *, final: bool) -> Metrics:
         """Return loss and bits per byte of every validation source; the last validation of a run takes all rows.
 
         Every rank must call it; each scores its share of the rows.

@@ -18,6 +18,7 @@ from internlm import recipe as recipes
 from internlm.errors import ConfigError
 from internlm.parallel.mesh import Layout
 from internlm.recipe import Recipe
+from internlm.train import start
 
 Make = Callable[..., Recipe]
 ROOT = Path(__file__).parents[2] / "recipes"
@@ -75,7 +76,7 @@ def test_how_experts_are_balanced_is_not_what_a_model_is(recipe: Make, tmp_path:
     before = {"run": str(tmp_path / "first"), "model__experts": {"count": 4, "balance_loss": 0.02}}
     recipes.prepare(recipe(**before, train__tokens=256)).fit()
     other = {"model__experts": {"count": 4, "balance_loss": 0.0}}
-    recipes.prepare(recipe(init_from=before["run"], **other)).step()
+    recipes.prepare(recipe(init_from=before["run"], **other)).stepper.step()
     assert recipes.prepare(recipe(**before | other)).progress.step == 1
     with pytest.raises(ConfigError, match=r"experts.count: 4 there, 2 here$"):
         recipes.prepare(recipe(init_from=before["run"], run=str(tmp_path / "x"), model__experts={"count": 2}))
@@ -116,10 +117,10 @@ def test_a_model_that_cannot_fit_is_refused_and_no_other(
     layout = Layout.of(recipe.parallel, world_size)
     setting = recipes.setting_of(recipe, recipe.model, layout, torch.device("cuda"))
     if full is None:
-        recipes._check_memory(recipe, recipe.model, layout, setting)
+        start.check_memory(recipe.model, recipe.parallel, layout, recipe.optim, setting)
         return
     with pytest.raises(ConfigError, match=rf"takes more than \d+ GiB and {full} has {there[full] // GIB} GiB"):
-        recipes._check_memory(recipe, recipe.model, layout, setting)
+        start.check_memory(recipe.model, recipe.parallel, layout, recipe.optim, setting)
 
 
 def write(path: Path, recipe: Recipe, **changes: Any) -> Path:

@@ -23,6 +23,9 @@ from typing import Any
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 SHARED = "the cat sat on the mat. " * 4
+_LETTERS = random.Random(0)
+WORDS = ["".join(_LETTERS.choices("abcdefgh", k=_LETTERS.randint(1, 8))) for _ in range(500)]
+"""What they write: people repeat their words, and the tokenizers library keeps each new one, up to 10,000 a thread."""
 PATTERNS = ("[a-c]{3,8}", "(yes|no)", "[0-9]{2}:[0-9]{2}")
 WRONG: tuple[tuple[str, bytes | dict[str, Any], int], ...] = (
     (CHAT, b"{", 400),
@@ -117,7 +120,7 @@ class Crowd:
             body["logit_bias"] = {str(self.ids[letter]): 100}
             if draw.random() < 0.1:
                 body["stop"] = letter * 5
-        text = draw.choice(("", SHARED, SHARED)) + "".join(draw.choices("abcdefgh ", k=draw.choice((3, 10, 60))))
+        text = draw.choice(("", SHARED, SHARED)) + " ".join(draw.choices(WORDS, k=draw.choice((1, 2, 10))))
         if draw.random() < 0.5:
             path = CHAT
             body["messages"] = [{"role": "user", "content": text}]

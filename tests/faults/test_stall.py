@@ -212,7 +212,7 @@ def test_the_last_sign_says_how_it_ended(kennel: Kennel, raised: Exception | Non
 def test_a_training_gives_signs_of_its_steps_and_phases(recipe: Make, tmp_path: Path) -> None:
     trainer = recipes.prepare(recipe(train__tokens=6 * 256, evaluate={"every_steps": 3}, checkpoint={"every_steps": 2}))
     seen: list[tuple[int, str]] = []
-    evaluate, save = trainer.evaluator, trainer.save
+    evaluate, save = trainer.evaluator.evaluate, trainer.save
 
     def noted(work: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -221,7 +221,7 @@ def test_a_training_gives_signs_of_its_steps_and_phases(recipe: Make, tmp_path: 
 
         return call
 
-    trainer.evaluator, trainer.save = noted(evaluate), noted(save)  # type: ignore[assignment, method-assign]
+    trainer.evaluator.evaluate, trainer.save = noted(evaluate), noted(save)  # type: ignore[method-assign]
     trainer.fit()
     assert seen == [(2, "save"), (3, "evaluate"), (4, "save"), (6, "evaluate"), (6, "save")]
     beat = read_beat(tmp_path / "run", 0)
@@ -290,14 +290,14 @@ def test_an_exception_on_one_rank_of_four_ends_all_within_seconds_and_is_said_on
     hook = """
 import time
 from internlm.errors import TrainingError
-from internlm.train.trainer import Trainer
-step = Trainer.step
+from internlm.train.step import Stepper
+step = Stepper.step
 def failing(self):
     if self.progress.step == 3 and self.parallel.rank == 3:
         print("raised at", time.monotonic(), flush=True)
         raise TrainingError("the coffee is cold")
     return step(self)
-Trainer.step = failing
+Stepper.step = failing
 """
     process = start([*LAUNCH, "4", "train", str(path)], env=hooked(tmp_path, hook))
     try:

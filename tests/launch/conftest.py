@@ -48,12 +48,12 @@ def slow(folder: Path, seconds: float) -> dict[str, str]:
         folder,
         f"""
 import time
-from internlm.train.trainer import Trainer
-step = Trainer.step
+from internlm.train.step import Stepper
+step = Stepper.step
 def slowly(self):
     time.sleep({seconds})
     return step(self)
-Trainer.step = slowly
+Stepper.step = slowly
 """,
     )
 

@@ -140,7 +140,7 @@ def train(make: Make, state_dtype: StateDtype, **changes: Any) -> Trainer:
     optim = {"lr": 3e-3, "state_dtype": state_dtype}
     trainer = recipes.prepare(make(train__tokens=40 * 256, optim=optim, run=make().run + state_dtype, **changes))
     while trainer.progress.step < trainer.config.total_steps:
-        trainer.step()
+        trainer.stepper.step()
     return trainer
 
 
@@ -148,12 +148,12 @@ def test_a_language_model_ends_near_the_loss_of_float32_with_a_half_and_a_quarte
     losses, sizes = {}, {}
     for kind in ("float32", *COMPACT):
         trainer = train(recipe, kind)
-        found = trainer.evaluator(trainer.parallel, final=True)
+        found = trainer.evaluator.evaluate(trainer.parallel, final=True)
         losses[kind] = found["valid/loss/held"]
-        coded = {p for p in trainer.parameters if p.ndim > 1}
+        coded = {p for p in trainer.stepper.parameters if p.ndim > 1}
         sizes[kind] = sum(
             value.numel() * value.element_size()
-            for part in trainer.optimizer.parts
+            for part in trainer.stepper.optimizer.parts
             for p in coded & part.state.keys()
             for slot, value in part.state[p].items()
             if slot != "step"
@@ -171,34 +171,34 @@ def test_a_resumed_run_goes_on_bit_by_bit(state_dtype: StateDtype, recipe: Make)
     value = recipe(optim={"lr": 3e-3, "state_dtype": state_dtype})
     first = recipes.prepare(value)
     for _ in range(5):
-        first.step()
+        first.stepper.step()
     first.save()
     second = recipes.prepare(value)
     assert second.progress.step == 5
     for _ in range(4):
-        assert first.step()["train/step_loss"] == second.step()["train/step_loss"]
+        assert first.stepper.step()["train/step_loss"] == second.stepper.step()["train/step_loss"]
     for name, p in first.model.named_parameters():
         assert torch.equal(p, second.model.get_parameter(name)), name
-    wanted = second.optimizer.named_state()
-    for name, state in first.optimizer.named_state().items():
+    wanted = second.stepper.optimizer.named_state()
+    for name, state in first.stepper.optimizer.named_state().items():
         assert torch.equal(state, wanted[name]), name
 
 
 def test_moments_are_continued_in_another_dtype(recipe: Make, tmp_path: Path) -> None:
     trainer = recipes.prepare(recipe())
     for _ in range(5):
-        trainer.step()
+        trainer.stepper.step()
     trainer.save()
-    wanted = trainer.optimizer.named_state()
+    wanted = trainer.stepper.optimizer.named_state()
     for kind in COMPACT:
         shutil.copytree(tmp_path / "run", tmp_path / kind)
         other = recipes.prepare(recipe(optim={"lr": 3e-3, "state_dtype": kind}, run=str(tmp_path / kind)))
-        found = other.optimizer.named_state()
+        found = other.stepper.optimizer.named_state()
         assert found.keys() == wanted.keys()
         for name, value in found.items():
             largest = max(float(wanted[name].abs().max()), 1e-30)
             assert (value.float() - wanted[name]).abs().max() / largest < 0.015, name
-        other.step()
+        other.stepper.step()
     checkpoint = store.open_checkpoint(tmp_path / "run")
     assert checkpoint.holds("optim.blocks.0.attention.wq.weight.exp_avg_sq")
 

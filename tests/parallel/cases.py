@@ -54,7 +54,7 @@ def train(tree: dict[str, Any], steps: int, broken: str | None = None) -> dict[s
 
 def _train(trainer: Trainer, steps: int) -> dict[str, Any]:
     gradients: dict[str, np.ndarray] = {}
-    update = trainer.optimizer.step
+    update = trainer.stepper.optimizer.step
 
     def keep(rate: float) -> None:
         if not gradients:
@@ -63,15 +63,15 @@ def _train(trainer: Trainer, steps: int) -> dict[str, Any]:
                 gradients[name] = whole(parameter.grad)
         update(rate)
 
-    trainer.optimizer.step = keep  # type: ignore[method-assign]
-    metrics = [trainer.step() for _ in range(steps)]
+    trainer.stepper.optimizer.step = keep  # type: ignore[method-assign]
+    metrics = [trainer.stepper.step() for _ in range(steps)]
     return {
         "loss": [m["train/step_loss"] for m in metrics],
         "norm": [m["optim/grad_norm"] for m in metrics],
         "gradients": gradients,
         "weights": {name: whole(p) for name, p in trainer.parallel.named_parameters()},
         "meter": trainer.meter.read(),
-        "valid": trainer.evaluator(trainer.parallel, final=True),
+        "valid": trainer.evaluator.evaluate(trainer.parallel, final=True),
         "threads": torch.get_num_threads(),
     }
 

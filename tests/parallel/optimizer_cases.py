@@ -37,20 +37,21 @@ def train_and_save(tree: dict[str, Any], steps: int) -> dict[str, Any]:
         Losses; all weights and optimizer states, whole; bytes of the states that this rank holds; validation.
     """
     trainer = recipes.prepare(config.decode(Recipe, tree))
-    losses = [trainer.step()["train/step_loss"] for _ in range(steps)]
+    losses = [trainer.stepper.step()["train/step_loss"] for _ in range(steps)]
     trainer.save()
     return {
         "loss": losses,
         "weights": {name: whole(p) for name, p in trainer.parallel.named_parameters()},
-        "states": {name: whole(value) for name, value in trainer.optimizer.named_state().items()},
+        "states": {name: whole(value) for name, value in trainer.stepper.optimizer.named_state().items()},
         "bytes": bytes_of(trainer),
-        "valid": trainer.evaluator(trainer.parallel, final=True),
+        "valid": trainer.evaluator.evaluate(trainer.parallel, final=True),
     }
 
 
 def bytes_of(trainer: Trainer) -> int:
     """Return the bytes of the optimizer's states that this rank holds."""
-    held = [value for part in trainer.optimizer.parts for slots in part.state.values() for value in slots.values()]
+    parts = trainer.stepper.optimizer.parts
+    held = [value for part in parts for slots in part.state.values() for value in slots.values()]
     return sum(part.numel() * part.element_size() for part in local(held))
 
 
@@ -71,7 +72,7 @@ def count_traffic(tree: dict[str, Any]) -> list[tuple[str, int]]:
     trainer = recipes.prepare(config.decode(Recipe, tree))
     assert trainer.parallel.mesh is not None
     replicas, seen = trainer.parallel.mesh.group("replicate"), []
-    trainer.step()  # the first is like the others, but for what torch sets up
+    trainer.stepper.step()  # the first is like the others, but for what torch sets up
 
     def counted(kind: str, function: Any, size: Callable[..., int]) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -87,7 +88,7 @@ def count_traffic(tree: dict[str, Any]) -> list[tuple[str, int]]:
             groups, "reduce_scatter", counted("reduce-scatter", groups.reduce_scatter, lambda out, x, *_: x.numel())
         )
         patch.setattr(groups, "all_gather", counted("all-gather", groups.all_gather, lambda out, x, *_: x.numel()))
-        trainer.step()
+        trainer.stepper.step()
     return seen
 
 
@@ -112,7 +113,7 @@ def wait_order(tree: dict[str, Any]) -> list[tuple[str, str, str]]:
         products = LoggedStream()
         patch.setattr(torch.cpu, "_current_stream", products)
         trainer = recipes.prepare(config.decode(Recipe, tree))
-        trainer.step()
+        trainer.stepper.step()
         slices = optimizer_shard.of(trainer.model)
         assert slices is not None
         done = {group.done: str(number) for number, group in enumerate(slices.groups)}
@@ -125,7 +126,7 @@ def wait_order(tree: dict[str, Any]) -> list[tuple[str, str, str]]:
                     lambda *_, run=run: LoggedStream.log.append(run)
                 )
         LoggedStream.log.clear()
-        trainer.step()
+        trainer.stepper.step()
         found = []
         for kind, who, event in LoggedStream.log:
             if kind == "ran":

@@ -27,7 +27,7 @@ def save_and_go_on(tree: dict[str, Any], before: int, after: int) -> dict[str, A
     """Train some steps, save in the background, and go on as if nothing had happened; see `go_on`."""
     trainer = recipes.prepare(config.decode(Recipe, tree))
     for _ in range(before):
-        trainer.step()
+        trainer.stepper.step()
     trainer.save(wait=False)
     result = _steps(trainer, after)
     trainer.saver.finish()
@@ -46,7 +46,7 @@ def go_on(tree: dict[str, Any], steps: int) -> dict[str, Any]:
 
 def _steps(trainer: Trainer, steps: int) -> dict[str, Any]:
     rows: list[set[str]] = []
-    draw = trainer.loader.next_batch
+    draw = trainer.stepper.loader.next_batch
 
     def drawn(count: int) -> Batch:
         batch = draw(count)
@@ -54,14 +54,14 @@ def _steps(trainer: Trainer, steps: int) -> dict[str, Any]:
         rows.append({hashlib.sha256(repr(row).encode()).hexdigest() for row in whole_rows})
         return batch
 
-    trainer.loader.next_batch = drawn  # type: ignore[method-assign]
+    trainer.stepper.loader.next_batch = drawn  # type: ignore[method-assign]
     begun = trainer.progress.step
-    losses = [trainer.step()["train/step_loss"] for _ in range(steps)]
+    losses = [trainer.stepper.step()["train/step_loss"] for _ in range(steps)]
     return {
         "step": begun,
         "loss": losses,
         "rows": rows,
-        "position": trainer.loader.state_dict(),
+        "position": trainer.stepper.loader.state_dict(),
         "weights": {name: whole(parameter) for name, parameter in trainer.parallel.named_parameters()},
     }
 
@@ -71,9 +71,9 @@ def save_around_a_validation(tree: dict[str, Any]) -> list[str]:
     trainer = recipes.prepare(config.decode(Recipe, tree))
     folders = []
     for _ in range(2):
-        trainer.step()
+        trainer.stepper.step()
         folders.append(str(trainer.save()))
-        trainer.evaluator(trainer.parallel, final=True)
+        trainer.evaluator.evaluate(trainer.parallel, final=True)
     return folders
 
 

@@ -16,7 +16,7 @@ __all__ = ["count_exchanges"]
 def count_exchanges(tree: dict[str, Any]) -> Exchanges:
     """Return what this rank exchanges in the second step of a real run."""
     trainer = recipes.prepare(config.decode(Recipe, tree))
-    trainer.step()
+    trainer.stepper.step()
     with Recorder(trainer.parallel.mesh) as recorder:
-        trainer.step()
+        trainer.stepper.step()
     return recorder.exchanges

@@ -31,15 +31,15 @@ def with_a_slow_rank(tree: dict[str, Any], slow: int, where: str, seconds: float
         forward = trainer.parallel.run.train
         trainer.parallel.run.train = lambda *them: (time.sleep(seconds), forward(*them))[1]  # type: ignore[method-assign]
     elif ranks.rank() == slow:
-        draw = trainer.loader.next_batch
-        trainer.loader.next_batch = lambda rows: (time.sleep(seconds), draw(rows))[1]  # type: ignore[method-assign]
+        draw = trainer.stepper.loader.next_batch
+        trainer.stepper.loader.next_batch = lambda rows: (time.sleep(seconds), draw(rows))[1]  # type: ignore[method-assign]
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("internlm")
     logger.addHandler(handler)
     counts: list[int] = []
-    reduce, take = dist.all_reduce, trainer.step
+    reduce, take = dist.all_reduce, trainer.stepper.step
 
     def counted(*arguments: Any, **named: Any) -> Any:
         counts[-1] += 1
@@ -49,7 +49,7 @@ def with_a_slow_rank(tree: dict[str, Any], slow: int, where: str, seconds: float
         counts.append(0)
         return take()
 
-    trainer.step = stepped  # type: ignore[method-assign]
+    trainer.stepper.step = stepped  # type: ignore[method-assign]
     try:
         with (
             mock.patch.object(dist, "all_reduce", counted),

@@ -319,8 +319,8 @@ def test_a_run_tells_of_its_spikes_skipped_steps_and_failed_checkpoints(
     recipe: Make, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = watched(recipe, server, train__tokens=6 * 256, checkpoint={"every_steps": 4})
-    monkeypatch.setattr("internlm.train.trainer.is_finite", lambda _: trainer.progress.step != 2)
-    trainer.spikes.add = lambda _: 20.0 if trainer.progress.step == 3 else None  # type: ignore[method-assign]
+    monkeypatch.setattr("internlm.train.step.is_finite", lambda _: trainer.progress.step != 2)
+    trainer.stepper.spikes.add = lambda _: 20.0 if trainer.progress.step == 3 else None  # type: ignore[method-assign]
     space = storage.require_space
 
     def full(*arguments: Any) -> None:
@@ -344,7 +344,7 @@ def test_a_run_that_fails_says_why_before_it_ends(recipe: Make, server: Server) 
     def broken() -> dict[str, float]:
         raise TrainingError("the GPU fell off the bus")
 
-    trainer.step = broken  # type: ignore[method-assign]
+    trainer.stepper.step = broken  # type: ignore[method-assign]
     with pytest.raises(TrainingError):
         trainer.fit()
     assert [body["kind"] for body in server.bodies] == ["start", "failure"]
@@ -375,8 +375,12 @@ def test_a_run_that_fails_says_so_once_wherever_it_fails(
     def broken(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("the cup is full") if where == "in a step" else StorageError("the cup is full")
 
-    name = {"before the first step": "MetricsFile", "in a step": "Trainer.step", "after the last": "plot.loss_curve"}
-    monkeypatch.setattr(f"internlm.train.trainer.{name[where]}", broken)
+    names = {
+        "before the first step": "trainer.MetricsFile",
+        "in a step": "step.Stepper.step",
+        "after the last": "trainer.plot.loss_curve",
+    }
+    monkeypatch.setattr(f"internlm.train.{names[where]}", broken)
     section = {"webhooks": [{"url": server.url, "events": ["failure"]}], "interval_s": 0}
     (tmp_path / "r.yaml").write_text(config.dump(recipe(alerts=section, train__tokens=256)))
     assert main(["train", str(tmp_path / "r.yaml")]) == 1
@@ -410,8 +414,8 @@ def test_a_hanging_server_does_not_slow_the_training_down(recipe: Make, server: 
     trainer = watched(recipe, server)
     begun = time.monotonic()
     for _ in range(10):
-        trainer.step()
-        trainer._warn_of_spike(9.0, 20.0)
+        trainer.stepper.step()
+        trainer.stepper._warn_of_spike(9.0, 20.0)
     assert time.monotonic() - begun < 20
     while not server.tries and time.monotonic() - begun < 60:
         time.sleep(0.01)

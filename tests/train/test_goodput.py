@@ -172,7 +172,7 @@ def test_small_shares_are_not_said() -> None:
 
 def slowed(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let every step, validation and wait for data take a known time at least."""
-    forward, draw, evaluate = trainer.parallel.run.train, trainer.loader.next_batch, trainer.evaluator
+    forward, draw, evaluate = trainer.parallel.run.train, trainer.stepper.loader.next_batch, trainer.evaluator.evaluate
 
     def after(call: Callable[..., Any], factor: float) -> Callable[..., Any]:
         def slow(*arguments: Any, **named: Any) -> Any:
@@ -182,15 +182,15 @@ def slowed(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, seconds: float) ->
         return slow
 
     monkeypatch.setattr(trainer.parallel.run, "train", after(forward, 1))
-    monkeypatch.setattr(trainer.loader, "next_batch", after(draw, 2))
-    monkeypatch.setattr(trainer, "evaluator", after(evaluate, 10))
+    monkeypatch.setattr(trainer.stepper.loader, "next_batch", after(draw, 2))
+    monkeypatch.setattr(trainer.evaluator, "evaluate", after(evaluate, 10))
 
 
 def test_the_trainer_says_in_which_phase_it_is(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = recipes.prepare(recipe(train__tokens=10 * 256, evaluate={"every_steps": 5}))
     slowed(trainer, monkeypatch, 0.02)
-    trainer.goodput = Goodput(tmp_path / "run", born=time.time())
-    monkeypatch.setattr("internlm.train.trainer.is_finite", lambda _: trainer.progress.step != 3)
+    trainer.stepper.goodput = Goodput(tmp_path / "run", born=time.time())
+    monkeypatch.setattr("internlm.train.step.is_finite", lambda _: trainer.progress.step != 3)
     begun = time.time()
     trainer.fit()
     wall = time.time() - begun
@@ -213,14 +213,14 @@ def test_the_time_is_kept_between_two_lines_of_the_log_too(
 ) -> None:
     monkeypatch.setattr("internlm.train.watch.goodput.WRITE_EVERY_S", 0.0)
     trainer = recipes.prepare(recipe(train__tokens=4 * 256, train__log_every_steps=100))
-    step, seen = trainer.step, []
+    step, seen = trainer.stepper.step, []
 
     def looked() -> Any:
         found = read(tmp_path / "run" / FILE)
         seen.append(found["seconds"]["useful"] if found else 0.0)
         return step()
 
-    trainer.step = looked  # type: ignore[method-assign]
+    trainer.stepper.step = looked  # type: ignore[method-assign]
     trainer.fit()
     assert len(set(seen)) == 4, "each step finds what the one before it took"
 
@@ -230,7 +230,7 @@ def test_a_rollback_loses_the_steps_since_the_checkpoint(recipe: Make, tmp_path:
         recipe(train__tokens=8 * 256, checkpoint={"every_steps": 3}, spikes={"policy": "rollback"})
     )
     spikes = iter([None] * 5 + [20.0] + [None] * 10)  # step 6
-    trainer.spikes.add = lambda _: next(spikes)  # type: ignore[method-assign]
+    trainer.stepper.spikes.add = lambda _: next(spikes)  # type: ignore[method-assign]
     trainer.save = _counted(trainer)  # type: ignore[method-assign]
     trainer.fit()
     assert trainer.progress.passed_over

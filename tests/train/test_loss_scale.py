@@ -37,13 +37,13 @@ def test_a_scale_changes_neither_loss_nor_norm_nor_update(recipe: Make, tmp_path
     found = []
     for value in (1.0, 1024.0):
         trainer = recipes.prepare(recipe(run=str(tmp_path / str(value))))
-        trainer.scale.value = value
+        trainer.stepper.scale.value = value
         start = {name: p.detach().clone() for name, p in trainer.parallel.named_parameters()}
-        steps = [trainer.step() for _ in range(3)]
+        steps = [trainer.stepper.step() for _ in range(3)]
         numbers = [(step["train/step_loss"], step["optim/grad_norm"]) for step in steps]
         weights = {name: p.detach() for name, p in trainer.parallel.named_parameters()}
         assert not any(torch.equal(weights[name], start[name]) for name in start)
-        found.append((numbers, weights | trainer.optimizer.named_state()))
+        found.append((numbers, weights | trainer.stepper.optimizer.named_state()))
     (numbers, state), (scaled_numbers, scaled_state) = found
     assert numbers == scaled_numbers
     assert state.keys() == scaled_state.keys()
@@ -54,16 +54,16 @@ def test_a_scale_changes_neither_loss_nor_norm_nor_update(recipe: Make, tmp_path
 def test_float16_trains_lowers_its_scale_on_overflow_and_resumes_with_it(recipe: Make, tmp_path: Path) -> None:
     value = recipe(runtime={"device": "cpu", "dtype": "float16"}, train__tokens=12 * 256)
     trainer = recipes.prepare(value)
-    trainer.scale.value = 2.0**21  # overflows: gradients of about 1 are over 65,504
+    trainer.stepper.scale.value = 2.0**21  # overflows: gradients of about 1 are over 65,504
     before = trainer.model.head.weight.detach().clone()
-    trainer.step()
+    trainer.stepper.step()
     assert torch.equal(trainer.model.head.weight, before)
     assert trainer.progress.skipped_steps == 0
-    assert trainer.scale.value == 2.0**20
+    assert trainer.stepper.scale.value == 2.0**20
     while trainer.progress.step < 12:
-        metrics = trainer.step()
+        metrics = trainer.stepper.step()
     assert metrics["train/step_loss"] < 5.5
-    assert trainer.scale.value < 2.0**20
+    assert trainer.stepper.scale.value < 2.0**20
     trainer.save()
     again = recipes.prepare(value)
-    assert vars(again.scale) == vars(trainer.scale)
+    assert vars(again.stepper.scale) == vars(trainer.stepper.scale)

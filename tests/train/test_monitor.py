@@ -199,7 +199,7 @@ def test_the_state_of_a_run_is_that_of_its_ranks(tmp_path: Path, phases: list[st
 
 def test_warnings_and_the_error_that_ends_a_run_are_kept_and_shown(recipe: Make, tmp_path: Path) -> None:
     trainer = recipes.prepare(recipe())
-    step = trainer.step
+    step = trainer.stepper.step
 
     def broken() -> dict[str, float]:
         if trainer.progress.step == 2:
@@ -207,7 +207,7 @@ def test_warnings_and_the_error_that_ends_a_run_are_kept_and_shown(recipe: Make,
             raise RuntimeError("the cable\nis loose")
         return step()
 
-    trainer.step = broken  # type: ignore[method-assign]
+    trainer.stepper.step = broken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError):
         trainer.fit()
     found = facts(tmp_path / "run")
@@ -241,7 +241,7 @@ def test_skipped_steps_spikes_and_rollbacks_are_counted(recipe: Make, tmp_path: 
         recipe(train__tokens=8 * 256, spikes={"policy": "rollback"}, checkpoint={"every_steps": 3, "background": False})
     )
     spikes = iter([None] * 5 + [20.0] + [None] * 10)
-    trainer.spikes.add = lambda _: next(spikes)  # type: ignore[method-assign]
+    trainer.stepper.spikes.add = lambda _: next(spikes)  # type: ignore[method-assign]
     trainer.fit()
     assert "skipped steps 0 · spikes 1 · rollbacks 1" in picture(tmp_path / "run")
 

@@ -210,14 +210,14 @@ def test_a_window_leaves_its_files_and_no_other_step_is_touched(
         recipe(train__tokens=9 * 256, profile={**WINDOW, "every": 5, "memory": True, "modules": True})
     )
     seen = {}
-    step = trainer.step
+    step = trainer.stepper.step
 
     def looked() -> Any:
         number = trainer.progress.step + 1
-        seen[number] = trainer.model.norm._compiled_call_impl is not None, "step" in vars(trainer.optimizer)
+        seen[number] = trainer.model.norm._compiled_call_impl is not None, "step" in vars(trainer.stepper.optimizer)
         return step()
 
-    monkeypatch.setattr(trainer, "step", looked)
+    monkeypatch.setattr(trainer.stepper, "step", looked)
     trainer.fit()
     assert started == [2, 7]
     assert {number: flags for number, flags in seen.items() if any(flags)} == {
@@ -268,7 +268,7 @@ def test_looking_changes_no_number(recipe: Make, tmp_path: Path, change: dict[st
 def test_a_run_that_goes_on_inside_a_window_looks_at_the_rest_of_it(recipe: Make, tmp_path: Path) -> None:
     made = recipe(train__tokens=8 * 256, profile={"start": 3, "steps": 4})
     trainer = recipes.prepare(made)
-    trainer.stop.wish = lambda: float(Reason.FILE.value) if trainer.progress.step == 3 else 0.0  # type: ignore[method-assign]
+    trainer.stepper.wish = lambda: float(Reason.FILE.value) if trainer.progress.step == 3 else 0.0  # type: ignore[method-assign]
     with pytest.raises(Stopped):
         trainer.fit()
     folder = tmp_path / "run" / "profile"
@@ -287,7 +287,7 @@ def test_a_run_that_goes_back_looks_again(recipe: Make, tmp_path: Path) -> None:
     trainer = recipes.prepare(recipe(train__tokens=9 * 256, profile=WINDOW))
     for number in (1, 2, 3, 2, 3, 4, 5):
         with trainer.windows.step(number):
-            trainer.step()
+            trainer.stepper.step()
     path = tmp_path / "run" / "profile" / "step-00000003-rank-0.json.gz"
     assert steps_traced(path) == 2
     assert trainer.windows._trace is None
@@ -402,16 +402,16 @@ def test_what_is_kept_is_what_is_alive_when_backward_begins(recipe: Make, tmp_pa
     found = modules(tmp_path / "run")
     trainer = recipes.prepare(recipe(**change, run=str(tmp_path / "other")))
     alive = []
-    score = trainer._loss
+    score = trainer.stepper._loss
 
     def loss(*arguments: Any) -> torch.Tensor:
         value = score(*arguments)
         alive.append(sum(ledger.held.values()))
         return value
 
-    trainer._loss = loss  # type: ignore[method-assign]
-    with Ledger(trainer.parameters) as ledger:
-        trainer.step()
+    trainer.stepper._loss = loss  # type: ignore[method-assign]
+    with Ledger(trainer.stepper.parameters) as ledger:
+        trainer.stepper.step()
     # Besides what backward needs there are the hidden states, and the batch: a few numbers per token.
     assert 0 <= alive[0] - found["sum"]["kept"] - 256 * 64 * 4 < 256 * 64
 
@@ -465,7 +465,7 @@ def test_compiled_blocks_are_looked_at_from_outside(recipe: Make, tmp_path: Path
         profile={"start": 3, "steps": 1, "modules": True},
     )
     trainer = recipes.prepare(made)
-    trainer.evaluator = lambda *a, **k: {}  # type: ignore[assignment]  # would compile again
+    trainer.evaluator.evaluate = lambda *a, **k: {}  # type: ignore[method-assign]  # would compile again
     trainer.fit()
     rows = {row["name"]: row for row in modules(tmp_path / "run")["rows"]}
     assert rows["blocks.*"]["forward_s"] > 0
@@ -526,14 +526,14 @@ def test_on_a_gpu_allocations_are_noted_in_the_window_only(recipe: Make, tmp_pat
 def test_memory_that_is_full_is_written_down(recipe: Make, tmp_path: Path, gpu: list[str]) -> None:
     trainer = recipes.prepare(recipe(profile={**WINDOW, "memory": True}))
     trainer.windows.device = torch.device("cuda")
-    step = trainer.step
+    step = trainer.stepper.step
 
     def full() -> Any:
         if trainer.progress.step == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return step()
 
-    trainer.step = full  # type: ignore[method-assign]
+    trainer.stepper.step = full  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match="is full"):
         trainer.fit()
     assert (tmp_path / "run" / "profile" / "oom-rank-0.pickle").read_bytes() == b"snapshot"
@@ -565,7 +565,7 @@ def test_on_a_gpu_kernels_snapshots_and_events_are_there(recipe: Make, tmp_path:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_full_gpu_leaves_a_snapshot(recipe: Make, tmp_path: Path) -> None:
     trainer = recipes.prepare(recipe(runtime={"device": "cuda"}))
-    trainer.step = lambda: torch.empty(2**50, device="cuda")  # type: ignore[method-assign, assignment, return-value]
+    trainer.stepper.step = lambda: torch.empty(2**50, device="cuda")  # type: ignore[method-assign, assignment, return-value]
     with pytest.raises(TrainingError, match="is full"):
         trainer.fit()
     assert (tmp_path / "run" / "profile" / "oom-rank-0.pickle").stat().st_size > 0

@@ -80,17 +80,17 @@ def trained(recipe: Make, run: Path, policy: str, rows: range = POISONED) -> Tra
     checkpoint = {"every_steps": 5, "keep_last": 20}
     changes = {"train__tokens": 60 * 256, "checkpoint": checkpoint, "spikes": spikes, "optim__lr": 1e-2}
     trainer = recipes.prepare(recipe(run=str(run), **changes))
-    draw = trainer.loader.next_batch
+    draw = trainer.stepper.loader.next_batch
 
     def drawn(count: int) -> Batch:
-        first = sum(trainer.loader.state_dict()["taken"].values())
+        first = sum(trainer.stepper.loader.state_dict()["taken"].values())
         batch = draw(count)
         if first not in rows:
             return batch
         noise = torch.randint(280, batch.labels.shape, generator=torch.Generator().manual_seed(first))
         return dataclasses.replace(batch, labels=noise)
 
-    trainer.loader.next_batch = drawn  # type: ignore[method-assign]
+    trainer.stepper.loader.next_batch = drawn  # type: ignore[method-assign]
     trainer.fit()
     return trainer
 
@@ -143,7 +143,7 @@ def test_a_spike_before_the_first_checkpoint_is_a_warning(
 ) -> None:
     spikes = {"policy": "rollback", "least": 16}
     trainer = recipes.prepare(recipe(train__tokens=20 * 256, spikes=spikes))
-    trainer.spikes.losses.extend([1.0, 1.01] * 10)
+    trainer.stepper.spikes.losses.extend([1.0, 1.01] * 10)
     trainer.fit()
     assert trainer.progress.step == 20
     assert "not going back: there is no checkpoint yet" in caplog.text

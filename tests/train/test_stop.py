@@ -27,7 +27,7 @@ Make = Callable[..., Recipe]
 
 def asked_at(trainer: Trainer, step: int, ask: Callable[[], None]) -> None:
     """Call `ask` at the end of a step."""
-    take = trainer.step
+    take = trainer.stepper.step
 
     def stepped() -> dict[str, float]:
         metrics = take()
@@ -35,7 +35,7 @@ def asked_at(trainer: Trainer, step: int, ask: Callable[[], None]) -> None:
             ask()
         return metrics
 
-    trainer.step = stepped  # type: ignore[method-assign]
+    trainer.stepper.step = stepped  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
@@ -100,12 +100,12 @@ def test_handlers_of_others_are_left_alone() -> None:
 
 PROGRAM = """
 import sys, time
-from internlm.train.trainer import Trainer
-step = Trainer.step
+from internlm.train.step import Stepper
+step = Stepper.step
 def slow(self):
     time.sleep({seconds})
     return step(self)
-Trainer.step = slow
+Stepper.step = slow
 from internlm.cli import main
 sys.exit(main(["train", {path!r}]))
 """

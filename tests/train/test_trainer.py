@@ -64,8 +64,8 @@ def test_loss_and_gradients_do_not_depend_on_micro_batching(recipe: Make, micro:
         def keep(rate: float, trainer: Trainer = trainer, kept: dict[str, torch.Tensor] = kept) -> None:
             kept.update({n: p.grad.double() for n, p in trainer.model.named_parameters() if p.grad is not None})
 
-        trainer.optimizer.step = keep  # type: ignore[method-assign]
-        trainer.step()
+        trainer.stepper.optimizer.step = keep  # type: ignore[method-assign]
+        trainer.stepper.step()
         gradients.append(torch.cat([g.flatten() for g in kept.values()]))
         sums.append(trainer.meter.read()["train/loss"])
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
@@ -74,12 +74,12 @@ def test_loss_and_gradients_do_not_depend_on_micro_batching(recipe: Make, micro:
 
 def test_the_loss_is_the_mean_over_all_trained_tokens_of_the_step(recipe: Make) -> None:
     trainer = recipes.prepare(recipe(train__micro_batch_rows=1, data__pack="whole"))
-    batch = trainer.loader.next_batch(8)
-    trainer.loader.load_state_dict(trainer.loader.state_dict() | {"taken": {"a": 0, "b": 0}})
+    batch = trainer.stepper.loader.next_batch(8)
+    trainer.stepper.loader.load_state_dict(trainer.stepper.loader.state_dict() | {"taken": {"a": 0, "b": 0}})
     logits = trainer.model.head.logits(trainer.model(batch.tokens, batch.positions, batch.documents))
     logp = logits.log_softmax(-1).gather(-1, batch.labels[..., None])[..., 0]
     wanted = -(logp * batch.weights).sum() / batch.weights.sum()
-    trainer.step()
+    trainer.stepper.step()
     assert trainer.meter.read()["train/loss"] == pytest.approx(wanted.item(), rel=1e-5)
     assert len({int((row > 0).sum()) for row in batch.weights}) > 1  # rows differ in how many tokens they train
 
@@ -94,7 +94,7 @@ def test_ten_steps_and_ten_more_after_a_restart_are_twenty_steps_bitwise(
     drawn = (torch.rand(1), random.random())
     first = recipes.prepare(recipe(**changes))
     for _ in range(10):
-        first.step()
+        first.stepper.step()
     first.save()
     torch.rand(7)  # anything may happen to the random streams between the two
     random.random()
@@ -104,9 +104,9 @@ def test_ten_steps_and_ten_more_after_a_restart_are_twenty_steps_bitwise(
     assert (torch.rand(1), random.random()) == drawn
     for name, value in weights(straight).items():
         assert torch.equal(value, weights(second)[name]), name
-    for name, value in straight.optimizer.named_state().items():
-        assert torch.equal(value, second.optimizer.named_state()[name]), name
-    assert straight.loader.state_dict() == second.loader.state_dict()
+    for name, value in straight.stepper.optimizer.named_state().items():
+        assert torch.equal(value, second.stepper.optimizer.named_state()[name]), name
+    assert straight.stepper.loader.state_dict() == second.stepper.loader.state_dict()
     assert losses(tmp_path / "straight")[10:] == losses(tmp_path / "run")
 
 
@@ -167,20 +167,20 @@ def test_changed_data_is_refused_on_resume(recipe: Make) -> None:
 
 def test_non_finite_steps_are_skipped_counted_and_end_the_run(recipe: Make, tmp_path: Path) -> None:
     trainer = recipes.prepare(recipe(train__max_skipped_steps=3))
-    trainer.step()
+    trainer.stepper.step()
     healthy = weights(trainer)
-    state = {n: v.clone() for n, v in trainer.optimizer.named_state().items()}
+    state = {n: v.clone() for n, v in trainer.stepper.optimizer.named_state().items()}
     with torch.no_grad():
         trainer.model.norm.weight[0] = float("inf")
-    trainer.step()
-    trainer.step()
+    trainer.stepper.step()
+    trainer.stepper.step()
     with pytest.raises(TrainingError, match="3 steps in a row were skipped"):
-        trainer.step()
+        trainer.stepper.step()
     assert trainer.progress.skipped_steps == 3
     for name, value in weights(trainer).items():
         if name != "norm.weight":
             assert torch.equal(value, healthy[name])
-    assert all(torch.equal(v, state[n]) for n, v in trainer.optimizer.named_state().items())
+    assert all(torch.equal(v, state[n]) for n, v in trainer.stepper.optimizer.named_state().items())
 
 
 def test_a_skipped_step_does_not_hide_the_loss_of_the_others(recipe: Make, tmp_path: Path) -> None:
@@ -199,8 +199,8 @@ def test_a_skipped_step_does_not_hide_the_loss_of_the_others(recipe: Make, tmp_p
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_step_with_nothing_to_train_on_is_skipped(recipe: Make, dtype: str) -> None:
     trainer = recipes.prepare(recipe(runtime__dtype=dtype))
-    scale = trainer.scale.value
-    draw = trainer.loader.next_batch
+    scale = trainer.stepper.scale.value
+    draw = trainer.stepper.loader.next_batch
 
     def masked(rows: int):  # type: ignore[no-untyped-def]
         batch = draw(rows)
@@ -208,10 +208,10 @@ def test_a_step_with_nothing_to_train_on_is_skipped(recipe: Make, dtype: str) ->
         return batch
 
     before = weights(trainer)
-    trainer.loader.next_batch = masked  # type: ignore[method-assign]
-    trainer.step()
+    trainer.stepper.loader.next_batch = masked  # type: ignore[method-assign]
+    trainer.stepper.step()
     assert trainer.progress.skipped_steps == 1
-    assert trainer.scale.value == scale  # nothing overflowed
+    assert trainer.stepper.scale.value == scale  # nothing overflowed
     assert all(torch.equal(before[n], v) for n, v in weights(trainer).items())
 
 
@@ -248,7 +248,7 @@ def test_parts_that_do_not_fit_are_named(recipe: Make, changes: dict[str, object
 
 def test_bits_per_byte_is_the_code_length_over_the_bytes_of_the_text(recipe: Make, corpus: Path) -> None:
     trainer = recipes.prepare(recipe())
-    metrics = trainer.evaluator(trainer.parallel, final=True)
+    metrics = trainer.evaluator.evaluate(trainer.parallel, final=True)
     from internlm.data.shards import Shards
 
     shards = Shards.open(corpus / "held")
@@ -291,7 +291,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = recipes.prepare(recipe(train__tokens=4 * 256, checkpoint={"every_steps": 2}))
-    trainer.step()
+    trainer.stepper.step()
     kept = trainer.save()
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(StorageError, match="MiB left"):
@@ -304,7 +304,7 @@ def test_validation_computes_in_the_data_type_of_the_run(recipe: Make) -> None:
         trainer = recipes.prepare(recipe(runtime__dtype=dtype))
         seen: list[bool] = []
         trainer.model.norm.register_forward_hook(lambda *_, seen=seen: seen.append(torch.is_autocast_enabled("cpu")))
-        trainer.evaluator(trainer.parallel, final=True)
+        trainer.evaluator.evaluate(trainer.parallel, final=True)
         assert set(seen) == {dtype == "bfloat16"}
 
 
@@ -343,7 +343,7 @@ def test_trackers_are_closed_however_a_run_ends(recipe: Make) -> None:
     trainer = recipes.prepare(recipe())
     recorder = Recorder()
     trainer.trackers = [recorder]
-    trainer.step = interrupted  # type: ignore[method-assign]
+    trainer.stepper.step = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     assert recorder.closed
@@ -388,7 +388,7 @@ def test_compiled_blocks_take_the_same_steps(recipe: Make) -> None:
     compiled = recipes.prepare(recipe(runtime__compile=True))
     for trainer in (plain, compiled):
         for _ in range(3):
-            trainer.step()
+            trainer.stepper.step()
     for name, value in weights(plain).items():
         torch.testing.assert_close(value, weights(compiled)[name], atol=1e-5, rtol=1e-4)
 

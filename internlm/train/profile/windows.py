@@ -35,7 +35,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
-import json
 import logging
 import math
 import shutil
@@ -360,7 +359,7 @@ class Windows:
         title = f"modules, steps {number - 1} and {number}, rank {self.rank}\n"
         name = "modules" if self.rank == 0 else f"modules-rank-{self.rank}"
         facts = {"step": number, "rank": self.rank, **found.as_json()}
-        storage.write_text(self.path(f"{name}.json"), json.dumps(facts, indent=1) + "\n")
+        storage.write_json(self.path(f"{name}.json"), facts)
         storage.write_text(self.path(f"{name}.txt"), title + found.as_text())
         logger.info("%s%s", title, found.as_text().rstrip())
 

@@ -146,7 +146,7 @@ class Goodput:
             self._logged = self._since
             logger.info("%s", self)
         try:  # what a machine that loses its power forgets is a few seconds of this
-            storage.write_text(self._file, json.dumps(state) + "\n", durable=False)
+            storage.write_json(self._file, state, durable=False)
         except StorageError as error:
             warn_once(logger, str(error))
 

@@ -387,7 +387,7 @@ def _id(run: Path, name: str, create: Callable[[], str]) -> str:
             return found
         made = create()
         try:
-            storage.write_text(run / IDS, json.dumps({**known, name: made}) + "\n")
+            storage.write_json(run / IDS, {**known, name: made})
         except StorageError as error:
             logger.warning("warning: track.%s: the run's id is not kept: %s", name, error)
         return made

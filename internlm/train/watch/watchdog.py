@@ -141,7 +141,7 @@ class Heartbeat:
             "pid": os.getpid(), "count": self._count,
         }  # fmt: skip
         try:
-            storage.write_text(path, json.dumps(fact), durable=False)
+            storage.write_json(path, fact, durable=False)
         except StorageError:
             return False
         return True

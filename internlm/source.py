@@ -1,4 +1,4 @@
-"""Weights to read, whatever their format: one place that tells what a path holds.
+"""Models to read, whatever their format: one place that tells what a path holds.
 
     source = open_source("runs/a")            # its newest complete checkpoint
     model = source.model(torch.float32)

@@ -1,0 +1,249 @@
+"""One optimizer step: data, count, forward and backward, clip, update.
+
+A step pulls its micro-batches, knows the count they are divided by before anything is computed, runs them one by one,
+clips by one global norm, and updates:
+
+    loss of a step = Σ over all micro-batches of objective.loss / Σ of objective.count
+
+so neither loss nor gradient depends on how the step was cut, into micro-batches or over ranks. Every rank takes it;
+what they sum is the count before the step, and the squared norm and the loss after it. What goes around it, logs,
+validation and checkpoints, is `trainer`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from internlm.checkpoint.store import Checkpoint
+from internlm.data.batch import Batch
+from internlm.data.loader import Loader
+from internlm.errors import ConfigError, TrainingError
+from internlm.optim.optimizer import Optimizer, scale_to_norm, squared_norm
+from internlm.optim.schedule import ScheduleConfig, rate
+from internlm.parallel.apply import Parallel
+from internlm.train.budget import TrainConfig
+from internlm.train.loss_scale import LossScale
+from internlm.train.metrics import Meter, Metrics, is_finite
+from internlm.train.objective import Objective
+from internlm.train.stop import Reason, Stop
+from internlm.train.watch.goodput import Goodput
+from internlm.train.watch.spikes import Spikes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a run is: saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    spikes: int = 0
+    passed_over: list[dict[str, Any]] = field(default_factory=list)
+    """Data that rollbacks left out: the step and loss of the spike, and rows of each source, from and to."""
+
+
+def _nothing(*_: str) -> float:
+    """Tell no one; wish for nothing."""
+    return 0.0
+
+
+@dataclass
+class Stepper:
+    """Takes the steps of a run, and holds all that they change."""
+
+    config: TrainConfig
+    schedule: ScheduleConfig
+    parallel: Parallel
+    objective: Objective
+    optimizer: Optimizer
+    loader: Loader
+    meter: Meter
+    scale: LossScale = field(default_factory=LossScale)
+    spikes: Spikes = field(default_factory=Spikes)
+    goodput: Goodput = field(default_factory=Goodput)
+    tell: Callable[[Literal["spike", "skipped"], str], object] = _nothing
+    """Is told of a spike or a skipped step: its kind, and what happened."""
+    wish: Callable[[], float] = _nothing
+    """Says, on this rank, why the run is to end after this step (`Stop.wish`); 0: it is not."""
+    before_update: Callable[[], object] = _nothing
+    """Is called when weights are about to change."""
+    progress: Progress = field(default_factory=Progress, init=False)
+    is_to_go_back: bool = field(default=False, init=False)
+    """Whether the loss of the last step was a spike, and the recipe wants a return to the last checkpoint."""
+    ending: Reason | None = field(default=None, init=False)
+    """Why the run ends after this step; the same on all ranks."""
+
+    def __post_init__(self) -> None:
+        length = self.loader.config.seq_len
+        self.rows = self.config.batch_tokens // length
+        self.micro_rows = self.config.micro_rows(length, self.parallel.layout.data)
+        self.parameters = [p for _, p in self.parallel.owned_parameters() if p.requires_grad]
+
+    def step(self) -> Metrics:
+        """Take one optimizer step; return what only this step knows (learning rate, gradient norm).
+
+        Raises:
+            TrainingError: too many steps in a row were skipped.
+        """
+        # 1. Pull the data of the whole step.
+        started = time.perf_counter()
+        with self.goodput.within("data"):
+            batch = self.loader.next_batch(self.rows)
+        self.meter.data_wait_s += time.perf_counter() - started
+        self.goodput.enter("useful")
+        self.meter.add_batch(batch)
+        micro_batches = [part.to(self.parallel.device) for part in batch.micro_batches(self.micro_rows)]
+
+        # 2. Know the denominator before anything is computed.
+        shares = torch.stack([self.objective.count(part) for part in micro_batches]).double().sum()
+        tokens = shares.new_tensor(batch.tokens.numel() - batch.num_padding)
+        own = torch.stack([shares, tokens]) * self.parallel.leads
+        totals = self.parallel.total(torch.cat([own, own.new_tensor([self.wish()])]), counted=True)
+        count, tokens = totals[:2].unbind()
+
+        # 3. Forward and backward, one micro-batch after the other.
+        loss = norm = torch.zeros((), device=self.parallel.device)
+        if count > 0:
+            share = (self.scale.value / tokens).float()
+            loss = self.parallel.run.train(
+                micro_batches, lambda hidden, part: self._loss(hidden, part, count.float()), share
+            )
+            loss, norm = self._sums(loss)
+
+        # 4. Clip by the one global norm; 5. update, unless a number is not finite, or the loss a spike.
+        self.meter.steps += 1
+        lr_share = rate(self.schedule, self.progress.step, self.config.total_steps)
+        self.progress.step += 1
+        self.progress.tokens += self.config.batch_tokens
+        updated = self._update(loss, norm, count, lr_share)
+        self.parallel.zero_grad()
+
+        # 6. Report; all ranks know by the same sum whether to end.
+        self.goodput.enter("other", was="useful" if updated else "skipped")
+        self.ending = Stop.reason(float(totals[2]))
+        return {
+            "optim/lr": lr_share * self.optimizer.lr,
+            "optim/grad_norm": float(norm),
+            "optim/skipped_steps": self.progress.skipped_steps,
+            "optim/spikes": self.progress.spikes,
+            "optim/rollbacks": len(self.progress.passed_over),
+            "optim/loss_scale": self.scale.value,
+            "train/step_loss": float(loss),
+            "progress/tokens": self.progress.tokens,
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Return every tensor of the run's state by its logical name."""
+        state = {f"model.{name}": p.detach() for name, p in self.parallel.named_parameters()}
+        state |= {f"optim.{name}": value for name, value in self.optimizer.named_state().items()}
+        state["random.cpu"] = torch.get_rng_state()
+        if self.parallel.device.type == "cuda":
+            state["random.cuda"] = torch.cuda.get_rng_state(self.parallel.device)
+        return state
+
+    def meta(self) -> dict[str, Any]:
+        """Return the rest of the state, as plain values."""
+        version, words, gauss = random.getstate()
+        return {
+            **vars(self.progress),
+            "layout": vars(self.parallel.layout),
+            "loss_scale": vars(self.scale),
+            "losses": list(self.spikes.losses),
+            "loader": self.loader.state_dict(),
+            "random": {"python": [version, list(words), gauss]},
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take the state of a checkpoint of the same model and data.
+
+        Raises:
+            StorageError: tensors are missing, damaged or of another shape. DataError: the data is another.
+            ConfigError: steps had another size.
+        """
+        step, tokens = checkpoint.meta["step"], checkpoint.meta["tokens"]
+        if tokens != step * self.config.batch_tokens:
+            raise ConfigError(
+                f"the run was begun with {tokens // step} tokens a step",
+                where="train.batch_tokens",
+                got=self.config.batch_tokens,
+                do="Choose another `run`, or give the old value back.",
+            )
+        state = self.state()
+        if not checkpoint.holds("random.cuda"):  # it was made on a CPU: the GPU's stream starts at the seed
+            state.pop("random.cuda", None)
+        checkpoint.load(state)
+        self.optimizer.restore({name.removeprefix("optim."): value for name, value in state.items()})
+        torch.set_rng_state(state["random.cpu"])
+        if "random.cuda" in state:
+            torch.cuda.set_rng_state(state["random.cuda"], self.parallel.device)
+        version, words, gauss = checkpoint.meta["random"]["python"]
+        random.setstate((version, tuple(words), gauss))
+        self.loader.load_state_dict(checkpoint.meta["loader"])
+        self.progress = Progress(**{name: checkpoint.meta[name] for name in vars(self.progress)})
+        self.spikes.losses.clear()
+        self.spikes.losses.extend(checkpoint.meta["losses"])
+        saved = LossScale(**checkpoint.meta["loss_scale"])
+        self.scale = saved if saved.is_dynamic == self.scale.is_dynamic else self.scale  # begun in another dtype
+
+    def _update(self, loss: Tensor, norm: Tensor, count: Tensor, lr_share: float) -> bool:
+        """Update the weights, if this step's numbers are fit for it; return whether they were."""
+        is_good = bool(count > 0) and is_finite(norm + loss)
+        spike = self.spikes.add(float(loss)) if is_good else None
+        if spike is not None:
+            self._warn_of_spike(float(loss), spike)
+        updates = is_good and (spike is None or self.spikes.config.policy == "warn")
+        if updates:
+            scale_to_norm(self.parameters, norm, self.config.max_grad_norm, self.scale.value)
+            self.before_update()
+            self.optimizer.step(lr_share)
+            self.parallel.share()
+            self.progress.skipped_in_a_row = 0
+        if count > 0 and self.scale.update(is_good):
+            logger.info("step %d skipped: loss scale lowered to %g", self.progress.step, self.scale.value)
+        elif not is_good:
+            self._skip(loss, norm, count)
+        self.is_to_go_back = spike is not None and self.spikes.config.policy == "rollback"
+        return updates
+
+    def _loss(self, hidden: Tensor, batch: Batch, count: Tensor) -> Tensor:
+        outputs = self.parallel.run.score(hidden, batch.labels, self.objective.coefficients(batch))
+        self.meter.add(outputs, batch)
+        return self.objective.loss(outputs, batch) * (self.scale.value / count)
+
+    def _sums(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Return loss and gradient norm of the whole step, in one collective, and without the loss scale."""
+        mine = loss.double() if self.parallel.counts else torch.zeros_like(loss, dtype=torch.float64)
+        squares = squared_norm(self.parameters, self.parallel.layout.world_size)
+        loss, squares = self.parallel.total(torch.stack([mine, squares.to(mine.device)]), counted=True).unbind()
+        return loss / self.scale.value, squares.sqrt() / self.scale.value
+
+    def _warn_of_spike(self, loss: float, z: float) -> None:
+        self.progress.spikes += 1
+        done = {"warn": "", "skip_data": "; no update is made", "rollback": "; going back"}[self.spikes.config.policy]
+        what = f"loss {loss:.4g} lies {z:.1f} spreads above the last {len(self.spikes.losses) - 1}{done}"
+        logger.warning("warning: step %d: %s", self.progress.step, what)
+        self.tell("spike", what)
+
+    def _skip(self, loss: Tensor, norm: Tensor, count: Tensor) -> None:
+        self.progress.skipped_steps += 1
+        self.progress.skipped_in_a_row += 1
+        why = f"loss {float(loss):.3g}, gradient norm {float(norm):.3g}" if count > 0 else "nothing to train on in it"
+        logger.warning("warning: step %d skipped: %s", self.progress.step, why)
+        self.tell("skipped", f"no update was made: {why}")
+        if self.progress.skipped_in_a_row >= self.config.max_skipped_steps:
+            raise TrainingError(
+                f"{self.progress.skipped_in_a_row} steps in a row were skipped, up to {self.progress.step} ({why})",
+                where="train.max_skipped_steps",
+                do="Lower optim.lr or lengthen schedule.warmup_ratio; checkpoints up to here are untouched.",
+            )
