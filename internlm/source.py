@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm import storage
+from internlm import hub, storage
 from internlm.checkpoint import place, store
 from internlm.checkpoint.place import Place
 from internlm.errors import StorageError, UsageError, WeightsError
@@ -113,9 +113,8 @@ def open_source(path: str | Place, hints: Hints = Hints()) -> Source:
         UsageError: a hint is given that it has no use for.
         WeightsError, TokenizerError: its model or tokenizer is of a kind that is not known, or a chat format.
     """
-    for given in (path, hints.tokenizer):
-        if isinstance(given, str | Path):
-            storage.require_here(given)
+    if isinstance(path, str | Path):
+        hub.require_here(path)
     path = place.at(path)
     source = _open(path, hints)
     for name, value, kind in (("base", hints.base, "adapter"), ("settings", hints.settings, "internlm-v0.2")):
@@ -171,7 +170,7 @@ def _adapter(path: Path, hints: Hints, above: tuple[Path, ...]) -> Source:
     """Open an adapter with its base, as the model that both are together."""
     named = adapters.base_of(path)
     if hints.base is not None:
-        storage.require_here(hints.base)
+        hub.require_here(hints.base)
     if hints.base is None and (named is None or not Path(named).exists()):
         raise WeightsError(
             "the base of this adapter is not here", where=path, got=named, do="Say where it lies: --base FOLDER."

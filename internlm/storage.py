@@ -25,7 +25,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from internlm.errors import StorageError
+from internlm.errors import InternLMError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +40,6 @@ MANIFEST = "manifest.json"
 UNFINISHED = "has no manifest.json: it was not finished, or is something else"
 LOCK = "lock"
 FORMAT_VERSION = 1
-
-_HUB_PAGE = re.compile(
-    r"(?:hf:/+|https?:/+(?:www\.)?(?:huggingface|hf)\.co/+)(datasets/)?([\w.-]+(?:/(?!tree/|blob/|resolve/)[\w.-]+)?)"
-)
-"""An address there; `pathlib` makes one slash of two."""
-_HUB_NAME = re.compile(r"\w[\w-]*|\w[\w.-]*/\w[\w.-]*")
-"""What may be a name there: a word, or owner/name."""
 
 _held: dict[Path, IO[str]] = {}
 """Lock files of the folders this process holds."""
@@ -79,7 +71,7 @@ def writing(target: str | Path, kind: str, *, replace: bool = False, resume: str
     Raises:
         StorageError: the target exists, or the disk is full (nothing complete was touched then).
     """
-    target = Path(os.path.abspath(target))  # `.` has a name then
+    target = Path(os.path.realpath(target))  # `.` has a name then, and a link stays one
     check_free(target, kind, replace=replace)
     mark = str(os.getpid()) if resume is None else "r" + hashlib.sha256(resume.encode()).hexdigest()[:16]
     partial = target.with_name(f"{target.name}.partial-{mark}")
@@ -128,12 +120,17 @@ def commit(folder: Writing, target: Path, kind: str) -> None:
     _fsync(partial / MANIFEST)
     for path in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
         _fsync(path)
+    put(partial, target)
+
+
+def put(folder: Path, target: Path) -> None:
+    """Give a folder with a manifest its final name; what has that name goes."""
     aside = None
     if target.exists():
         aside = target.with_name(f"{target.name}.replaced-{os.getpid()}")
         os.rename(target, aside)
     try:
-        os.rename(partial, target)
+        os.rename(folder, target)
     except BaseException:
         if aside is not None:
             os.rename(aside, target)
@@ -196,13 +193,13 @@ def check_manifest(
     return manifest["meta"]
 
 
-def verify(path: str | Path, first: int = 0, every: int = 1, *, but: str | None = None) -> None:
-    """Read every file of a complete folder and compare its SHA-256 with the manifest.
+def verify(path: str | Path, first: int = 0, every: int = 1, *, of: Callable[[str], bool] | None = None) -> None:
+    """Read files of a complete folder and compare their SHA-256 with the manifest.
 
     Args:
         path: the folder.
-        first, every: only every so manieth file, from this one on: several processes share the work.
-        but: a folder in it whose files are left out.
+        of: whether a file of this name is read; None: all are.
+        first, every: only every so manieth of them, from this one on: several processes share the work.
 
     Raises:
         StorageError: naming the first file that differs.
@@ -210,12 +207,10 @@ def verify(path: str | Path, first: int = 0, every: int = 1, *, but: str | None 
     path = Path(path)
     manifest = _load_manifest(path)
     read_manifest(path, manifest.get("kind", ""))
-    for name, facts in list(manifest["files"].items())[first::every]:
-        if but is not None and Path(name).parts[0] == but:
-            continue
+    for name in list(filter(of, manifest["files"]))[first::every]:
         with explained(f"reading {path}"):
             found = sha256(path / name)
-        if found != facts["sha256"]:
+        if found != manifest["files"][name]["sha256"]:
             raise StorageError(
                 f"file {name} is damaged (its SHA-256 differs)", where=path, do="Write or copy it again."
             )
@@ -284,7 +279,7 @@ def beside(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     Raises:
         StorageError: it cannot be written; `path` is as it was.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     draft = path.with_name(f"{path.name}.partial-{os.getpid()}")  # who looks for the ending finds whole files only
     with explained(f"writing {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -304,6 +299,29 @@ def write_text(path: str | Path, text: str, *, durable: bool = True) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
+def write_json(path: str | Path, content: Any, *, durable: bool = True) -> None:
+    """Write a small JSON file as people read it, whole or not at all, as `beside`."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", durable=durable)
+
+
+def read_json(path: str | Path, error: type[InternLMError] = StorageError) -> dict[str, Any]:
+    """Return the object that a JSON file holds; an empty one where there is no file.
+
+    Args:
+        path: the file.
+        error: raised when it cannot be read, or holds no object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"cannot be read: {problem}", where=path, do="Copy the file again.") from problem
+    return content
+
+
 def require_space(path: str | Path, needed_bytes: int, what: str) -> None:
     """Check that the file system of `path` has room for `needed_bytes`, before work is spent on them.
 
@@ -320,33 +338,6 @@ def require_space(path: str | Path, needed_bytes: int, what: str) -> None:
             where=path,
             do="Free some space, or write elsewhere.",
         )
-
-
-def require_here(path: str | Path, *, where: str | None = None, dataset: bool = False) -> None:
-    """Check that a path is no name and no address of the Hugging Face hub, from which nothing is downloaded here.
-
-    Args:
-        path: as it was given.
-        where: the option or key that it was given as.
-        dataset: whether such a name stands for a data set, not for a model.
-
-    Raises:
-        StorageError: there is no such path and it reads like one, with the command that downloads it.
-    """
-    text = str(path)
-    page = _HUB_PAGE.match(text)
-    if page:
-        name, dataset = page[2], dataset or page[1] is not None
-    else:
-        is_file = os.path.splitext(text)[1][1:].isalpha()  # `runs.jsonl`, not `Qwen/Qwen2.5`
-        if is_file or not _HUB_NAME.fullmatch(text) or os.path.exists(text):
-            return
-        name = text
-    words = ["hf", "download", name, *(["--repo-type", "dataset"] if dataset else []), "--local-dir", "DIR"]
-    raise StorageError(
-        "no such folder, and nothing is downloaded here", where=where or text, got=text if where else None,
-        do=f"From the Hugging Face hub: `{' '.join(words)}`, then give DIR.",
-    )  # fmt: skip
 
 
 def remove_leftovers(target: Path, kept: Path | None = None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from internlm import storage
-from internlm.errors import StorageError
+from internlm.errors import StorageError, WeightsError
 
 
 def make(target: Path, content: str = "hello", **options: bool) -> None:
@@ -169,3 +169,46 @@ def test_a_folder_that_cannot_be_claimed_for_want_of_room_is_named(tmp_path: Pat
     (tmp_path / storage.LOCK).symlink_to("/dev/full")
     with pytest.raises(StorageError, match=r"writing .*lock"):
         storage.hold(tmp_path)
+
+
+def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
+    content = {"ß": [1, None, {"b": 2.5}]}
+    storage.write_json(tmp_path / "deep" / "a.json", content)
+    assert storage.read_json(tmp_path / "deep" / "a.json") == content
+    assert "ß" in (tmp_path / "deep" / "a.json").read_text(encoding="utf-8")
+    assert storage.read_json(tmp_path / "none.json") == storage.read_json(tmp_path / "deep" / "a.json" / "x") == {}
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "", "{", '{"a": 1', "\xff", "[" * 100_000])
+def test_a_file_that_holds_no_json_object_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(WeightsError, match=r"a\.json: cannot be read: .*Copy the file again"):
+        storage.read_json(path, WeightsError)
+
+
+@pytest.mark.parametrize("there", [None, "empty", "complete"])
+def test_a_link_stays_one_and_what_it_leads_to_is_written(there: str | None, tmp_path: Path) -> None:
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    if there == "empty":
+        real.mkdir()
+    if there == "complete":
+        make(real, "old")
+        with pytest.raises(StorageError, match="exists already"):
+            make(link)
+    make(link, "new", replace=True)
+    assert link.is_symlink()
+    assert (real / "a.txt").read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "link"}, "nothing is left beside"
+    assert {path.name for path in real.parent.iterdir()} == {"real"}
+
+
+def test_a_file_behind_a_link_is_written_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "file")
+    for text in ("old", "new"):
+        storage.write_text(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk" / "file").read_text() == text

@@ -1,7 +1,8 @@
 """Tensors in pieces: the files that hold the tensors of a checkpoint, and the index that says where each lies.
 
-    tensors.json                     dtype and shape of every tensor, and file, place and extent of each of its pieces
-    tensors/rank-00003.safetensors   what rank 3 wrote: a whole tensor under its name, a piece as `name@offset,offset`
+    tensors.json                      dtype and shape of every tensor, and file, place and extent of each of its pieces
+    tensors/model-00003.safetensors   weights from rank 3: a whole one under its name, a piece as `name@offset,offset`
+    tensors/state-00003.safetensors   what else it wrote, such as moments: who wants the model does not read them
 
 Whoever reads needs neither torch.distributed nor the layout that wrote: a tensor is put together from its pieces, and
 `Reader` gives them to torch.distributed.checkpoint, which brings each rank what it needs of them. Nothing is pickled.
@@ -11,9 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 INDEX = "tensors.json"
 FOLDER = "tensors"
+MODEL = "model."
+"""How the names of weights begin."""
 
 
 @dataclass(frozen=True)
@@ -58,29 +60,21 @@ Index = dict[str, Entry]
 """The tensors of a checkpoint by name."""
 
 
-def file_of(rank: int, folder: str = FOLDER) -> str:
-    """Return the name of the file that a rank writes."""
-    return f"{folder}/rank-{rank:05d}.safetensors"
+def file_of(name: str, rank: int) -> str:
+    """Return the file into which a rank writes a tensor of this name."""
+    return f"{FOLDER}/{'model' if name.startswith(MODEL) else 'state'}-{rank:05d}.safetensors"
 
 
-def header(parts: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> tuple[bytes, list[int], int]:
-    """Return the head of a safetensors file of such (name, shape, dtype), where each begins, and the file's size."""
-    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    ends = [0]
-    for name, shape, dtype in parts:
-        ends.append(ends[-1] + math.prod(shape) * dtype.itemsize)
-        described[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": ends[-2:]}
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
-    head = len(text).to_bytes(8, "little") + text
-    return head, [len(head) + start for start in ends[:-1]], len(head) + ends[-1]
+def is_tensors(file: str) -> bool:
+    """Return whether a file of a checkpoint holds tensors; the folder may have a suffix."""
+    return file.partition("/")[0].partition("-")[0] == FOLDER
 
 
-def moved(index: Index, folder: str) -> Index:
-    """Return an index whose files lie in this folder of the checkpoint."""
+def moved(index: Index, suffix: str) -> Index:
+    """Return an index whose files lie in a folder with this suffix."""
 
     def file(piece: Piece) -> str:
-        return f"{folder}/{PurePosixPath(piece.file).name}"
+        return piece.file.replace(FOLDER, FOLDER + suffix, 1)
 
     return {n: replace(e, pieces=tuple(replace(p, file=file(p)) for p in e.pieces)) for n, e in index.items()}
 

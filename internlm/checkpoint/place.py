@@ -20,7 +20,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -134,23 +134,22 @@ def is_complete(folder: Place) -> bool:
     return True
 
 
-def verify(folder: Place, first: int = 0, every: int = 1, *, but: str | None = None) -> None:
-    """Read every file of a complete checkpoint and compare its SHA-256, as `storage.verify` does.
+def verify(folder: Place, first: int = 0, every: int = 1, *, of: Callable[[str], bool] | None = None) -> None:
+    """Read the files of a complete checkpoint and compare their SHA-256, as `storage.verify` does.
 
     Raises:
         StorageError: naming the first file that differs.
     """
     if isinstance(folder, Path):
-        storage.verify(folder, first, every, but=but)
+        storage.verify(folder, first, every, of=of)
         return
-    for name, facts in list(_remote_manifest(folder)["files"].items())[first::every]:
-        if but is not None and name.partition("/")[0].partition("-")[0] == but:  # -: the suffix of a draft
-            continue
+    files = _remote_manifest(folder)["files"]
+    for name in list(filter(of, files))[first::every]:
         try:
-            found = (folder / name).sha256(facts["bytes"])
+            found = (folder / name).sha256(files[name]["bytes"])
         except FileNotFoundError:
             found = ""
-        if found != facts["sha256"]:
+        if found != files[name]["sha256"]:
             what = f"file {name} is damaged (its SHA-256 differs)"
             raise StorageError(what, where=folder, do="Write or copy it again.")
 

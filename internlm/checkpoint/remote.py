@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from internlm import storage
-from internlm.errors import ConfigError, StorageError
+from internlm.errors import ConfigError, StorageError, install_command
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -230,7 +230,7 @@ def _system(protocol: str) -> Any:
             raise ConfigError(
                 f"cannot be used: {_said(error)}",
                 where=f"{protocol}://",
-                do="For s3: pip install 'internlm[remote]'; for others the package that fsspec names.",
+                do=f"For s3: {install_command('remote')}; for others the package that fsspec names.",
             ) from error
     return _systems[key]
 

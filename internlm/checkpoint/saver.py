@@ -5,7 +5,7 @@
     saver.copied()                                                           # before the tensors change
     saver.finish()                                                           # how the last one went
 
-    all ranks         who writes which piece (once a run) → copies of them → a thread: file, SHA-256, word to rank 0
+    all ranks         who writes which piece (once a run) → copies of them → a thread: files, SHA-256, word to rank 0
     rank 0's thread   waits for the word of all → index, model, tokenizer, manifest → rename
 
 A step waits for the copy only, and only before it updates: forward and backward go on beside it. The threads agree
@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import logging
 import math
@@ -41,11 +42,11 @@ from internlm import config as recipes
 from internlm import ranks, runtime
 from internlm.checkpoint import pieces, place
 from internlm.checkpoint.pieces import Entry, Index, Piece
-from internlm.checkpoint.place import Draft, Place
+from internlm.checkpoint.place import Draft, Facts, Place
 from internlm.errors import InternLMError, StorageError
 from internlm.model.config import ModelConfig
 from internlm.text.tokenizer import Tokenizer
-from internlm.weights.files import as_bytes
+from internlm.weights.files import as_bytes, header
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, WriteItem
@@ -80,19 +81,25 @@ class Saved:
     """Why there is no checkpoint."""
 
 
+Files = dict[str, "list[WriteItem]"]
+"""What a rank writes, by the name of the file, in the order of the bytes there."""
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What this rank writes in every save; on rank 0, what all write."""
 
     form: dict[str, Any]
     """Of the tensors it was made for."""
-    items: list[WriteItem]
-    head: bytes
-    """Of this rank's file."""
-    bytes: int
-    """Of this rank's file."""
+    files: Files
+    """This rank's."""
     index: Index
     """Rank 0's: of all files."""
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        """Size of this rank's files."""
+        return sum(_layout(items)[2] for items in self.files.values())
 
 
 class Saver:
@@ -149,7 +156,7 @@ class Saver:
         self._count += 1
         target = self.folder / name
         draft = place.draft_of(target, f"{self._mark}.{self._count}")
-        sources = [_local(item, tensors) for item in self._plan.items]
+        sources = [_local(item, tensors) for items in self._plan.files.values() for item in items]
         beside = replace(beside, meta=copy.deepcopy(beside.meta))  # the run goes on to change what it may refer to
         job = _Job(self._plan, target, draft, beside, self.patience_s, time.monotonic())
         if self.background and self._has_room():
@@ -281,18 +288,18 @@ class _Job:
     """Problems of ranks that did not leave a word of them: for rank 0, from another thread."""
 
     def run(self, parts: list[Tensor]) -> None:
-        """Write this rank's file; on rank 0, wait for the others and make the checkpoint visible.
+        """Write this rank's files; on rank 0, wait for the others and make the checkpoint visible.
 
         Raises:
             StorageError: something failed, here or, on rank 0, on another rank; what was written is removed.
         """
         rank = ranks.rank()
         try:
-            word = {"sha256": self._write(parts), "bytes": self.plan.bytes}
+            files = self._write(parts)
             if rank:
-                self.draft.say(rank, json.dumps(word))
+                self.draft.say(rank, json.dumps({"files": files}))
             else:
-                self._commit({0: word} | self._words())
+                self._commit(files | self._words())
         except BaseException as error:
             if rank == 0:
                 self.draft.discard()
@@ -301,25 +308,30 @@ class _Job:
                     self.draft.say(rank, json.dumps({"problem": str(error)}))
             raise
 
-    def _write(self, parts: list[Tensor]) -> str:
-        """Write this rank's tensors; return the file's SHA-256."""
-        return self.draft.write(self._file_of(ranks.rank()), [self.plan.head, *map(as_bytes, parts)])
+    def _write(self, parts: list[Tensor]) -> Facts:
+        """Write this rank's tensors; return what is to know of their files."""
+        written, rest = {}, iter(parts)
+        for file, items in self.plan.files.items():
+            head, _, size = _layout(items)
+            name = file.replace(pieces.FOLDER, pieces.FOLDER + self.draft.suffix, 1)
+            sha256 = self.draft.write(name, [head, *map(as_bytes, itertools.islice(rest, len(items)))])
+            written[name] = {"bytes": size, "sha256": sha256}
+        return written
 
-    def _file_of(self, rank: int) -> str:
-        return pieces.file_of(rank, pieces.FOLDER + self.draft.suffix)
-
-    def _words(self) -> dict[int, dict[str, Any]]:
-        """Return what all other ranks say, when they have.
+    def _words(self) -> Facts:
+        """Return the files of all other ranks, when they have said that these are written.
 
         Raises:
             StorageError: one failed, or is not heard of.
         """
-        heard: dict[int, dict[str, Any]] = {}
+        files: Facts = {}
+        missing = set(range(1, ranks.world_size()))
         until = time.monotonic() + self.patience_s
-        while missing := set(range(1, ranks.world_size())) - heard.keys():
+        while missing:
             for rank, text in sorted(self.draft.said().items()):
-                heard[rank] = json.loads(text)
-                self.failed.update({rank: heard[rank]["problem"]} if "problem" in heard[rank] else {})
+                word = json.loads(text)
+                files |= word.get("files", {})
+                self.failed.update({rank: word["problem"]} if "problem" in word else {})
                 missing.discard(rank)
             for rank, problem in sorted(self.failed.items()):
                 raise StorageError(f"rank {rank} could not write its part: {problem}")
@@ -331,18 +343,17 @@ class _Job:
                 )
             if missing:
                 time.sleep(self.draft.look_every_s)
-        return heard
+        return files
 
-    def _commit(self, words: dict[int, dict[str, Any]]) -> None:
+    def _commit(self, files: Facts) -> None:
         """Write what lies beside the tensors, and make the checkpoint visible."""
         with self.draft.beside() as folder:
-            index = pieces.moved(self.plan.index, pieces.FOLDER + self.draft.suffix)
+            index = pieces.moved(self.plan.index, self.draft.suffix)
             (folder / pieces.INDEX).write_text(pieces.dump(index), encoding="utf-8")
             (folder / "model.yaml").write_text(recipes.dump(self.beside.model), encoding="utf-8")
             if self.beside.tokenizer is not None:
                 (folder / "tokenizer").mkdir()
                 Tokenizer.load(self.beside.tokenizer).save(folder / "tokenizer")
-            files = {self._file_of(rank): word for rank, word in words.items()}
             self.draft.commit(folder, dict(self.beside.meta), files)
 
 
@@ -359,26 +370,26 @@ def _make_plan(tensors: dict[str, Tensor]) -> _Plan:
     planner.set_up_planner(tensors, is_coordinator=ranks.rank() == 0)
     index: Index = {}
 
-    def share(wishes: list[SavePlan]) -> list[list[WriteItem]]:
-        items = [_sorted(plan.items) for plan in planner.create_global_plan(wishes)[0]]
-        for rank, own in enumerate(items):
-            _, starts, _ = _layout(own)
-            for item, start in zip(own, starts, strict=True):
+    def share(wishes: list[SavePlan]) -> list[Files]:
+        shared = [_files(plan.items, rank) for rank, plan in enumerate(planner.create_global_plan(wishes)[0])]
+        for file, items in (pair for files in shared for pair in files.items()):
+            for item, start in zip(items, _layout(items)[1], strict=True):
                 name, shape, dtype, offsets = _facts(item)
                 known = index.get(name)
-                piece = Piece(pieces.file_of(rank), start, offsets, shape)
+                piece = Piece(file, start, offsets, shape)
                 assert item.tensor_data is not None, "tensors only"
                 index[name] = Entry(dtype, tuple(item.tensor_data.size), (*(known.pieces if known else ()), piece))
-        return items
+        return shared
 
-    own = ranks.decide(planner.create_local_plan(), share)
-    head, _, size = _layout(own)
-    return _Plan(_form(tensors), own, head, size, index)
+    return _Plan(_form(tensors), ranks.decide(planner.create_local_plan(), share), index)
 
 
-def _sorted(items: list[WriteItem]) -> list[WriteItem]:
-    """Return items in the order of their file: wide numbers first, so that each begins at a multiple of its width."""
-    return sorted(items, key=lambda item: -_facts(item)[2].itemsize)
+def _files(items: list[WriteItem], rank: int) -> Files:
+    """Return a rank's items by file, wide numbers first, so that each begins at a multiple of its width."""
+    files: Files = {}
+    for item in sorted(items, key=lambda item: -_facts(item)[2].itemsize):
+        files.setdefault(pieces.file_of(item.index.fqn, rank), []).append(item)
+    return files
 
 
 def _layout(items: list[WriteItem]) -> tuple[bytes, list[int], int]:
@@ -389,7 +400,7 @@ def _layout(items: list[WriteItem]) -> tuple[bytes, list[int], int]:
         assert item.tensor_data is not None, "tensors only"
         is_whole = shape == tuple(item.tensor_data.size)
         parts.append((name if is_whole else f"{name}@{','.join(map(str, offsets))}", shape, dtype))
-    return pieces.header(parts)
+    return header(parts)
 
 
 def _facts(item: WriteItem) -> tuple[str, tuple[int, ...], torch.dtype, tuple[int, ...]]:

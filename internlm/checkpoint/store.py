@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00001200/
         manifest.json     sizes and SHA-256 of every file, written last; meta: step, tokens, data position, recipe
         tensors.json      dtype, shape and place of `model.<name>`, `optim.<name>.<slot>`, `random.<generator>`
-        tensors/          safetensors, one file of each rank that wrote
+        tensors/          safetensors: of each rank that wrote, `model-…` with the weights and `state-…` with the rest
         model.yaml        the ModelConfig
         tokenizer/        the vocabulary the model was trained with
 
@@ -22,7 +22,7 @@ import logging
 import math
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,8 @@ class Checkpoint:
 
     path: Place
     meta: dict[str, Any]
+    _verified: set[str] = field(default_factory=set, repr=False, compare=False)
+    """Files that `weights` has compared with their SHA-256."""
 
     @property
     def step(self) -> int:
@@ -136,21 +138,25 @@ class Checkpoint:
         """
         ranks.together(lambda: place.verify(self.path, ranks.rank(), ranks.world_size()))
 
-    def weights(self, prefix: str = "model.") -> Weights:
+    def weights(self, prefix: str = pieces.MODEL) -> Weights:
         """Return the tensors whose name begins with `prefix`, by the rest of it, not read yet.
 
+        Only the files that hold them are verified, and those only once.
+
         Raises:
-            StorageError: a file is damaged.
+            StorageError: one of these files is damaged.
         """
-        place.verify(self.path)
+        entries = {name: entry for name, entry in self.index.items() if name.startswith(prefix)}
+        files = {piece.file for entry in entries.values() for piece in entry.pieces} - self._verified
+        place.verify(self.path, of=files.__contains__)
+        self._verified.update(files)
         found = {}
-        for name, entry in self.index.items():
-            if name.startswith(prefix):
-                read = functools.partial(pieces.read, self.path, entry)
-                (first, *others) = entry.pieces
-                file = self.path / first.file
-                lies = (file, first.start) if isinstance(file, Path) and not others else None
-                found[name.removeprefix(prefix)] = Weight(entry.shape, entry.dtype, read, name, lies)
+        for name, entry in entries.items():
+            read = functools.partial(pieces.read, self.path, entry)
+            (first, *others) = entry.pieces
+            file = self.path / first.file
+            lies = (file, first.start) if isinstance(file, Path) and not others else None
+            found[name.removeprefix(prefix)] = Weight(entry.shape, entry.dtype, read, name, lies)
         return found
 
     def holds(self, name: str) -> bool:
@@ -187,7 +193,7 @@ def open_checkpoint(path: str | Place) -> Checkpoint:
         if found is None:
             raise StorageError("no complete checkpoint here", where=path, do="Was the run stopped before the first?")
         path = found
-    place.verify(path, but=pieces.FOLDER)
+    place.verify(path, of=lambda name: not pieces.is_tensors(name))
     return Checkpoint(path, place.read_manifest(path))
 
 

@@ -11,7 +11,9 @@ Documents never see each other; padding is a document of its own, so attention o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -52,8 +54,8 @@ class Batch:
 
     def micro_batches(self, rows: int) -> list[Batch]:
         """Return the batch cut along B into parts of `rows` rows, the last one perhaps smaller."""
-        return [self._map(lambda tensor, i=i: tensor[i : i + rows]) for i in range(0, len(self.tokens), rows)]
+        return [self._map(itemgetter(slice(i, i + rows))) for i in range(0, len(self.tokens), rows)]
 
-    def _map(self, function) -> Batch:  # type: ignore[no-untyped-def]
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {f.name: function(getattr(self, f.name)) for f in fields(self) if f.name != "sources"}
         return Batch(**tensors, sources=self.sources)

@@ -27,8 +27,8 @@ from typing import IO, Any, Literal
 
 from internlm.data.dialects import DIALECTS
 from internlm.data.messages import read_messages, read_parallel, read_tools
-from internlm.errors import DataError
-from internlm.storage import require_here
+from internlm.errors import DataError, install_command
+from internlm.hub import require_here
 from internlm.text.chat import ROLES, Message
 from internlm.text.tools import Tool
 
@@ -429,7 +429,7 @@ class _Zstandard(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise DataError("zstandard is needed to read it", where=path, do="pip install 'internlm[data]'") from None
+            raise DataError("zstandard is needed to read it", where=path, do=install_command("data")) from None
         self._library = zstandard
         self._frame: Any = None
         self._packed, self._unpacked = b"", memoryview(b"")

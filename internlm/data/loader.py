@@ -106,9 +106,9 @@ class Loader:
         for name, shards in others:
             if shards.fingerprint != first.shards.fingerprint:
                 raise DataError(
-                    f"sources {first.name!r} and {name!r} were tokenised with different tokenizers",
+                    f"sources {first.name!r} and {name!r} were tokenized with different tokenizers",
                     where="data",
-                    do="Tokenise all sources with the same tokenizer.",
+                    do="Tokenize all sources with the same tokenizer.",
                 )
         templates = {source.name: source.shards.template for source in self._sources if source.shards.template}
         if len(set(templates.values())) > 1:

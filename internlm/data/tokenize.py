@@ -1,6 +1,6 @@
 """Text → shards, over all cores, going on where a killed run stopped.
 
-The input is cut into units of about `unit_bytes`, each tokenised by one worker into one shard beside the output:
+The input is cut into units of about `unit_bytes`, each tokenized by one worker into one shard beside the output:
 
     OUT.unfinished/00003.tokens .offsets .mask, then 00003.json, which makes the unit complete
 
@@ -34,7 +34,7 @@ from internlm.log import Progress
 from internlm.text.chat import render
 from internlm.text.templates import Template, get_template
 from internlm.text.tokenizer import Tokenizer
-from internlm.text.tools import format_of
+from internlm.text.tool_formats import format_of
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ _Job = tuple[int, list[Piece], str]  # number of the unit, its input, its name c
 
 
 def _run(units: list[list[Piece]], work: _Work, workers: int) -> list[ShardFacts]:
-    """Tokenise what is not complete yet; return the facts of all units, in order."""
+    """Tokenize what is not complete yet; return the facts of all units, in order."""
     facts: dict[int, ShardFacts] = {}
     todo: list[_Job] = []
     for index, unit in enumerate(units):
@@ -162,7 +162,7 @@ def _run(units: list[list[Piece]], work: _Work, workers: int) -> list[ShardFacts
 def _map(jobs: list[_Job], work: _Work, workers: int) -> Iterator[tuple[int, ShardFacts]]:
     """Run the jobs, in this process or in several; the first error ends them all."""
     if workers <= 1:
-        yield from (_tokenise_unit(work, *job) for job in jobs)
+        yield from (_tokenize_unit(work, *job) for job in jobs)
         return
     # spawn: a fork of a process that has threads may hang
     context = multiprocessing.get_context("spawn")
@@ -191,10 +191,10 @@ def _start_worker(work: _Work) -> None:
 
 def _work_on(job: _Job) -> tuple[int, ShardFacts]:
     assert _work is not None, "the pool starts every worker with its work"
-    return _tokenise_unit(_work, *job)
+    return _tokenize_unit(_work, *job)
 
 
-def _tokenise_unit(work: _Work, index: int, pieces: list[Piece], card: str) -> tuple[int, ShardFacts]:
+def _tokenize_unit(work: _Work, index: int, pieces: list[Piece], card: str) -> tuple[int, ShardFacts]:
     """Write one unit's shard, then its card. Runs in a worker."""
     name, options = f"{index:05d}", work.options
     with storage.explained(f"writing {work.folder / name}"):
@@ -210,7 +210,7 @@ def _tokenise_unit(work: _Work, index: int, pieces: list[Piece], card: str) -> t
             _encode(batch, work, writer, bad)
             bad.report()
         facts = writer.close()
-        storage.write_text(work.folder / f"{name}.json", json.dumps({"card": card, "facts": asdict(facts)}))
+        storage.write_json(work.folder / f"{name}.json", {"card": card, "facts": asdict(facts)})
     return index, facts
 
 

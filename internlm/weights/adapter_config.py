@@ -9,7 +9,6 @@ counts. Both are resolved here, layer by layer, against the shape of the base.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from internlm import storage
 from internlm.config import decode
 from internlm.errors import ConfigError, WeightsError, did_you_mean
 from internlm.model import lora
@@ -68,12 +68,9 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         WeightsError: it cannot be read, or is of another.
     """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"cannot be read: {error}", where=path) from error
-    if not isinstance(fields, dict):
-        raise WeightsError("is no JSON object", where=path)
+    if not path.exists():
+        raise WeightsError("cannot be read: there is no such file", where=path)
+    fields = storage.read_json(path, WeightsError)
     if fields.get("peft_type") != "LORA":
         raise WeightsError(
             "adapters of this kind cannot be read", where=f"{path}: peft_type", got=fields.get("peft_type"),

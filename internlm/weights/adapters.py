@@ -44,7 +44,6 @@ from internlm.weights.adapter_config import FILE, theirs
 from internlm.weights.bin_files import open_bin
 from internlm.weights.families.names import INTERNLM2, TRANSFORMERS, Names, to_transformers
 from internlm.weights.load import Check, check, shapes
-from internlm.weights.talk import write_json
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import Weight, Weights
 
@@ -225,7 +224,7 @@ def export(adapter: Adapter, out: str | Path, options: ExportOptions = ExportOpt
         files.write(folder, named, total, options.progress)
         os.replace(folder.path / files.SINGLE, folder.path / WEIGHTS)
         folder.hashes[WEIGHTS] = folder.hashes.pop(files.SINGLE)
-        write_json(folder.path / FILE, described)
+        storage.write_json(folder.path / FILE, described)
         storage.write_text(folder.path / "README.md", _card(adapter, options.notes))
         folder.meta.update(options.notes)
     return named

@@ -9,16 +9,16 @@ nothing of this package. They know plain and dynamic rotary positions, and biase
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from internlm import storage
+from internlm.errors import WeightsError
 from internlm.text.chat import stop_ids
 from internlm.text.templates import EndOfText, Frame, Special, Template, get_template
 from internlm.text.tokenizer import CONFIG_FILE, Tokenizer
-from internlm.weights.talk import Talk, write_json
+from internlm.weights.talk import Talk
 
 FAMILY = "internlm"
 """`model_type` of a folder with this code."""
@@ -83,10 +83,7 @@ def is_ours(folder: Path) -> bool:
 
 def _is_known(path: Path) -> bool:
     """Return whether a file maps to nothing but the code carried here, not to `owner/name--module.Class` or others."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
-    except FileNotFoundError:
-        return True
+    found = storage.read_json(path, WeightsError).get("auto_map") or {}
     return isinstance(found, dict) and all(_KNOWN.get(name) == loader for name, loader in found.items())
 
 
@@ -102,9 +99,9 @@ def write(folder: Path, talk: Talk) -> None:
         talk.tokenizer.write_tokenizer_json(folder / "tokenizer.json")
         return
     path = folder / CONFIG_FILE
-    described = json.loads(path.read_text(encoding="utf-8"))
+    described = storage.read_json(path, WeightsError)
     del described["add_bos_token"]  # theirs puts bos before a text that has none, so that a template may write it too
-    write_json(path, described | {"tokenizer_class": "InternLMTokenizer", "auto_map": _TOKENIZER_MAP})
+    storage.write_json(path, described | {"tokenizer_class": "InternLMTokenizer", "auto_map": _TOKENIZER_MAP})
 
 
 def _frame(frame: Frame, tokenizer: Tokenizer) -> list[list[str | int | None]]:

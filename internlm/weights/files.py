@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,21 +128,26 @@ def write(
     if len(shards) > 1:
         where = {name: shard.name for shard in shards for name in shard.weights}
         index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": where}
-        storage.write_text(folder.path / INDEX, json.dumps(index, indent=2) + "\n")
+        storage.write_json(folder.path / INDEX, index)
+
+
+def header(parts: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> tuple[bytes, list[int], int]:
+    """Return the head of a safetensors file of such (name, shape, dtype), where each begins, and the file's bytes."""
+    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ends = [0]
+    for name, shape, dtype in parts:
+        ends.append(ends[-1] + math.prod(shape) * dtype.itemsize)
+        described[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": ends[-2:]}
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+    head = len(text).to_bytes(8, "little") + text
+    return head, [len(head) + start for start in ends[:-1]], len(head) + ends[-1]
 
 
 def _write_shard(path: Path, weights: Weights, done: Callable[[int], None]) -> str:
     """Write one file, and return its SHA-256."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, weight in weights.items():
-        place = [offset, offset + weight.nbytes]
-        header[name] = {"dtype": NAMES[weight.dtype], "shape": list(weight.shape), "data_offsets": place}
-        offset += weight.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
     with HashedFile(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header((name, weight.shape, weight.dtype) for name, weight in weights.items())[0])
         for name, weight in weights.items():
             write_weight(file, name, weight)
             done(weight.nbytes)

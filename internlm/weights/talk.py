@@ -10,16 +10,16 @@ adds one too is written without that: no path to the model has bos twice.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from internlm import storage
 from internlm.errors import TokenizerError, WeightsError
 from internlm.text.chat import Message, render, stop_ids
-from internlm.text.templates import TEMPLATES, get_template
+from internlm.text.templates import TEMPLATES, Template, get_template
 from internlm.text.tokenizer import CONFIG_FILE, Tokenizer
 from internlm.text.tool_jinja import chat_template, name_of
 
@@ -30,6 +30,8 @@ TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
 SPECIAL_FILE = "special_tokens_map.json"
 ROLES = ("bos", "eos", "pad")
+Jinja = str | list[dict[str, str]]
+"""What `chat_template` of a tokenizer_config.json holds: one chat format, or several with their names."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,33 @@ class Talk:
     tokenizer: Tokenizer | None = None
     template: str | None = None
     """Name of the chat format; None for a base model, and for a format that is not known here."""
-    foreign: Any = None
+    foreign: Jinja | None = None
     """A chat format that is not known here, as `chat_template` of a tokenizer_config.json."""
     stops: tuple[int, ...] = ()
     """Ids that end an answer, beside eos and those of the template."""
     generation: dict[str, Any] = field(default_factory=dict)
     """Further fields of a generation_config.json, such as `temperature`, carried along."""
 
+    @cached_property
+    def format(self) -> Template | None:
+        """The chat format of the name `template`.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        return None if self.template is None else get_template(self.template)
+
     @property
-    def jinja(self) -> Any:
+    def jinja(self) -> Jinja | None:
         """The chat format as `chat_template` of a tokenizer_config.json; None for a base model."""
-        return self.foreign if self.template is None else chat_template(get_template(self.template), self.tokenizer)
+        return self.foreign if self.format is None else chat_template(self.format, self.tokenizer)
 
     def stop_ids(self) -> list[int]:
         """Return every id that ends an answer."""
         if self.tokenizer is None:
             return list(self.stops)
         eos = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
-        of_template = stop_ids(get_template(self.template), self.tokenizer) if self.template is not None else eos
+        of_template = stop_ids(self.format, self.tokenizer) if self.format is not None else eos
         return list(dict.fromkeys([*of_template, *self.stops]))
 
     def check(self, vocab_size: int) -> None:
@@ -68,11 +79,10 @@ class Talk:
         """
         if self.tokenizer is not None and self.tokenizer.vocab_size > vocab_size:
             raise WeightsError(f"the tokenizer has {self.tokenizer.vocab_size} ids, the model {vocab_size}")
-        if self.template is not None:
-            chosen = get_template(self.template)
+        if self.format is not None:
             if self.tokenizer is None:
                 raise WeightsError(f"the chat format {self.template!r} needs a tokenizer")
-            render([Message("user", "a"), Message("assistant", "a")], chosen, self.tokenizer)
+            render([Message("user", "a"), Message("assistant", "a")], self.format, self.tokenizer)
 
     def role_ids(self) -> dict[str, int | None]:
         """Return the ids of bos, eos and pad under the names of a config.json."""
@@ -81,11 +91,12 @@ class Talk:
     def write(self, folder: Path) -> None:
         """Write the files into a folder."""
         stops = self.stop_ids()
-        write_json(folder / GENERATION_FILE, self.generation | self.role_ids() | {"eos_token_id": stops or None})
+        generation = self.generation | self.role_ids() | {"eos_token_id": stops or None}
+        storage.write_json(folder / GENERATION_FILE, generation)
         if self.tokenizer is None:
             return
         self.tokenizer.save(folder)
-        begins_with_bos = self.template is not None and get_template(self.template).bos
+        begins_with_bos = self.format is not None and self.format.bos
         if begins_with_bos or not (folder / "tokenizer.json").exists():
             try:
                 self.tokenizer.write_tokenizer_json(folder / "tokenizer.json")
@@ -96,11 +107,11 @@ class Talk:
             described[TEMPLATE_KEY] = self.template
         if self.jinja is not None:
             described["chat_template"] = self.jinja
-        write_json(folder / CONFIG_FILE, described)
+        storage.write_json(folder / CONFIG_FILE, described)
         # The same names again, where older programs look; said to take no white space from the text beside them.
         exact = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
         keys = [f"{role}_token" for role in ROLES if f"{role}_token" in described]
-        write_json(folder / SPECIAL_FILE, {key: {"content": described[key], **exact} for key in keys})
+        storage.write_json(folder / SPECIAL_FILE, {key: {"content": described[key], **exact} for key in keys})
 
 
 def read_talk(folder: str | Path) -> Talk:
@@ -111,7 +122,7 @@ def read_talk(folder: str | Path) -> Talk:
         WeightsError: a file that says how to use it is damaged.
     """
     folder = Path(folder)
-    described = _read_json(folder / CONFIG_FILE)
+    described = storage.read_json(folder / CONFIG_FILE, WeightsError)
     found, where = read_template(folder)
     name = described.get(TEMPLATE_KEY)
     if name not in TEMPLATES:
@@ -121,17 +132,17 @@ def read_talk(folder: str | Path) -> Talk:
         logger.warning("warning: %s %s: here the recorded one counts", folder / where, what)
     if name is None and found is not None:
         logger.warning("warning: the chat template of %s is not known here: it is carried along, not used", folder)
-    generation = _read_json(folder / GENERATION_FILE)
+    generation = storage.read_json(folder / GENERATION_FILE, WeightsError)
     eos = generation.get("eos_token_id")
     if not generation:  # Transformers takes it from there then
-        eos = _read_json(folder / "config.json").get("eos_token_id")
+        eos = storage.read_json(folder / "config.json", WeightsError).get("eos_token_id")
     stops = tuple(id_ for id_ in (eos if isinstance(eos, list) else [eos]) if isinstance(id_, int))
     ours = {"transformers_version", "_from_model_config", *(f"{role}_token_id" for role in ROLES)}
     further = {name: value for name, value in generation.items() if name not in ours}
     return Talk(Tokenizer.find(folder), name, None if name else found, stops, further)
 
 
-def read_template(folder: Path) -> tuple[Any, str]:
+def read_template(folder: Path) -> tuple[Jinja | None, str]:
     """Return the chat format of a Transformers folder, None where there is none, and the file that it stands in.
 
     Raises:
@@ -139,35 +150,13 @@ def read_template(folder: Path) -> tuple[Any, str]:
     """
     path = folder / TEMPLATE_FILE
     if not path.is_file():
-        return _read_json(folder / CONFIG_FILE).get("chat_template"), CONFIG_FILE
+        return storage.read_json(folder / CONFIG_FILE, WeightsError).get("chat_template"), CONFIG_FILE
     try:
         return path.read_text(encoding="utf-8"), TEMPLATE_FILE  # Transformers 5 writes it here, and it counts more
     except (OSError, UnicodeDecodeError) as error:
         raise WeightsError(f"cannot be read: {error}", where=path, do="Copy the file again.") from error
 
 
-def is_written_by(name: str, template: Any) -> bool:
+def is_written_by(name: str, template: Jinja) -> bool:
     """Return whether a chat format of a folder is the one of this name, as it is written here."""
     return isinstance(template, str) and name_of(template.removesuffix("\n")) == name  # Jinja takes that off too
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file as people read it."""
-    storage.write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON object's file; nothing where there is none.
-
-    Raises:
-        WeightsError: it is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"cannot be read: {error}", where=path, do="Copy the file again.") from error
-    if not isinstance(content, dict):
-        raise WeightsError("is no JSON object", where=path, do="Copy the file again.")
-    return content

@@ -22,7 +22,6 @@ Where the formats differ:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +39,7 @@ from internlm.weights import weight as lazy
 from internlm.weights.card import card
 from internlm.weights.families import translate as families
 from internlm.weights.load import check, read_model
-from internlm.weights.talk import Talk, write_json
+from internlm.weights.talk import Talk
 from internlm.weights.weight import Weights
 
 KIND = "export"
@@ -109,7 +108,8 @@ def export(
         files.write(folder, theirs, options.max_shard_bytes, options.progress)
         stored = str(lazy.main_dtype(theirs)).removeprefix("torch.")
         # Transformers 4 reads `torch_dtype`, 5 writes `dtype` and reads both.
-        write_json(folder.path / "config.json", described | talk.role_ids() | {"torch_dtype": stored, "dtype": stored})
+        described |= talk.role_ids() | {"torch_dtype": stored, "dtype": stored}
+        storage.write_json(folder.path / "config.json", described)
         talk.write(folder.path)
         if options.remote_code:
             carried.write(folder.path, talk)
@@ -176,13 +176,6 @@ def _family(options: ExportOptions) -> str | None:
 
 def _fields(folder: Path) -> dict[str, Any]:
     """Return the content of config.json."""
-    path = folder / "config.json"
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError("no config.json: this is no Transformers folder", where=folder) from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise WeightsError(f"cannot be read: {error}", where=path) from error
-    if not isinstance(described, dict):
-        raise WeightsError("is no JSON object", where=path)
-    return described
+    if not (folder / "config.json").exists():
+        raise WeightsError("no config.json: this is no Transformers folder", where=folder)
+    return storage.read_json(folder / "config.json", WeightsError)

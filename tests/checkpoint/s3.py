@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import os
 import socket
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 from xml.etree import ElementTree
+
+from tests.processes import INTERNLM, free_port, listened_to, start, until
 
 BUCKET = "bucket"
 SECRET = "a-secret-that-nobody-may-print"
@@ -101,14 +102,12 @@ class Store(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.rule: Rule = lambda method, path, size: None
         self.seen: list[tuple[str, str]] = []
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.behind = int(probe.getsockname()[1])
+        self.behind = free_port()
         words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.behind)]
         with open(log, "wb") as output:
             self.moto = subprocess.Popen(words, stdout=output, stderr=output)
         Thread(target=self.serve_forever, daemon=True).start()
-        self._await()
+        assert until(lambda: listened_to(self.behind), 90), log.read_text()
         self.ask("PUT", f"/{BUCKET}")
 
     @property
@@ -148,42 +147,12 @@ class Store(ThreadingHTTPServer):
         self.moto.terminate()
         self.moto.wait()
 
-    def _await(self) -> None:
-        until = time.monotonic() + 90
-        while True:
-            try:
-                self.ask("GET", "/")
-                return
-            except OSError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.1)
-
 
 def train(recipe: Path, store: Store, world: int = 1) -> list[subprocess.Popen[str]]:
     """Start a training with so many ranks; each is a process of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    members = []
+    port, members = str(free_port()), []
     for rank in range(world):
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(world)}
         place |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        environment = os.environ | store.environment | {"INTERNLM_ALLOCATOR": "off", "OMP_NUM_THREADS": "1"}
-        words = [sys.executable, "-m", "internlm", "train", str(recipe)]
-        members.append(
-            subprocess.Popen(
-                words,
-                env=environment | (place if world > 1 else {}),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        members.append(start(*INTERNLM, "train", str(recipe), **store.environment | (place if world > 1 else {})))
     return members
-
-
-def ended(members: list[subprocess.Popen[str]], timeout_s: float = 300) -> tuple[list[int], str]:
-    """Return the exit codes of processes, and what they said."""
-    said = [member.communicate(timeout=timeout_s)[0] for member in members]
-    return [member.returncode for member in members], "\n".join(said)

@@ -22,7 +22,8 @@ from internlm.recipe import Recipe
 from internlm.text.tokenizer import Tokenizer
 
 Make = Callable[..., Recipe]
-FILES = ["manifest.json", "tensors.json", "tensors/rank-00000.safetensors", "model.yaml", "tokenizer/*"]
+STATE = "tensors/state-00000.safetensors"
+FILES = ["manifest.json", "tensors.json", "tensors/model-00000.safetensors", STATE, "model.yaml", "tokenizer/*"]
 TENSORS = {f"model.{name}": torch.randn(40, 30) for name in "abc"} | {"optim.a.step": torch.tensor(3.0)}
 
 
@@ -58,7 +59,8 @@ def require_refused(folder: Path, message: str = "") -> None:
     def load() -> None:
         store.open_checkpoint(folder).load(into)
 
-    for use in (load, lambda: store.open_checkpoint(folder).weights(), lambda: store.open_checkpoint(folder).verify()):
+    whole = (lambda: store.open_checkpoint(folder).weights(""), lambda: store.open_checkpoint(folder).verify())
+    for use in (load, *whole):
         with pytest.raises(StorageError):
             use()
     assert all(bool((tensor == -1).all()) for tensor in into.values())
@@ -233,9 +235,30 @@ def test_a_run_refuses_a_damaged_checkpoint_and_leaves_its_files_alone(
         recipes.prepare(value)
     after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != storage.LOCK}
     assert after == before
-    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
-    assert "is damaged" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    is_read = name != STATE
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == is_read
+    assert ("is damaged" in capsys.readouterr().err) == is_read
+    assert (tmp_path / "out").exists() != is_read
+
+
+def test_who_wants_the_model_reads_and_verifies_its_files_alone_and_once(
+    make: Callable[[Path, float], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path / "step-00000007", 1.0)
+    path = victim(folder, STATE)
+    flip(path, path.stat().st_size * 8 - 1)
+    opened, read = store.open_checkpoint(folder), list[str]()
+    hashed = storage.sha256
+    monkeypatch.setattr(storage, "sha256", lambda path: read.append(path.name) or hashed(path))
+    for _ in range(2):
+        weights = opened.weights()
+        assert weights.keys() == set("abc")
+        assert all(torch.equal(weight.read(), TENSORS[f"model.{name}"]) for name, weight in weights.items())
+    assert read == ["model-00000.safetensors"]
+    with pytest.raises(StorageError, match=f"{STATE} is damaged"):
+        opened.weights("optim.")
+    with pytest.raises(StorageError, match=f"{STATE} is damaged"):
+        opened.verify()
 
 
 def test_a_checkpoint_keeps_the_tokenizer_that_it_was_given(

@@ -31,8 +31,12 @@ def saved(folder: Path) -> Path:
     return folder / "step-00000001"
 
 
-def test_what_one_rank_writes_is_a_plain_safetensors_file(tmp_path: Path) -> None:
-    found = load_file(saved(tmp_path) / pieces.file_of(0))
+def test_what_one_rank_writes_are_plain_safetensors_files_of_the_model_and_of_the_rest(tmp_path: Path) -> None:
+    folder = saved(tmp_path) / pieces.FOLDER
+    model, state = (load_file(folder / f"{kind}-00000.safetensors") for kind in ("model", "state"))
+    assert len(list(folder.iterdir())) == 2
+    assert model.keys() == {"model.a", "model.b"}
+    found = model | state
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.dtype
@@ -97,8 +101,8 @@ def test_an_index_that_says_what_cannot_be_is_refused(tmp_path: Path, damage: An
 
 def test_a_file_that_ends_too_early_is_said(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    file = path / pieces.file_of(0)
+    file = path / pieces.file_of("model.b", 0)
     file.write_bytes(file.read_bytes()[:-8])
-    last = max(pieces.read_index(path).values(), key=lambda entry: entry.pieces[0].start)
+    last = pieces.read_index(path)["model.b"]
     with pytest.raises(StorageError, match=r"ends \d+ bytes too early"):
         pieces.read(path, last)

@@ -18,12 +18,12 @@ from internlm import recipe as recipes
 from internlm.checkpoint import pieces, place, remote, store
 from internlm.checkpoint.remote import Remote, Unreachable
 from internlm.checkpoint.saver import Beside, Saved, Saver, save
-from internlm.checkpoint.source import open_source
 from internlm.checkpoint.store import CheckpointConfig
 from internlm.cli import main
 from internlm.errors import ConfigError, StorageError
 from internlm.model.config import ModelConfig
 from internlm.recipe import Recipe
+from internlm.source import open_source
 from tests.parallel.ranks import Ranks
 
 Make = Callable[..., Recipe]
@@ -99,7 +99,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
     monkeypatch.setattr(remote, "_systems", {})
-    with pytest.raises(ConfigError, match=r"Install s3fs.*pip install 'internlm\[remote\]'"):
+    with pytest.raises(ConfigError, match=r"Install s3fs.*pip install .*\[remote\]"):
         place.at("s3://bucket/run")
 
 
@@ -313,7 +313,8 @@ def test_two_ranks_write_what_one_rank_reads(recipe: Make, tmp_path: Path, pool:
         pool.run(2, "fit", config.encode(value))
         trees[name] = store.open_checkpoint(tmp_path / name)  # the run's recipe says where
     assert isinstance(trees["there"].path, Remote)
-    assert len({piece.file for entry in trees["there"].index.values() for piece in entry.pieces}) == 2
+    files = {piece.file.rpartition("/")[2] for entry in trees["there"].index.values() for piece in entry.pieces}
+    assert files == {f"{kind}-0000{rank}.safetensors" for kind in ("model", "state") for rank in range(2)}
     mine, other = (dict(trees[name].weights("")) for name in ("here", "there"))
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name].read(), other[name].read()) for name in mine)
@@ -328,7 +329,7 @@ def test_a_run_goes_on_from_a_store_and_is_listed_and_converted(
     straight.fit()
     first = recipes.prepare(recipe(**changes))
     for _ in range(4):
-        first.step()
+        first.stepper.step()
     first.save()
     assert not (tmp_path / "run" / "checkpoints").exists()
     second = recipes.prepare(recipe(**changes, run=str(tmp_path / "elsewhere")))  # another machine

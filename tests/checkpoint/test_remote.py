@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,8 @@ from internlm.checkpoint.saver import Beside, Saver
 from internlm.cli import main
 from internlm.model.config import ModelConfig
 from internlm.recipe import Recipe
-from tests.checkpoint.s3 import BUCKET, SECRET, Rule, Store, ended, train
+from tests.checkpoint.s3 import BUCKET, SECRET, Rule, Store, train
+from tests.processes import finish, start
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -159,8 +159,7 @@ def test_a_run_that_is_killed_in_an_upload_goes_on_from_the_one_before(
 
     server.rule = rule
     run = train(path, server)
-    codes, _ = ended(run)
-    assert codes == [-signal.SIGKILL]
+    assert finish(run[0])[0] == -signal.SIGKILL
     assert hit
     assert server.keys(f"{folder.name}/{store.name_of(6)}"), "half of it is there"
     assert store.newest(folder) == folder / store.name_of(3)
@@ -187,13 +186,14 @@ def test_a_run_goes_on_while_the_store_is_down_and_two_ranks_write_what_one_read
     there = {"checkpoint": {"folder": str(folder), "every_steps": 2, "keep_last": 9}, "parallel": {"shard": 2}}
     value = recipe(train__tokens=8 * 256, train__trace_every_steps=None, **there)
     server.rule = lambda method, path, size: 403 if method == "PUT" and store.name_of(4) in path else None
-    codes, said = ended(train(recipe_file(tmp_path, value), server, 2))
-    assert codes == [0, 0], said
+    ends = [finish(rank) for rank in train(recipe_file(tmp_path, value), server, 2)]
+    said = "\n".join(output for _, output in ends)
+    assert [code for code, _ in ends] == [0, 0], said
     assert re.search(f"warning: {store.name_of(4)} could not be written.*May these credentials", said)
     assert SECRET not in said
     assert [path.name for path in store.listed(folder)] == [store.name_of(step) for step in (2, 6, 8)]
     two = store.open_checkpoint(folder)
-    assert len({piece.file for entry in two.index.values() for piece in entry.pieces}) == 2
+    assert len({piece.file for entry in two.index.values() for piece in entry.pieces}) == 4  # model and state, of two
 
     server.rule = lambda method, path, size: None
     longer = config.decode(Recipe, config.encode(value) | {"parallel": {"shard": 1}, "run": str(tmp_path / "one")})
@@ -220,9 +220,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 def test_memory_holds_some_parts_of_an_upload(server: Store, folder: Remote) -> None:
     size = 300
     words = [sys.executable, "-c", UPLOAD, str(folder), str(size)]
-    environment = os.environ | server.environment
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
-    grown = int(done.stdout)
+    code, said = finish(start(*words, **server.environment))
+    assert code == 0, said
+    grown = int(said.splitlines()[-1])
     assert grown < 120, f"{grown} MiB for {size} MiB"
     assert store.is_checkpoint(folder / store.name_of(2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from internlm import runtime, storage
-from internlm.checkpoint import pieces, saver, store
+from internlm.checkpoint import pieces, place, saver, store
 from internlm.checkpoint.saver import Beside, Saved, Saver
 from internlm.checkpoint.store import CheckpointConfig
 from internlm.errors import ConfigError, StorageError
@@ -165,6 +166,45 @@ def test_a_checkpoint_is_visible_only_with_all_of_it(tmp_path: Path) -> None:
         watcher.join()
     assert not wrong
     assert len(store.listed(tmp_path)) == 7
+
+
+def test_a_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    missing: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note(file: int) -> None:
+        fsync(file)
+        synced.add(os.fstat(file).st_ino)
+
+    def look(source: Path, target: Path) -> None:
+        missing.extend(str(path) for path in (source, *source.rglob("*")) if path.stat().st_ino not in synced)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "rename", look)
+    saver.save(tmp_path / "step-00000001", {"model.x": torch.ones(3)}, SHAPE, None, {"step": 1})
+    assert store.newest(tmp_path) is not None
+    assert not missing
+    assert tmp_path.stat().st_ino in synced, "and its name too"
+
+
+def test_what_a_rank_has_written_is_on_the_disk_when_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[int, int] = {}
+    fsync = os.fsync
+
+    def note(file: int) -> None:
+        fsync(file)
+        synced[os.fstat(file).st_ino] = os.fstat(file).st_size
+
+    monkeypatch.setattr(os, "fsync", note)
+    place.draft_of(tmp_path / "step-00000001", "mark").write("tensors/a", [b"abc", b"defg"])
+    (written,) = tmp_path.rglob("a")
+    assert synced == {written.stat().st_ino: 7}
 
 
 def kept(folder: Path, facts: list[dict[str, Any]], **config: Any) -> list[int]:

@@ -22,7 +22,7 @@ from internlm.data.batch import Batch
 from internlm.data.loader import DataConfig, Loader, validation_batches
 from internlm.data.mixture import Mixture, SourceConfig
 from internlm.data.pack import PackedRow, Packing, best_fit, shuffled
-from internlm.data.shards import Shards
+from internlm.data.shards import Shards, ShardWriter
 from internlm.errors import ConfigError, DataError, StorageError
 
 HEALTH = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -125,6 +125,11 @@ def test_best_fit_never_overfills_and_never_opens_a_row_without_need(sizes: list
             assert sum(sizes[i] for i in earlier if i < opener) + sizes[opener] > 16
 
 
+def test_a_document_goes_into_the_fullest_row_with_room_for_it() -> None:
+    assert best_fit(np.array([10, 14, 2]), 16) == [[0], [1, 2]]
+    assert best_fit(np.array([10, 13, 9, 3, 6, 7]), 16) == [[0, 4], [1, 3], [2, 5]]
+
+
 def test_a_hundred_thousand_documents_are_packed_in_seconds() -> None:
     sizes = np.random.default_rng(0).integers(1, 2049, 100_000)
     started = time.monotonic()
@@ -196,6 +201,16 @@ def test_a_loader_goes_on_exactly_where_its_state_says(two: Any, after: int) -> 
     assert torch.equal(wanted.tokens[1::2], got.tokens)
 
 
+def test_a_loader_goes_back_over_the_end_of_an_epoch(two: Any) -> None:
+    loader = Loader(config(two))
+    start, first = loader.state_dict(), loader.next_batch(4)
+    for _ in range(60):
+        loader.next_batch(4)
+    assert all(source.epoch for source in loader._sources)
+    loader.load_state_dict(start)
+    assert torch.equal(loader.next_batch(4).tokens, first.tokens)
+
+
 def test_an_epoch_shows_every_token_once_and_the_next_in_another_order(make_shards: Any) -> None:
     documents = numbered([7, 9, 16, 3, 5])
     loader = Loader(config({"a": (make_shards(documents), 1.0)}))
@@ -217,7 +232,7 @@ def test_a_state_of_other_data_is_refused(two: Any, make_shards: Any) -> None:
 
 def test_sources_of_different_tokenizers_are_refused(two: Any, make_shards: Any) -> None:
     other = make_shards(numbered([4, 4]), name="other", fingerprint="g")
-    with pytest.raises(DataError, match="'a' and 'c' were tokenised with different tokenizers"):
+    with pytest.raises(DataError, match="'a' and 'c' were tokenized with different tokenizers"):
         Loader(config(two | {"c": (other, 1.0)}))
     with pytest.raises(DataError, match="'a' and 'v'"):
         Loader(config(two, validation={"v": SourceConfig(path=str(other.path))}))
@@ -283,6 +298,22 @@ def test_validation_scores_every_token_once_in_order(make_shards: Any) -> None:
     assert torch.equal(torch.cat([b.tokens for b in limited]), spread)
 
 
+def test_ranks_share_a_validation_and_score_every_token_once(make_shards: Any) -> None:
+    documents = numbered([7, 9, 16, 3, 5])
+    shards = make_shards(documents)
+    data = config({"a": (shards, 1.0)}, validation={"v": SourceConfig(path=str(shards.path))})
+    batches = [list(validation_batches(data, "v", rows=2, share=(rank, 2))) for rank in range(2)]
+    assert [[len(batch.tokens) for batch in part] for part in batches] == [[2, 2], [2, 2]]
+    labels = [int(t) for part in batches for batch in part for t in batch.labels[batch.weights > 0]]
+    assert sorted(labels) == [t for d in documents for t in d[1:]]
+
+
+def test_padding_is_what_no_document_fills(make_shards: Any) -> None:
+    batch = Loader(config({"a": (make_shards(numbered([5, 3])), 1.0)}, pack="whole")).next_batch(1)
+    assert batch.documents[0].tolist() in ([0] * 4 + [1] * 2 + [-1] * 2, [0] * 2 + [1] * 4 + [-1] * 2)
+    assert (batch.num_padding, batch.num_tokens) == (2, 6)
+
+
 def test_micro_batches_are_cuts_along_the_rows(two: Any) -> None:
     batch = Loader(config(two)).next_batch(5)
     parts = batch.micro_batches(2)
@@ -302,6 +333,15 @@ def test_shards_give_documents_and_masks_back(make_shards: Any) -> None:
         assert ids.tolist() == wanted
         assert found is not None
         assert found.astype(bool).tolist() == mask
+
+
+def test_every_id_of_a_vocabulary_has_room(tmp_path: Path) -> None:
+    for size, width in ((1 << 16, 2), ((1 << 16) + 1, 4)):
+        writer = ShardWriter(tmp_path, str(size), size)
+        writer.add([0, size - 1], None, 1)
+        writer.close()
+        stored = (tmp_path / f"{size}.tokens").read_bytes()
+        assert stored == bytes(width) + (size - 1).to_bytes(width, "little")
 
 
 def test_a_corpus_of_more_shards_than_a_process_may_open_is_read(make_shards: Any) -> None:

@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 
 from internlm import storage
+from internlm.cli import main
 from internlm.data import formats
+from internlm.data import tokenize as module
 from internlm.data.formats import (
     Conversation,
     Document,
@@ -38,6 +40,7 @@ from internlm.text.chat import Message, render
 from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import SPECIAL_TOKENS, train_bpe
+from tests.processes import CONTEXT, forked
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "the quick brown fox", "naïve café 東京 🎉", "a", "x = [1, 2, 3]\n" * 40]
 SHA256 = storage.sha256
@@ -184,23 +187,25 @@ def test_conversations_carry_the_templates_mask(tokenizer: Tokenizer, tokenizer_
         tokenize([path], tmp_path / "none", Options(str(tokenizer_path)), workers=1)
 
 
+def tokenize_and_die(corpus: Path, out: Path, options: Options) -> None:
+    make = module._tokenize_unit
+
+    def dying(work: Any, index: int, *rest: Any) -> Any:
+        if index == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return make(work, index, *rest)
+
+    module._tokenize_unit = dying
+    tokenize([corpus], out, options, workers=1, unit_bytes=3000)
+
+
 def test_a_killed_run_goes_on_with_what_was_complete(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     options = Options(str(tokenizer_path))
     tokenize([corpus], tmp_path / "whole", options, workers=1, unit_bytes=3000)
-    code = f"""
-        import os, signal
-        from internlm.data import tokenize as t
-        made = t._tokenise_unit
-        def dying(work, index, *rest):
-            if index == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return made(work, index, *rest)
-        t._tokenise_unit = dying
-        t.tokenize([{str(corpus)!r}], {str(tmp_path / "out")!r}, t.Options({str(tokenizer_path)!r}), workers=1,
-                   unit_bytes=3000)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed = CONTEXT.Process(target=tokenize_and_die, args=(corpus, tmp_path / "out", options))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out.unfinished").glob("*.tokens")}
     assert len(kept) == 4
@@ -261,19 +266,19 @@ def test_existing_shards_are_kept_unless_replacing_is_asked_for(
     assert content(tmp_path / "out") == before
 
 
+def limit_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # Python ignores the signal: the write fails
+
+
 def test_a_full_disk_loses_nothing_that_was_written(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     """A file size limit stands for the full disk: the system refuses the write in the same place."""
     options = Options(str(tokenizer_path))
     tokenize([corpus], tmp_path / "old", options, workers=1)
     before = content(tmp_path / "old")
 
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-
-    command = ["-m", "internlm", "data", "tokenize", str(corpus), "--tokenizer", str(tokenizer_path)]
+    command = ["data", "tokenize", str(corpus), "--tokenizer", str(tokenizer_path)]
     command += ["--out", str(tmp_path / "old"), "--workers", "1", "--force"]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, preexec_fn=limit)
+    done = forked(*command, hook=limit_files)
     assert done.returncode == 1
     assert "failed while writing" in done.stderr
     assert "Traceback" not in done.stderr
@@ -299,24 +304,20 @@ def test_a_new_format_is_one_function(tmp_path: Path, monkeypatch: pytest.Monkey
         list(read_piece(Piece(str(path)), "nonsense"))
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"COLUMNS": "200"}
-    return subprocess.run([sys.executable, "-m", "internlm", *words], capture_output=True, text=True, env=environment)
-
-
-def test_the_command_line_tokenises_inspects_and_exports(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+def test_the_command_line_tokenizes_inspects_and_exports(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    done = run("data", "tokenize", str(corpus), "--tokenizer", str(tokenizer_path), "--out", out, "--workers", "2")
+    made = ["data", "tokenize", str(corpus), "--tokenizer", str(tokenizer_path), "--out", out]
+    done = forked(*made, "--workers", "2")
     assert done.returncode == 0, done.stderr
     assert "400 documents" in done.stdout
-    shown = run("data", "inspect", out, "--document", "1")
+    shown = forked("data", "inspect", out, "--document", "1")
     assert "documents    400" in shown.stdout
     assert "⟦<|bos|>1: the quick brown fox<|eos|>⟧" in shown.stdout
-    assert run("data", "inspect", out, "--document", "400").returncode == 1
-    wrong = run("data", "tokenize", str(corpus), "--tokenizer", str(tokenizer_path), "--out", out, "--workers", "-3")
+    assert forked("data", "inspect", out, "--document", "400").returncode == 1
+    wrong = forked(*made, "--workers", "-3")
     assert (wrong.returncode, "-3 is not 1 or more" in wrong.stderr) == (2, True)
     back = str(tmp_path / "deeper" / "back.jsonl")
-    assert run("data", "export", out, "--out", back).returncode == 0
+    assert forked("data", "export", out, "--out", back).returncode == 0
     assert Path(back).read_text() == "".join(
         json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in corpus.open()
     )
@@ -529,9 +530,9 @@ def test_documents_without_a_token_are_exported_and_shown(tokenizer_path: Path, 
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}, {"text": ""}])
     out, back = str(tmp_path / "out"), tmp_path / "back.jsonl"
     tokenize([path], out, Options(str(tmp_path / "t")), workers=1)
-    assert run("data", "export", out, "--out", str(back)).returncode == 0
+    assert main(["data", "export", out, "--out", str(back)]) == 0
     assert back.read_text() == path.read_text()
-    assert run("data", "inspect", out, "--document", "1").returncode == 0
+    assert main(["data", "inspect", out, "--document", "1"]) == 0
     assert [p.name for p in tmp_path.glob("back*")] == ["back.jsonl"]
 
 

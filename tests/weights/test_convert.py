@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from internlm.checkpoint import saver, store
-from internlm.checkpoint.source import Hints, open_source
 from internlm.cli import main
 from internlm.cli.convert import QUANTIZED_TOLERANCE, TOLERANCE, size_in_bytes, verify
 from internlm.errors import UsageError, WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
+from internlm.source import Hints, open_source
 from internlm.text.training import train_bpe
 from internlm.weights import transformers as folders
 from internlm.weights.families import translate as families
@@ -96,6 +96,28 @@ def test_verifying_finds_weights_under_the_wrong_name(
     monkeypatch.undo()
     with pytest.raises(WeightsError, match="other logits"):
         verify(open_source(run), tmp_path / "out")
+
+
+def test_what_fails_to_be_verified_is_not_there_and_takes_nothings_place(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    out, beside = tmp_path / "out", tmp_path / "out.unverified"
+    with monkeypatch.context() as patched:
+        patched.setattr("internlm.cli.convert.TOLERANCE", -1.0)
+        assert main(["convert", str(run), str(out), "--verify"]) == 1
+        assert f"{beside / 'out'}: other logits come from it" in capsys.readouterr().err
+        assert not out.exists()
+        assert (beside / "out" / "config.json").exists(), "for who looks for the cause"
+    assert main(["convert", str(run), str(out), "--template", "none"]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("internlm.cli.convert.TOLERANCE", -1.0)
+        assert main(["convert", str(run), str(out), "--verify", "--force"]) == 1
+    assert read_talk(out).template is None, "the earlier result is untouched"
+    assert main(["convert", str(run), str(out), "--verify"]) == 1
+    assert main(["convert", str(run), str(out), "--verify", "--force"]) == 0
+    assert read_talk(out).template == "internlm"
+    assert not beside.exists()
 
 
 @pytest.mark.parametrize("tolerance", [TOLERANCE, QUANTIZED_TOLERANCE])

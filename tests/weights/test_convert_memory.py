@@ -21,7 +21,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from internlm import cli
-import internlm.cli.convert, torch, internlm.checkpoint.source, internlm.weights.transformers
+import internlm.cli.convert, torch, internlm.source, internlm.weights.transformers
 def most():  # ru_maxrss would be that of the process that started this one
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 before = most()

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm.checkpoint.source import Hints, open_source
 from internlm.cli import main
 from internlm.errors import UsageError, WeightsError
 from internlm.model import lora
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
+from internlm.source import Hints, open_source
 from internlm.text.training import train_bpe
 from internlm.weights import adapters
 from internlm.weights import transformers as folders

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from internlm.checkpoint.source import open_source
 from internlm.errors import WeightsError
 from internlm.model.config import DynamicScaling, ModelConfig, RopeConfig
 from internlm.model.transformer import Transformer
+from internlm.source import open_source
 from internlm.weights.load import load_model, shapes
 from internlm.weights.native import read as native
 from internlm.weights.weight import table, tensors

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint import saver
-from internlm.checkpoint.source import Source, open_source
 from internlm.cli import main, serve
 from internlm.errors import EngineError, WeightsError
 from internlm.infer.engine import Engine
+from internlm.infer.placement import Placement
 from internlm.model import lora
 from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.model.quant import KINDS, Kind, PackedLinear, pack
 from internlm.model.transformer import Transformer, build
+from internlm.source import Source, open_source
 from internlm.text.training import train_bpe
 from internlm.weights import adapters, files, load
 from internlm.weights import transformers as folders
@@ -209,7 +210,7 @@ def test_an_engine_answers_the_same_with_a_model_that_was_packed_while_it_was_re
     wanted = [r.tokens for r in whole.generate(prompts, max_tokens=12, temperature=0)]
     read = Engine(source.model(torch.float32, pack=kind), source.talk.tokenizer, pack=kind)
     assert [r.tokens for r in read.generate(prompts, max_tokens=12, temperature=0)] == wanted
-    of_folder = Engine.from_folder(folder, pack=kind)
+    of_folder = Engine.of(open_source(folder), Placement(pack=kind))
     assert [r.tokens for r in of_folder.generate(prompts, max_tokens=12, temperature=0)] == wanted
     other = build(source.config, 7)
     for engine in (whole, read):
@@ -246,7 +247,7 @@ import json, sys, threading, time
 from pathlib import Path
 import torch
 from internlm.compat import products
-from internlm.checkpoint.source import open_source
+from internlm.source import open_source
 
 def held():
     lines = Path("/proc/self/status").read_text().splitlines()

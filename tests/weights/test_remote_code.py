@@ -22,7 +22,7 @@ from internlm.errors import WeightsError
 from internlm.infer.engine import Engine
 from internlm.infer.request import Request
 from internlm.model.config import DynamicScaling, LinearScaling, ModelConfig, RopeConfig
-from internlm.model.transformer import Transformer, build
+from internlm.model.transformer import Transformer
 from internlm.text.chat import Message, render_prompt
 from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
@@ -31,6 +31,7 @@ from internlm.weights import carried
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk, read_talk
 from internlm.weights.weight import of_tensors
+from tests.models import random_model
 
 SCRIPT = Path(__file__).with_name("remote_transcript.py")
 ROOT = Path(__file__).parents[2]
@@ -64,16 +65,6 @@ def sentencepiece_tokenizer(**options: Any) -> Tokenizer:
         sentence_iterator=iter(lines), model_writer=model, **{**settings, **options}
     )
     return Tokenizer(model.getvalue(), is_json=False)
-
-
-def random_model(config: ModelConfig) -> Transformer:
-    model = build(config, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.25 * noise)
-    return model
 
 
 def scripted_model(config: ModelConfig, ids: list[int]) -> Transformer:

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import shutil
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from internlm import storage
-from internlm.checkpoint.source import open_source
 from internlm.errors import InternLMError, StorageError, WeightsError
 from internlm.model.config import DynamicScaling, ModelConfig, RopeConfig, YarnScaling
 from internlm.model.transformer import Transformer, build
+from internlm.source import open_source
 from internlm.text.templates import get_template, jinja
 from internlm.text.training import train_bpe
 from internlm.weights import transformers as folders
-from internlm.weights.load import empty, fill, shapes
+from internlm.weights.load import empty, fill
 from internlm.weights.talk import Talk, read_talk
 from internlm.weights.transformers import ExportOptions
-from internlm.weights.weight import Weight, of_tensors
+from internlm.weights.weight import of_tensors
+from tests.models import Counted
 
 SHAPE = ModelConfig(vocab_size=50, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=24)
 
@@ -160,22 +158,9 @@ def test_no_file_is_larger_than_asked_and_the_index_names_every_tensor(tmp_path:
 
 
 def test_an_export_holds_one_tensor_in_memory_not_the_model(tmp_path: Path) -> None:
-    alive: list[weakref.ref[Tensor]] = []
-    most = 0
-
-    def zeros(shape: torch.Size) -> Tensor:
-        nonlocal most
-        tensor = torch.zeros(shape)
-        alive.append(weakref.ref(tensor))
-        most = max(most, sum(t.nbytes for ref in alive if (t := ref()) is not None))
-        return tensor
-
-    weights = {
-        name: Weight(tuple(shape), torch.float32, functools.partial(zeros, shape))
-        for name, shape in shapes(SHAPE).items()
-    }
-    folders.export(weights, SHAPE, tmp_path / "a")
-    assert 0 < most <= 2 * max(weight.nbytes for weight in weights.values())
+    counted = Counted(SHAPE)
+    folders.export(counted.weights, SHAPE, tmp_path / "a")
+    counted.assert_one_by_one()
 
 
 @pytest.mark.parametrize(

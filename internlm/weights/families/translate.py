@@ -9,6 +9,7 @@ What a family is like stands in its row of `table.FAMILIES`; here is what is don
 from __future__ import annotations
 
 import dataclasses
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def _with_biases(config: ModelConfig, family: rows.Family) -> ModelConfig:
 def _apart(weight: Weight) -> list[Weight]:
     """Return the matrices of all experts, one by one."""
     weight = lazy.shared(weight, weight.shape[0])
-    return [weight.turned(weight.shape[1:], lambda t, e=e: t[e], f"[{e}]") for e in range(weight.shape[0])]  # type: ignore[misc]
+    return [weight.turned(weight.shape[1:], itemgetter(e), f"[{e}]") for e in range(weight.shape[0])]
 
 
 def _whole(name: str, parts: list[tuple[int | None, Weight]]) -> Weight:

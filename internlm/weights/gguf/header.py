@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internlm.errors import UsageError, WeightsError
+from internlm.errors import UsageError, WeightsError, install_command
 
 MAGIC = b"GGUF"
 DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -42,7 +42,7 @@ def library() -> Any:
     try:
         import gguf
     except ImportError:
-        raise UsageError("need the package gguf", where="GGUF files", do="pip install 'internlm[gguf]'") from None
+        raise UsageError("need the package gguf", where="GGUF files", do=install_command("gguf")) from None
     return gguf
 
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internlm import storage
 from internlm.errors import TokenizerError
-from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import PATTERN
 from internlm.weights.talk import Talk
@@ -100,12 +100,11 @@ def describe(writer: Any, talk: Talk, folder: Path, size: int) -> None:
     if vocabulary.merges is not None:
         writer.add_token_merges(vocabulary.merges)
     writer.add_add_space_prefix(vocabulary.has_prefix)
-    template = get_template(talk.template) if talk.template is not None else None
     text = talk.jinja
     if text:
         writer.add_chat_template(text)
     # llama.cpp takes the bos of a chat prompt off where it puts one itself, but puts one where a format has none too.
-    wants_bos = template.bos if template is not None else not text or "bos_token" in str(text)
+    wants_bos = talk.format.bos if talk.format is not None else not text or "bos_token" in str(text)
     writer.add_add_bos_token(wants_bos and talk.tokenizer.bos_id is not None)
     writer.add_add_eos_token(False)
     for role, id_ in _roles(vocabulary, talk.tokenizer, talk.stop_ids()).items():
@@ -148,7 +147,7 @@ def read(folder: Path, tokenizer: Tokenizer, size: int) -> Vocabulary:
     if (folder / "tokenizer.model").exists():
         found = _sentencepiece((folder / "tokenizer.model").read_bytes(), tokenizer)
     else:
-        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec = storage.read_json(path, TokenizerError)
         is_byte_level = any(part.get("type") == "ByteLevel" for part in _parts(spec.get("decoder")))
         found = _byte_level(spec, tokenizer, where) if is_byte_level else _joined_pieces(spec, tokenizer, where)
     if found.model == "llama" and found.kinds.count(BYTE) != 256:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from internlm.errors import WeightsError
+from internlm.errors import WeightsError, first_line
 from internlm.weights.bin_files import check_archive
 
 FRAMEWORK = "internlm."
@@ -55,9 +55,7 @@ def load(path: Path) -> Any:
     except FileNotFoundError:
         raise WeightsError("is missing", where=path) from None
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, IndexError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise WeightsError(
-            f"cannot be read as a file of torch.save: {first}", where=path, do="Copy it again."
-        ) from None
+        what = f"cannot be read as a file of torch.save: {first_line(error)}"
+        raise WeightsError(what, where=path, do="Copy it again.") from None
     except (TypeError, AttributeError, AssertionError) as error:
         raise WeightsError(f"holds a program that makes no sense: {error}", where=path, do="Do not trust it.") from None

@@ -262,7 +262,7 @@ def _described(config: ModelConfig, layout: Layout, dialect: str, dtype: torch.d
         "rope_base": config.rope.base,
     }
     if dialect == "INTERNLM":
-        length = config.context_length if scaling is None else scaling.original_length  # type: ignore[union-attr]
+        length = scaling.original_length if isinstance(scaling, DynamicScaling) else config.context_length
         return described | {"max_position_embeddings": length, "use_dynamic_ntk_rope": scaling is not None}
     has_bias = config.qkv_bias or config.output_bias
     return described | {"num_kv_attention_heads": config.num_kv_heads, "no_bias": not has_bias, "adapt_hf": True}

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from internlm.checkpoint.source import open_source
 from internlm.cli import main
 from internlm.errors import InternLMError, WeightsError
+from internlm.hub import require_here
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
-from internlm.storage import require_here
+from internlm.source import open_source
 from internlm.text.training import train_bpe
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk
