@@ -76,6 +76,13 @@ def default_kind(kind: str) -> Any:
     return pydantic.BeforeValidator(lambda v: {"kind": kind, **v} if isinstance(v, dict) and "kind" not in v else v)
 
 
+def or_number() -> Any:
+    """Return an annotation for a choice of texts: YAML reads `3` as a number, and one of them may look like that."""
+    import pydantic
+
+    return pydantic.BeforeValidator(lambda v: str(v) if isinstance(v, int) and not isinstance(v, bool) else v)
+
+
 def load(
     schema: type[T],
     path: str | Path | None = None,

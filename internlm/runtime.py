@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from internlm import ranks
 from internlm.config import require_positive, section
-from internlm.errors import ConfigError
+from internlm.errors import ConfigError, InternLMError
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,9 @@ ALLOCATOR_SETTINGS = (
 )
 """Value of GLIBC_TUNABLES with which glibc keeps the pages of large tensors."""
 _MARK = "INTERNLM_ALLOCATOR"
+
+AttentionPath = Literal["auto", "dense", "blocks", "varlen", "flex", "masked"]
+"""How attention keeps documents apart, see `internlm.model.attention`."""
 
 
 @section
@@ -44,7 +47,7 @@ class RuntimeConfig:
     GPUs. float16: for GPUs without bfloat16, with a loss scale that is found while training."""
     compile: bool = False
     """Compile each block with torch.compile: faster steps after a first step of tens of seconds."""
-    attention: Literal["auto", "dense", "blocks", "varlen", "flex", "masked"] = "auto"
+    attention: AttentionPath = "auto"
     """How attention respects documents; auto picks the fastest that the device has."""
     threads: int | None = None
     """CPU threads of this process; None leaves them to torch."""
@@ -99,6 +102,32 @@ def cpp_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
 
 
+def choose_device(name: str, where: str, error: type[InternLMError]) -> str:
+    """Return the name of a device that is here; "auto" takes a GPU where there is one.
+
+    Args:
+        name: auto, cpu, cuda or cuda:N.
+        where: what gave it, for the message.
+        error: of which kind that is.
+
+    Raises:
+        InternLMError: there is no such device, of the kind `error`.
+    """
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if has_gpu else "cpu"
+    if name.startswith("cuda") and not has_gpu:
+        raise error("no CUDA device here", where=where, got=name, do="Leave it out, or give cpu.")
+    here = ["auto", "cpu"]
+    if has_gpu:
+        here += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name not in here:
+        raise error("no such device here", where=where, got=name, allowed=here)
+    return name
+
+
 def resolve_device(config: RuntimeConfig) -> torch.device:
     """Return the device of this process.
 
@@ -107,9 +136,7 @@ def resolve_device(config: RuntimeConfig) -> torch.device:
     """
     import torch
 
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no CUDA device here", where="runtime.device", got="cuda", do="Use device: cpu.")
-    name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    name = choose_device(config.device, "runtime.device", ConfigError)
     if config.compile and name == "cpu" and cpp_compiler() is None:
         raise ConfigError(
             "needs a C++ compiler", where="runtime.compile", got=True, do="Install g++ (or set CXX), or leave it off."

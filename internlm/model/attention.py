@@ -21,20 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internlm.compat import attention_kernels, graphs
-
-PATHS = ("auto", "dense", "blocks", "varlen", "flex", "masked")
+from internlm.runtime import AttentionPath
 
 
 @dataclass
 class Documents:
     """Where the documents of a batch lie, in the form that the chosen path needs.
 
-    `ids` [B, T] are equal inside a document and never return after another document began. `path` is one of PATHS
-    but "auto". The other fields are set for the path that reads them.
+    `ids` [B, T] are equal inside a document and never return after another document began. `path` is not
+    "auto". The other fields are set for the path that reads them.
     """
 
     ids: Tensor | None
-    path: str
+    path: AttentionPath
     spans: tuple[tuple[int, int, int, int], ...] = ()
     """For "blocks": (first row, last row + 1, start, stop) of rectangles that are one document per row."""
     starts: Tensor | None = None
@@ -43,14 +42,14 @@ class Documents:
     """For "flex": the block mask; for "masked": [B, 1, T, T] booleans."""
 
 
-def arrange(ids: Tensor | None, device: torch.device, dtype: torch.dtype, path: str = "auto") -> Documents:
+def arrange(ids: Tensor | None, device: torch.device, dtype: torch.dtype, path: AttentionPath = "auto") -> Documents:
     """Prepare the documents of a batch for `attend`.
 
     Args:
         ids: [B, T] document ids, or None when each row is one document.
         device: where the activations live.
         dtype: their dtype (varlen takes bf16 and fp16 only).
-        path: one of PATHS.
+        path: "auto" takes the fastest that the device has.
     """
     if ids is None or path == "dense":
         return Documents(ids, "dense")

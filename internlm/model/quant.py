@@ -30,9 +30,9 @@ the weight as rows of one integer product. Its sums are exact, and exact on proc
 overflow. So the weights' rounding is the whole cost in quality, also where activations have outliers, at twice the
 rows.
 
-Neighbours: with "fp16", "bf16" and "int8" a row's result is bitwise the same alone and in any batch; with "fp32" to
-2e-6, as oneDNN may choose the order of a sum by the number of rows. fbgemm's own dynamic int8 is not offered: it scales
-all rows by the largest activation of the batch.
+Neighbours: with "bf16" and "int8", and with "fp16" where there is AVX-512, a row's result is bitwise the same alone and
+in any batch; else to 2e-6, as oneDNN, and fbgemm's kernels for AVX2, choose the order of a sum by the number of rows.
+fbgemm's own dynamic int8 is not offered: it scales all rows by the largest activation of the batch.
 
 "split" is for a single text: its weights stay as they are, and a product of one or two rows goes to all threads, which
 MKL's own does not. More rows are plain products.

@@ -20,12 +20,13 @@ from internlm.model.config import ModelConfig
 from internlm.model.heads import LanguageHead
 from internlm.model.layers import Block, RMSNorm
 from internlm.model.rope import Rope
+from internlm.runtime import AttentionPath
 
 
 class Transformer(nn.Module):
     """A causal decoder. Weights are uninitialised until `initialize` or a loader fills them."""
 
-    def __init__(self, config: ModelConfig, attention_path: str = "auto") -> None:
+    def __init__(self, config: ModelConfig, attention_path: AttentionPath = "auto") -> None:
         super().__init__()
         self.config = config
         self.attention_path = attention_path
@@ -63,7 +64,9 @@ class Transformer(nn.Module):
         return x if self.norm is None else self.norm(x)
 
 
-def build(config: ModelConfig, seed: int, *, dtype: torch.dtype = torch.float32, path: str = "auto") -> Transformer:
+def build(
+    config: ModelConfig, seed: int, *, dtype: torch.dtype = torch.float32, path: AttentionPath = "auto"
+) -> Transformer:
     """Return a randomly initialised model on the CPU."""
     with torch.device("meta"):
         model = Transformer(config, path)

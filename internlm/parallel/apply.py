@@ -29,6 +29,7 @@ from internlm.parallel.microbatch import Runner
 from internlm.parallel.recompute import recompute
 from internlm.parallel.replicate import Replicas
 from internlm.parallel.shard import shard
+from internlm.runtime import AttentionPath
 from internlm.weights.load import Check, shapes
 
 
@@ -39,7 +40,7 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     """Of matrix products."""
-    attention: str
+    attention: AttentionPath
     """Path of attention, see `model.attention`."""
     compile: bool
     """Whether blocks are compiled."""

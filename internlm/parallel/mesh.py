@@ -16,18 +16,19 @@ Ranks are counted with the pipeline outermost and tensor innermost, so that the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from internlm.config import section
+from internlm.config import or_number, section
 from internlm.errors import ConfigError
 from internlm.model.config import ModelConfig
 from internlm.parallel.recompute import RecomputeConfig
 
-Zero = Literal["1", "2", "2-gather", "3"]
+Zero = Annotated[Literal["1", "2", "2-gather", "3"], or_number()]
 Schedule = Literal["1f1b", "gpipe", "interleaved", "zero-bubble", "zbv"]
 
 
@@ -89,13 +90,16 @@ class ParallelConfig:
 
 
 class Coordinates(NamedTuple):
-    """Where a rank stands on each axis."""
+    """Where a rank stands on each axis; their order is that of the ranks, outermost first."""
 
     pipeline: int
     replicate: int
     shard: int
     context: int
     tensor: int
+
+
+Axis = Literal["pipeline", "replicate", "shard", "context", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -115,16 +119,16 @@ class Layout:
         Raises:
             ConfigError: they do not multiply to `world_size`.
         """
-        others = config.pipeline * config.replicate * config.context * config.tensor
-        if (others * config.shard != world_size) if config.shard else (world_size % others):
-            raise _misfit(config, others * (config.shard or 1), world_size)
-        shard = config.shard or world_size // others
-        return cls(config.pipeline, config.replicate, shard, config.context, config.tensor)
+        sizes = {axis: getattr(config, axis) for axis in Coordinates._fields}
+        product = math.prod(size or 1 for size in sizes.values())
+        if world_size % product or (config.shard and world_size != product):
+            raise _misfit(sizes, product, world_size)
+        return cls(**sizes | {"shard": config.shard or world_size // product})
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.pipeline * self.replicate * self.shard * self.context * self.tensor
+        return math.prod(vars(self).values())
 
     @property
     def data(self) -> int:
@@ -133,11 +137,10 @@ class Layout:
 
     def coordinates(self, rank: int) -> Coordinates:
         """Return where a rank stands."""
-        places = []
-        for size in (self.tensor, self.context, self.shard, self.replicate, self.pipeline):
-            rank, place = divmod(rank, size)
-            places.append(place)
-        return Coordinates(*reversed(places))
+        places = {}
+        for axis in reversed(Coordinates._fields):
+            rank, places[axis] = divmod(rank, getattr(self, axis))
+        return Coordinates(**places)
 
     def data_rank(self, rank: int) -> int:
         """Return which share of the rows a rank sees, 0 … data − 1."""
@@ -223,14 +226,13 @@ class Layout:
         return problems
 
 
-def _misfit(config: ParallelConfig, product: int, world_size: int) -> ConfigError:
+def _misfit(sizes: dict[str, int], product: int, world_size: int) -> ConfigError:
     """Return the error for sizes, of that product, that do not make a number of ranks."""
-    sizes = {name: getattr(config, name) for name in Coordinates._fields}
     named = [name for name, size in sizes.items() if size > 1 or (name == "shard" and size)]
     total = " × ".join(f"{name} {sizes[name]}" for name in named)
     equals = f" = {product}" if len(named) > 1 else ""
     keys = ", ".join(f"parallel.{name}" for name in named)
-    if config.shard:
+    if sizes["shard"]:
         start, needs = product, f"exactly {_ranks(product)}"
         change = f"is {world_size} (shard 0 takes the ranks that are left)"
     else:
@@ -279,7 +281,7 @@ class Mesh:
         """The two axes over which a stage's weights are replicated and cut."""
         return self.world["replicate", "shard"]
 
-    def group(self, axis: Literal["pipeline", "replicate", "shard", "context", "tensor"]) -> dist.ProcessGroup:
+    def group(self, axis: Axis) -> dist.ProcessGroup:
         """Return this rank's group on an axis; "shard" has the context ranks in it."""
         if axis == "context":
             assert self._rows is not None, "there is a context axis only where it is longer than 1"

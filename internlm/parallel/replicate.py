@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BUCKET_BYTES = 25 * 2**20
-"""As in Li et al. 2020, PyTorch Distributed: large enough for the network's full speed, small enough to begin early."""
+from internlm.cost import traffic
 
 
 class Replicas:
@@ -21,17 +20,16 @@ class Replicas:
     Args:
         model: equal on all ranks.
         group: the ranks.
-        bucket_bytes: a bucket is closed when it holds so much.
     """
 
-    def __init__(self, model: nn.Module, group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
         self.group = group
         self.is_last = False
         self.works: list[dist.Work] = []
         self.buckets: list[Tensor] = []
         self.waiting: list[int] = []
         self.sizes: list[int] = []
-        for members in _fill([p for p in model.parameters() if p.requires_grad][::-1], bucket_bytes):
+        for members in _fill([p for p in model.parameters() if p.requires_grad][::-1]):
             self._add(members)
 
     def _add(self, members: list[nn.Parameter]) -> None:
@@ -73,11 +71,11 @@ class Replicas:
         torch._foreach_zero_(self.buckets)
 
 
-def _fill(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
+def _fill(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     buckets: list[list[nn.Parameter]] = []
-    size = bucket_bytes
+    size = traffic.BUCKET_BYTES
     for parameter in parameters:
-        if size >= bucket_bytes or parameter.dtype != buckets[-1][0].dtype:
+        if size >= traffic.BUCKET_BYTES or parameter.dtype != buckets[-1][0].dtype:
             buckets.append([])
             size = 0
         buckets[-1].append(parameter)

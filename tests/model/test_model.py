@@ -190,6 +190,16 @@ def test_gradients_are_equal_on_every_attention_path(path: str) -> None:
         torch.testing.assert_close(ours, reference, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("ids", [DOCUMENTS, None], ids=["documents", "one document a row"])
+def test_a_stretch_of_queries_gives_what_it_gives_among_all(ids: torch.Tensor | None) -> None:
+    q, k, v = (torch.randn(4, 16, count, 8) for count in (4, 2, 2))
+    layout = attention.arrange(ids, torch.device("cpu"), torch.float32)
+    whole = attention.attend(q, k, v, layout)
+    for first in (0, 5, 11):
+        part = attention.attend_from(q[:, first : first + 5], k, v, layout, first)
+        torch.testing.assert_close(part, whole[:, first : first + 5])
+
+
 def test_the_cost_on_the_cpu_grows_with_the_squares_of_the_documents() -> None:
     layout = attention.arrange(DOCUMENTS, torch.device("cpu"), torch.float32)
     assert layout.path == "blocks"
@@ -296,6 +306,20 @@ def test_the_gradient_through_logz_is_exact() -> None:
     wanted = torch.autograd.grad((weights * head.logits(hidden).logsumexp(-1).square()).sum(), [hidden, head.weight])
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_second_backward_of_the_head_has_its_own_scale() -> None:
+    """Pipelines that part the gradient of weights from that of inputs run it twice."""
+    head, hidden, labels, coefficients = head_case()
+    weighted = head(hidden, labels, coefficients).weighted
+    assert weighted is not None
+
+    def gradients(scale: float) -> list[torch.Tensor]:
+        found = torch.autograd.grad(scale * weighted, [hidden, head.weight], retain_graph=True)
+        return [gradient.clone() for gradient in found]
+
+    for first, second in zip(gradients(2.0), gradients(3.0), strict=True):
+        torch.testing.assert_close(second, 1.5 * first)
 
 
 def test_the_head_never_holds_all_logits() -> None:

@@ -122,6 +122,8 @@ def test_a_packed_model_of_bf16_weights_computes_in_fp32(kind: Kind) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_row_is_bitwise_the_same_alone_and_in_any_batch(kind: Kind, outputs: int, inputs: int, threads: int) -> None:
     need(kind)
+    if kind == "fp16" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("fbgemm's kernels of one and two rows sum in another order there: see the test below")
     torch.manual_seed(0)
     layer = pack_weight(torch.randn(outputs, inputs), torch.randn(outputs), kind)
     rows = torch.randn(150, inputs) * torch.logspace(-3, 3, 150)[:, None]
@@ -135,17 +137,19 @@ def test_a_row_is_bitwise_the_same_alone_and_in_any_batch(kind: Kind, outputs: i
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kind", ["split", "fp32"])
+@pytest.mark.parametrize("kind", ["split", "fp32", "fp16"])
 @pytest.mark.parametrize("outputs", [300, 301, 256, 1])
-def test_fp32_rows_differ_between_batches_by_the_order_of_sums_at_most(kind: Kind, outputs: int) -> None:
+def test_rows_differ_between_batches_by_the_order_of_sums_at_most(kind: Kind, outputs: int) -> None:
     need(kind)
     torch.manual_seed(0)
     weight, rows = torch.randn(outputs, 1030), torch.randn(64, 1030)
+    if kind == "fp16":  # which they are then without rounding
+        weight = weight.half().float()
     layer = pack_weight(weight, None, kind)
     assert layer(rows[:0]).shape == (0, outputs)
     alone = torch.cat([layer(row[None]) for row in rows])
     exact = rows.double() @ weight.double().t()
-    for count in (2, 3, 4, 16, 64):
+    for count in (2, 3, 4, 7, 14, 16, 64):
         assert distance(layer(rows[:count]), alone[:count]) < 2e-6
     assert distance(layer(rows).double(), exact) < 2e-6
 
@@ -163,6 +167,14 @@ def test_int8_rounds_weights_only_even_where_activations_have_outliers() -> None
     by_row = layer(x) - (x @ rounded.t() + bias)
     assert by_row.abs().max() < 100 / 8127 * 0.5 * rounded.abs().sum(1).max()
     assert by_row.std() < 0.1, "8 bits of activations would be off by 1.9 here"
+
+
+def test_int8_rounds_activations_to_the_nearest_of_their_steps() -> None:
+    need("int8")
+    x = torch.randn(5, 64)
+    step = x.abs().amax(1, keepdim=True) / 8127
+    off = (pack_weight(torch.eye(64), None, "int8")(x) - x) / step  # the weights are exact
+    assert off.abs().max() < 0.52
 
 
 @pytest.mark.parametrize("kind", KINDS)

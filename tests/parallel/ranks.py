@@ -12,7 +12,6 @@ import functools
 import gc
 import importlib
 import inspect
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -26,11 +25,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from internlm import runtime
-
-CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-if sys.platform == "linux":
-    CONTEXT.set_forkserver_preload(["tests.parallel.cases", "torch.utils.tensorboard", "torch.distributed.checkpoint"])
-
+from tests.processes import CONTEXT
 
 MOST_JOBS = 12
 """Of one pool: the threads of gloo outlive their groups, dozens of them, and each wakes a hundred times a second."""

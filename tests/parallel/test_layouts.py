@@ -183,6 +183,12 @@ def test_norms_of_heads_do_not_depend_on_the_layout(
     assert_as_alone(layout, ranks, recipe, alone_with_head_norms, **HEADS)
 
 
+def test_key_heads_that_are_repeated_for_context_ranks_stay_with_their_queries(ranks: Ranks, recipe: Make) -> None:
+    """Two ranks cannot part three key heads: each is there twice."""
+    shape = SHAPE | {"hidden_size": 24, "num_heads": 6, "num_kv_heads": 3}
+    assert_as_alone((2, {"context": 2}, 2), ranks, recipe, {}, model=shape)
+
+
 @pytest.mark.parametrize(
     ("broken", "world", "parallel", "changes"),
     [

@@ -115,6 +115,13 @@ def test_what_cannot_be_cut_so_is_refused_with_the_numbers(
         layout.check(options, shape, 64, changes.get("rows", 16), changes.get("micro", 1))
 
 
+def test_rows_of_a_step_divide_into_micro_batches_on_every_rank() -> None:
+    shape = ModelConfig(vocab_size=96, hidden_size=32, num_layers=4, num_heads=8, ffn_size=48)
+    Layout(replicate=2).check(ParallelConfig(replicate=2), shape, 64, 12, 3)
+    with pytest.raises(ConfigError, match="16 rows of a step do not divide over replicate 2 × shard 1 ranks"):
+        Layout(replicate=2).check(ParallelConfig(replicate=2), shape, 64, 16, 3)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

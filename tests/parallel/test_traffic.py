@@ -17,7 +17,6 @@ from internlm.cost import traffic
 from internlm.errors import ConfigError
 from internlm.model import heads
 from internlm.model.presets import preset
-from internlm.parallel import replicate
 from internlm.parallel.mesh import Layout, Mesh, ParallelConfig
 from internlm.plan import dryrun
 from internlm.recipe import Recipe
@@ -192,9 +191,7 @@ def test_moments_of_any_type_can_be_planned() -> None:
 
 
 def test_gradients_of_copies_fill_buckets_as_the_formula_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (traffic, replicate):
-        monkeypatch.setattr(module, "BUCKET_BYTES", 20_000)
-    monkeypatch.setattr(replicate.Replicas.__init__, "__defaults__", (20_000,))
+    monkeypatch.setattr(traffic, "BUCKET_BYTES", 20_000)
     for model in (MODEL, TIED):
         counted, computed = counted_and_computed(recipe_of({"replicate": 1024, "shard": 1}, 1, model), 0, 1024)
         assert counted == computed
@@ -203,7 +200,6 @@ def test_gradients_of_copies_fill_buckets_as_the_formula_says(monkeypatch: pytes
 
 def test_the_formula_knows_the_constants_of_the_code() -> None:
     assert traffic.Run.chunk_logits == heads.CHUNK_LOGITS
-    assert traffic.BUCKET_BYTES == replicate.BUCKET_BYTES
 
 
 def published(parallel: dict[str, Any], micro_batches: int, layers: int = 32) -> Recipe:

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.models import roughen
+
 reference = pytest.importorskip("transformers")
 
 VOCABULARY, HIDDEN, HEADS, KV_HEADS, WIDTH, LAYERS = 97, 48, 4, 2, 12, 2
@@ -101,13 +103,11 @@ def make(case: Case) -> Any:
     known = "llama" if is_internlm(case) else case.family
     described = reference.AutoConfig.for_model(known, **SIZES | case.options)
     model = reference.AutoModelForCausalLM.from_config(described).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
+    roughen(model)
+    if case.family == "internlm3":  # it has none
         for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.25 * noise)
-            if case.family == "internlm3" and name.endswith("o_proj.bias"):
-                parameter.zero_()  # it has none
+            if name.endswith("o_proj.bias"):
+                torch.nn.init.zeros_(parameter)
     return model
 
 

@@ -22,6 +22,7 @@ from internlm.weights import transformers as folders
 from internlm.weights.adapters import Adapter
 from internlm.weights.load import load_model
 from internlm.weights.weight import tensors
+from tests.models import roughen
 
 reference = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -56,11 +57,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=80, attention_bias=True, max_position_embeddings=64,
     )  # fmt: skip
     model = reference.LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.2 * noise)
+    roughen(model, 0.2)
     folder = tmp_path_factory.mktemp("base") / "llama"
     model.save_pretrained(folder)
     return folder

@@ -13,7 +13,8 @@ import torch
 from internlm.infer.engine import Engine, Limits
 from internlm.infer.request import Request
 from internlm.model.config import ModelConfig
-from tests.parity.test_llama_parity import exported, random_model
+from tests.models import random_model
+from tests.parity.test_llama_parity import exported
 
 pytest.importorskip("transformers")
 

@@ -35,6 +35,7 @@ from internlm.weights.gguf import model as gguf
 from internlm.weights.gguf import vocabulary
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors
+from tests.models import random_model
 
 pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -65,22 +66,6 @@ SHAPES: dict[str, dict[str, object]] = {
 }
 
 
-def rough(config: ModelConfig) -> Transformer:
-    """Return a random model whose biases and norms are not the constants they begin as, with lively attention."""
-    model = build(config, 0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0.0, 0.5)
-            elif "norm" in name:
-                parameter.normal_(1.0, 0.3)
-            elif name.endswith(("wq.weight", "wk.weight", "head.weight")):
-                parameter.mul_(4)
-            elif name == "embedding.weight":
-                parameter.mul_(50)
-    return model
-
-
 def opened(folder: Path, **options: object):  # type: ignore[no-untyped-def]
     """Return llama.cpp's model of a folder, which computes in fp32 on one thread."""
     (file,) = folder.glob("*.gguf")
@@ -97,7 +82,7 @@ def logits(model: Transformer, ids: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
 def test_llama_cpp_computes_our_logits(changes: dict[str, object], tmp_path: Path) -> None:
-    model = rough(replace(SHAPE, **{"head_dim": 0, **changes}))  # type: ignore[arg-type]
+    model = random_model(replace(SHAPE, **{"head_dim": 0, **changes}))  # type: ignore[arg-type]
     gguf.export(of_tensors(model.named_parameters()), model.config, tmp_path / "out")
     ids = torch.randint(97, (100,)).tolist()
     theirs = opened(tmp_path / "out")
@@ -109,7 +94,7 @@ def test_llama_cpp_computes_our_logits(changes: dict[str, object], tmp_path: Pat
 
 
 def test_llama_cpp_gives_our_greedy_tokens(tmp_path: Path) -> None:
-    model = rough(replace(SHAPE, qkv_bias=True, output_bias=True))
+    model = random_model(replace(SHAPE, qkv_bias=True, output_bias=True))
     gguf.export(of_tensors(model.named_parameters()), model.config, tmp_path / "out")
     engine = opened(tmp_path / "out")
     chosen = []
@@ -127,7 +112,7 @@ def test_llama_cpp_gives_our_greedy_tokens(tmp_path: Path) -> None:
 
 
 def test_8_bit_weights_are_near_in_llama_cpp(tmp_path: Path) -> None:
-    model = rough(replace(SHAPE, qkv_bias=True))
+    model = random_model(replace(SHAPE, qkv_bias=True))
     gguf.export(of_tensors(model.named_parameters()), model.config, tmp_path / "out", quantization="q8_0")
     ids = torch.randint(97, (50,)).tolist()
     theirs = opened(tmp_path / "out")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internlm.infer.request import Rules
+from internlm.infer.request import Request, Rules
 from internlm.infer.sample import History, choose
 
 pytest.importorskip("transformers")
@@ -62,7 +62,7 @@ def test_the_repetition_penalty_is_theirs(tokens: list[int], penalty: float, see
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([tokens]), logits[None].clone())[0]
     half = len(tokens) // 2
-    history = History(Rules(repetition_penalty=penalty), tokens[:half], VOCAB, torch.device("cpu"))
+    history = History(Request(tokens=tokens[:half], repetition_penalty=penalty), VOCAB, torch.device("cpu"))
     for token in tokens[half:]:
         history.add(token)
     history.penalise(logits)
