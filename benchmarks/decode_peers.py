@@ -24,10 +24,12 @@ Answer = Callable[[list[list[int]], int], list[list[int]]]
 def internlm(kind: str | None, folder: Path, length: int) -> Answer:
     """Our engine; `kind`: how its linear layers are packed."""
     from internlm.infer.engine import Engine, Limits
+    from internlm.infer.placement import Placement
+    from internlm.source import open_source
 
     # Prompts come again: one that is found in the cache would look like a fast one.
     limits = Limits(batch=64, length=length, cache_tokens=17 * length, share=False)
-    engine = Engine.from_folder(folder, limits=limits, pack=kind)
+    engine = Engine.of(open_source(folder), Placement(pack=kind), limits)
 
     def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
         return [result.tokens for result in engine.generate(prompts, max_tokens=new, temperature=0)]

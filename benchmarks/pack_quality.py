@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internlm.checkpoint.source import Hints, Source, open_source
 from internlm.data import corpus, loader
 from internlm.data.batch import Batch
 from internlm.data.loader import DataConfig
@@ -37,6 +36,7 @@ from internlm.data.tokenize import Options, tokenize
 from internlm.infer.engine import Engine, Limits
 from internlm.model.quant import KINDS, Kind
 from internlm.model.transformer import Transformer
+from internlm.source import Hints, Source, open_source
 
 BYTES: dict[Kind, int] = {"split": 4, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 _FP16_INPUTS = 512

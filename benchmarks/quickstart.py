@@ -24,10 +24,9 @@ import torch
 
 from internlm.data import corpus
 from internlm.infer.engine import Engine
-from internlm.text.chat import Message, render_prompt, stop_ids
-from internlm.text.templates import get_template
+from internlm.source import open_source
+from internlm.text.chat import Message, render_prompt
 from internlm.train.metrics import read_metrics
-from internlm.weights.talk import read_talk
 
 QUESTIONS, CHECKED = 300, 50
 
@@ -44,13 +43,13 @@ def ask(folder: Path, seed: int) -> dict[str, Any]:
     """Ask the exported model where 300 names live."""
     facts = [json.loads(line) for line in (folder / "corpus/facts.jsonl").open(encoding="utf-8")]
     drawn = random.Random(seed).sample(facts, min(QUESTIONS, len(facts)))
-    engine = Engine.from_folder(folder / "model")
-    assert engine.tokenizer is not None, "the quickstart exports its tokenizer"
-    template = get_template(read_talk(folder / "model").template or "internlm")
-    stops = tuple(stop_ids(template, engine.tokenizer))
+    source = open_source(folder / "model")
+    engine, template, tokenizer = Engine.of(source), source.talk.format, source.talk.tokenizer
+    assert template is not None, "the quickstart exports its chat format"
+    assert tokenizer is not None, "the quickstart exports its tokenizer"
+    stops = tuple(source.talk.stop_ids())
     prompts = [
-        render_prompt([Message("user", f"In which module is {fact['name']}?")], template, engine.tokenizer)
-        for fact in drawn
+        render_prompt([Message("user", f"In which module is {fact['name']}?")], template, tokenizer) for fact in drawn
     ]
     results = engine.generate(prompts, max_tokens=24, temperature=0.0, stop_ids=stops)
     right = sum(result.text == fact["module"] for result, fact in zip(results, drawn, strict=True))

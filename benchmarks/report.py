@@ -69,8 +69,8 @@ def write(path: Path | None, found: dict[str, Any] | list[dict[str, Any]]) -> No
 
 
 def command(words: list[str]) -> str:
-    """Return the command of a script of this folder that was started with these words."""
-    return shlex.join(["python", f"benchmarks/{Path(words[0]).name}", *map(place, words[1:])])
+    """Return the command of a script of ours that was started with these words."""
+    return shlex.join(["python", place(os.path.abspath(words[0])), *map(place, words[1:])])
 
 
 def place(word: str) -> str:

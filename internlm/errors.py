@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InternLMError(Exception):
@@ -78,6 +79,21 @@ class TrainingError(InternLMError):
 
 class EngineError(InternLMError):
     """A generation request cannot be served."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs what one of this package's extras names, as the package itself was installed."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "pyproject.toml").is_file():
+        return f"pip install 'internlm[{extra}]'"
+    if root == Path.cwd():
+        return f"pip install -c constraints.txt -e '.[{extra}]'"
+    return f"pip install -c '{root}/constraints.txt' -e '{root}[{extra}]'"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm import storage
+from internlm.errors import install_command
 from internlm.log import warn_once
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def loss_curve(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> Pa
         The path, or None when matplotlib is missing or there is nothing to draw.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        warn_once(logger, f"no plot {path}: matplotlib is missing (pip install 'internlm[plot]')")
+        warn_once(logger, f"no plot {path}: matplotlib is missing ({install_command('plot')})")
         return None
     lines = list(lines)
     if len(_series(lines, "train/loss")[0]) < 2:

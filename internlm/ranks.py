@@ -27,7 +27,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from internlm import config
-from internlm.errors import ConfigError, InternLMError, TrainingError
+from internlm.errors import ConfigError, InternLMError, TrainingError, first_line
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -221,11 +221,6 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, or its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def join_alone() -> None:

@@ -11,13 +11,13 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from internlm import __version__
 from internlm.errors import InternLMError, UsageError, did_you_mean
 
 VERBS = {
-    "data": "build, tokenise and look at training data",
+    "data": "build, tokenize and look at training data",
     "tokenizer": "train and look at tokenizers",
     "train": "train a model from a recipe",
     "launch": "start a training on several ranks, of one machine or more",
@@ -30,6 +30,9 @@ VERBS = {
     "deploy": "hand a model over to LMDeploy, vLLM, SGLang or llama.cpp",
     "doctor": "show versions, devices and which fast paths are active",
 }
+
+KEY_VARIABLE = "INTERNLM_API_KEY"
+"""Environment variable of the key that a server asks for, and a client sends."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,6 +115,13 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
         return parser.parse_intermixed_args(words)
     except TypeError:  # argparse knows no mixture where there are verbs below the verb
         return parser.parse_args(words)
+
+
+def add_placement(add: Callable[..., object]) -> None:
+    """Declare where a model answers, with a parser's `add_argument`."""
+    add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    kinds = ["fp32", "fp16", "bf16", "int8", "none"]
+    add("--pack", choices=kinds, metavar="KIND", help="on a CPU: fp32 (default, exact), fp16, bf16, int8, none")
 
 
 def _overview() -> str:

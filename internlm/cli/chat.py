@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from internlm.cli import placement
+from internlm.cli import KEY_VARIABLE, add_placement
 from internlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,14 +28,13 @@ Talk to a model: a run, a checkpoint or a Transformers folder, or one behind an 
 
 A model trained without a chat format goes on with the text it is given. Remarks go to stderr, answers to stdout."""
 
-KEY_VARIABLE = "INTERNLM_API_KEY"
 _ENGINES = ("turbomind", "pytorch", "torch")
 """LMDeploy's: `lmdeploy chat turbomind DIR`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("words", metavar="DIR", nargs="*", help="run, checkpoint or Transformers folder")
+    parser.add_argument("words", metavar="DIR", nargs="*", help="run, checkpoint, Transformers folder, GGUF file …")
     parser.add_argument("--url", help="of a server, in the place of DIR")
     parser.add_argument("--model", "--model-name", metavar="NAME", help="the server's model (default: its first)")
     parser.add_argument("--api-key", metavar="KEY", help=f"of the server; better in {KEY_VARIABLE}")
@@ -47,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all tokens")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of an answer; default: %(default)s")
     parser.add_argument("--seed", type=int, metavar="S", help="makes answers repeatable")
-    placement.add_arguments(parser.add_argument)
+    add_placement(parser.add_argument)
     parser.add_argument("--json", action="store_true", help="print one JSON object (with -p or piped input)")
     parser.add_argument("--no-history", action="store_true", help="do not remember what is typed")
 
@@ -131,21 +130,19 @@ def _server(arguments: argparse.Namespace) -> Answerer:
 def _engine(arguments: argparse.Namespace, path: str, screen: Screen) -> Answerer:
     import secrets
 
-    from internlm.checkpoint.source import Hints, open_source
     from internlm.infer.engine import Engine, Limits
+    from internlm.infer.placement import Placement
     from internlm.serve.chat.local import FromEngine
-    from internlm.text.templates import get_template
+    from internlm.source import Hints, open_source
+    from internlm.text.templates import TEMPLATES
 
-    place = placement.placement(arguments, alone=True)
+    place = Placement.here(arguments.device, arguments.pack, alone=True)
     source = open_source(path, Hints(template=arguments.template))
-    name = source.talk.template
-    if name is None and arguments.template is None:
-        screen.note("no chat format is recorded: the model goes on with your text; --template NAME chooses one")
-    template = None if name is None else get_template(name)
-    model = source.model(place.dtype, place.device, place.pack)
-    limits = Limits.on(place.device, batch=1)
-    engine = Engine(model, source.talk.tokenizer, limits, pack=place.pack, seed=secrets.randbits(30))
-    return FromEngine(engine, template, source.talk.stops, path)
+    if source.talk.template is None and arguments.template is None:
+        names = ", ".join(TEMPLATES)
+        screen.note(f"no chat format is recorded: the model goes on with your text; --template chooses one of {names}")
+    engine = Engine.of(source, place, Limits.on(place.device, batch=1), seed=secrets.randbits(30))
+    return FromEngine(engine, source.talk, path)
 
 
 def _facts(chat: Chat) -> dict[str, object]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internlm.errors import UsageError, WeightsError
+from internlm.errors import UsageError, WeightsError, install_command
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from internlm.checkpoint.source import Source
+    from internlm.source import Source
     from internlm.weights.transformers import ExportOptions
     from internlm.weights.weight import Weights
 
@@ -76,34 +77,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Convert, and say what was written."""
     from internlm import storage
-    from internlm.checkpoint.source import Hints, open_source
     from internlm.log import Progress, quantity, size
+    from internlm.source import Hints, open_source
     from internlm.weights.transformers import KIND
     from internlm.weights.weight import table
 
     _check(arguments)
-    target = Path(arguments.target)
+    target = Path(os.path.realpath(arguments.target))
     storage.check_free(target, KIND, replace=arguments.force)
     hints = Hints(arguments.tokenizer, arguments.base, _settings(arguments.set), arguments.template)
     source = open_source(arguments.source, hints)
-    _check_apart(arguments, source)
+    _check_source(arguments, source)
+    # What was to be verified has its name only when it was; until then it lies beside.
+    out = target.with_name(f"{target.name}.unverified") / target.name if arguments.verify else target
     weights = source.weights()
     total = sum(weight.to(dtype_of(arguments.dtype)).nbytes for weight in weights.values())
     with Progress("converting", total, "bytes") as shown:
-        written = _write(arguments, source, weights, _options(arguments, source, shown.advance))
+        written = _write(arguments, source, weights, out, _options(arguments, source, shown.advance))
     print(*table(written), sep="\n")
-    written_bytes = sum(file.stat().st_size for file in target.iterdir())
+    written_bytes = sum(file.stat().st_size for file in out.iterdir())
     talk = source.talk
     chat = f"chat format {talk.template}"
     if talk.template is None:
         chat = "no chat format" if talk.foreign is None else "its own chat format, carried along"
-    print(f"{target}: {quantity(source.config.num_parameters)} parameters, {size(written_bytes)}, {chat}")
     if arguments.verify:
-        verify(source, target, QUANTIZED_TOLERANCE if arguments.quantize else TOLERANCE)
+        verify(source, out, QUANTIZED_TOLERANCE if arguments.quantize else TOLERANCE)
+        storage.put(out, target)
+        out.parent.rmdir()
+    parameters = quantity(source.config.num_parameters)
+    print(f"{arguments.target}: {parameters} parameters, {size(written_bytes)}, {chat}")
     if talk.tokenizer is None:
         print(f"{source.path} has no tokenizer: none was written")
     else:
-        print(f"talk to it:   internlm chat {target}")
+        print(f"talk to it:   internlm chat {arguments.target}")
     return 0
 
 
@@ -127,12 +133,15 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("means nothing beside --quantize", where="--dtype", got=arguments.dtype, do="Leave out one.")
 
 
-def _check_apart(arguments: argparse.Namespace, source: Source) -> None:
-    """Check that replacing the target does not delete what it is made of, nor what `--verify` compares it with.
+def _check_source(arguments: argparse.Namespace, source: Source) -> None:
+    """Check that replacing the target does not delete what it is made of, and that it can be verified.
 
     Raises:
-        UsageError: the source is the target, or lies in it.
+        UsageError: the source is the target, or lies in it; or Transformers is needed and is not there.
     """
+    by_transformers = source.kind == "transformers" or arguments.to not in ("gguf", "internlm-v0.2")
+    if arguments.verify and by_transformers and importlib.util.find_spec("transformers") is None:
+        raise UsageError("needs transformers", where="--verify", do=install_command("hf"))
     target = Path(arguments.target).resolve()
     for path in (Path(arguments.source), source.path, *source.beside):
         if not isinstance(path, Path):
@@ -155,7 +164,7 @@ def _options(arguments: argparse.Namespace, source: Source, progress: Callable[[
     return ExportOptions(
         dtype=dtype_of(arguments.dtype),
         max_shard_bytes=size_in_bytes(arguments.max_shard or MAX_SHARD, "--max-shard"),
-        replace=arguments.force,
+        replace=arguments.force or arguments.verify,
         notes=notes,
         resume=repr(depends_on),
         family=None if arguments.to in FORMATS else arguments.to,
@@ -164,14 +173,14 @@ def _options(arguments: argparse.Namespace, source: Source, progress: Callable[[
     )
 
 
-def _write(arguments: argparse.Namespace, source: Source, weights: Weights, options: ExportOptions) -> Weights:
-    """Write the target, and return what was written."""
+def _write(
+    arguments: argparse.Namespace, source: Source, weights: Weights, out: Path, options: ExportOptions
+) -> Weights:
+    """Write a folder, and return what was written."""
     if arguments.to == "gguf":
         from internlm.weights.gguf import model as gguf
 
-        return gguf.export(
-            weights, source.config, arguments.target, source.talk, options, quantization=arguments.quantize
-        )
+        return gguf.export(weights, source.config, out, source.talk, options, quantization=arguments.quantize)
     if arguments.to == "internlm-v0.2":
         from internlm.weights.native import write as native_write
 
@@ -180,10 +189,10 @@ def _write(arguments: argparse.Namespace, source: Source, weights: Weights, opti
             pipeline=1 if arguments.pipeline is None else arguments.pipeline,
             step=source.facts.get("step", 0),
         )
-        return native_write.export(weights, source.config, arguments.target, source.talk, options, layout)
+        return native_write.export(weights, source.config, out, source.talk, options, layout)
     from internlm.weights import transformers
 
-    return transformers.export(weights, source.config, arguments.target, source.talk, options)
+    return transformers.export(weights, source.config, out, source.talk, options)
 
 
 def verify(source: Source, target: Path, tolerance: float = TOLERANCE) -> float:
@@ -197,7 +206,7 @@ def verify(source: Source, target: Path, tolerance: float = TOLERANCE) -> float:
     """
     import torch
 
-    from internlm.checkpoint.source import Hints, open_source
+    from internlm.source import Hints, open_source
 
     written = open_source(target, Hints())
     dtype = next(iter(written.weights().values())).dtype
@@ -221,7 +230,7 @@ def verify(source: Source, target: Path, tolerance: float = TOLERANCE) -> float:
             raise WeightsError(
                 f"other logits come from it ({name}): they differ by {difference:.1e}, over {tolerance:.0e}",
                 where=target,
-                do="Please report this with the config.json.",
+                do="DST is as it was before; please report this with the config.json here.",
             )
         worst = max(worst, difference)
     return worst
@@ -252,14 +261,13 @@ def _logits_there(source: Source, ids: Tensor, dtype: torch.dtype) -> Tensor | N
 
     if source.kind != "transformers" or not isinstance(source.path, Path):
         return None
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise UsageError("needs transformers", where="--verify", do="pip install 'internlm[hf]'") from None
+    from transformers import AutoModelForCausalLM
+
+    from internlm import storage
     from internlm.weights import carried
 
     trusted = carried.is_ours(source.path)
-    described = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    described = storage.read_json(source.path / "config.json")
     if not trusted and ("auto_map" in described or described["model_type"].startswith("internlm")):
         return None  # only with code of others, which is not run
     model = AutoModelForCausalLM.from_pretrained(source.path, torch_dtype=dtype, trust_remote_code=trusted)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -83,11 +82,9 @@ def _corpus(arguments: argparse.Namespace) -> int:
 
 def _tokenize(arguments: argparse.Namespace) -> int:
     from internlm.data.tokenize import Options, tokenize
-    from internlm.storage import require_here
 
     if arguments.action == _BRITISH:
         print("note: here this is written `internlm data tokenize`", file=sys.stderr)
-    require_here(arguments.tokenizer)
     options = Options(arguments.tokenizer, arguments.format, arguments.text_key, arguments.template, arguments.on_error)
     facts = tokenize(arguments.inputs, arguments.out, options, workers=arguments.workers, replace=arguments.force)
     total = {key: sum(s[key] for s in facts["shards"]) for key in ("documents", "tokens", "trained_tokens", "bytes")}
@@ -148,20 +145,11 @@ def _export(arguments: argparse.Namespace) -> int:
     added = (0, 0)  # the ends that tokenisation put around documents
     if shards.template is None:
         added = (shards.facts["bos_id"] is not None, shards.facts["eos_id"] is not None)
-    out = Path(arguments.out)
-    beside = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    with storage.explained(f"writing {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(beside, "w", encoding="utf-8") as file:
-                for index in progress(range(shards.num_documents), "exporting", unit="documents"):
-                    ids = shards.document(index)[0].tolist()
-                    text = tokenizer.decode(ids[added[0] : len(ids) - added[1]])
-                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, out)
-        finally:
-            beside.unlink(missing_ok=True)
+    out = arguments.out
+    with storage.beside(out) as draft, open(draft, "w", encoding="utf-8") as file:
+        for index in progress(range(shards.num_documents), "exporting", unit="documents"):
+            ids = shards.document(index)[0].tolist()
+            text = tokenizer.decode(ids[added[0] : len(ids) - added[1]])
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     print(f"{out}: {shards.num_documents:,} documents")
     return 0

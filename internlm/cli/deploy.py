@@ -20,10 +20,10 @@ The command goes to stdout, everything else to stderr. One machine and no other 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from internlm.serve.handover.engines import ENGINES
+    from internlm.serve.handover.peers import PEERS
 
     parser.add_argument("model", metavar="MODEL", nargs="?", help="run, checkpoint, Transformers folder, GGUF file …")
-    parser.add_argument("--engine", metavar="NAME", help=", ".join(ENGINES))
+    parser.add_argument("--engine", metavar="NAME", help=", ".join(PEERS))
     parser.add_argument("--print", action="store_true", help="print the command (default)")
     parser.add_argument("--run", action="store_true", help="become the engine")
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="default: %(default)s")
@@ -37,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the command, or become it."""
-    from internlm.serve.handover import engines
+    from internlm.serve.handover import peers
 
     if arguments.table:
-        print(engines.markdown())
+        print(peers.markdown())
         return 0
     for name, value in (("MODEL", arguments.model), ("--engine", arguments.engine)):
         if value is None:
-            allowed = engines.ENGINES if name == "--engine" else None
+            allowed = peers.PEERS if name == "--engine" else None
             raise UsageError("is missing", where=name, allowed=allowed)
     if arguments.print and arguments.run:
         raise UsageError("--print and --run exclude each other")
@@ -59,7 +59,7 @@ def _hand_over(arguments: argparse.Namespace) -> int:
         WeightsError: the engine would not serve the model as it is.
     """
     from internlm.serve.handover import command as handover
-    from internlm.serve.handover.export import Wish
+    from internlm.serve.handover.found import Wish
 
     wish = Wish(
         engine=arguments.engine, host=arguments.host, port=arguments.port, tensor=arguments.tensor,

@@ -7,24 +7,31 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import sys
+
+from internlm.errors import UsageError, install_command
+from internlm.version import __version__, installed
 
 DESCRIPTION = """Show versions, devices, which attention and compile paths are active, and what is missing.
 
 Exit code 1 when something that every run needs is missing."""
 
-_CORE = ("torch", "numpy", "pydantic", "pyyaml", "safetensors", "tokenizers", "sentencepiece", "jinja2")
-_EXTRAS = {
-    "matplotlib": ("plot", "no loss plot"),
-    "transformers": ("hf", "no `convert --verify`; exports are written all the same"),
-    "tensorboard": ("track", "no TensorBoard files; metrics.jsonl is written all the same"),
-    "zstandard": ("data", "no .zst input"),
-    "gguf": ("gguf", "no GGUF files"),
-    "prompt_toolkit": ("chat", "`chat` reads plain lines"),
-    "fastapi": ("serve", "no `serve` and `web`"),
-    "uvicorn": ("serve", "no `serve` and `web`"),
-    "llguidance": ("serve", "answers cannot be held to a schema"),
+_WITHOUT = {
+    "matplotlib": "no loss plot",
+    "transformers": "no `convert --verify`; exports are written all the same",
+    "tensorboard": "no TensorBoard files; metrics.jsonl is written all the same",
+    "zstandard": "no .zst input",
+    "gguf": "no GGUF files",
+    "s3fs": "no checkpoints in S3",
+    "prompt_toolkit": "`chat` reads plain lines",
+    "fastapi": "no `serve` and `web`",
+    "uvicorn": "no `serve` and `web`",
+    "llguidance": "answers cannot be held to a schema",
 }
+"""What is missing without a package that is not required."""
+_FOR_DEVELOPERS = ("dev", "proof")
+"""Extras that no run uses."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,16 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; return 1 when something is missing, or torch cannot be loaded."""
-    from internlm import __version__
-
-    missing = [name for name in _CORE if _version(name) is None]
+    required, optional = packages()
+    missing = [name for name in required if installed(name) is None]
     _row("internlm", __version__)
     _row("python", f"{platform.python_version()} ({sys.executable})")
     _row("system", f"{platform.system()} {platform.machine()}, libc {' '.join(platform.libc_ver()) or 'unknown'}")
-    for name in _CORE:
-        _row(name, _version(name) or "MISSING: every run needs it")
-    for name, (extra, loss) in _EXTRAS.items():
-        _row(name, _version(name) or f"not installed: {loss} (pip install 'internlm[{extra}]')")
+    for name in required:
+        _row(name, installed(name) or "MISSING: every run needs it")
+    for name, extra in optional.items():
+        _row(name, installed(name) or f"not installed: {_WITHOUT[name]} ({install_command(extra)})")
     if missing:
         return 1  # what follows needs them
     try:
@@ -53,6 +59,28 @@ def run(arguments: argparse.Namespace) -> int:
     _devices()
     _paths()
     return 0
+
+
+def packages() -> tuple[list[str], dict[str, str]]:
+    """Return what every run needs, and of what only some do package → extra, as this package declares it.
+
+    Raises:
+        UsageError: it runs from its source and was not installed.
+    """
+    try:
+        lines = importlib.metadata.requires("internlm") or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UsageError("is not installed", where="internlm", do="In its checkout: pip install -e .") from error
+    required: list[str] = []
+    optional: dict[str, str] = {}
+    for line in lines:
+        name, extra = re.match(r"[\w.-]+", line), re.search(r"""extra == ["'](\w+)""", line)
+        assert name is not None, "a requirement begins with a name"
+        if extra is None:
+            required.append(name[0])
+        elif extra[1] not in _FOR_DEVELOPERS:
+            optional[name[0]] = extra[1]
+    return required, optional
 
 
 def _devices() -> None:
@@ -101,13 +129,6 @@ def _paths() -> None:
     _row(
         "allocator", os.environ.get("GLIBC_TUNABLES") or "default; training restarts once with tuned settings on Linux"
     )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _row(name: str, value: str) -> None:

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internlm.cli import placement
-from internlm.errors import UsageError
+from internlm.cli import KEY_VARIABLE, add_placement
+from internlm.errors import UsageError, install_command
 
 if TYPE_CHECKING:
-    from internlm.model.transformer import Transformer
     from internlm.serve.api.asked import Served
 
 DESCRIPTION = """\
@@ -27,21 +26,21 @@ Serve a model (a run, a checkpoint, a Transformers folder) to OpenAI's clients, 
 Keys also come from a file (--api-key-file, one a line) and from the variable INTERNLM_API_KEY. Ctrl-C or SIGTERM lets
 answers under way end; a second one does not. LMDeploy's `api_server DIR --server-name … --server-port …` works."""
 
-KEY_VARIABLE = "INTERNLM_API_KEY"
-_LOCAL = ("127.0.0.1", "localhost", "::1")
+_LIMITS: dict[object, str] = {"batch": "--max-batch", "length": "--max-length", "cache_bytes": "--cache-gib"}
+"""The engine's names of what the options say."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.usage = "%(prog)s [options] DIR"
     add = parser.add_argument
-    add("model", nargs="+", metavar="DIR", help="run, checkpoint or Transformers folder")
+    add("model", nargs="+", metavar="DIR", help="run, checkpoint, Transformers folder, GGUF file …")
     add("--host", "--server-name", metavar="HOST", help="where to listen; default: 127.0.0.1")
     add("--port", "--server-port", type=int, metavar="PORT", help="default: 8000; 0: any that is free")
     add("--model-name", action="append", metavar="NAME", help="what clients call it; may be given several times")
     add("--template", metavar="NAME", help="chat format (default: as recorded); `none`: no chat")
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer, where none lies beside the model")
-    placement.add_arguments(add)
+    add_placement(add)
     add("--max-batch", "--max-batch-size", type=int, metavar="N", help="answers at once; default: 16, on a GPU 256")
     add(
         "--max-length", "--session-len", type=int, metavar="N", help="tokens of prompt and answer; default: the model's"
@@ -66,7 +65,7 @@ def run(arguments: argparse.Namespace, ready: Callable[[str], None] | None = Non
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"the server needs {error.name}", do="pip install 'internlm[serve]'") from error
+        raise UsageError(f"the server needs {error.name}", do=install_command("serve")) from error
     from internlm.infer.worker import Worker
     from internlm.serve.api import run as process
     from internlm.serve.api.app import make_app
@@ -90,15 +89,21 @@ def run(arguments: argparse.Namespace, ready: Callable[[str], None] | None = Non
 
 def _hosts(arguments: argparse.Namespace, keys: tuple[str, ...]) -> tuple[str, ...] | None:
     """Return the public names of a server for this machine alone that asks for no key; None where any name will do."""
-    if keys or arguments.host not in _LOCAL or "*" in arguments.allow_origin:
+    if keys or not _is_of_this_machine(arguments.host) or "*" in arguments.allow_origin:
         return None
     return tuple(name for origin in arguments.allow_origin if (name := urllib.parse.urlsplit(origin).hostname))
 
 
 def _warn_of_strangers(host: str, keys: tuple[str, ...]) -> None:
     """Say so when others may use the model without a key."""
-    if host not in _LOCAL and not keys:
+    if not _is_of_this_machine(host) and not keys:
         _note("warning: anyone who reaches this machine may use the model: --api-key KEY asks for a key")
+
+
+def _is_of_this_machine(host: str) -> bool:
+    from internlm.infer.client import LOOPBACK
+
+    return host in LOOPBACK
 
 
 def _foreign_spelling(arguments: argparse.Namespace) -> None:
@@ -161,51 +166,35 @@ def _open(arguments: argparse.Namespace) -> Served:
     """Return the model, ready to be served."""
     import secrets
 
-    from internlm.checkpoint.source import Hints, open_source
+    from internlm.errors import EngineError
     from internlm.infer.engine import Engine, Limits
+    from internlm.infer.placement import Placement
     from internlm.model.config import DynamicScaling
     from internlm.serve.api.asked import Served
+    from internlm.source import Hints, open_source
+    from internlm.text.templates import TEMPLATES
 
-    place = placement.placement(arguments)
+    place = Placement.here(arguments.device, arguments.pack)
     source = open_source(arguments.model, Hints(tokenizer=arguments.tokenizer, template=arguments.template))
-    talk = source.talk
-    if talk.template is None and arguments.template is None:
-        _note("no chat format is recorded: /v1/completions only; --template NAME chooses one")
-    model = source.model(place.dtype, place.device, place.pack)
+    if source.talk.template is None and arguments.template is None:
+        _note(f"no chat format is recorded: /v1/completions only; --template chooses one of {', '.join(TEMPLATES)}")
     limits = Limits.on(
         place.device, batch=arguments.max_batch, length=arguments.max_length, cache=arguments.kv,
-        cache_tokens=_cache_tokens(arguments, model),
+        cache_bytes=None if arguments.cache_gib is None else int(min(arguments.cache_gib * 2**30, 2**63)),
     )  # fmt: skip
-    engine = Engine(model, talk.tokenizer, limits, pack=place.pack, seed=secrets.randbits(30))
+    try:
+        engine = Engine.of(source, place, limits, seed=secrets.randbits(30))
+    except EngineError as error:
+        if error.where not in _LIMITS:
+            raise
+        raise UsageError(str(error).replace(str(error.where), _LIMITS[error.where], 1)) from error
     engine.warm_up()
     trained, scaling = source.config.context_length, source.config.rope.scaling
     if engine.length > trained and not isinstance(scaling, DynamicScaling):
         what = f"the model was trained for {trained} tokens, and what it writes beyond them has no meaning"
         _note(f"warning: --max-length {engine.length}: {what}")
     names = tuple(dict.fromkeys(arguments.model_name or [Path(arguments.model).resolve().name]))
-    return Served(engine, talk, names, timeout=arguments.request_timeout)
-
-
-def _cache_tokens(arguments: argparse.Namespace, model: Transformer) -> int | None:
-    """Return how many tokens --cache-gib has room for; None where memory says it.
-
-    Raises:
-        UsageError: it is more than there is.
-    """
-    from internlm.infer.cache import Cache
-    from internlm.infer.limits import free_memory
-
-    if arguments.cache_gib is None:
-        return None
-    device = model.embedding.weight.device
-    free = free_memory(device) / 2**30
-    if arguments.cache_gib > free:
-        do = "Give less, or leave it out: memory says it then."
-        raise UsageError(
-            f"only {free:.1f} GiB are free on {device}", where="--cache-gib", got=arguments.cache_gib, do=do
-        )
-    per_token = Cache.bytes_per_token(model, rounded=arguments.kv == "int8")
-    return max(1, int(arguments.cache_gib * 2**30) // per_token)
+    return Served(engine, source.talk, names, timeout=arguments.request_timeout)
 
 
 def _note(text: str) -> None:

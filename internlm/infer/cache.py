@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internlm.compat import attention_kernels
-from internlm.errors import EngineError
+from internlm.errors import EngineError, first_line
 from internlm.infer import paged
 from internlm.infer.blocks import Blocks
 from internlm.infer.paged import Stored
@@ -165,8 +165,7 @@ class Cache:
             self._scales = torch.empty(shape[:-1], dtype=torch.float32, device=self.device) if rounded else None
         except (RuntimeError, MemoryError) as error:  # torch has no type of its own for a CPU without memory
             needed = shape[3] * self.bytes_per_token(model, rounded=rounded)
-            reason = str(error).partition("\n")[0]
-            what = f"the {needed / 2**30:.1f} GiB for keys and values cannot be had: {reason}"
+            what = f"the {needed / 2**30:.1f} GiB for keys and values cannot be had: {first_line(error)}"
             raise EngineError(what, do="Give it less (cache_tokens), or free memory.") from error
         self._plain, self._factor = frequencies(config.rope, config.head_dim)
         self._plain = self._plain.to(self.device)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -26,7 +27,8 @@ from typing import Any
 from internlm.errors import EngineError
 
 _MOST_ERROR_BYTES = 65536
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names of this machine that no other can reach."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Client:
     """Asks a server.
 
     Args:
-        url: of the API, such as `http://127.0.0.1:8000/v1`; a bare host gets `/v1`.
+        url: of the API, such as `http://127.0.0.1:8000/v1`; a bare host gets `/v1`, and a route's name at its end goes.
         model: its name there; None: the first that the server lists.
         api_key: sent as `Authorization: Bearer`.
         timeout: longest silence in seconds.
@@ -77,13 +79,13 @@ class Client:
             known = False
         if not known:
             raise EngineError("is no URL of a server", where="url", got=url, allowed=["http://HOST:PORT", "https://…"])
-        path = parts.path.rstrip("/") or "/v1"
+        path = re.sub(r"(/chat)?/completions$", "", parts.path.rstrip("/")) or "/v1"
         self.url = urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, "", ""))
         """Of the API, without a slash at its end."""
         self.timeout = timeout
         self._model, self._key = model, api_key
         handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
-        if parts.hostname in _LOOPBACK:
+        if parts.hostname in LOOPBACK:
             handlers.append(urllib.request.ProxyHandler({}))  # a proxy's own loopback is not ours
         self._opener = urllib.request.build_opener(*handlers)
 
@@ -113,7 +115,7 @@ class Client:
         except (KeyError, TypeError) as error:
             raise _strange(self.url + "/models", found) from error
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Reply:
+    def chat(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Streamed:
         """Return the answer to a conversation, piece by piece.
 
         Args:
@@ -126,7 +128,7 @@ class Client:
         """
         return self._stream("/chat/completions", {"messages": list(messages), **settings})
 
-    def complete(self, prompt: str | Sequence[int], **settings: Any) -> Reply:
+    def complete(self, prompt: str | Sequence[int], **settings: Any) -> Streamed:
         """Return how a text, or its ids, goes on, piece by piece; settings and errors as of `chat`."""
         return self._stream("/completions", {"prompt": prompt if isinstance(prompt, str) else list(prompt), **settings})
 
@@ -153,7 +155,7 @@ class Client:
             raise EngineError(problem, where=self.url, do="The server must support `echo` together with `logprobs`.")
         return scores[:count]
 
-    def _stream(self, path: str, body: dict[str, Any]) -> Reply:
+    def _stream(self, path: str, body: dict[str, Any]) -> Streamed:
         if body.get("n", 1) != 1:
             raise EngineError("one answer at a time", where="n", got=body["n"], allowed=[1])
         body = {"model": self.model, **body, "stream": True, "stream_options": {"include_usage": True}}
@@ -161,7 +163,7 @@ class Client:
         if "event-stream" not in response.headers.get("Content-Type", ""):
             with response:
                 raise _strange(self.url + path, response.headers.get("Content-Type"))
-        return Reply(response, self.url + path)
+        return Streamed(response, self.url + path)
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Return the JSON that comes back."""
@@ -197,7 +199,7 @@ class Client:
         return response
 
 
-class Reply(Iterator[str]):
+class Streamed(Iterator[str]):
     """An answer while it comes: the pieces of its text."""
 
     def __init__(self, response: http.client.HTTPResponse, url: str) -> None:
@@ -211,7 +213,7 @@ class Reply(Iterator[str]):
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def __enter__(self) -> Reply:
+    def __enter__(self) -> Streamed:
         return self
 
     def __exit__(self, *_: object) -> None:

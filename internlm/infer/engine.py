@@ -1,6 +1,6 @@
 """One engine for chat, serving, evaluation and rollouts: continuous batching over a cache in blocks.
 
-    engine = Engine.from_folder("export/")
+    engine = Engine.of(open_source("export/"))
     for delta in engine.stream(Request(tokens=ids, temperature=0, stop_ids=(2,))):
         print(delta.text, end="")
 
@@ -19,11 +19,9 @@ import gc
 import itertools
 import logging
 import time
-from collections.abc import Generator, Iterable
-from collections.abc import Sequence as Ordered
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,17 +32,20 @@ from internlm.infer.cache import Cache
 from internlm.infer.limits import Limits as Limits  # of the engine's public face
 from internlm.infer.limits import cache_tokens
 from internlm.infer.paged import works_on
-from internlm.infer.request import Chance, Delta, Finished, Request, Result
+from internlm.infer.placement import Placement
+from internlm.infer.request import Chance, Checked, Delta, Finished, Request, Result, TooLong
 from internlm.infer.runner import Runner
 from internlm.infer.sample import History
-from internlm.infer.schedule import Counters, Scheduler, Sequence
+from internlm.infer.schedule import Counters, Scheduler, Text
 from internlm.infer.stream import TextStream
 from internlm.model import quant
 from internlm.model.quant import Kind
 from internlm.model.transformer import Transformer
 from internlm.text.tokenizer import Tokenizer
-from internlm.weights import transformers
 from internlm.weights.load import empty, fill
+
+if TYPE_CHECKING:
+    from internlm.source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,8 @@ class Engine:
         seed: for requests without one.
 
     Raises:
-        EngineError: a limit is out of range, the cache has no room for one text of `limits.length`, or the layers
-            cannot be packed.
+        EngineError: a limit is out of range or over what memory has room for, the cache has none for one text of
+            `limits.length`, or the layers cannot be packed.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Engine:
         self.ids = itertools.count()
         """Those of requests to come; any thread may take one."""
         self._next_deadline = float("inf")
-        self._cache_tokens = self.limits.cache_tokens
+        self._cache_tokens: int | None = None
         if model.head.packed is None:
             if model.embedding.weight.device.type == "cuda":
                 quant.lay_together(model)
@@ -114,26 +115,27 @@ class Engine:
         self._owns_weights = False
 
     @classmethod
-    def from_folder(
+    def of(
         cls,
-        folder: str | Path,
-        *,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
+        source: Source,
+        place: Placement = Placement(),  # noqa: B008 (frozen)
         limits: Limits | None = None,
-        pack: Kind | None = None,
+        *,
         seed: int = 0,
     ) -> Engine:
-        """Return an engine for a Transformers folder, with its tokenizer where there is one.
+        """Return an engine for a model that was opened, with its tokenizer where there is one.
 
         Args:
-            folder: config.json, safetensors, tokenizer.json.
-            dtype: of the weights; None: as stored.
-            device: where it runs.
-            limits, pack, seed: as of the class.
+            source: the model, whatever its format.
+            place: where it answers, and in which form.
+            limits, seed: as of the class.
+
+        Raises:
+            WeightsError, StorageError: the weights do not fit, or are damaged.
+            EngineError: as of the class.
         """
-        model = transformers.load(folder, dtype=dtype, device=device, pack=pack)
-        return cls(model, Tokenizer.find(folder), limits, pack=pack, seed=seed)
+        model = source.model(place.dtype, place.device, place.pack)
+        return cls(model, source.talk.tokenizer, limits, pack=place.pack, seed=seed)
 
     @property
     def device(self) -> torch.device:
@@ -175,23 +177,23 @@ class Engine:
         Raises:
             EngineError: the request cannot be served; nothing was queued.
         """
-        limit = self.check(request)
+        checked = self.check(request)
         id_ = next(self.ids) if id is None else id
         seed = request.seed if request.seed is not None else ((self.seed << 32) + id_) % 2**63
-        leader: Sequence | None = None
+        leader: Text | None = None
         for index in range(request.n):
-            sequence = Sequence(id_, index, request, limit, (seed + index * _STREAM_STEP) % 2**64)
-            self._next_deadline = min(self._next_deadline, sequence.deadline)
-            sequence.leader = leader
-            leader = leader or sequence
-            self.scheduler.add(sequence)
+            text = Text(id_, index, checked, (seed + index * _STREAM_STEP) % 2**64)
+            self._next_deadline = min(self._next_deadline, text.deadline)
+            text.leader = leader
+            leader = leader or text
+            self.scheduler.add(text)
         return id_
 
     def abort(self, *ids: int) -> None:
         """Stop requests; their last deltas say "abort". Those that have finished, or never were, are left alone."""
         gone = set(ids)
-        for sequence in [s for s in self.scheduler if s.id in gone]:
-            self._end(sequence, "abort")
+        for text in [s for s in self.scheduler if s.id in gone]:
+            self._end(text, "abort")
 
     @property
     def is_busy(self) -> bool:
@@ -215,7 +217,7 @@ class Engine:
         deltas, self._unclaimed = self._unclaimed, []
         return deltas
 
-    def score(self, tokens: Ordered[int]) -> Tensor:
+    def score(self, tokens: Sequence[int]) -> Tensor:
         """Return the log-probability of each token after the first, in nats, fp32 [T − 1].
 
         Raises:
@@ -245,7 +247,7 @@ class Engine:
             self.abort(id_)
             del self._inboxes[id_]
 
-    def generate(self, requests: Ordered[Request | Ordered[int]], **settings: Any) -> list[Result]:
+    def generate(self, requests: Sequence[Request | Sequence[int]], **settings: Any) -> list[Result]:
         """Return the whole answers of each request, in their order.
 
         Args:
@@ -253,9 +255,7 @@ class Engine:
             settings: fields of `Request`, for the prompts.
         """
         wanted = [r if isinstance(r, Request) else Request(tokens=r, **settings) for r in requests]
-        for request in wanted:
-            self.check(request)  # all of them, before anything runs
-        ids = [self.add(request) for request in wanted]
+        ids = [self.add(request) for request in [*map(self.check, wanted)]]  # all are checked before anything runs
         inboxes = {id_: self._inboxes.setdefault(id_, []) for id_ in ids}
         try:
             while any(s.id in inboxes for s in self.scheduler):
@@ -272,12 +272,17 @@ class Engine:
             results += map(Result.of, answers)
         return results
 
-    def check(self, request: Request) -> int:
-        """Return how many tokens an answer may have. Any thread may ask.
+    def check(self, request: Request) -> Checked:
+        """Return the request with the most tokens that an answer may have. Any thread may ask.
+
+        One that was checked is returned as it is; the others' tokens are copied.
 
         Raises:
+            TooLong: the prompt leaves no room for an answer.
             EngineError: the request cannot be served.
         """
+        if isinstance(request, Checked):
+            return request
         request.check()
         if request.stop_strings and self.tokenizer is None:
             raise EngineError("need a tokenizer", where="stop_strings", got=request.stop_strings)
@@ -285,30 +290,25 @@ class Engine:
         for id_ in request.logit_bias:
             if not 0 <= id_ < vocab:
                 raise EngineError("this id is outside the vocabulary", where="logit_bias", got=id_)
-        return self._check_length(request)
-
-    def _check_length(self, request: Request) -> int:
-        tokens, vocab = request.tokens, self.model.config.vocab_size
-        if not len(tokens):
+        tokens = tuple(request.tokens)
+        if not tokens:
             raise EngineError("the prompt is empty", where="tokens", do="Begin with bos, if there is nothing else.")
         if len(tokens) > self.length - (request.max_tokens > 0):
-            raise EngineError(
-                f"{len(tokens)} tokens are too many: with the answer there is room for {self.length}",
-                where="tokens",
-                do="Shorten the text, or give the engine a greater length.",
-            )
+            room = f"in the context there is room for {self.length}, the answer included"
+            raise TooLong(f"{len(tokens)} tokens are too many: {room}", where="tokens", do="Shorten the prompt.")
         if not (min(tokens) >= 0 and max(tokens) < vocab):
             wrong = next(id_ for id_ in tokens if not 0 <= id_ < vocab)
             problem = "this id is outside the vocabulary"
             raise EngineError(problem, where="tokens", got=wrong, allowed=[f"0 to {vocab - 1}"])
-        return min(request.max_tokens, self.length - len(tokens))
+        limit = min(request.max_tokens, self.length - len(tokens))
+        return Checked(**{**vars(request), "tokens": tokens}, limit=limit)
 
     def _advance(self) -> None:
         """Take one step; when it fails, only who makes it fail pays."""
         now = time.monotonic()
         if now > self._next_deadline:
-            for sequence in [s for s in self.scheduler if now > s.deadline]:
-                self._end(sequence, "timeout")
+            for text in [s for s in self.scheduler if now > s.deadline]:
+                self._end(text, "timeout")
             self._next_deadline = min((s.deadline for s in self.scheduler), default=float("inf"))
         plan = self.scheduler.plan()
         if not plan:
@@ -317,112 +317,110 @@ class Engine:
             self._compute(plan)
         except Exception as error:
             self.scheduler.counters.failed_steps += 1
-            taking_part = [sequence for sequence, _ in plan if sequence in self.scheduler.running]
+            taking_part = [text for text, _ in plan if text in self.scheduler.running]
             if len(plan) > 1:
                 self.scheduler.undo(taking_part, suspect=True)
                 return
-            for sequence in taking_part:
-                self._fail(sequence, error)
+            for text in taking_part:
+                self._fail(text, error)
         except BaseException:  # Ctrl-C: what was half done is done again
-            self.scheduler.undo([sequence for sequence, _ in plan], suspect=False)
+            self.scheduler.undo([text for text, _ in plan], suspect=False)
             raise
 
-    def _compute(self, plan: list[tuple[Sequence, int]]) -> None:
+    def _compute(self, plan: list[tuple[Text, int]]) -> None:
         """Run the model, deliver, let out."""
         outcomes = self.runner.run(plan)
-        for sequence, count in plan:
-            self.scheduler.done(sequence, count)
+        for text, count in plan:
+            self.scheduler.done(text, count)
         for outcome in outcomes:
             if outcome.problem is not None:
-                self.blocks.disown(outcome.sequence.table)
-                self._fail(outcome.sequence, outcome.problem)
+                self.blocks.disown(outcome.text.table)
+                self._fail(outcome.text, outcome.problem)
             elif outcome.token is None:
-                self._end(outcome.sequence, "length")
+                self._end(outcome.text, "length")
             else:
-                self._take(outcome.sequence, outcome.token, outcome.chance)
+                self._take(outcome.text, outcome.token, outcome.chance)
 
-    def _take(self, sequence: Sequence, token: int, chance: Chance | None) -> None:
+    def _take(self, text: Text, token: int, chance: Chance | None) -> None:
         """Add a token to an answer, and deliver what that means."""
-        request = sequence.request
+        request = text.request
         finished: Finished | None = None
-        text = ""
+        said = ""
         try:
-            sequence.tokens.append(token)
-            if sequence.history is not None:
-                sequence.history.add(token)
+            text.tokens.append(token)
+            if text.history is not None:
+                text.history.add(token)
             if token in request.stop_ids:
                 finished = "stop"
             else:
-                if sequence.stream is not None:
-                    text = sequence.stream.add([token])
-                    finished = "stop" if sequence.stream.stopped else None
-                if sequence.constraint is not None:
-                    sequence.constraint.accept(token)
-                    if sequence.constraint.is_complete:
+                if text.stream is not None:
+                    said = text.stream.add(token)
+                    finished = "stop" if text.stream.stopped else None
+                if text.constraint is not None:
+                    text.constraint.accept(token)
+                    if text.constraint.is_complete:
                         finished = "stop"
-            if finished is None and sequence.written >= sequence.limit:
+            if finished is None and text.written >= text.limit:
                 finished = "length"
-            if finished and sequence.stream is not None:
-                text += sequence.stream.finish()
+            if finished and text.stream is not None:
+                said += text.stream.finish()
         except Exception as error:
-            self._fail(sequence, error)
+            self._fail(text, error)
             return
         self.scheduler.counters.written_tokens += 1
         told = None if chance is None else [chance]
-        self._deliver(sequence, Delta(sequence.id, [token], text, finished, sequence.index, told))
+        self._deliver(text, Delta(text.id, [token], said, finished, text.index, told))
         if finished:
-            self.scheduler.remove(sequence)
+            self.scheduler.remove(text)
 
-    def _end(self, sequence: Sequence, why: Finished, problem: str | None = None) -> None:
-        """Let a sequence out without a further token."""
-        text = ""
-        if sequence.stream is not None and why != "error":
-            text = sequence.stream.finish()
-        self.scheduler.remove(sequence)
-        self._deliver(sequence, Delta(sequence.id, [], text, why, sequence.index, problem=problem))
+    def _end(self, text: Text, why: Finished, problem: str | None = None) -> None:
+        """Let a text out without a further token."""
+        said = ""
+        if text.stream is not None and why != "error":
+            said = text.stream.finish()
+        self.scheduler.remove(text)
+        self._deliver(text, Delta(text.id, [], said, why, text.index, problem=problem))
 
-    def _fail(self, sequence: Sequence, problem: Exception | str) -> None:
-        """Let a sequence out with which something is wrong."""
-        text = problem if isinstance(problem, str) else f"{type(problem).__name__}: {problem}"
-        logger.warning("warning: request %d failed: %s", sequence.id, text)
-        self._end(sequence, "error", text)
+    def _fail(self, text: Text, problem: Exception | str) -> None:
+        """Let a text out with which something is wrong."""
+        said = problem if isinstance(problem, str) else f"{type(problem).__name__}: {problem}"
+        logger.warning("warning: request %d failed: %s", text.id, said)
+        self._end(text, "error", said)
 
-    def _deliver(self, sequence: Sequence, delta: Delta) -> None:
-        if not sequence.told:
-            sequence.told = True
-            known = sequence.prompt_chances
-            delta = replace(delta, cached=sequence.cached, waited=sequence.waited, prompt_logprobs=known)
+    def _deliver(self, text: Text, delta: Delta) -> None:
+        if not text.told:
+            text.told = True
+            known = text.prompt_chances
+            delta = replace(delta, cached=text.cached, waited=text.waited, prompt_logprobs=known)
         self._inboxes.get(delta.id, self._unclaimed).append(delta)
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Give a sequence what it needs to run; one for which that fails ends."""
+    def _admit(self, text: Text) -> bool:
+        """Give a text what it needs to run; one for which that fails ends."""
         try:
-            self._equip(sequence)
+            self._equip(text)
         except Exception as error:  # a grammar is foreign code, and memory may be short
-            self._fail(sequence, error)
+            self._fail(text, error)
             return False
         return True
 
-    def _equip(self, sequence: Sequence) -> None:
-        request = sequence.request
-        length = sequence.prompt + sequence.limit
-        sequence.turns = self.cache.turns(length)
+    def _equip(self, text: Text) -> None:
+        request = text.request
+        length = text.prompt + text.limit
+        text.turns = self.cache.turns(length)
         # Beyond the trained length, dynamic scaling turns each length's keys differently.
         rope = self.model.config.rope
-        sequence.kind = None if bool((sequence.turns == self._plain_turns).all()) else (rope, length)
+        text.kind = None if bool((text.turns == self._plain_turns).all()) else (rope, length)
         if self.tokenizer is not None:
-            sequence.stream = TextStream(
+            text.stream = TextStream(
                 self.tokenizer,
                 request.stop_strings,
                 continuation=request.continuation,
                 include_stop=request.include_stop,
                 show_special=request.show_special,
             )
-        sequence.history = History(
-            request, request.tokens, self.model.config.vocab_size, self.device, request.logit_bias
-        )
+        text.history = History(request, self.model.config.vocab_size, self.device)
         if request.grammar is not None:
-            sequence.constraint = request.grammar.start()
+            text.constraint = request.grammar.start()
 
     def _renew(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Begin anew with a model filled with `tensors`, and a cache as large as the last one."""

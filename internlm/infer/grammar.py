@@ -43,9 +43,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from internlm.errors import EngineError
+from internlm.errors import EngineError, install_command
 from internlm.infer.request import Constraint, Grammar
-from internlm.infer.stream import puts_space_first
 from internlm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -189,7 +188,7 @@ def _vocabulary(tokenizer: Tokenizer, size: int, stops: frozenset[int]) -> llgui
 @functools.lru_cache(maxsize=4)
 def _beginnings(tokenizer: Tokenizer, size: int) -> _Flags:
     """Return which ids do not begin with a space that `TextStream` would cut off."""
-    if not puts_space_first(tokenizer):
+    if not tokenizer.puts_space_first:
         return np.ones(size, np.bool_)
     return np.array([not tokenizer.token_bytes(id_).startswith(b" ") for id_ in range(size)])
 
@@ -328,6 +327,6 @@ def _library() -> Any:
         raise EngineError(
             "structured output needs llguidance, which is not installed",
             where="response_format",
-            do="Install it: pip install 'internlm[serve]'",
+            do=f"Install it: {install_command('serve')}",
         ) from error
     return llguidance

@@ -32,6 +32,8 @@ class Limits:
     cache_tokens: int | None = None
     """Tokens whose keys and values fit into the cache. None: on a CPU 4 GiB or a quarter of the free memory, on a GPU
     nine tenths of what is left; never more than `batch` + 1 texts of full length need."""
+    cache_bytes: int | None = None
+    """The same as memory, in the place of `cache_tokens`."""
     block: int = 32
     """Tokens of a block: what is shared is shared in whole blocks."""
     step_tokens: int = 256
@@ -57,10 +59,12 @@ class Limits:
         Raises:
             EngineError: naming the first value outside.
         """
-        for name in ("batch", "length", "cache_tokens", "block", "step_tokens"):
+        for name in ("batch", "length", "cache_tokens", "cache_bytes", "block", "step_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise EngineError("must be at least 1", where=name, got=value)
+        if self.cache_tokens is not None and self.cache_bytes is not None:
+            raise EngineError("cannot be given together with cache_tokens", where="cache_bytes", got=self.cache_bytes)
         if self.cache not in CACHES:
             raise EngineError("is no form of keys and values", where="cache", got=self.cache, allowed=CACHES)
 
@@ -80,14 +84,25 @@ def cache_tokens(model: Transformer, limits: Limits, context: int) -> int:
         model: with its weights, where they will be used.
         limits: say it, or memory does.
         context: most tokens of a text.
+
+    Raises:
+        EngineError: the limits ask for more than there is.
     """
-    if limits.cache_tokens is not None:
-        return limits.cache_tokens
     device = model.embedding.weight.device
+    per_token = Cache.bytes_per_token(model, rounded=limits.cache == "int8")
+    asked = limits.cache_bytes if limits.cache_tokens is None else limits.cache_tokens * per_token
+    if asked is not None:
+        free = free_memory(device)
+        if asked > free:
+            raise EngineError(
+                f"{asked / 2**30:.3g} GiB are asked for, and only {free / 2**30:.1f} GiB are free on {device}",
+                where="cache_bytes" if limits.cache_tokens is None else "cache_tokens",
+                do="Give less, or leave it out: memory says it then.",
+            )
+        return asked // per_token
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         room = free - (1 - _GPU_CACHE_SHARE) * total
     else:
         room = min(_CPU_CACHE_BYTES, _CPU_CACHE_SHARE * runtime.available_memory())
-    per_token = Cache.bytes_per_token(model, rounded=limits.cache == "int8")
     return min((limits.batch + 1) * (context + limits.block), max(int(room) // per_token, 0))

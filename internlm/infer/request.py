@@ -14,6 +14,7 @@ from internlm.errors import EngineError
 if TYPE_CHECKING:  # a client knows the rules, and starts without torch
     from torch import Tensor
 
+
 MOST_ANSWERS = 128
 MOST_TOP = 100
 """Most probable tokens that a request may ask to be told."""
@@ -21,6 +22,10 @@ MOST_TOP = 100
 Finished = Literal["stop", "length", "abort", "timeout", "error"]
 """Why an answer ended: a stop token or string came (or a grammar was complete), the length was reached, it was aborted,
 its time was over, or something went wrong with this request alone (`Delta.problem` says what)."""
+
+
+class TooLong(EngineError):
+    """A prompt leaves no room for an answer; a shorter one may."""
 
 
 class Constraint(Protocol):
@@ -152,6 +157,14 @@ class Request(Rules):
         for bias in self.logit_bias.values():
             if not -100 <= bias <= 100:
                 raise EngineError("is out of range", where="logit_bias", got=bias, allowed=["-100 to 100"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked(Request):
+    """A request that an engine can serve (`Engine.check`): neither it nor a worker looks through its prompt again."""
+
+    limit: int
+    """Tokens that an answer may have: `max_tokens`, or as many as the context has room for."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One step on the device: hidden states, logits, draws. What they mean for the answers is the engine's.
 
-runner.run(plan) → [Outcome(sequence, token)], one for each sequence of which nothing is left to compute
+runner.run(plan) → [Outcome(text, token)], one for each text of which nothing is left to compute
 
 A GPU is waited for once in a step, when the tokens are read (and again where probabilities are asked for).
 """
@@ -18,16 +18,16 @@ from internlm.infer.cache import Cache
 from internlm.infer.decode import Decoding
 from internlm.infer.request import Chance
 from internlm.infer.sample import NOT_FINITE, chances, choose, draw
-from internlm.infer.schedule import Sequence
+from internlm.infer.schedule import Text
 from internlm.model.transformer import Transformer
 from internlm.runtime import upload
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What comes of a sequence all of whose tokens are computed."""
+    """What comes of a text all of whose tokens are computed."""
 
-    sequence: Sequence
+    text: Text
     token: int | None = None
     """The next one; None where none is asked for, or there is a problem."""
     chance: Chance | None = None
@@ -61,27 +61,27 @@ class Runner:
         self.decoding = Decoding(self.cache, self._logits, batch, length)
 
     @torch.inference_mode()
-    def run(self, plan: list[tuple[Sequence, int]]) -> list[Outcome]:
-        """Compute so many tokens of each sequence, and draw for those of which nothing is left."""
-        pieces = [sequence.piece(count, self.blocks) for sequence, count in plan]
+    def run(self, plan: list[tuple[Text, int]]) -> list[Outcome]:
+        """Compute so many tokens of each text, and draw for those of which nothing is left."""
+        pieces = [text.piece(count, self.blocks) for text, count in plan]
         logits: Tensor | None = None
         if self.decoding is not None and all(count == 1 for _, count in plan):
             hidden, logits = self.decoding.run(pieces)
         else:
             hidden = self.cache.run(pieces)
-        drawing: list[Sequence] = []
+        drawing: list[Text] = []
         places: list[int] = []
         outcomes: list[Outcome] = []
         row = 0
-        for sequence, count in plan:
-            self._score_prompt(sequence, hidden[row : row + count])
+        for text, count in plan:
+            self._score_prompt(text, hidden[row : row + count])
             row += count
-            if sequence.rest == count:
-                if sequence.limit:
-                    drawing.append(sequence)
+            if text.rest == count:
+                if text.limit:
+                    drawing.append(text)
                     places.append(row - 1)
                 else:
-                    outcomes.append(Outcome(sequence))
+                    outcomes.append(Outcome(text))
         if drawing:
             if len(places) < row or logits is None:
                 rows = upload(places, torch.int64, hidden.device)
@@ -96,19 +96,19 @@ class Runner:
             logits[:, self.words :] = float("-inf")
         return logits
 
-    def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[Outcome]:
+    def _draw(self, texts: list[Text], logits: Tensor) -> list[Outcome]:
         """Return what comes next of each row of logits [R, V], which are changed."""
-        asking = [i for i, s in enumerate(sequences) if s.request.logprobs is not None]
+        asking = [i for i, s in enumerate(texts) if s.request.logprobs is not None]
         raw = logits[asking] if asking else None  # a copy: the rows are changed below
         problems: dict[int, str] = {}
         is_finite = logits.amax(-1).isfinite()
-        for index, sequence in enumerate(sequences):
+        for index, text in enumerate(texts):
             try:
-                _edit(sequence, logits[index])
+                _edit(text, logits[index])
             except Exception as error:  # a grammar is foreign code
                 problems[index] = f"{type(error).__name__}: {error}"
-        seeds = [draw(s.seed, s.written) if s.request.temperature else 0.0 for s in sequences]
-        chosen = choose(logits, [s.request for s in sequences], upload(seeds, torch.float64, logits.device))
+        seeds = [draw(s.seed, s.written) if s.request.temperature else 0.0 for s in texts]
+        chosen = choose(logits, [s.request for s in texts], upload(seeds, torch.float64, logits.device))
         tokens, finite = torch.stack((chosen, is_finite.long())).tolist()
         for index, token in enumerate(tokens):
             if token == NOT_FINITE and index not in problems:
@@ -117,37 +117,37 @@ class Runner:
         told: dict[int, Chance] = {}
         if raw is not None:
             theirs = [max(tokens[i], 0) for i in asking]
-            tops = [sequences[i].request.logprobs or 0 for i in asking]
+            tops = [texts[i].request.logprobs or 0 for i in asking]
             told = dict(zip(asking, chances(raw, theirs, tops), strict=True))
         return [
-            Outcome(sequence, problem=problems[i]) if i in problems else Outcome(sequence, tokens[i], told.get(i))
-            for i, sequence in enumerate(sequences)
+            Outcome(text, problem=problems[i]) if i in problems else Outcome(text, tokens[i], told.get(i))
+            for i, text in enumerate(texts)
         ]
 
-    def _score_prompt(self, sequence: Sequence, hidden: Tensor) -> None:
+    def _score_prompt(self, text: Text, hidden: Tensor) -> None:
         """Note how probable the prompt's tokens were, from the hidden states [T, D] of the stretch just computed."""
-        found = sequence.prompt_chances
-        if found is None or len(found) >= sequence.prompt - 1:
+        found = text.prompt_chances
+        if found is None or len(found) >= text.prompt - 1:
             return
         # The state of token p tells of token p + 1; what a preempted text computes again is known already.
-        first = len(found) - sequence.computed
-        stop = min(hidden.shape[0], sequence.prompt - 1 - sequence.computed)
+        first = len(found) - text.computed
+        stop = min(hidden.shape[0], text.prompt - 1 - text.computed)
         if first >= stop:
             return
         logits = self._logits(hidden[first:stop])
         if not bool(logits.amax(-1).isfinite().all()):
             raise EngineError("the model gives logits that are not finite")
-        nexts = sequence.tokens[sequence.computed + first + 1 : sequence.computed + stop + 1]
-        found += chances(logits, nexts, [sequence.request.prompt_logprobs or 0] * len(nexts))
+        nexts = text.tokens[text.computed + first + 1 : text.computed + stop + 1]
+        found += chances(logits, nexts, [text.request.prompt_logprobs or 0] * len(nexts))
 
 
-def _edit(sequence: Sequence, row: Tensor) -> None:
+def _edit(text: Text, row: Tensor) -> None:
     """Change logits [V] in place by what the request and the tokens before say."""
-    history, request = sequence.history, sequence.request
-    assert history is not None, "a sequence that runs was admitted"
+    history, request = text.history, text.request
+    assert history is not None, "a text that runs was admitted"
     history.bias(row)
-    if sequence.written < request.min_tokens and request.stop_ids:
+    if text.written < request.min_tokens and request.stop_ids:
         row[[id_ for id_ in request.stop_ids if 0 <= id_ < row.shape[0]]] = float("-inf")
-    if sequence.constraint is not None:
-        sequence.constraint.mask(row)
+    if text.constraint is not None:
+        text.constraint.mask(row)
     history.penalise(row)

@@ -1,6 +1,6 @@
 """From logits to a token: bias → grammar → penalties → temperature → top-k → top-p → min-p → one draw per request.
 
-    History.edit(row)                           # what depends on the tokens before: in place, a row at a time
+    history.bias(row), history.penalise(row)    # what depends on the tokens before: in place, a row at a time
     choose(logits, rules, draws)                # [B, V] and a number in [0, 1) per row → [B] ids
 
 The order is Transformers' and vLLM's. A draw is inverted through the cumulated probabilities (in fp64), so a token
@@ -11,12 +11,12 @@ where the draw lies within that of a border.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from internlm.infer.request import Chance, Rules
+from internlm.infer.request import Chance, Request, Rules
 from internlm.runtime import upload
 
 NOT_FINITE = -1
@@ -32,29 +32,20 @@ class History:
     """What an answer's next logits are changed by: what it may not be, and which tokens there were.
 
     Args:
-        rules: the penalties are read.
-        prompt: its tokens.
+        request: its prompt, penalties and bias are read.
         vocab_size: of the model.
         device: of the logits.
-        bias: added to the logits of these ids.
     """
 
-    def __init__(
-        self,
-        rules: Rules,
-        prompt: Sequence[int],
-        vocab_size: int,
-        device: torch.device,
-        bias: Mapping[int, float] | None = None,
-    ) -> None:
-        self._rules, self._seen, self._counts, self._bias = rules, None, None, None
-        if bias:
-            ids = torch.tensor(list(bias), device=device)
-            self._bias = ids, torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
-        if rules.repetition_penalty != 1:
+    def __init__(self, request: Request, vocab_size: int, device: torch.device) -> None:
+        self._rules, self._seen, self._counts, self._bias = request, None, None, None
+        if request.logit_bias:
+            ids = torch.tensor(list(request.logit_bias), device=device)
+            self._bias = ids, torch.tensor(list(request.logit_bias.values()), dtype=torch.float32, device=device)
+        if request.repetition_penalty != 1:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._seen[list(prompt)] = True
-        if rules.presence_penalty or rules.frequency_penalty:
+            self._seen[list(request.tokens)] = True
+        if request.presence_penalty or request.frequency_penalty:
             self._counts = torch.zeros(vocab_size, device=device)
 
     def add(self, token: int) -> None:

@@ -1,13 +1,13 @@
 """Who computes what in the next step: continuous batching, prompts in chunks, admission, preemption.
 
-    plan = scheduler.plan()                     # [(sequence, how many of its tokens)]
+    plan = scheduler.plan()                     # [(text, how many of its tokens)]
 
-A sequence is a text: prompt and what was written of the answer. `computed` tokens of it are in the cache; the rest is
+A text is a prompt and what was written of the answer. `computed` tokens of it are in the cache; the rest is
 to be computed, one token for an answer that is being written, many for a prompt (or for a text that lost its place).
 When nothing is left to compute, a token is drawn and becomes the rest. A step has a budget of tokens: first everyone
 who is writing gets one, then prompts are filled in, the oldest first, and new ones are let in while there is room.
 
-When the cache is full, the youngest running sequence loses its blocks and waits at the front, to be computed again:
+When the cache is full, the youngest running text loses its blocks and waits at the front, to be computed again:
 the oldest always goes on, so that everyone ends. A request that would not fit into the empty cache is refused by the
 engine beforehand.
 """
@@ -24,30 +24,29 @@ from torch import Tensor
 
 from internlm.infer.blocks import Blocks
 from internlm.infer.cache import Piece
-from internlm.infer.request import Chance, Constraint, Request
+from internlm.infer.request import Chance, Checked, Constraint
 from internlm.infer.sample import History
 from internlm.infer.stream import TextStream
 
 
-class Sequence:
+class Text:
     """One text in the making: one answer to a request.
 
     Args:
         id, index: the request, and which of its answers.
         request: what is asked.
-        limit: tokens that the answer may have.
         seed: of its random stream.
     """
 
-    def __init__(self, id: int, index: int, request: Request, limit: int, seed: int) -> None:
-        self.id, self.index, self.request, self.limit, self.seed = id, index, request, limit, seed
+    def __init__(self, id: int, index: int, request: Checked, seed: int) -> None:
+        self.id, self.index, self.request, self.limit, self.seed = id, index, request, request.limit, seed
         self.tokens = list(request.tokens)
         self.prompt = len(self.tokens)
         self.computed = 0
         """Tokens whose keys and values are in the cache."""
         self.table: list[int] = []
         """The blocks where they are."""
-        self.leader: Sequence | None = None
+        self.leader: Text | None = None
         """The first answer to the same request, whose prompt this one waits for, to share its blocks."""
         self.since = time.monotonic()
         """When it came."""
@@ -95,7 +94,7 @@ class Sequence:
 
     def piece(self, count: int, blocks: Blocks) -> Piece:
         """Return the stretch of so many tokens that comes next."""
-        assert self.turns is not None, "a sequence gets its rotation when it is admitted"
+        assert self.turns is not None, "a text gets its rotation when it is admitted"
         end = self.computed + count
         return Piece(self.tokens[self.computed : end], self.computed, self.table, blocks, self.turns)
 
@@ -119,40 +118,40 @@ class Scheduler:
 
     Args:
         blocks: of the cache.
-        max_batch: most sequences that run at once.
+        max_batch: most texts that run at once.
         max_step_tokens: most tokens of a step.
-        admit: called with a sequence before it is let in for the first time; where that fails, it removes the sequence
+        admit: called with a text before it is let in for the first time; where that fails, it removes the text
             and returns False.
     """
 
-    def __init__(self, blocks: Blocks, max_batch: int, max_step_tokens: int, admit: Callable[[Sequence], bool]) -> None:
+    def __init__(self, blocks: Blocks, max_batch: int, max_step_tokens: int, admit: Callable[[Text], bool]) -> None:
         self.blocks, self.max_batch, self.max_step_tokens = blocks, max_batch, max_step_tokens
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.waiting: list[Text] = []
+        self.running: list[Text] = []
         """The oldest first, as in `waiting`."""
         self.counters = Counters()
         self._admit = admit
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[Text]:
         yield from self.running
         yield from self.waiting
 
-    def add(self, sequence: Sequence) -> None:
-        """Put a new sequence at the end of the queue."""
-        self.waiting.append(sequence)
+    def add(self, text: Text) -> None:
+        """Put a new text at the end of the queue."""
+        self.waiting.append(text)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Let a sequence out, wherever it is."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        self._release(sequence)
-        for other in self.waiting if sequence.request.n > 1 else ():
-            if other.leader is sequence:
+    def remove(self, text: Text) -> None:
+        """Let a text out, wherever it is."""
+        if text in self.running:
+            self.running.remove(text)
+        elif text in self.waiting:
+            self.waiting.remove(text)
+        self._release(text)
+        for other in self.waiting if text.request.n > 1 else ():
+            if other.leader is text:
                 other.leader = None  # nobody waits for one that is gone
 
-    def plan(self) -> list[tuple[Sequence, int]]:
+    def plan(self) -> list[tuple[Text, int]]:
         """Return what the next step computes; empty only when nobody waits or runs.
 
         Blocks for all of it are taken.
@@ -162,104 +161,104 @@ class Scheduler:
         suspect = next((s for s in itertools.chain(self.running, back) if s.is_suspect), None)
         if suspect is not None:
             return self._alone(suspect)
-        plan: list[tuple[Sequence, int]] = []
+        plan: list[tuple[Text, int]] = []
         budget = self.max_step_tokens
         writing_first = sorted(self.running, key=lambda s: s.rest > 1)  # stable: the oldest first in both parts
-        for sequence in writing_first:
-            if sequence not in self.running or budget == 0:
+        for text in writing_first:
+            if text not in self.running or budget == 0:
                 continue
-            count = min(sequence.rest, budget)
-            if self._make_room(sequence, count, plan):
-                plan.append((sequence, count))
+            count = min(text.rest, budget)
+            if self._make_room(text, count, plan):
+                plan.append((text, count))
                 budget -= count
         while budget and self.waiting and len(self.running) < self.max_batch:
-            sequence = self.waiting[0]
-            if sequence.leader is not None and not sequence.leader.prompt_is_ready:
+            text = self.waiting[0]
+            if text.leader is not None and not text.leader.prompt_is_ready:
                 break
-            if not sequence.is_admitted and not self._admit(sequence):
+            if not text.is_admitted and not self._admit(text):
                 continue
-            count = self._let_in(sequence, budget)
+            count = self._let_in(text, budget)
             if not count:
                 break
-            plan.append((sequence, count))
+            plan.append((text, count))
             budget -= count
         self.counters.steps += 1
         return plan
 
-    def done(self, sequence: Sequence, count: int) -> None:
-        """Note that tokens of a sequence are computed."""
+    def done(self, text: Text, count: int) -> None:
+        """Note that tokens of a text are computed."""
         size = self.blocks.size
-        filled = (sequence.computed + count) // size > sequence.computed // size
-        sequence.computed += count
-        if not sequence.rest:
-            sequence.is_suspect = False
+        filled = (text.computed + count) // size > text.computed // size
+        text.computed += count
+        if not text.rest:
+            text.is_suspect = False
         if filled:
-            self.blocks.publish(sequence.table, sequence.tokens, sequence.computed, sequence.kind)
+            self.blocks.publish(text.table, text.tokens, text.computed, text.kind)
 
-    def undo(self, sequences: list[Sequence], *, suspect: bool) -> None:
-        """Take sequences out of the cache, to be computed again; their step failed, or the room is needed."""
-        for sequence in sequences:
-            if sequence in self.running:
-                self.running.remove(sequence)
-                insort(self.waiting, sequence, key=_age)
-            self._release(sequence)
-            sequence.is_suspect = suspect
+    def undo(self, texts: list[Text], *, suspect: bool) -> None:
+        """Take texts out of the cache, to be computed again; their step failed, or the room is needed."""
+        for text in texts:
+            if text in self.running:
+                self.running.remove(text)
+                insort(self.waiting, text, key=_age)
+            self._release(text)
+            text.is_suspect = suspect
 
-    def _alone(self, sequence: Sequence) -> list[tuple[Sequence, int]]:
-        """Return a plan of one sequence, which a failed step has put into the waiting line."""
+    def _alone(self, text: Text) -> list[tuple[Text, int]]:
+        """Return a plan of one text, which a failed step has put into the waiting line."""
         budget = self.max_step_tokens
-        if sequence in self.running:
-            count = min(sequence.rest, budget)
-            return [(sequence, count)] if self._make_room(sequence, count, []) else []
-        while not (count := self._let_in(sequence, budget)):
-            assert self.running, "one sequence fits into the empty cache"
+        if text in self.running:
+            count = min(text.rest, budget)
+            return [(text, count)] if self._make_room(text, count, []) else []
+        while not (count := self._let_in(text, budget)):
+            assert self.running, "one text fits into the empty cache"
             self._preempt(self.running[-1])
-        return [(sequence, count)]
+        return [(text, count)]
 
-    def _let_in(self, sequence: Sequence, budget: int) -> int:
+    def _let_in(self, text: Text, budget: int) -> int:
         """Move one of the waiting line to the running; return how many of its tokens are computed, 0: no room."""
         # Every token of a prompt whose probabilities are asked for has to be computed.
-        scored = sequence.prompt_chances is not None and len(sequence.prompt_chances) < sequence.prompt - 1
-        table = [] if scored else self.blocks.match(sequence.tokens, sequence.kind)
+        scored = text.prompt_chances is not None and len(text.prompt_chances) < text.prompt - 1
+        table = [] if scored else self.blocks.match(text.tokens, text.kind)
         computed = len(table) * self.blocks.size
         # All of a prompt must find room, not its first chunk only: it would be taken back at once.
-        needed = self.blocks.needed(len(sequence.tokens)) - len(table)
-        most = self.blocks.needed(sequence.prompt + sequence.limit) - len(table)
+        needed = self.blocks.needed(len(text.tokens)) - len(table)
+        most = self.blocks.needed(text.prompt + text.limit) - len(table)
         more = self.blocks.take(needed, table[-1] if table else None, hint=most)
         if more is None:
             self.blocks.release(table)
             return 0
-        self.waiting.remove(sequence)
-        insort(self.running, sequence, key=_age)
-        sequence.table, sequence.computed = [*table, *more], computed
-        if not sequence.has_run:
-            sequence.has_run, sequence.cached, sequence.waited = True, computed, time.monotonic() - sequence.since
-            self.counters.prompt_tokens += sequence.prompt
+        self.waiting.remove(text)
+        insort(self.running, text, key=_age)
+        text.table, text.computed = [*table, *more], computed
+        if not text.has_run:
+            text.has_run, text.cached, text.waited = True, computed, time.monotonic() - text.since
+            self.counters.prompt_tokens += text.prompt
             self.counters.cached_tokens += computed
-        return min(sequence.rest, budget)
+        return min(text.rest, budget)
 
-    def _make_room(self, sequence: Sequence, count: int, plan: list[tuple[Sequence, int]]) -> bool:
-        """Take the blocks that a running sequence needs for so many more tokens; False where it had to leave itself."""
-        needed = self.blocks.needed(sequence.computed + count) - len(sequence.table)
+    def _make_room(self, text: Text, count: int, plan: list[tuple[Text, int]]) -> bool:
+        """Take the blocks that a running text needs for so many more tokens; False where it had to leave itself."""
+        needed = self.blocks.needed(text.computed + count) - len(text.table)
         if needed <= 0:
             return True
-        while (more := self.blocks.take(needed, sequence.table[-1])) is None:
+        while (more := self.blocks.take(needed, text.table[-1])) is None:
             youngest = self.running[-1]
             self._preempt(youngest)
             plan[:] = [entry for entry in plan if entry[0] is not youngest]
-            if youngest is sequence:
+            if youngest is text:
                 return False
-        sequence.table += more
+        text.table += more
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, text: Text) -> None:
         self.counters.preemptions += 1
-        self.undo([sequence], suspect=False)
+        self.undo([text], suspect=False)
 
-    def _release(self, sequence: Sequence) -> None:
-        self.blocks.release(sequence.table)
-        sequence.table, sequence.computed = [], 0
+    def _release(self, text: Text) -> None:
+        self.blocks.release(text.table)
+        text.table, text.computed = [], 0
 
 
-def _age(sequence: Sequence) -> tuple[int, int]:
-    return sequence.id, sequence.index
+def _age(text: Text) -> tuple[int, int]:
+    return text.id, text.index

@@ -1,7 +1,7 @@
 """Tokens → text while they come: whole characters only, special tokens silent, stop strings cut off.
 
     stream = TextStream(tokenizer, stop_strings=("END",))
-    stream.add([...])        # the text that is decided by now
+    stream.add(id)           # the text that is decided by now
     stream.finish()          # what was still held back
 
 Held back are the bytes of an unfinished character, and an ending that may become a stop string. The pieces joined are
@@ -11,7 +11,7 @@ the text decoded at once, up to the first stop string.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from internlm.text.tokenizer import Tokenizer
 
@@ -39,21 +39,25 @@ class TextStream:
     ) -> None:
         self.stopped = False
         """Whether a stop string came up."""
+        self.length = 0
+        """Characters of all tokens so far, held back or not: where the text of the next one begins."""
         self._tokenizer, self._stops = tokenizer, tuple(stop_strings)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._drops_space = not continuation and puts_space_first(tokenizer)
+        self._drops_space = not continuation and tokenizer.puts_space_first
         self._held = ""
         self._include_stop, self._show_special = include_stop, show_special
 
-    def add(self, ids: Iterable[int]) -> str:
-        """Return the text that these tokens decide; "" once stopped."""
+    def add(self, id: int) -> str:
+        """Return the text that the next token decides; "" once stopped."""
         if self.stopped:
             return ""
-        data = b"".join(self._tokenizer.token_bytes(id_, skip_special=not self._show_special) for id_ in ids)
+        data = self._tokenizer.token_bytes(id, skip_special=not self._show_special)
         if data and self._drops_space:
             self._drops_space = False
             data = data.removeprefix(b" ")
-        return self._release(self._decoder.decode(data))
+        text = self._decoder.decode(data)
+        self.length += len(text)
+        return self._release(text) if self._stops else text
 
     def finish(self) -> str:
         """Return what was held back; an unfinished character becomes U+FFFD."""
@@ -73,12 +77,6 @@ class TextStream:
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text
-
-
-def puts_space_first(tokenizer: Tokenizer) -> bool:
-    """Return whether the vocabulary puts a space before every text (Llama 1 and 2)."""
-    ids = tokenizer.encode("a")
-    return bool(ids) and tokenizer.token_bytes(ids[0]).startswith(b" ")
 
 
 def _overlap(text: str, stop: str) -> int:

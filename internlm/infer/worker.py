@@ -22,7 +22,7 @@ from queue import Empty, SimpleQueue
 
 from internlm.errors import EngineError
 from internlm.infer.engine import Engine, Stats
-from internlm.infer.request import Delta, Request
+from internlm.infer.request import Checked, Delta, Request
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Health:
 class _Job:
     """A request that has not ended."""
 
-    request: Request
+    request: Checked
     deliver: Deliver
     left: set[int]
     """Answers that have not ended."""
@@ -91,14 +91,14 @@ class Worker:
         self._thread.start()
 
     def submit(self, request: Request, deliver: Deliver) -> int:
-        """Queue a request and return its id, which its deltas bear.
+        """Queue a request and return its id, which its deltas bear; one that was checked at once, whatever its length.
 
         Raises:
             Busy: `capacity` is used up.
             Stopping: nothing new is taken.
             EngineError: the request cannot be served.
         """
-        self.engine.check(request)
+        checked = self.engine.check(request)
         with self._lock:
             if self._stopping:
                 raise Stopping(self.problem or "the engine is stopping")
@@ -106,7 +106,7 @@ class Worker:
                 problem = f"{self._load} answers are under way or wait, and {self.capacity} are the limit"
                 raise Busy(problem, do="Try again later.")
             id_ = next(self.engine.ids)
-            self._jobs[id_] = _Job(request, deliver, set(range(request.n)))
+            self._jobs[id_] = _Job(checked, deliver, set(range(request.n)))
             self._load += request.n
             self._commands.put(("add", id_))
         return id_
@@ -181,7 +181,7 @@ class Worker:
         request = self._jobs[id_].request
         try:
             self.engine.add(request, id_)
-        except Exception as error:  # such as a prompt that was changed meanwhile
+        except Exception as error:  # such as memory that is short
             problem = f"{type(error).__name__}: {error}"
             self._hand_out([Delta(id_, [], "", "error", index, problem=problem) for index in range(request.n)])
 

@@ -323,7 +323,7 @@ def _byte_characters() -> dict[int, str]:
 
 
 def _parts(spec: dict[str, Any], sections: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield every normaliser, pre-tokeniser or decoder of a `tokenizer.json`, sequences taken apart."""
+    """Yield every normaliser, pre-tokenizer or decoder of a `tokenizer.json`, sequences taken apart."""
     waiting = [spec[name] for name in sections if spec.get(name)]
     while waiting:
         part = waiting.pop()

@@ -11,7 +11,7 @@ cannot become one. The one border inside text is the beginning of an answer, whe
 over it, `render(conversation)` begins with the ids of `render_prompt(conversation[:-1])`, and an answer is trained on
 just the ids after which it will be generated.
 
-What a template has no place for, calls of tools and their results, a format of `internlm.text.tools` writes out first.
+What a template has no place for, calls of tools and their results, a format of `tool_formats` writes out first.
 
 Limit: with a vocabulary that puts a space before every text (Llama 1 and 2) each stretch of text gets one.
 """
@@ -30,7 +30,7 @@ from internlm.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant", "tool")
-"""Of messages; a template may know fewer, and `tool` is written out by a format of `internlm.text.tools`."""
+"""Of messages; a template may know fewer, and `tool` is written out by a format of `internlm.text.tool_formats`."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class Message:
     """What one party of a conversation says."""
 
     role: str
-    """system, user, assistant, or tool: the result of a call, which a format of `internlm.text.tools` writes out."""
+    """system, user, assistant, or tool: the result of a call, which a format of `tool_formats` writes out."""
     content: str
     name: str | None = None
     """Who says it; no format writes it yet."""
     calls: tuple[ToolCall, ...] = ()
-    """Calls that an assistant message ends with; written out by a format of `internlm.text.tools`."""
+    """Calls that an assistant message ends with; written out by a format of `internlm.text.tool_formats`."""
     call_id: str | None = None
     """Which call a tool's result belongs to."""
     thought: str = ""
-    """What an assistant said to itself before; of the formats of `internlm.text.tools` react alone writes it."""
+    """What an assistant said to itself before; of the formats of `internlm.text.tool_formats` react alone writes it."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _check(messages: Conversation, template: Template) -> None:
         if message.calls:
             raise DataError(
                 "the calls of a message are not written out", where=where, got=message.calls[0].name,
-                do="Render the conversation with a format of internlm.text.tools first.",
+                do="Render the conversation with a format of internlm.text.tool_formats first.",
             )  # fmt: skip
         if message.name is not None:
             warn_once(logger, f"template {template.name} does not write names: {message.name!r} has no effect")

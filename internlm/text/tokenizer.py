@@ -25,14 +25,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from internlm import storage
+from internlm import hub, storage
 from internlm.errors import StorageError, TokenizerError, did_you_mean
 from internlm.log import warn_once
 from internlm.text.backends import SPACE_MARK, load_backend
@@ -87,8 +87,10 @@ class Tokenizer:
         Of both in a folder it is the one that `tokenizer_config.json` names, else the JSON.
 
         Raises:
+            StorageError: it is the name of something that would have to be downloaded.
             TokenizerError: nothing is there, or it is damaged or of a kind that is not known.
         """
+        hub.require_here(path)
         path = Path(path)
         beside = _read_configs(path if path.is_dir() else path.parent)
         file = _vocabulary_file(path, beside)
@@ -129,6 +131,12 @@ class Tokenizer:
     def pad_id(self) -> int | None:
         """The id that fills rows up, or None."""
         return self._roles["pad"][1] if "pad" in self._roles else None
+
+    @cached_property
+    def puts_space_first(self) -> bool:
+        """Whether the vocabulary puts a space before every text (Llama 1 and 2)."""
+        ids = self.encode("a")
+        return bool(ids) and self.token_bytes(ids[0]).startswith(b" ")
 
     def special(self, name: str) -> int:
         """Return the id of a special token by its written form, such as `<eoa>`.
@@ -205,8 +213,7 @@ class Tokenizer:
         with storage.beside(vocabulary) as draft:
             draft.write_bytes(self._data)
         reader = {"tokenizer_class": "PreTrainedTokenizerFast"} if self._is_json else {}
-        config = json.dumps({**reader, **self.config()}, indent=2, ensure_ascii=False)
-        storage.write_text(folder / CONFIG_FILE, config + "\n")
+        storage.write_json(folder / CONFIG_FILE, {**reader, **self.config()})
         return [vocabulary, folder / CONFIG_FILE]
 
     def write_tokenizer_json(self, path: str | Path) -> None:
@@ -314,17 +321,8 @@ def _vocabulary_file(path: Path, beside: Sequence[dict[str, Any]]) -> Path:
 
 def _read_configs(folder: Path) -> list[dict[str, Any]]:
     """Return the content of the JSON files beside a vocabulary, the one that counts most first."""
-    found = []
-    for file in (folder / CONFIG_FILE, folder / "special_tokens_map.json"):
-        if not file.is_file():
-            continue
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            assert isinstance(content, dict)
-        except (ValueError, AssertionError) as error:
-            raise TokenizerError("is no JSON object", where=file, do="Copy the file again.") from error
-        found.append(content)
-    return found
+    names = (CONFIG_FILE, "special_tokens_map.json")
+    return [storage.read_json(folder / name, TokenizerError) for name in names if (folder / name).is_file()]
 
 
 def _roles(beside: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from internlm.text.templates import TEMPLATES, Template, jinja, quoted, refusal, text_of
 from internlm.text.tokenizer import Tokenizer
-from internlm.text.tools import Tool, format_of
+from internlm.text.tool_formats import format_of
+from internlm.text.tools import Tool
 
 _MESSAGES = r"""
 {% set begun = 1 if messages and messages[0]['role'] == 'system' else 0 %}

@@ -1,24 +1,15 @@
-r"""Tool calls between a conversation and a model's text: three formats, each of which renders and parses.
+"""Tool calls between a conversation and a model's text: what a format of them is.
 
-    format = format_of("chatml")                                      # hermes
+    format = format_of("chatml")                                      # one of `tool_formats`, hermes
     messages = format.render([Message("user", "What is 2 + 3?")], [Tool("add", "Adds numbers.", {...})])
     ids = render_prompt(messages, get_template("chatml"), tokenizer)  # the one renderer, as without tools
     parser = format.parser({"add"})
     parser.add(text), …, parser.finish()                              # events, while the answer comes
     [*history, Message("assistant", "", calls=(call,)), Message("tool", "5", call_id=call.id)]   # and once more
 
-    react       InternLM-chat v1.1   Thought:… ⏎ Action:add ⏎ ActionInput:{"a": 2, "b": 3}
-    internlm2   InternLM2 and later  <|action_start|><|plugin|> ⏎ {"name": "add", "parameters": {…}}<|action_end|>
-    hermes      Hermes, Qwen, ours   <tool_call> ⏎ {"name": "add", "arguments": {…}} ⏎ </tool_call>
-
 Special tokens get in by id, as all structure does: `render` gives them as parts of a message, never as text, and
-content that looks like them stays text. InternLM2 was trained on the tokens alone, so a tokenizer that lacks one is an
-error of `render_prompt`, and hermes is the format for it. The tags of hermes are text in its own models too. Read back
-from an answer they are text in every format: generate with `show_special` where a format has `specials`.
-
-Limits: InternLM2's code interpreter (`<|interpreter|>`) is no tool here; its calls come out as content.
-Sources: lagent 0.1 (ReAct: its keys, results as system messages), Qwen2.5's chat template, and
-https://github.com/InternLM/InternLM/blob/main/chat/chat_format.md. The words around the descriptions are our own.
+content that looks like them stays text. Read back from an answer they are text: generate with `show_special` where a
+format has `specials`.
 """
 
 from __future__ import annotations
@@ -32,18 +23,16 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Literal
 
-from internlm.errors import ConfigError, DataError, did_you_mean
+from internlm.errors import DataError
 from internlm.log import warn_once
-from internlm.text.chat import Framed, Message, ToolCall
-from internlm.text.templates import Frame, Part, Special, Template, get_template, text_of
-from internlm.text.tool_json import MAX_DEPTH, is_object, moved_schema
+from internlm.text.chat import Message, ToolCall
+from internlm.text.templates import Part, Template, text_of
+from internlm.text.tool_json import MAX_DEPTH, is_object
 from internlm.text.tool_parser import (
     ArgumentsGrow,
     CallBegins,
     CallFails,
     Event,
-    ReActParser,
-    TaggedParser,
     Text,
     Thought,
     ToolParser,
@@ -51,8 +40,7 @@ from internlm.text.tool_parser import (
 
 __all__ = [
     "ArgumentsGrow", "CallBegins", "CallFails", "Event", "Text", "Thought", "ToolParser",
-    "Answer", "Forced", "Message", "Tool", "ToolCall", "ToolFormat", "FORMATS",
-    "collect", "format_of", "get_format", "new_call_id",
+    "Answer", "Forced", "Message", "Tool", "ToolCall", "ToolFormat", "collect", "json_text", "new_call_id",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -81,7 +69,7 @@ class Tool:
     @property
     def text(self) -> str:
         """How every format describes it: a JSON object."""
-        return _json({"name": self.name, "description": self.description, "parameters": self.parameters})
+        return json_text({"name": self.name, "description": self.description, "parameters": self.parameters})
 
     def __post_init__(self) -> None:
         _check_name(self.name, "tool")
@@ -132,6 +120,8 @@ class ToolFormat:
     """Special tokens that `parser` reads as text: generate with `show_special` where there are any."""
     words: tuple[str, ...] = ()
     """What is said around the tools' descriptions, in the order in which it stands there."""
+    writes_thoughts = False
+    """Whether what an assistant said to itself is written too."""
 
     def __init__(self, template: Template) -> None:
         self.template = template
@@ -156,7 +146,7 @@ class ToolFormat:
             written += messages[:at]
         while at < len(messages):
             message = messages[at]
-            if message.thought and self.name != ReAct.name:
+            if message.thought and not self.writes_thoughts:
                 warn_once(logger, f"the tool format {self.name} does not write thoughts: they have no effect")
             if message.role == "tool":
                 raise DataError("a tool's result without a call before it", where=f"message {at + 1}")
@@ -205,150 +195,6 @@ class ToolFormat:
 
     def _forced(self, tools: Sequence[Tool]) -> Forced:
         raise NotImplementedError
-
-
-class Hermes(ToolFormat):
-    """Calls as JSON between `<tool_call>` tags, which are text; results in a user message."""
-
-    name = "hermes"
-    words = (
-        "# Tools\n\nThese functions can be called:\n<tools>\n",
-        "\n</tools>\n\nA call is a JSON object with the function's name and arguments, between two tags:\n"
-        '<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>\n',
-        "Several calls may follow one another.",
-        "Make one call at most in an answer.",
-    )
-
-    def parser(self, known: Collection[str], parallel: bool = True) -> ToolParser:
-        """Return a parser of one answer; `known` names the tools that may be called."""
-        return TaggedParser("<tool_call>", "</tool_call>", known, parallel)
-
-    def _system(self, content: str, tools: Sequence[Tool], parallel: bool) -> Message:
-        before, after, several, one = self.words
-        described = "\n".join(f'{{"type": "function", "function": {tool.text}}}' for tool in tools)
-        told = before + described + after + (several if parallel else one)
-        return Message("system", f"{content}\n\n{told}" if content else told)
-
-    def _calls(self, message: Message, results: list[str] | None) -> list[Message]:
-        calls = [f"<tool_call>\n{_call_json(call, 'arguments')}\n</tool_call>" for call in message.calls]
-        written = [Message("assistant", "\n".join([message.content] * bool(message.content) + calls), message.name)]
-        if results is not None:
-            answers = (f"<tool_response>\n{result}\n</tool_response>" for result in results)
-            written.append(Message("user", "\n".join(answers)))
-        return written
-
-    def _forced(self, tools: Sequence[Tool]) -> Forced:
-        return Forced(("<tool_call>\n",), "json_schema", _call_schema(tools, "arguments"))
-
-
-_START, _END, _PLUGIN = Special("<|action_start|>"), Special("<|action_end|>"), Special("<|plugin|>")
-
-
-class InternLM2(ToolFormat):
-    """Calls as JSON between special tokens; tools in a second system message, results from the environment."""
-
-    name = "internlm2"
-    specials = (_START.name, _PLUGIN.name, _END.name)
-
-    def parser(self, known: Collection[str], parallel: bool = True) -> ToolParser:
-        """Return a parser of one answer; `known` names the tools that may be called."""
-        return TaggedParser(_START.name + _PLUGIN.name, _END.name, known, parallel)
-
-    def _system(self, content: str, tools: Sequence[Tool], parallel: bool) -> Message:
-        described = f"[{', '.join(tool.text for tool in tools)}]"
-        own = [(("system",), content)] if content else []
-        return _chatml("system", [*own, (("system name=", _PLUGIN), described)])
-
-    def _calls(self, message: Message, results: list[str] | None) -> list[Message]:
-        parts: list[Part] = [message.content] if message.content else []
-        for call in message.calls:
-            parts += [_START, _PLUGIN, "\n" + _call_json(call, "parameters"), _END]
-        written: list[Message] = [Framed("assistant", text_of(parts), message.name, parts=tuple(parts))]
-        if results is not None:
-            written.append(_chatml("user", [(("environment name=", _PLUGIN), result) for result in results]))
-        return written
-
-    def _forced(self, tools: Sequence[Tool]) -> Forced:
-        return Forced((_START, _PLUGIN, "\n"), "json_schema", _call_schema(tools, "parameters"))
-
-
-class ReAct(ToolFormat):
-    """Thought, action and its input as lines that begin with a key; results in system messages; one call at a time."""
-
-    name = "react"
-    stops = ("\nResponse:",)
-    """What comes after it, a model makes up. A final answer with such a line ends there too."""
-    words = (
-        "You can use these tools:\n",
-        "\n\nTo use one, write\nThought:what has to be found out next\nAction:the tool's name, one of ",
-        "\nActionInput:its arguments, a JSON object\nand you are given\nResponse:what the tool returned\n"
-        "When you know the answer, or need no tool, write\nThought:why this is the answer\nFinalAnswer:the answer",
-    )
-
-    def parser(self, known: Collection[str], parallel: bool = True) -> ToolParser:
-        """Return a parser of one answer; `known` names the tools that may be called."""
-        return ReActParser(known)
-
-    def _system(self, content: str, tools: Sequence[Tool], parallel: bool) -> Message:
-        before, between, after = self.words
-        described, names = "\n".join(tool.text for tool in tools), ", ".join(tool.name for tool in tools)
-        told = before + described + between + names + after
-        return Message("system", f"{content}\n\n{told}" if content else told)
-
-    def _calls(self, message: Message, results: list[str] | None) -> list[Message]:
-        if results is None and len(message.calls) > 1:
-            raise DataError(
-                "the react format has one call in an answer", got=f"{len(message.calls)} calls",
-                do="Give the calls one by one, each with its result.",
-            )  # fmt: skip
-        said = "\n".join(filter(None, (message.thought, message.content)))
-        thought = f"Thought:{said}\n" if said else ""
-        written = []
-        for number, call in enumerate(message.calls):
-            text = f"Action:{call.name}\nActionInput:{call.arguments.strip()}"
-            written.append(Message("assistant", text if number else thought + text, message.name))
-            if results is not None:
-                result = f"Response:{results[number]}\n"
-                written.append(Framed("user", result, parts=(result,), frame=self.template.system))
-        return written
-
-    def _answer(self, message: Message) -> Message:
-        if not message.content:
-            return message
-        thought = f"Thought:{message.thought}\n" if message.thought else ""
-        return Message("assistant", f"{thought}FinalAnswer:{message.content}", message.name)
-
-    def _forced(self, tools: Sequence[Tool]) -> Forced:
-        if len(tools) == 1:
-            begin = f"Action:{tools[0].name}\nActionInput:"
-            return Forced((begin,), "json_schema", _arguments_schema(tools[0], ""))
-        labelled = {f"{tool.name}\nActionInput:": _arguments_schema(tool, "") for tool in tools}
-        return Forced(("Action:",), "labelled_schema", labelled)
-
-
-FORMATS: dict[str, type[ToolFormat]] = {kind.name: kind for kind in (ReAct, InternLM2, Hermes)}
-_USUAL = {"internlm-v1.0": "react", "internlm-v1.1": "react", "internlm2": "internlm2"}
-"""Chat template → format, where it is not hermes."""
-
-
-def get_format(name: str, template: str = "chatml") -> ToolFormat:
-    """Return the tool format of this name, for the chat template of that.
-
-    Raises:
-        ConfigError: there is no such format, or no such template.
-    """
-    if name not in FORMATS:
-        raise ConfigError("no such tool format", got=name, allowed=FORMATS, do=did_you_mean(name, FORMATS))
-    return FORMATS[name](get_template(template))
-
-
-def format_of(template: str) -> ToolFormat:
-    """Return the tool format that models with this chat template are used with.
-
-    Raises:
-        ConfigError: there is no such template.
-    """
-    return get_format(_USUAL.get(template, "hermes"), template)
 
 
 def new_call_id() -> str:
@@ -441,39 +287,9 @@ def _folded(messages: list[Message]) -> list[Message]:
     return [Message("user", f"{system.content}\n\n{first.content}", first.name), *messages[2:]]
 
 
-def _chatml(role: str, blocks: list[tuple[tuple[Part, ...], str]]) -> Framed:
-    """Return ChatML messages with these headers and contents as one message of a role."""
-    frames = [Frame((Special("<|im_start|>"), *header, "\n"), (Special("<|im_end|>"), "\n")) for header, _ in blocks]
-    parts: list[Part] = [blocks[0][1]]
-    for frame, (_, content) in zip(frames[1:], blocks[1:], strict=True):
-        parts += [*frame.suffix, *frame.prefix, content]
-    return Framed(role, text_of(parts), parts=tuple(parts), frame=frames[0])
-
-
-def _json(value: object) -> str:
+def json_text(value: object) -> str:
+    """Return JSON as it is written into texts, on one line."""
     return json.dumps(value, ensure_ascii=False)
-
-
-def _call_json(call: ToolCall, key: str) -> str:
-    return f'{{"name": {_json(call.name)}, "{key}": {call.arguments.strip()}}}'
-
-
-def _call_schema(tools: Sequence[Tool], key: str) -> dict[str, Any]:
-    """Return the JSON schema of a call of any of the tools."""
-    schemas = []
-    for number, tool in enumerate(tools):
-        place = f"/properties/{key}" if len(tools) == 1 else f"/anyOf/{number}/properties/{key}"
-        properties = {"name": {"enum": [tool.name]}, key: _arguments_schema(tool, place)}
-        required = ["name", key]
-        schemas.append(
-            {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-        )
-    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-
-
-def _arguments_schema(tool: Tool, place: str) -> dict[str, Any]:
-    """Return the schema of a tool's arguments, an object, to stand at `place` of another."""
-    return {"type": "object", **moved_schema(tool.parameters, place)}
 
 
 def _children(value: Any) -> list[Any]:

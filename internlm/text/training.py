@@ -39,6 +39,8 @@ PATTERN = (
 )
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 KIND = "tokenizer"
+_MIN_FREQUENCY = 2
+"""A pair must be seen this often to be merged."""
 _MAX_VOCAB_SIZE = 1 << 24  # the library reserves memory for all ids at once, and ends the process where there is none
 
 
@@ -48,7 +50,6 @@ def train_bpe(
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
     *,
     pattern: str = PATTERN,
-    min_frequency: int = 2,
 ) -> Tokenizer:
     """Return a byte-level BPE tokenizer trained on `texts`, which are read once.
 
@@ -57,7 +58,6 @@ def train_bpe(
         vocab_size: ids to reach, special tokens and bytes included.
         special_tokens: their names, in the order of their ids. `<|bos|>`, `<|eos|>` and `<|pad|>` get these roles.
         pattern: the regular expression (Oniguruma) whose matches no token crosses.
-        min_frequency: a pair must be seen this often to be merged.
 
     Raises:
         ConfigError: `vocab_size` has no room for bytes and special tokens or is over 16 million, or a special token
@@ -75,7 +75,7 @@ def train_bpe(
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=min_frequency,
+        min_frequency=_MIN_FREQUENCY,
         special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -89,7 +89,7 @@ def train_bpe(
     if tokenizer.vocab_size < vocab_size:
         logger.warning(
             "warning: the text is too small for %d ids: no pair is left that occurs %d times; the vocabulary has %d",
-            vocab_size, min_frequency, tokenizer.vocab_size,
+            vocab_size, _MIN_FREQUENCY, tokenizer.vocab_size,
         )  # fmt: skip
     return tokenizer
 
@@ -98,9 +98,7 @@ def train_to_folder(
     texts: Iterable[str],
     folder: str | Path,
     vocab_size: int,
-    special_tokens: Sequence[str] = SPECIAL_TOKENS,
     *,
-    pattern: str = PATTERN,
     replace: bool = False,
 ) -> Tokenizer:
     """Train with `train_bpe`, write `tokenizer.json` and `tokenizer_config.json` to `folder`, return the tokenizer.
@@ -110,7 +108,7 @@ def train_to_folder(
         StorageError: the folder exists (and `replace` is not given, or it is no tokenizer), or cannot be written.
     """
     storage.check_free(folder, KIND, replace=replace)  # before the work, not after it
-    trained = train_bpe(texts, vocab_size, special_tokens, pattern=pattern)
+    trained = train_bpe(texts, vocab_size)
     with storage.writing(folder, KIND, replace=replace) as target:
         trained.save(target.path)
         target.meta.update(vocab_size=trained.vocab_size, fingerprint=trained.fingerprint)

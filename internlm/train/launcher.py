@@ -35,7 +35,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from internlm import ranks
 from internlm.compat import groups
-from internlm.errors import TrainingError
+from internlm.errors import TrainingError, first_line
 from internlm.train.stop import EXIT_CODES, Reason
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def start(words: list[str], patience_s: float) -> int:
         return 128 + error.sigval
     except (dist.DistError, RendezvousError) as error:
         raise TrainingError(
-            f"the nodes did not find each other: {ranks.first_line(error)}",
+            f"the nodes did not find each other: {first_line(error)}",
             do="Give every node the same --nodes and --master, and a port that is free on machine 0.",
         ) from error
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from internlm import config, runtime, storage
+from internlm import config, hub, runtime
 from internlm.checkpoint import store
 from internlm.checkpoint.store import Checkpoint, CheckpointConfig
 from internlm.config import Tree
@@ -85,7 +85,7 @@ def source(init_from: str | None) -> Source:
         ConfigError: there is no such folder. Else as `open_source`.
     """
     if init_from is not None:
-        storage.require_here(init_from, where="init_from")
+        hub.require_here(init_from, where="init_from")
     if init_from is None or not ("://" in init_from or Path(init_from).is_dir()):
         raise ConfigError("no such folder", where="init_from", got=init_from)
     return open_source(init_from)
@@ -127,7 +127,7 @@ def check_fit(shape: ModelConfig, loader: Loader, start: Source | None) -> None:
             f"was trained with another tokenizer ({tokenizer.fingerprint[:12]}) than the data "
             f"({loader.fingerprint[:12]})",
             where=where,
-            do="Tokenise the data with the tokenizer of those weights.",
+            do="Tokenize the data with the tokenizer of those weights.",
         )
 
 

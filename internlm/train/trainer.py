@@ -19,7 +19,7 @@ from internlm import plot, ranks, runtime
 from internlm.checkpoint import store
 from internlm.checkpoint.saver import Beside, Saved, Saver
 from internlm.checkpoint.store import Checkpoint, CheckpointConfig
-from internlm.errors import StorageError, TrainingError
+from internlm.errors import StorageError, TrainingError, first_line
 from internlm.log import duration, size
 from internlm.model.transformer import Transformer
 from internlm.parallel.apply import Parallel
@@ -123,7 +123,7 @@ class Trainer:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             raise TrainingError(
-                f"the memory of {self.parallel.device} is full: {str(error).splitlines()[0]}",
+                f"the memory of {self.parallel.device} is full: {first_line(error)}",
                 where=f"step {self.progress.step}",
                 do="Lower train.micro_batch_rows, evaluate.rows or data.seq_len.",
             ) from error

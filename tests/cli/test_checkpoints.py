@@ -24,7 +24,7 @@ def run(recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
 
 
 def damage(run: Path, step: int) -> None:
-    path = store.path_of(run, step) / "tensors" / "rank-00000.safetensors"
+    path = store.path_of(run, step) / "tensors" / "state-00000.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -65,7 +65,7 @@ def test_damage_is_found_when_asked_for(run: Path, capsys: pytest.CaptureFixture
         (True, False),
         (False, True),
     ]
-    assert "tensors/rank-00000.safetensors is damaged (its SHA-256 differs)" in lines[2]
+    assert "tensors/state-00000.safetensors is damaged (its SHA-256 differs)" in lines[2]
 
 
 def test_what_is_not_complete_is_listed_and_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,15 +7,16 @@ import argparse
 import pytest
 import torch
 
-from internlm.cli import placement
-from internlm.cli.placement import Placement
+from internlm.cli import add_placement
 from internlm.errors import UsageError
+from internlm.infer.placement import Placement
 
 
-def placed(words: str) -> Placement:
+def placed(words: str, **options: bool) -> Placement:
     parser = argparse.ArgumentParser()
-    placement.add_arguments(parser.add_argument)
-    return placement.placement(parser.parse_args(words.split()))
+    add_placement(parser.add_argument)
+    arguments = parser.parse_args(words.split())
+    return Placement.here(arguments.device, arguments.pack, **options)
 
 
 @pytest.mark.parametrize(("words", "pack"), [("", "fp32"), ("--pack fp16", "fp16"), ("--pack none", None)])
@@ -24,10 +25,7 @@ def test_a_cpu_gets_exact_packed_products_unless_told_otherwise(words: str, pack
 
 
 def test_one_text_at_a_time_gets_products_for_one_row() -> None:
-    parser = argparse.ArgumentParser()
-    placement.add_arguments(parser.add_argument)
-    found = [placement.placement(parser.parse_args(words), alone=True).pack for words in ([], ["--pack", "fp16"])]
-    assert found == ["split", "fp16"]
+    assert [placed(words, alone=True).pack for words in ("", "--pack fp16", "--pack none")] == ["split", "fp16", None]
 
 
 def test_a_gpu_is_taken_where_there_is_one_and_nothing_is_packed_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,8 +41,8 @@ def test_a_gpu_is_taken_where_there_is_one_and_nothing_is_packed_there(monkeypat
 @pytest.mark.parametrize(
     ("device", "gpus", "message"),
     [
-        ("cuda", 0, "--device: no CUDA device here (got 'cuda'). Leave it out, or give --device cpu."),
-        ("cuda:0", 0, "--device: no CUDA device here (got 'cuda:0'). Leave it out, or give --device cpu."),
+        ("cuda", 0, "--device: no CUDA device here (got 'cuda'). Leave it out, or give cpu."),
+        ("cuda:0", 0, "--device: no CUDA device here (got 'cuda:0'). Leave it out, or give cpu."),
         ("tpu", 0, "--device: no such device here (got 'tpu'); allowed: auto, cpu"),
         ("cuda:2", 2, "--device: no such device here (got 'cuda:2'); allowed: auto, cpu, cuda, cuda:0, cuda:1"),
     ],

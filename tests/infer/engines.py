@@ -12,25 +12,14 @@ import torch
 from internlm.infer.engine import Engine
 from internlm.infer.request import Delta
 from internlm.model.config import ModelConfig
-from internlm.model.transformer import Transformer, build
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import train_bpe
+from tests.models import random_model
 
 TOKENIZER = train_bpe(["the cat sat on the mat. 你好 👋 END"] * 4, 300)
 SHAPE = ModelConfig(
     vocab_size=300, hidden_size=48, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=64, context_length=400
 )
-
-
-def random_model(config: ModelConfig, seed: int = 1) -> Transformer:
-    """Return a model whose logits are far apart, so that what is greedy does not hang on the last bit."""
-    model = build(config, seed=0)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.25 * noise)
-    return model
 
 
 MODEL = random_model(SHAPE)

@@ -271,6 +271,8 @@ def test_what_is_no_url_is_refused_at_once(url: str) -> None:
 
 def test_a_bare_host_gets_the_usual_path_and_another_path_is_kept() -> None:
     assert Client("http://host:8000/").url == "http://host:8000/v1"
+    for route in ("chat/completions", "completions/"):
+        assert Client(f"http://host:8000/chat/v1/{route}").url == "http://host:8000/chat/v1"
     assert Client("https://host/team/v2/").url == "https://host/team/v2"
 
 

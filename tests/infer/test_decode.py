@@ -15,7 +15,7 @@ from internlm.infer.decode import Decoding, batch_sizes
 from internlm.infer.engine import Engine, Limits
 from internlm.infer.request import Request, Result
 from internlm.model.config import DynamicScaling, ExpertsConfig, ModelConfig, RopeConfig
-from tests.infer.engines import random_model
+from tests.models import random_model
 
 SHAPE = ModelConfig(
     vocab_size=101, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=48, context_length=96

@@ -13,7 +13,8 @@ from internlm.infer.engine import Engine, Limits
 from internlm.infer.request import Constraint, Request
 from internlm.model.config import DynamicScaling, RopeConfig
 from internlm.model.transformer import Transformer, build
-from tests.infer.engines import MODEL, SHAPE, TOKENIZER, Dictated, finish, prompt, random_model
+from tests.infer.engines import MODEL, SHAPE, TOKENIZER, Dictated, finish, prompt
+from tests.models import random_model
 
 
 def full_logits(model: Transformer, ids: list[int]) -> torch.Tensor:

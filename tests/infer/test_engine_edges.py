@@ -18,7 +18,8 @@ from internlm.infer.cache import Cache, Piece
 from internlm.infer.engine import Engine, Limits
 from internlm.infer.request import Constraint, Request
 from internlm.model.config import DynamicScaling, RopeConfig
-from tests.infer.engines import MODEL, SHAPE, TOKENIZER, Dictated, finish, prompt, random_model
+from tests.infer.engines import MODEL, SHAPE, TOKENIZER, Dictated, finish, prompt
+from tests.models import random_model
 
 
 class Counting:
@@ -188,6 +189,18 @@ def test_what_an_answer_needs_is_made_once_however_long_it_waits() -> None:
     assert engine.stats.counters.steps > 30
     assert results[1].finished == "length"
     assert Mine.begun == 1
+
+
+def test_who_is_writing_goes_before_a_long_prompt_and_a_step_has_as_many_tokens_as_it_may() -> None:
+    engine = Engine(MODEL, limits=Limits(step_tokens=8))
+    run, sizes = engine.runner.run, []
+    engine.runner.run = lambda plan: (sizes.append(sum(count for _, count in plan)), run(plan))[1]  # type: ignore
+    writer = engine.add(Request(tokens=prompt(4), max_tokens=30))
+    engine.step()
+    engine.add(Request(tokens=prompt(100), max_tokens=1))
+    for _ in range(10):
+        assert [delta.id for delta in engine.step()] == [writer]
+    assert sizes == [4] + [8] * 10
 
 
 def test_every_answer_ends_where_steps_of_several_always_fail() -> None:

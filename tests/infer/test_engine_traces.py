@@ -12,7 +12,7 @@ from internlm.infer.cache import Piece
 from internlm.infer.engine import Engine, Limits
 from internlm.infer.request import Delta, Request
 from internlm.model.config import ModelConfig
-from tests.infer.engines import random_model
+from tests.models import random_model
 
 MODEL = random_model(
     ModelConfig(vocab_size=40, hidden_size=16, num_layers=1, num_heads=2, ffn_size=16, context_length=64)

@@ -14,14 +14,15 @@ import jsonschema
 import pytest
 import torch
 
-from internlm.errors import EngineError
+from internlm.errors import EngineError, install_command
 from internlm.infer import grammar
 from internlm.infer.engine import Engine, Limits
 from internlm.infer.request import Request, Result
 from internlm.model.config import ModelConfig
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import train_bpe
-from tests.infer.engines import random_model, sentencepiece_tokenizer
+from tests.infer.engines import sentencepiece_tokenizer
+from tests.models import random_model
 
 TEXTS = [
     '{"name": "Ada", "age": 36, "tags": ["a", "b"]}',
@@ -421,5 +422,5 @@ def test_a_text_that_took_too_long_is_tried_again(monkeypatch: pytest.MonkeyPatc
 
 def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(EngineError, match=re.escape("pip install 'internlm[serve]'")):
+    with pytest.raises(EngineError, match=re.escape(install_command("serve"))):
         grammar.compile("regex", "not seen before", BPE, SIZE, STOPS)

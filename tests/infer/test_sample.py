@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from internlm.infer.request import Rules
+from internlm.infer.request import Request, Rules
 from internlm.infer.sample import NOT_FINITE, History, chances, choose, draw
 
 VOCAB = 12
@@ -97,11 +97,9 @@ def test_rows_with_different_rules_do_not_touch_each_other() -> None:
     assert together.tolist() == [int(token) for token in alone]
 
 
-def changed(
-    logits: list[float], rules: Rules, prompt: list[int], answer: list[int], bias: dict[int, float]
-) -> list[float]:
+def changed(logits: list[float], request: Request, answer: list[int]) -> list[float]:
     """Return logits after what the tokens before do to them."""
-    history = History(rules, prompt, len(logits), torch.device("cpu"), bias)
+    history = History(request, len(logits), torch.device("cpu"))
     for token in answer:
         history.add(token)
     row = torch.tensor(logits)
@@ -111,18 +109,19 @@ def changed(
 
 
 def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_all_tokens_before() -> None:
-    rules = Rules(repetition_penalty=2.0)
-    assert changed([3.0, 2.0, -1.0, 1.75], rules, [0, 0], [2], {}) == [1.5, 2.0, -2.0, 1.75]
+    request = Request(tokens=[0, 0], repetition_penalty=2.0)
+    assert changed([3.0, 2.0, -1.0, 1.75], request, [2]) == [1.5, 2.0, -2.0, 1.75]
 
 
 def test_presence_counts_once_and_frequency_each_time_and_the_prompt_not_at_all() -> None:
-    rules = Rules(presence_penalty=0.5, frequency_penalty=0.25)
-    assert changed([1.0, 1.0, 1.0, 1.0], rules, [3, 3], [0, 1, 1], {}) == [0.25, 0.0, 1.0, 1.0]
-    assert changed([1.0, 1.0], Rules(presence_penalty=-2.0), [], [0], {}) == [3.0, 1.0]
+    request = Request(tokens=[3, 3], presence_penalty=0.5, frequency_penalty=0.25)
+    assert changed([1.0, 1.0, 1.0, 1.0], request, [0, 1, 1]) == [0.25, 0.0, 1.0, 1.0]
+    assert changed([1.0, 1.0], Request(tokens=[], presence_penalty=-2.0), [0]) == [3.0, 1.0]
 
 
 def test_bias_comes_before_the_penalties() -> None:
-    assert changed([1.0, 1.0], Rules(repetition_penalty=2.0), [0], [], {0: 3.0}) == [2.0, 1.0]
+    request = Request(tokens=[0], repetition_penalty=2.0, logit_bias={0: 3.0})
+    assert changed([1.0, 1.0], request, []) == [2.0, 1.0]
 
 
 def test_chances_are_the_log_softmax_and_its_best() -> None:

@@ -21,7 +21,7 @@ def one_token_per_byte(text: str) -> list[int]:
 
 def pieces(ids: list[int], *stops: str) -> list[str]:
     stream = TextStream(TOKENIZER, stops)
-    return [*(stream.add([id_]) for id_ in ids), stream.finish()]
+    return [*map(stream.add, ids), stream.finish()]
 
 
 def test_a_character_comes_whole_when_its_last_byte_does() -> None:
@@ -58,7 +58,7 @@ def test_the_pieces_are_the_text_up_to_the_first_stop(text: str, stops: list[str
     got = ""
     while ids:
         size = data.draw(st.integers(1, 5))
-        got += stream.add(ids[:size])
+        got += "".join(map(stream.add, ids[:size]))
         ids = ids[size:]
         # Every prefix is safe to show: it never has to be taken back.
         assert TOKENIZER.decode(TOKENIZER.encode(text)).startswith(got)
@@ -83,7 +83,7 @@ def test_any_ids_give_what_decoding_them_at_once_gives(ids: list[int]) -> None:
 @given(st.lists(st.integers(0, SPACED.vocab_size - 1), max_size=30))
 def test_with_a_space_before_every_text_any_ids_give_their_text_too(continuation: bool, ids: list[int]) -> None:
     stream = TextStream(SPACED, continuation=continuation)
-    got = "".join([*(stream.add([id_]) for id_ in ids), stream.finish()])
+    got = "".join([*map(stream.add, ids), stream.finish()])
     data = b"".join(SPACED.token_bytes(id_) for id_ in ids)
     assert got == (data if continuation else data.removeprefix(b" ")).decode("utf-8", "replace")
     if not continuation:
@@ -94,6 +94,6 @@ def test_a_stop_string_that_ends_with_a_cut_character_is_not_shown() -> None:
     tokenizer = train_bpe(["a"], 270)
     stream = TextStream(tokenizer, ("X\ufffd",))
     half = next(i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) == b"\xe6")
-    shown = "".join(stream.add([id_]) for id_ in [*tokenizer.encode("aX"), half])
+    shown = "".join(map(stream.add, [*tokenizer.encode("aX"), half]))
     assert shown + stream.finish() == "a"
     assert stream.stopped

@@ -12,9 +12,11 @@ import pytest
 from internlm.errors import EngineError
 from internlm.infer.engine import Engine, Limits
 from internlm.infer.request import Delta, Request
+from internlm.infer.schedule import Text
 from internlm.infer.worker import Busy, Stopping, Worker
 from internlm.model.config import ModelConfig
-from tests.infer.engines import SlowEngine, random_model
+from tests.infer.engines import SlowEngine
+from tests.models import random_model
 
 SHAPE = ModelConfig(vocab_size=64, hidden_size=16, num_layers=1, num_heads=2, ffn_size=16, context_length=128)
 MODEL = random_model(SHAPE)
@@ -221,18 +223,46 @@ def test_a_request_for_more_answers_than_are_left_is_refused(worker: Worker, eng
     receiver.wait(alone, answers=20)
 
 
-def test_a_request_that_changes_before_it_is_taken_ends_alone(worker: Worker, engine: SlowEngine) -> None:
+def test_a_prompt_that_changes_after_it_was_submitted_is_answered_as_it_was(worker: Worker, engine: SlowEngine) -> None:
     engine.pause = 0.1
     receiver = Receiver()
-    good = worker.submit(ask(6), receiver)
+    asked = {"max_tokens": 4, "temperature": 0}
+    worker.submit(ask(6), receiver)
     time.sleep(0.05)
     tokens = [1, 2]
-    bad = worker.submit(Request(tokens=tokens, n=2), receiver)
+    id_ = worker.submit(Request(tokens=tokens, **asked), receiver)
     tokens.clear()
+    receiver.wait(id_)
+    (wanted,) = Engine(MODEL).generate([[1, 2]], **asked)
+    assert [token for delta in receiver.of(id_) for token in delta.tokens] == wanted.tokens
+
+
+def test_a_prompt_is_looked_through_once(worker: Worker, engine: SlowEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = engine.check(ask(3))
+    monkeypatch.setattr(Request, "check", lambda request: pytest.fail("it was checked"))
+    receiver = Receiver()
+    receiver.wait(worker.submit(checked, receiver))
+    assert engine.check(checked) is checked
+
+
+def test_a_request_that_the_engine_does_not_take_after_all_ends_alone(
+    worker: Worker, engine: SlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver = Receiver()
+    good = worker.submit(ask(6), receiver)
+    add = engine.scheduler.add
+
+    def fails(text: Text) -> None:
+        if text.request.n == 2:
+            raise MemoryError("no room")
+        add(text)
+
+    monkeypatch.setattr(engine.scheduler, "add", fails)
+    bad = worker.submit(ask(6, n=2), receiver)
     receiver.wait(good)
     receiver.wait(bad, answers=2)
     assert [(d.finished, d.index) for d in receiver.of(bad)] == [("error", 0), ("error", 1)]
-    assert "the prompt is empty" in str(receiver.of(bad)[0].problem)
+    assert receiver.of(bad)[0].problem == "MemoryError: no room"
     assert receiver.of(good)[-1].finished == "length"
     assert worker.drain(5) == 0
 

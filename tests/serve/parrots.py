@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from internlm.errors import EngineError
+from internlm.infer.request import TooLong
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import Transformer, build
-from internlm.serve.chat.answer import Facts, Settings, TooLong
+from internlm.serve.chat.answer import Facts, Settings
 from internlm.text.chat import Message
 from internlm.text.training import train_bpe
 from internlm.weights import transformers as folders

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from internlm.text.training import train_bpe
 from internlm.weights.talk import Talk
 from tests.infer import engines
 from tests.infer.engines import SlowEngine
+from tests.processes import until
 
 TOKENIZER = train_bpe(["What is the sum? Say 4 now, 你好 the cat sat on the mat. END"] * 4, 320)
 SHAPE = ModelConfig(vocab_size=324, hidden_size=32, num_layers=2, num_heads=2, ffn_size=32, context_length=256)
@@ -124,21 +124,10 @@ def serving(
     server = Server(make_app(served, worker, access or Access(), metrics), worker, address, drain_seconds=drain)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    assert until(lambda: server.started)
     try:
         yield Running(url_of(address, listener), server, worker, engine, metrics, thread)
     finally:
         server.should_exit = server.force_exit = True
         thread.join(10)
         worker.close()
-
-
-def until(condition: Any, seconds: float = 5.0) -> bool:
-    """Wait until a condition holds, and say whether it does."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True

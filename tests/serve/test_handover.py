@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,15 +13,15 @@ import pytest
 import torch
 
 from internlm.checkpoint import place, saver, store
-from internlm.checkpoint.source import open_source
 from internlm.cli import main
 from internlm.errors import InternLMError, UsageError, WeightsError
 from internlm.model.config import DynamicScaling, ExpertsConfig, ModelConfig, RopeConfig
 from internlm.model.transformer import build
 from internlm.serve.handover import command as handover
-from internlm.serve.handover import engines
+from internlm.serve.handover import peers
 from internlm.serve.handover.checks import CHECKS
-from internlm.serve.handover.export import Wish, read_export
+from internlm.serve.handover.found import Wish, read_export
+from internlm.source import open_source
 from internlm.text.templates import get_template, jinja
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import train_bpe
@@ -31,6 +29,7 @@ from internlm.weights import transformers as folders
 from internlm.weights.gguf import model as gguf
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors
+from tests.processes import forked
 
 SHAPE = ModelConfig(
     vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=64, context_length=64
@@ -88,7 +87,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("engine", engines.ENGINES)
+@pytest.mark.parametrize("engine", peers.PEERS)
 def test_the_command_of_each_engine_is_exact(engine: str, make: Make) -> None:
     plan = handover.plan_for(make(), Wish(engine=engine, tensor=2, context=32, name="tiny", api_key="a b"))
     assert str(plan.command) == COMMANDS[engine]
@@ -113,25 +112,25 @@ def test_the_parser_of_calls_is_named_where_the_engine_has_one_and_the_export_te
     def parsers(template: str, names: list[str]) -> list[str | None]:
         talk = Talk(train_bpe(["One and one are two."] * 3, 300, ["<s>", *names]), template)
         told = replace(export, talk=talk, template=talk.jinja)
-        return [handover.tool_parser(told, engine) for engine in engines.ENGINES]
+        return [handover.tool_parser(told, engine) for engine in peers.PEERS]
 
     assert parsers("chatml", names) == ["qwen3", "hermes", "hermes", None]
     assert parsers("internlm2", names) == ["internlm", "internlm", None, None]
     assert parsers("internlm-v1.1", names) == [None] * 4
     assert parsers("internlm2", names[:2]) == [None] * 4
     before = replace(export, template=jinja(get_template("internlm")))
-    assert [handover.tool_parser(before, engine) for engine in engines.ENGINES] == [None] * 4
+    assert [handover.tool_parser(before, engine) for engine in peers.PEERS] == [None] * 4
     plan = handover.plan_for(export.path, Wish(engine="vllm"))
     assert plan.facts["tools"] == "hermes format, read by the parser 'hermes'"
 
 
-@pytest.mark.parametrize("engine", engines.ENGINES)
+@pytest.mark.parametrize("engine", peers.PEERS)
 def test_a_good_export_has_no_findings_on_any_engine(engine: str, make: Make) -> None:
     said = found(make(), engine)
     assert said == (["llama.cpp reads GGUF files, and this is a Transformers folder"] if engine == "llama.cpp" else [])
 
 
-@pytest.mark.parametrize("engine", engines.ENGINES)
+@pytest.mark.parametrize("engine", peers.PEERS)
 def test_the_conversion_that_comes_first_makes_what_the_command_names(
     engine: str, make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,7 +316,7 @@ def test_whether_bos_is_added_is_what_transformers_does(spoil: Callable[[Path], 
 def test_dynamic_ntk_reaches_past_the_trained_length_on_turbomind_alone(make: Make) -> None:
     folder = make(**DYNAMIC)
     export = read_export(open_source(folder))
-    lengths = {name: handover.context_limit(export, name) for name in engines.ENGINES}
+    lengths = {name: handover.context_limit(export, name) for name in peers.PEERS}
     assert lengths == {"lmdeploy": 128, "vllm": 64, "sglang": 64, "llama.cpp": 64}
     narrow = make("narrow", **DYNAMIC, head_dim=32)
     assert handover.context_limit(read_export(open_source(narrow)), "lmdeploy") == 64
@@ -399,20 +398,20 @@ def test_wrong_usage_of_the_verb_exits_with_2(words: list[str], capsys: pytest.C
 def test_the_table_says_of_every_claim_how_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["deploy", "--table"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(engines.SUPPORT) + 2
-    for row in engines.SUPPORT.values():
-        assert list(row) == list(engines.ENGINES)
+    assert len(lines) == len(peers.SUPPORT) + 2
+    for row in peers.SUPPORT.values():
+        assert list(row) == list(peers.PEERS)
         for claim in row.values():
             assert claim.how in ("source", "ran", "documented")
             assert claim.version
             assert str(claim) == f"{claim.says} [{claim.how} {claim.version}]"
-    ran = {name for row in engines.SUPPORT.values() for name, claim in row.items() if claim.how == "ran"}
+    ran = {name for row in peers.SUPPORT.values() for name, claim in row.items() if claim.how == "ran"}
     assert ran == {"llama.cpp"}, "no other engine has run with an export of ours"
 
 
 def test_the_docs_hold_the_table() -> None:
     docs = Path(__file__).parents[2] / "docs" / "serving.md"
-    assert engines.markdown() in docs.read_text(encoding="utf-8"), "paste what `internlm deploy --table` prints"
+    assert peers.markdown() in docs.read_text(encoding="utf-8"), "paste what `internlm deploy --table` prints"
 
 
 FAKE = """\
@@ -424,18 +423,15 @@ echo "key $VLLM_API_KEY" >> said
 
 def test_run_becomes_the_engine(make: Make, tmp_path: Path) -> None:
     make()
-    command = [sys.executable, "-m", "internlm", "deploy", "model", "--engine", "vllm", "--api-key", "k e y", "--run"]
-    nowhere = {**os.environ, "PATH": "/nowhere", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, text=True, env=nowhere)
+    command = ["deploy", "model", "--engine", "vllm", "--api-key", "k e y", "--run"]
+    done = forked(*command, PATH="/nowhere")
     assert done.returncode == 2
     assert "vllm is not on PATH. Install it: pip install vllm" in done.stderr
     fake = tmp_path / "bin" / "vllm"
     fake.parent.mkdir()
     fake.write_text(FAKE)
     fake.chmod(0o755)
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**nowhere, "PATH": f"{fake.parent}:{os.environ['PATH']}"}
-    )
+    done = forked(*command, PATH=f"{fake.parent}:{os.environ['PATH']}")
     assert done.returncode == 0, done.stderr
     said = Path("said").read_text().splitlines()
     assert said[0].endswith("serve model --served-model-name model --host 127.0.0.1 --port 8000 --dtype bfloat16 "

@@ -13,7 +13,7 @@ import pytest
 from internlm.infer.engine import Engine
 from internlm.infer.request import Request
 from internlm.text.chat import Message, render_prompt
-from internlm.text.templates import get_template
+from internlm.text.templates import TEMPLATES, get_template
 from internlm.weights.talk import Talk
 from tests.serve.servers import TOKENIZER, Running, random_model, serving
 
@@ -365,5 +365,7 @@ def test_a_model_without_a_chat_format_completes_only() -> None:
     with serving(template=None) as server:
         refused = server.post("/v1/chat/completions", {"messages": QUESTION})
         assert refused.status_code == 400
-        assert "no chat format" in refused.json()["error"]["message"]
+        said = refused.json()["error"]["message"]
+        assert said.startswith("the model has no chat format: use /v1/completions, or start the server with --template")
+        assert all(name in said for name in TEMPLATES)
         assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200

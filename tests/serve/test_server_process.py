@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import os
-import queue
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +19,16 @@ import openai
 import pytest
 
 from internlm import runtime
-from internlm.cli import main, serve
+from internlm.cli import KEY_VARIABLE, main, serve
 from internlm.errors import UsageError
 from internlm.model.config import DynamicScaling
 from internlm.serve.api.run import Address, bind
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors
-from tests.serve.servers import SHAPE, TOKENIZER, Running, random_model, serving, slow_engine, until
+from tests import processes
+from tests.processes import until
+from tests.serve.servers import SHAPE, TOKENIZER, Running, random_model, serving, slow_engine
 
 LONG: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": 240, "ignore_eos": True}
 
@@ -182,36 +179,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def process(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], list[str], str]]:
-    """Run `internlm serve` on a free port; gives the process, the lines it says, and its address."""
-    command = [sys.executable, "-m", "internlm", "serve", *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment) as child:
-        said: queue.Queue[str] = queue.Queue()
-        assert child.stderr is not None
-        threading.Thread(target=lambda: [said.put(line) for line in child.stderr or ()], daemon=True).start()
-        lines: list[str] = []
-        try:
-            while not any(line.startswith("serving ") for line in lines):
-                lines.append(said.get(timeout=60))
-            yield child, lines, next(word for word in lines[-1].split() if word.startswith("http"))
-        finally:
-            child.kill()
-
-
 def test_sigterm_lets_answers_end_and_the_process_ends_with_code_0(folder: Path) -> None:
     words = ["api_server", str(folder), "--server-port", "0", "--model-name", "mine", "--max-batch-size", "2"]
-    with process(*words, INTERNLM_API_KEY="secret") as (child, lines, url):
-        assert any("internlm serve" in line and "note" in line for line in lines)
-        assert "serving mine at http://127.0.0.1:" in lines[-1]
-        client = openai.OpenAI(base_url=url + "/v1", api_key="secret", max_retries=0)
+    with processes.serving(*words, INTERNLM_API_KEY="secret") as on:
+        assert any("internlm serve" in line and "note" in line for line in on.said)
+        assert "serving mine at http://127.0.0.1:" in on.said[-1]
+        client = openai.OpenAI(base_url=on.url + "/v1", api_key="secret", max_retries=0)
         options: dict[str, Any] = {"model": "mine", "prompt": [5, 6, 7], "max_tokens": 200, "stream": True}
         stream = client.completions.create(**options, extra_body={"ignore_eos": True})
         next(stream)
-        child.send_signal(signal.SIGTERM)
+        on.child.send_signal(signal.SIGTERM)
         rest = list(stream)
         assert rest[-1].choices[0].finish_reason == "length"
-        assert child.wait(20) == 0
+        assert on.child.wait(20) == 0
 
 
 def test_a_second_signal_ends_at_once() -> None:
@@ -246,7 +226,7 @@ def test_a_certificate_makes_the_server_speak_tls(tmp_path: Path) -> None:
     [
         (["nothing"], "no such folder"),
         (["MODEL", "other"], "one model is served"),
-        (["MODEL", "--max-batch", "0"], "batch: must be at least 1"),
+        (["MODEL", "--max-batch", "0"], "--max-batch: must be at least 1"),
         (["MODEL", "--cache-gib", "0"], "--cache-gib: must be over 0"),
         (["MODEL", "--cache-gib", "1e-9", "--max-length", "64"], "cache has room for"),
         (["MODEL", "--template", "internln"], "Did you mean 'internlm'?"),
@@ -273,7 +253,7 @@ def test_a_cache_beyond_the_free_memory_is_refused_with_both_numbers_before_it_i
 ) -> None:
     monkeypatch.setattr(runtime, "available_memory", lambda: 3 * 2**29)
     assert main(["serve", str(folder), "--port", "0", "--device", "cpu", "--cache-gib", "2"]) == 2
-    said = "--cache-gib: only 1.5 GiB are free on cpu (got 2.0). Give less, or leave it out: memory says it then."
+    said = "--cache-gib: 2 GiB are asked for, and only 1.5 GiB are free on cpu. Give less, or leave it out: memory"
     assert said in capsys.readouterr().err
     assert main(["serve", str(folder), "--port", "0", "--device", "cpu", "--cache-gib", "1e300"]) == 2
     assert "only 1.5 GiB are free" in capsys.readouterr().err
@@ -305,7 +285,7 @@ def test_a_port_that_is_taken_is_an_error_of_the_user() -> None:
 def test_keys_come_from_the_line_the_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys"
     file.write_text("\ufeff# ours\nb\n\n c \na\n", encoding="utf-8")
-    monkeypatch.setenv(serve.KEY_VARIABLE, "d\n")
+    monkeypatch.setenv(KEY_VARIABLE, "d\n")
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     arguments = parser.parse_args(["m", "--api-key", "a", "--api-keys", "e ", "f", "--api-key-file", str(file)])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,11 +20,13 @@ from internlm.serve.chat.conversation import Chat
 from internlm.serve.chat.local import FromEngine
 from internlm.serve.chat.terminal import HIDDEN
 from internlm.text.chat import Message, render_prompt
-from internlm.text.templates import Template, get_template
+from internlm.text.templates import TEMPLATES, get_template
 from internlm.text.tokenizer import Tokenizer
+from internlm.weights.talk import Talk
 from tests.serve.parrots import ENDLESS, SHAPE, TOKENIZER, chain_model, export
 
 TEMPLATE = get_template("internlm")
+TALK = Talk(TOKENIZER, "internlm")
 
 
 class Watched(Engine):
@@ -41,9 +41,9 @@ class Watched(Engine):
         return super().add(request)
 
 
-def endless(template: Template | None = TEMPLATE, **limits: int) -> tuple[Watched, FromEngine]:
+def endless(template: str | None = "internlm", **limits: int) -> tuple[Watched, FromEngine]:
     engine = Watched(chain_model(ENDLESS, SHAPE), Limits(batch=1, **limits))
-    return engine, FromEngine(engine, template)
+    return engine, FromEngine(engine, Talk(TOKENIZER, template))
 
 
 GREEDY = Settings(temperature=0, max_tokens=6)
@@ -93,7 +93,7 @@ def test_a_base_model_continues_and_remembers_nothing() -> None:
 
 def test_a_format_with_one_question_sends_only_the_last() -> None:
     alpaca = get_template("alpaca")
-    engine, answerer = endless(alpaca, length=120)
+    engine, answerer = endless("alpaca", length=120)
     chat = Chat(answerer, GREEDY, "Brief.")
     for question in ("a", "b"):
         "".join(chat.answer(question))
@@ -139,7 +139,7 @@ def test_an_answer_that_is_cut_says_what_cut_it() -> None:
 
 def test_a_broken_model_fails_the_answer_and_not_the_chat() -> None:
     model = chain_model(ENDLESS, SHAPE)
-    chat = Chat(FromEngine(Engine(model, TOKENIZER), TEMPLATE), GREEDY)
+    chat = Chat(FromEngine(Engine(model, TOKENIZER), TALK), GREEDY)
     with torch.no_grad():
         model.head.weight[0, 0] = float("nan")
     with pytest.raises(EngineError, match="the answer failed: the model gives logits that are not finite"):
@@ -214,20 +214,20 @@ def test_facts_count_tokens_and_what_was_cached() -> None:
 def test_what_does_not_fit_is_said_before_the_first_question() -> None:
     engine = Engine(build(SHAPE, 0), TOKENIZER)
     with pytest.raises(UsageError, match="no place for a system message"):
-        Chat(FromEngine(engine, None), system="x")
+        Chat(FromEngine(engine, Talk(TOKENIZER)), system="x")
     with pytest.raises(TokenizerError, match="no such special token"):
-        FromEngine(engine, get_template("chatml"))
+        FromEngine(engine, Talk(TOKENIZER, "chatml"))
     with pytest.raises(UsageError, match="needs a tokenizer"):
-        FromEngine(Engine(build(SHAPE, 0)), None)
+        FromEngine(Engine(build(SHAPE, 0)), Talk())
     with pytest.raises(EngineError, match="top_k: is out of range"):
-        Chat(FromEngine(engine, None), Settings(top_k=-1))
+        Chat(FromEngine(engine, Talk(TOKENIZER)), Settings(top_k=-1))
 
 
 @pytest.mark.parametrize(
     "line", ["temperature nan", "temperature inf", "top_p -inf", "seed 1e3", "seed -1", "stop [1]", "max_tokens 1e999"]
 )
 def test_numbers_that_are_none_are_refused(line: str) -> None:
-    chat = Chat(FromEngine(Engine(build(SHAPE, 0), TOKENIZER), None))
+    chat = Chat(FromEngine(Engine(build(SHAPE, 0), TOKENIZER), Talk(TOKENIZER)))
     before = chat.settings
     with pytest.raises(InternLMError):
         chat.use(before.parsed(*line.split(" ", 1)), None)
@@ -235,7 +235,7 @@ def test_numbers_that_are_none_are_refused(line: str) -> None:
 
 
 def test_the_greatest_seed_is_good_for_many_answers() -> None:
-    chat = Chat(FromEngine(Engine(build(SHAPE, 0), TOKENIZER), TEMPLATE), Settings(seed=2**63 - 1, max_tokens=2))
+    chat = Chat(FromEngine(Engine(build(SHAPE, 0), TOKENIZER), TALK), Settings(seed=2**63 - 1, max_tokens=2))
     for _ in range(2):
         "".join(chat.answer("a"))
     assert chat.answers == 2
@@ -243,7 +243,7 @@ def test_the_greatest_seed_is_good_for_many_answers() -> None:
 
 def test_the_same_seed_gives_the_same_conversation() -> None:
     def conversation(seed: int) -> list[Message]:
-        chat = Chat(FromEngine(Engine(build(SHAPE, 0), TOKENIZER), TEMPLATE), Settings(seed=seed, max_tokens=6))
+        chat = Chat(FromEngine(Engine(build(SHAPE, 0), TOKENIZER), TALK), Settings(seed=seed, max_tokens=6))
         for _ in range(2):
             "".join(chat.answer("a"))
         return chat.history
@@ -260,13 +260,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OPTIONS = ["--temperature", "0", "--max-tokens", "5"]
 
 
-def test_a_piped_question_is_answered_like_one_given_with_p(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, "-m", "internlm", "chat", str(exported), *OPTIONS]
-    piped = subprocess.run(command, input=b"What is\nthe sum?\n", capture_output=True, timeout=120)
-    assert piped.returncode == 0, piped.stderr.decode()
+def test_a_piped_question_is_answered_like_one_given_with_p(
+    exported: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What is\nthe sum?\n")))
+    assert main(["chat", str(exported), *OPTIONS]) == 0
+    piped = capsys.readouterr().out
     assert main(["chat", str(exported), "-p", "What is\nthe sum?", *OPTIONS]) == 0
     answer = capsys.readouterr().out
-    assert piped.stdout.decode() == answer
+    assert piped == answer
     assert main(["chat", str(exported), "-p", "What is\nthe sum?", "--json", *OPTIONS]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["answer"].translate(HIDDEN) + "\n" == answer
@@ -285,7 +287,7 @@ def test_a_checkpoint_of_a_run_answers_too(tmp_path: Path, capsys: pytest.Captur
         assert main(["chat", str(run), "-p", "What?", *OPTIONS]) == 0
         said = capsys.readouterr()
         assert said.out
-        assert ("no chat format is recorded" in said.err) == (template is None)
+        assert (f"--template chooses one of {', '.join(TEMPLATES)}" in said.err) == (template is None)
 
 
 def test_the_spelling_of_lmdeploy_is_understood_with_a_note(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,10 +16,11 @@ import prompt_toolkit  # noqa: F401  without it some of these would be tests of 
 import pytest
 
 from internlm.model.config import ModelConfig
+from tests.processes import INTERNLM, environment
 from tests.serve.parrots import ENDLESS, FakeServer, chain_model, export, serving
 
 LONG = ModelConfig(vocab_size=300, hidden_size=16, num_layers=1, num_heads=2, ffn_size=16, context_length=20000)
-COMMAND = ["-m", "internlm", "chat"]
+COMMAND = [*INTERNLM[1:], "chat"]
 WITHOUT_TOOLKIT = [
     "-c",
     "import sys; sys.modules['prompt_toolkit'] = None; from internlm.cli import main; sys.exit(main())",
@@ -36,10 +37,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Return a function that starts the command in a terminal of 40 columns."""
     running = []
 
-    def begin(*words: str, term: str = "xterm", command: list[str] = COMMAND, **environment: str) -> pexpect.spawn:
-        variables = os.environ | {"TERM": term, "XDG_STATE_HOME": str(tmp_path / "state")} | environment
+    def begin(*words: str, term: str = "xterm", command: list[str] = COMMAND, **changes: str) -> pexpect.spawn:
         # It asks the terminal where the cursor is, and nobody answers here.
-        variables |= {"PROMPT_TOOLKIT_NO_CPR": "1", "OMP_NUM_THREADS": "1"}
+        settings = {"TERM": term, "XDG_STATE_HOME": str(tmp_path / "state"), "PROMPT_TOOLKIT_NO_CPR": "1"}
+        variables = environment(**settings | changes)
         for size in ("COLUMNS", "LINES"):  # what runs the tests may have its own
             variables.pop(size, None)
         child = pexpect.spawn(
@@ -214,8 +215,8 @@ def test_ctrl_c_stops_the_answer_of_a_server_and_the_conversation_goes_on(start:
 
 
 def test_no_colour_is_used_where_none_is_wanted(start: Start, server: FakeServer) -> None:
-    for environment, dim in (({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True)):
-        child = start("--url", server.url, command=WITHOUT_TOOLKIT, **environment)
+    for changes, dim in (({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True)):
+        child = start("--url", server.url, command=WITHOUT_TOOLKIT, **changes)
         child.expect(PROMPT)
         before = child.before
         child.sendline("/help")
@@ -230,7 +231,7 @@ def test_no_colour_is_used_where_none_is_wanted(start: Start, server: FakeServer
 def test_answers_can_go_into_a_file_while_remarks_stay_on_the_terminal(
     start: Start, server: FakeServer, tmp_path: Path
 ) -> None:
-    script = f"{sys.executable} -m internlm chat --url {server.url} > {tmp_path / 'answers'}"
+    script = f"{shlex.join(INTERNLM)} chat --url {server.url} > {tmp_path / 'answers'}"
     child = start(command=["-c", "import os, sys; os.execvp('sh', ['sh', '-c', sys.argv[1]])", script])
     child.expect(PROMPT)
     child.sendline("one 你")
@@ -242,10 +243,10 @@ def test_answers_can_go_into_a_file_while_remarks_stay_on_the_terminal(
 
 
 def test_a_pipe_is_one_question_and_a_closed_input_is_an_error(server: FakeServer) -> None:
-    command = [sys.executable, *COMMAND, "--url", server.url]
+    command = [*INTERNLM, "chat", "--url", server.url]
     piped = subprocess.run(command, input=b"/clear\n\n\xff\n", capture_output=True, timeout=60)
     assert (piped.returncode, piped.stdout.decode(), piped.stderr) == (0, "</clear\n\n\ufffd>\n", b"")
-    shell = " ".join(command) + " <&-"
+    shell = f"{shlex.join(command)} <&-"
     closed = subprocess.run(shell, shell=True, capture_output=True, timeout=60)
     assert closed.returncode == 2
     assert b"no input to read a question from. Give -p TEXT." in closed.stderr
@@ -253,7 +254,7 @@ def test_a_pipe_is_one_question_and_a_closed_input_is_an_error(server: FakeServe
 
 def test_ctrl_c_in_a_single_answer_ends_with_130_and_what_was_said(server: FakeServer) -> None:
     server.pause_s = 0.1
-    command = [sys.executable, *COMMAND, "--url", server.url, "-p", "word " * 200]
+    command = [*INTERNLM, "chat", "--url", server.url, "-p", "word " * 200]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None
     said = child.stdout.read(10)

@@ -19,6 +19,7 @@ from internlm.serve.chat.answer import Facts, FromServer, Settings
 from internlm.serve.chat.conversation import Chat
 from internlm.serve.chat.terminal import Screen, say
 from internlm.text.chat import Message
+from tests.processes import environment
 from tests.serve.parrots import FakeServer, serving
 
 
@@ -110,8 +111,8 @@ def test_ctrl_c_ends_the_wait_for_the_server_and_the_server_hears_of_it(
 def test_a_piped_question_is_answered_by_the_server_without_importing_torch(server: FakeServer) -> None:
     code = "import sys; from internlm.cli import main; code = main(); assert 'torch' not in sys.modules; sys.exit(code)"
     command = [sys.executable, "-c", code, "chat", "--url", server.url, "--model", "m"]
-    environment = os.environ | {"INTERNLM_API_KEY": "secret\n"}  # as `$(cat file)` would not, but Docker's secrets do
-    done = subprocess.run(command, input="x 你".encode(), capture_output=True, env=environment, timeout=60)
+    known = environment(INTERNLM_API_KEY="secret\n")  # as `$(cat file)` would not, but Docker's secrets do
+    done = subprocess.run(command, input="x 你".encode(), capture_output=True, env=known, timeout=60)
     assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == (0, "x 你\n", "")
     assert server.bodies[0]["model"] == "m"
     assert server.keys == ["Bearer secret"]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.processes import finish, free_port, listened_to, start, wait_for
 from tests.serve.chromium import chromium
 from tests.serve.openai_stub import Answer, Stub, serving
 
@@ -30,27 +27,18 @@ def demo(stub: Stub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     program = shutil.which("streamlit")
     if program is None:
         pytest.skip("no streamlit here")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = ["--server.port", str(port), "--server.address", "127.0.0.1", "--server.headless", "true"]
     options += ["--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none"]
     words = [program, "run", str(ROOT / "web_demo.py"), *options, "--", "--url", stub.url]
     home = tmp_path_factory.mktemp("home")
-    environment = {**os.environ, "INTERNLM_API_KEY": "secret", "HOME": str(home)}
-    with (home / "log").open("wb") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, cwd=home)
+    process = start(*words, cwd=home, INTERNLM_API_KEY="secret", HOME=str(home))
+    wait_for(process, lambda: listened_to(port))
     try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None, (home / "log").read_text()
-            time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(10)
+        finish(process, 10)
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
-import subprocess
-import sys
 import threading
 import urllib.request
 import webbrowser
@@ -19,8 +16,10 @@ from internlm.serve.api.gate import Access
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors
+from tests import processes
+from tests.processes import until
 from tests.serve.chromium import chromium, opened
-from tests.serve.servers import SHAPE, TOKENIZER, random_model, serving, slow_engine, until
+from tests.serve.servers import SHAPE, TOKENIZER, random_model, serving, slow_engine
 
 
 class Browser:
@@ -89,13 +88,12 @@ def test_the_verb_serves_a_model_and_opens_the_browser(tmp_path: Path) -> None:
     script = tmp_path / "browser"
     script.write_text(f'#!/bin/sh\nprintf %s "$1" > {shlex.quote(str(note))}.part && mv {note}.part {note}\n')
     script.chmod(0o755)
-    words = [sys.executable, "-m", "internlm", "web", str(tmp_path / "model"), "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(words, env={**os.environ, "BROWSER": f"{script} %s &"})
-    try:
-        assert until(note.exists, 60)
-        with urllib.request.urlopen(note.read_text(), timeout=30) as response:
+    words = [tmp_path / "model", "--device", "cpu"]
+    with processes.serving(*words, program="internlm web", BROWSER=f"{script} %s &") as on:
+        assert until(note.exists)
+        assert note.read_text() == on.url
+        with urllib.request.urlopen(on.url, timeout=30) as response:
             assert b'<main id="main">' in response.read()
             assert response.headers["Content-Type"] == "text/html; charset=utf-8"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        on.child.send_signal(signal.SIGTERM)
+        assert on.child.wait(30) == 0

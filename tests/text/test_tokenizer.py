@@ -372,3 +372,9 @@ def test_characters_that_a_normaliser_turns_into_a_special_name_stay_text(tmp_pa
     for text in ("</s>", "＜/s＞", "a＜/s＞b", "＜／ｓ＞"):
         assert tokenizer.special("</s>") not in tokenizer.encode(text), text
         assert tokenizer.special("</s>") not in tokenizer.encode_batch([text])[0], text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "internlm/internlm-7b", "https://huggingface.co/gpt2"])
+def test_a_name_of_the_hub_is_answered_with_the_command_that_downloads_it(name: str) -> None:
+    with pytest.raises(StorageError, match=r"nothing is downloaded here.*`hf download \S+ --local-dir DIR`"):
+        Tokenizer.load(name)

@@ -7,7 +7,8 @@ import torch
 
 from internlm.errors import EngineError
 from internlm.infer import grammar
-from internlm.text.tools import FORMATS, Tool, collect, get_format
+from internlm.text.tool_formats import FORMATS, get_format
+from internlm.text.tools import Tool, collect
 
 pytest.importorskip("llguidance")
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from internlm.text.tool_formats import get_format
 from internlm.text.tool_json import MAX_DEPTH, is_object
-from internlm.text.tools import ArgumentsGrow, CallBegins, CallFails, Text, Thought, collect, get_format
+from internlm.text.tools import ArgumentsGrow, CallBegins, CallFails, Text, Thought, collect
 
 many = settings(max_examples=300, deadline=None)
 KNOWN = ("add", "get_weather", "天气")

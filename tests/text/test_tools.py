@@ -6,8 +6,9 @@ import pytest
 from internlm.errors import ConfigError, DataError, TokenizerError
 from internlm.text.chat import Message, render, render_prompt
 from internlm.text.templates import TEMPLATES, Special, get_template
+from internlm.text.tool_formats import FORMATS, format_of, get_format
 from internlm.text.tool_json import moved_schema
-from internlm.text.tools import FORMATS, Tool, ToolCall, collect, format_of, get_format, new_call_id
+from internlm.text.tools import Tool, ToolCall, collect, new_call_id
 from internlm.text.training import train_bpe
 
 WEATHER = Tool("get_weather", "Tells the weather.", {"type": "object", "properties": {"city": {"type": "string"}}})

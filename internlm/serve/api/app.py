@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +20,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
 from internlm import __version__
 from internlm.errors import InternLMError
@@ -53,6 +54,9 @@ from internlm.serve.api.schema import (
 
 logger = logging.getLogger(__name__)
 
+_Body = TypeVar("_Body", bound=Sampling)
+_Found = TypeVar("_Found")
+_Given = TypeVarTuple("_Given")
 _PAGE_HEADERS = {"Cache-Control": "no-cache", "X-Frame-Options": "DENY"}
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -81,7 +85,7 @@ class Service:
         self.compilers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
         self._preparing = 0
 
-    async def ask(self, function: Callable[[Served, Any], Asked], body: Sampling) -> Asked:
+    async def ask(self, function: Callable[[Served, _Body], Asked], body: _Body) -> Asked:
         """Return what a request asks of the engine; compiling a grammar for one holds up no other.
 
         Raises:
@@ -89,12 +93,14 @@ class Service:
             Busy: as `prepare`.
         """
         pool = self.compilers if structure.is_slow(body) else self.pool
-        asked: Asked = await self.prepare(function, self.served, body, pool=pool)
-        return asked
+        return await self.prepare(function, self.served, body, pool=pool)
 
     async def prepare(
-        self, function: Callable[..., Any], *arguments: Any, pool: ThreadPoolExecutor | None = None
-    ) -> Any:
+        self,
+        function: Callable[[*_Given], _Found],
+        *given: *_Given,
+        pool: ThreadPoolExecutor | None = None,
+    ) -> _Found:
         """Return what a function gives that may take a while, run off the event loop.
 
         Raises:
@@ -104,7 +110,7 @@ class Service:
             raise Busy(f"{self._preparing} prompts wait to be read, which is the limit", do="Try again later.")
         self._preparing += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(pool or self.pool, function, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(pool or self.pool, function, *given)
         finally:
             self._preparing -= 1
 
@@ -177,8 +183,8 @@ class _Stream(StreamingResponse):
         super().__init__(events, headers=_STREAM_HEADERS)
         self.ticket = ticket
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def send_soon(event: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_soon(event: Message) -> None:
             async with asyncio.timeout(_UNREAD_SECONDS):
                 await send(event)
 
@@ -284,8 +290,7 @@ def _texts(service: Service) -> APIRouter:
     async def tokenize(body: TokenizeRequest) -> TokenizeAnswer:
         """Return the ids of a text or of a conversation."""
         served.check_name(body.model)
-        found: TokenizeAnswer = await service.prepare(tokenize_now, body)
-        return found
+        return await service.prepare(tokenize_now, body)
 
     @router.post("/detokenize", response_model=DetokenizeAnswer)
     async def detokenize(body: DetokenizeRequest) -> DetokenizeAnswer:
@@ -308,8 +313,7 @@ def _texts(service: Service) -> APIRouter:
     @router.post("/v1/encode", response_model=EncodeAnswer)
     async def encode(body: EncodeRequest) -> EncodeAnswer:
         """Return the ids of texts, under LMDeploy's names."""
-        answer: EncodeAnswer = await service.prepare(encode_now, body)
-        return answer
+        return await service.prepare(encode_now, body)
 
     return router
 

@@ -21,7 +21,7 @@ import torch
 from internlm import __version__
 from internlm.errors import InternLMError, UsageError
 from internlm.infer.engine import Engine
-from internlm.infer.request import RULES, Request
+from internlm.infer.request import RULES, Checked, Request
 from internlm.serve.api import structure
 from internlm.serve.api.problems import ApiError, from_error
 from internlm.serve.api.schema import (
@@ -36,9 +36,9 @@ from internlm.serve.api.schema import (
 from internlm.serve.api.structure import Wanted
 from internlm.serve.api.tooling import ToolUse, tools_of, turns_of
 from internlm.text.chat import Message, render_prompt
-from internlm.text.templates import Part, Template, get_template
+from internlm.text.templates import TEMPLATES, Part, Template
 from internlm.text.tokenizer import Tokenizer, well_formed
-from internlm.text.tools import format_of
+from internlm.text.tool_formats import format_of
 from internlm.weights.talk import Talk
 
 
@@ -57,7 +57,7 @@ class Served:
     """What it may be asked for by; the first is its own."""
     timeout: float | None = None
     """Most seconds for an answer."""
-    created: int = field(default_factory=lambda: int(time.time()))
+    created: int = field(init=False, default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         if self.engine.tokenizer is None or self.talk.tokenizer is None:
@@ -85,7 +85,7 @@ class Served:
     @property
     def template(self) -> Template | None:
         """The chat format, None for a model without one."""
-        return None if self.talk.template is None else get_template(self.talk.template)
+        return self.talk.format
 
     def check_name(self, name: str | None) -> str:
         """Return the name that a request asks for; the first where it asks for none.
@@ -108,7 +108,7 @@ class Served:
 class Asked:
     """What one HTTP request asks of the engine."""
 
-    requests: tuple[Request, ...]
+    requests: tuple[Checked, ...]
     """One for each prompt."""
     model: str
     stream: bool
@@ -146,8 +146,8 @@ def ask_chat(served: Served, body: ChatRequest) -> Asked:
     request = _request(served, body, tokens, max(1, room) if most is None else most, extra)
     if use is not None and use.tools:
         request = _with_tools(served, request, use)
-    _check(served, request, "messages")
-    return Asked((request,), model, *_streaming(body), is_chat=True, tools=use if use and use.tools else None)
+    checked = _check(served, request, "messages")
+    return Asked((checked,), model, *_streaming(body), is_chat=True, tools=use if use and use.tools else None)
 
 
 def ask_completion(served: Served, body: CompletionRequest) -> Asked:
@@ -168,9 +168,7 @@ def ask_completion(served: Served, body: CompletionRequest) -> Asked:
         "prompt_logprobs": 0 if scores is None and most == 0 else scores,
         "continuation": True,
     }
-    requests = tuple(_request(served, body, prompt, most, extra) for prompt in prompts)
-    for request in requests:
-        _check(served, request, "prompt")
+    requests = tuple(_check(served, _request(served, body, prompt, most, extra), "prompt") for prompt in prompts)
     return Asked(requests, model, *_streaming(body), is_chat=False, echoes=tuple(texts) if body.echo else None)
 
 
@@ -201,7 +199,8 @@ def render_chat(
     """
     if served.template is None:
         known = "has a chat format that is not known here" if served.talk.foreign is not None else "has no chat format"
-        raise ApiError(f"the model {known}: use /v1/completions, or start the server with --template", code="no_chat")
+        do = f"use /v1/completions, or start the server with --template and one of {', '.join(TEMPLATES)}"
+        raise ApiError(f"the model {known}: {do}", code="no_chat")
     turns = turns_of(messages)
     use = use or ToolUse(format_of(served.template.name), (), True, None)
     begin: Sequence[Part] = use.forced.begin if use.forced is not None else ()
@@ -311,16 +310,10 @@ def _with_tools(served: Served, request: Request, use: ToolUse) -> Request:
     return replace(request, stop_strings=(*request.stop_strings, *use.format.stops), show_special=shown)
 
 
-def _check(served: Served, request: Request, prompt: str) -> None:
-    """Check that the engine can serve a request; `prompt` is the field its tokens came from."""
-    room = served.engine.length - (request.max_tokens > 0)
-    if len(request.tokens) > room:
-        raise ApiError(
-            f"The prompt has {len(request.tokens)} tokens, and this server's context is {served.engine.length} tokens "
-            "of prompt and answer together.", param=prompt, code="context_length_exceeded",
-        )  # fmt: skip
+def _check(served: Served, request: Request, prompt: str) -> Checked:
+    """Return a request that the engine can serve; `prompt` is the field its tokens came from."""
     try:
-        served.engine.check(request)
+        return served.engine.check(request)
     except InternLMError as error:
         told = from_error(error)
         param = prompt if told.param == "prompt" else told.param

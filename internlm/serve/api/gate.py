@@ -13,20 +13,15 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from internlm.serve.api import problems
 from internlm.serve.api.metrics import Metrics
 
 logger = logging.getLogger(__name__)
-
-Scope = MutableMapping[str, Any]
-Event = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Event]]
-Send = Callable[[Event], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _NUMBER = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 RETRY_SECONDS = 5
@@ -61,7 +56,7 @@ class Gate:
         metrics: failed responses are counted there.
     """
 
-    def __init__(self, app: App, *, access: Access, open_paths: Iterable[str], metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, access: Access, open_paths: Iterable[str], metrics: Metrics) -> None:
         self.app, self.access, self.metrics = app, access, metrics
         self.keys = [key.encode() for key in access.keys]
         self.open_paths = frozenset(open_paths)
@@ -76,7 +71,7 @@ class Gate:
         number = given if _NUMBER.fullmatch(given) else uuid.uuid4().hex.encode()
         began, status = time.monotonic(), 0
 
-        async def send_marked(event: Event) -> None:
+        async def send_marked(event: Message) -> None:
             nonlocal status
             if event["type"] == "http.response.start":
                 status = event["status"]
@@ -172,7 +167,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     """Return a `receive` that gives the body once, and then what the connection gives."""
     given = False
 
-    async def again() -> Event:
+    async def again() -> Message:
         nonlocal given
         if given:
             return await receive()

@@ -1,6 +1,6 @@
 """Between the engine's thread and the event loop: one wake-up of the loop a step, a queue for each HTTP request.
 
-ticket = inbox.open(requests)            # Busy, Stopping, EngineError: nothing was queued
+ticket = inbox.open(requests)            # Busy, Stopping: nothing was queued
 try:
     async for deltas in ticket:          # [(place of the request, delta)]; [] now and then while nothing comes
         …
@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+
+from starlette.types import Receive
 
 from internlm.errors import InternLMError
-from internlm.infer.request import Delta, Request
+from internlm.infer.request import Checked, Delta
 from internlm.infer.worker import Worker
 from internlm.serve.api.metrics import Metrics
 
 Mail = list[tuple[int, Delta]]
-Receive = Callable[[], Awaitable[Any]]
+_QUIET_SECONDS = 15.0
+"""After so long without a delta a ticket gives an empty list, so that a stream can show life."""
 
 
 class Gone(Exception):
@@ -34,20 +36,19 @@ class Inbox:
     Args:
         worker: with the engine.
         metrics: what is measured.
-        quiet_seconds: after so long without a delta a ticket gives an empty list, so that a stream can show life.
     """
 
-    def __init__(self, worker: Worker, metrics: Metrics, *, quiet_seconds: float = 15.0) -> None:
-        self.worker, self.metrics, self.quiet_seconds = worker, metrics, quiet_seconds
+    def __init__(self, worker: Worker, metrics: Metrics) -> None:
+        self.worker, self.metrics = worker, metrics
         self.tickets: dict[int, Ticket] = {}
         """By the id of each request that has not ended."""
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def open(self, requests: Sequence[Request]) -> Ticket:
+    def open(self, requests: Sequence[Checked]) -> Ticket:
         """Submit requests and return what their deltas come to.
 
         Raises:
-            Busy, Stopping, EngineError: none of them was taken.
+            Busy, Stopping: none of them was taken.
         """
         self._loop = asyncio.get_running_loop()
         ticket = Ticket(self, requests)
@@ -84,7 +85,7 @@ class Inbox:
 class Ticket:
     """What one HTTP request waits for."""
 
-    def __init__(self, inbox: Inbox, requests: Sequence[Request]) -> None:
+    def __init__(self, inbox: Inbox, requests: Sequence[Checked]) -> None:
         self.places: dict[int, int] = {}
         """Id of a request → its place among them."""
         self._inbox = inbox
@@ -128,7 +129,7 @@ class Ticket:
     async def __aiter__(self) -> AsyncIterator[Mail]:
         while True:
             try:
-                mail = await asyncio.wait_for(self._queue.get(), self._inbox.quiet_seconds)
+                mail = await asyncio.wait_for(self._queue.get(), _QUIET_SECONDS)
             except TimeoutError:
                 yield []
                 continue

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from internlm.errors import InternLMError
+from internlm.infer.request import TooLong
 from internlm.infer.worker import Busy, Stopping
 
 _TYPES = {
@@ -53,8 +54,9 @@ def from_error(error: InternLMError) -> ApiError:
         return ApiError(str(error), status=429, code="too_many_requests")
     if isinstance(error, Stopping):
         return ApiError(str(error), status=503, code="unavailable")
+    code = "context_length_exceeded" if isinstance(error, TooLong) else None
     where = error.where if isinstance(error.where, str) and error.where.isidentifier() else None
-    return ApiError(str(error), param=PARAMS.get(where, where) if where else None)
+    return ApiError(str(error), param=PARAMS.get(where, where) if where else None, code=code)
 
 
 def from_validation(errors: Sequence[Any], body: Any = None) -> ApiError:

@@ -13,17 +13,15 @@ and `max_tokens` 1, as lm-evaluation-harness does, takes the last token off and 
 
 from __future__ import annotations
 
-import codecs
 import time
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from internlm.infer.request import Chance, Delta, Finished
-from internlm.infer.stream import puts_space_first
+from internlm.infer.request import Chance, Delta, Finished, Request
+from internlm.infer.stream import TextStream
 from internlm.serve.api.asked import Asked, Served
 from internlm.serve.api.tooling import CallReader
-from internlm.text.tokenizer import Tokenizer
 
 Chunk = dict[str, Any]
 _LEAST = -9999.0
@@ -39,36 +37,18 @@ class Token(NamedTuple):
     offset: int
 
 
-class Texts:
-    """Where the tokens of a text begin in it.
-
-    Args:
-        tokenizer: gives their bytes.
-        drops_space: whether the space before the first one is no part of the text.
-        show_special: whether special tokens have a text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, drops_space: bool, show_special: bool) -> None:
-        self.length = 0
-        self._tokenizer, self._drops_space, self._show_special = tokenizer, drops_space, show_special
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, id: int) -> int:
-        """Go on by a token and return where it begins."""
-        begin = self.length
-        data = self._tokenizer.token_bytes(id, skip_special=not self._show_special)
-        if data and self._drops_space:
-            self._drops_space = False
-            data = data.removeprefix(b" ")
-        self.length += len(self._decoder.decode(data))
-        return begin
+def _token(id: int, chance: Chance | None, stream: TextStream, shift: int = 0) -> Token:
+    """Return the next token of a text, which goes on by it."""
+    begin = stream.length
+    stream.add(id)
+    return Token(id, chance, begin + shift)
 
 
 class _Writing:
     """One answer so far."""
 
-    def __init__(self, texts: Texts, reader: CallReader | None, stop_ids: Collection[int]) -> None:
-        self.texts, self.reader, self.stop_ids = texts, reader, stop_ids
+    def __init__(self, stream: TextStream, reader: CallReader | None, stop_ids: Collection[int]) -> None:
+        self.stream, self.reader, self.stop_ids = stream, reader, stop_ids
         self.text: list[str] = []
         self.length = 0
         self.tokens = 0
@@ -95,7 +75,7 @@ class _Writing:
         if self.reader is not None:
             self.said = self.reader.add(delta.text, delta.finished is not None)
         for chance in delta.logprobs or ():
-            self.held.append(Token(chance.token, chance, self.texts.add(chance.token)))
+            self.held.append(_token(chance.token, chance, self.stream))
         stopped = delta.finished == "stop" and delta.tokens[-1:] and delta.tokens[-1] in self.stop_ids
         if stopped or delta.finished in ("length", "abort", "timeout"):
             ready = len(self.held)
@@ -114,14 +94,13 @@ class Reply:
         self.id = f"{'chatcmpl' if asked.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.cached = 0
-        self._spaced = puts_space_first(served.tokenizer)
         self._answers = [
             _Writing(
-                self._texts(place),
+                self._stream(request, continuation=request.continuation),
                 CallReader(asked.tools) if asked.tools is not None else None,
                 () if asked.is_chat else request.stop_ids,
             )
-            for place, request in self._places()
+            for request in asked.requests
             for _ in range(request.n)
         ]
         self._first = [0]
@@ -199,7 +178,7 @@ class Reply:
     def whole(self) -> Chunk:
         """Return the body of a response that was not streamed."""
         choices: list[Chunk] = []
-        for place, request in self._places():
+        for place, request in enumerate(self.asked.requests):
             for index in range(self._first[place], self._first[place] + request.n):
                 answer = self._answers[index]
                 text = "".join(answer.text)
@@ -213,28 +192,20 @@ class Reply:
         kind = "chat.completion" if self.asked.is_chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": self.usage}
 
-    def _places(self) -> Iterable[tuple[int, Any]]:
-        return enumerate(self.asked.requests)
-
-    def _texts(self, place: int) -> Texts:
-        """Return where the tokens of an answer begin; after a prompt that is repeated, behind it."""
-        request = self.asked.requests[place]
-        drops = self._spaced and not request.continuation
-        return Texts(self.served.tokenizer, drops_space=drops, show_special=request.show_special)
+    def _stream(self, request: Request, *, continuation: bool) -> TextStream:
+        """Return what says where tokens begin in their text, which stop strings leave as it is."""
+        return TextStream(self.served.tokenizer, continuation=continuation, show_special=request.show_special)
 
     def _prompt_tokens(self, place: int) -> list[Token]:
         """Return the tokens of a prompt, if it was scored for the client."""
         request, scores = self.asked.requests[place], self._scores.get(place)
         if scores is None or request.logprobs is None:
             return []
-        texts = Texts(self.served.tokenizer, drops_space=self._spaced, show_special=request.show_special)
-        chances = [None, *scores]
+        stream = self._stream(request, continuation=False)
         # The prompt's offsets count from its own beginning, the answer's from its end: see `_logprobs`.
         length = len(self.asked.echoes[place]) if self.asked.echoes is not None else 0
-        return [
-            Token(id_, chance, texts.add(id_) - length)
-            for id_, chance in zip(request.tokens, chances, strict=True)
-        ]  # fmt: skip
+        chances = zip(request.tokens, [None, *scores], strict=True)
+        return [_token(id_, chance, stream, -length) for id_, chance in chances]
 
     def _logprobs(self, place: int, tokens: list[Token]) -> Chunk | None:
         """Return how probable tokens were, in the form of the endpoint."""

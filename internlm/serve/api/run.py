@@ -13,9 +13,9 @@ import socket
 import threading
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from internlm.errors import UsageError
 from internlm.infer.worker import Worker
@@ -44,7 +44,9 @@ class Address:
 class Server(uvicorn.Server):
     """Uvicorn that drains the worker before it ends."""
 
-    def __init__(self, app: Any, worker: Worker, address: Address = Address(), *, drain_seconds: float = 30.0) -> None:
+    def __init__(
+        self, app: ASGIApp, worker: Worker, address: Address = Address(), *, drain_seconds: float = 30.0
+    ) -> None:
         config = uvicorn.Config(
             app,
             ssl_certfile=address.certificate,

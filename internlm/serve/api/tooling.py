@@ -16,6 +16,7 @@ from internlm.infer.request import Finished
 from internlm.serve.api.problems import ApiError
 from internlm.serve.api.schema import ChatMessage, ChatRequest, NamedTool
 from internlm.text.chat import Message, ToolCall
+from internlm.text.tool_formats import format_of
 from internlm.text.tools import (
     ArgumentsGrow,
     CallBegins,
@@ -27,7 +28,6 @@ from internlm.text.tools import (
     Tool,
     ToolFormat,
     collect,
-    format_of,
     new_call_id,
 )
 

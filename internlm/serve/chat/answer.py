@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from internlm.errors import EngineError, UsageError, did_you_mean
 from internlm.infer.client import Client, Refused
-from internlm.infer.request import Rules
+from internlm.infer.request import Rules, TooLong
 from internlm.text.chat import Message
 
 _TOO_LONG = re.compile(r"refuses \(4\d\d\).*(context|too long|tokens are too many|too many tokens)", re.I | re.S)
@@ -125,10 +125,6 @@ class Facts:
         if self.tokens is None or self.first_s is None or self.tokens < 2 or self.seconds <= self.first_s:
             return None
         return (self.tokens - 1) / (self.seconds - self.first_s)
-
-
-class TooLong(EngineError):
-    """The conversation leaves no room for an answer; fewer turns may."""
 
 
 class Answerer(Protocol):

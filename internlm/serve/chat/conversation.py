@@ -20,7 +20,8 @@ from typing import Any
 
 from internlm import storage
 from internlm.errors import DataError, InternLMError, StorageError, UsageError
-from internlm.serve.chat.answer import Answerer, Facts, Settings, TooLong
+from internlm.infer.request import TooLong
+from internlm.serve.chat.answer import Answerer, Facts, Settings
 from internlm.text.chat import Message
 
 

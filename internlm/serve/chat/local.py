@@ -6,10 +6,9 @@ from collections.abc import Generator, Sequence
 
 from internlm.errors import EngineError, UsageError
 from internlm.infer.engine import Engine
-from internlm.infer.request import RULES, Finished, Request
-from internlm.serve.chat.answer import Facts, Settings, TooLong
+from internlm.infer.request import RULES, Finished, Request, TooLong
+from internlm.serve.chat.answer import Facts, Settings
 from internlm.text.chat import Message, render_prompt
-from internlm.text.templates import Template
 from internlm.weights.talk import Talk
 
 
@@ -17,9 +16,8 @@ class FromEngine:
     """Lets an engine answer. With a template it sees all messages; without one it goes on with the text of the last.
 
     Args:
-        engine: with a tokenizer, and nobody else's.
-        template: chat format; None: plain continuation.
-        stops: ids that end an answer, beside eos and those of the template.
+        engine: nobody else's.
+        talk: how the model is talked to; without a chat format it goes on with a text.
         name: what the model is called.
 
     Raises:
@@ -27,17 +25,14 @@ class FromEngine:
         TokenizerError: the tokenizer lacks a token of the template.
     """
 
-    def __init__(
-        self, engine: Engine, template: Template | None, stops: Sequence[int] = (), name: str = "model"
-    ) -> None:
-        if engine.tokenizer is None:
+    def __init__(self, engine: Engine, talk: Talk, name: str = "model") -> None:
+        if talk.tokenizer is None:
             raise UsageError("talking needs a tokenizer, and the model came without one")
-        self.engine, self.template, self.name = engine, template, name
-        self.tokenizer = engine.tokenizer
+        self.engine, self.tokenizer, self.name = engine, talk.tokenizer, name
+        self.template = talk.format
         self.facts = Facts()
         self.length: int | None = engine.length
-        known = None if template is None else template.name
-        self._stops = tuple(Talk(self.tokenizer, known, stops=tuple(stops)).stop_ids())
+        self._stops = tuple(talk.stop_ids())
         self._interrupted = False
         self._prompt([Message("user", "a")], Settings())  # a template that does not fit says so now
 

@@ -3,7 +3,7 @@
     [finding for check in CHECKS for finding in check(export, wish)]
 
 A check is a function from (Export, Wish) to findings; a new one is a function and its name in CHECKS. What an engine
-can and cannot do is data, in engines.py.
+can and cannot do is data, in peers.py.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator
 
 from internlm.errors import WeightsError
+from internlm.infer.client import LOOPBACK
 from internlm.model.config import DynamicScaling, ModelConfig
-from internlm.serve.handover import engines
-from internlm.serve.handover.engines import ENGINES
-from internlm.serve.handover.export import GGUF, Export, Finding, Wish
+from internlm.serve.handover import peers
+from internlm.serve.handover.found import GGUF, Export, Finding, Wish
+from internlm.serve.handover.peers import PEERS
 from internlm.text.chat import stop_ids
-from internlm.text.templates import get_template
 from internlm.weights.gguf import fields
 from internlm.weights.talk import TEMPLATE_KEY, is_written_by
-
-LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def _check_tokenizer(export: Export, wish: Wish) -> Iterator[Finding]:
@@ -63,9 +61,9 @@ def _check_recorded(export: Export, wish: Wish) -> Iterator[Finding]:
 
 def _check_stops(export: Export, wish: Wish) -> Iterator[Finding]:
     talk = export.talk
-    if talk.tokenizer is None or talk.template is None:
+    if talk.tokenizer is None or talk.format is None:
         return
-    ends = stop_ids(get_template(talk.template), talk.tokenizer)
+    ends = stop_ids(talk.format, talk.tokenizer)
     missing = [id_ for id_ in ends if id_ not in export.eos and id_ != talk.tokenizer.eos_id]
     if missing:
         names = ", ".join(f"{talk.tokenizer.decode([id_])} ({id_})" for id_ in missing)
@@ -85,7 +83,7 @@ def _check_bos(export: Export, wish: Wish) -> Iterator[Finding]:
 
 
 def _check_name(export: Export, wish: Wish) -> Iterator[Finding]:
-    for pattern, chosen in ENGINES[wish.engine].template_names.items():
+    for pattern, chosen in PEERS[wish.engine].template_names.items():
         if re.search(pattern, export.path.lower()):
             if wish.engine == "lmdeploy" and export.template:
                 what = (
@@ -100,10 +98,10 @@ def _check_name(export: Export, wish: Wish) -> Iterator[Finding]:
 
 def _check_heads(export: Export, wish: Wish) -> Iterator[Finding]:
     size = export.config.head_dim
-    if wish.engine != "lmdeploy" or size == engines.TURBOMIND_KV_HEAD:
+    if wish.engine != "lmdeploy" or size == peers.TURBOMIND_KV_HEAD:
         return
-    if size not in engines.TURBOMIND_HEADS:
-        sizes = ", ".join(map(str, engines.TURBOMIND_HEADS))
+    if size not in peers.TURBOMIND_HEADS:
+        sizes = ", ".join(map(str, peers.TURBOMIND_HEADS))
         what = f"TurboMind has no attention for heads of {size} (only {sizes}): the command takes the PyTorch engine"
         yield Finding(what, "Nothing has to be done; it is slower.")
     else:
@@ -115,7 +113,7 @@ def _check_rope(export: Export, wish: Wish) -> Iterator[Finding]:
     scaling = export.config.rope.scaling
     if not isinstance(scaling, DynamicScaling) or (_is_lmdeploy(wish) and export.is_for_turbomind):
         return
-    title, trained = ENGINES[wish.engine].title, scaling.original_length
+    title, trained = PEERS[wish.engine].title, scaling.original_length
     if _is_lmdeploy(wish):
         title += "'s PyTorch engine"
     if wish.engine == "sglang" and scaling.factor != 1.0:
@@ -138,15 +136,15 @@ def _check_dtype(export: Export, wish: Wish) -> Iterator[Finding]:
 
 
 def _check_bias(export: Export, wish: Wish) -> Iterator[Finding]:
-    without = engines.WITHOUT_OUTPUT_BIAS.get(wish.engine, ())
+    without = peers.WITHOUT_OUTPUT_BIAS.get(wish.engine, ())
     if export.config.output_bias and export.architecture in without:
-        what = f"{ENGINES[wish.engine].title} has no bias on the attention's output in {export.architecture}"
+        what = f"{PEERS[wish.engine].title} has no bias on the attention's output in {export.architecture}"
         yield Finding(what, "Serve it with LMDeploy, SGLang or `internlm serve`.", blocks=True)
 
 
 def _check_tied(export: Export, wish: Wish) -> Iterator[Finding]:
-    if export.config.tie_embeddings and export.architecture in engines.WITHOUT_TIED_HEAD.get(wish.engine, ()):
-        what = f"{ENGINES[wish.engine].title} does not tie the head of a {export.architecture} to its embedding"
+    if export.config.tie_embeddings and export.architecture in peers.WITHOUT_TIED_HEAD.get(wish.engine, ()):
+        what = f"{PEERS[wish.engine].title} does not tie the head of a {export.architecture} to its embedding"
         yield Finding(what, "Serve it with vLLM or `internlm serve`.", blocks=True)
 
 
@@ -187,8 +185,8 @@ def _is_lmdeploy(wish: Wish) -> bool:
 
 
 def _check_door(export: Export, wish: Wish) -> Iterator[Finding]:
-    engine = ENGINES[wish.engine]
-    if wish.api_key is None and wish.host not in LOCAL:
+    engine = PEERS[wish.engine]
+    if wish.api_key is None and wish.host not in LOOPBACK:
         yield Finding(f"whoever reaches {wish.host}:{wish.port} can use the model", "Give --api-key.")
     if wish.api_key is not None and engine.key_variable is None:
         what = f"{engine.title} takes the key from its command line, where every user of the machine can read it"

@@ -5,7 +5,7 @@
     plan.before                  # `internlm convert …` first, where the engine cannot read what is there
     plan.findings                # each with what to do
 
-Options have the names that they have in the versions that engines.py names; the command says all that matters, so that
+Options have the names that they have in the versions that peers.py names; the command says all that matters, so that
 another default does not change what is served. What a conversion will write is right by construction: of that only the
 shape is checked.
 """
@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING
 from internlm import storage
 from internlm.errors import UsageError
 from internlm.model.config import DynamicScaling
-from internlm.serve.handover import engines
+from internlm.serve.handover import peers
 from internlm.serve.handover.checks import CHECKS
-from internlm.serve.handover.engines import ENGINES
-from internlm.serve.handover.export import GGUF, Export, Finding, Wish, as_text, read_export, read_gguf
+from internlm.serve.handover.found import GGUF, Export, Finding, Wish, as_text, read_export, read_gguf
+from internlm.serve.handover.peers import PEERS
+from internlm.text.tool_formats import format_of
 from internlm.text.tool_jinja import refuses_tools
-from internlm.text.tools import format_of
 from internlm.weights.families.table import FAMILIES, fitting
 from internlm.weights.transformers import KIND
 
 if TYPE_CHECKING:
-    from internlm.checkpoint.source import Source
+    from internlm.source import Source
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def plan_for(model: str | Path, wish: Wish) -> Plan:
         StorageError, WeightsError, TokenizerError: it is no model, or cannot be read.
         UsageError: the context is longer than the model's on this engine, or a package is missing.
     """
-    from internlm.checkpoint.source import open_source
+    from internlm.source import open_source
 
     source = open_source(model)
     before: Command | None = None
@@ -83,7 +83,7 @@ def plan_for(model: str | Path, wish: Wish) -> Plan:
         before, export, findings = _conversion(model, source, wish.engine)
     limit = context_limit(export, wish.engine)
     if wish.context is not None and not 1 <= wish.context <= limit:
-        problem = f"this model reads {limit} tokens at most on {ENGINES[wish.engine].title}"
+        problem = f"this model reads {limit} tokens at most on {PEERS[wish.engine].title}"
         raise UsageError(problem, where="--context", got=wish.context, allowed=[f"1 to {limit}"])
     for check in CHECKS:
         findings += check(export, wish)
@@ -108,7 +108,7 @@ def _ready(source: Source, engine: str) -> Export | None:
     if source.kind != "transformers":
         return None
     export = read_export(source)
-    return None if export.has_code or export.architecture not in engines.ARCHITECTURES else export
+    return None if export.has_code or export.architecture not in peers.ARCHITECTURES else export
 
 
 def _beside(model: str | Path) -> Path:
@@ -144,7 +144,7 @@ def _conversion(model: str | Path, source: Source, engine: str) -> tuple[Command
 
 def _why(source: Source, engine: str) -> Finding:
     """Return why a model has to be converted first."""
-    title = ENGINES[engine].title
+    title = PEERS[engine].title
     what = f"{title} does not read this ({source.kind})"
     if source.kind == "transformers" and engine == "llama.cpp":
         what = "llama.cpp reads GGUF files, and this is a Transformers folder"
@@ -152,7 +152,7 @@ def _why(source: Source, engine: str) -> Finding:
         export = read_export(source)
         what = f"{title} loads {export.architecture} with code from the folder only, or not at all"
         if export.architecture == "InternLMForCausalLM":
-            what = engines.REFUSED[engine]
+            what = peers.REFUSED[engine]
     return Finding(what, "Convert it first; the command stands below.")
 
 
@@ -184,16 +184,17 @@ def _command(export: Export, wish: Wish, name: str, limit: int) -> Command:
     if parser is not None:
         words += ["--enable-auto-tool-choice"] if wish.engine == "vllm" else []
         words += ["--tool-call-parser", parser]
-    variable = ENGINES[wish.engine].key_variable
+    variable = PEERS[wish.engine].key_variable
     return Command(tuple(words), {variable: wish.api_key} if variable and wish.api_key is not None else {})
 
 
 def tool_parser(export: Export, engine: str) -> str | None:
     """Return what an engine calls the tool format of an export; None: it has none, or the export tells of no tools."""
     talk = export.talk
-    if talk.template is None or export.template != talk.jinja or refuses_tools(talk.jinja):
+    written = export.template
+    if talk.template is None or written is None or written != talk.jinja or refuses_tools(written):
         return None
-    return engines.TOOL_PARSERS.get(engine, {}).get(format_of(talk.template).name)
+    return peers.TOOL_PARSERS.get(engine, {}).get(format_of(talk.template).name)
 
 
 def _facts(export: Export, wish: Wish, limit: int) -> dict[str, str]:
@@ -216,6 +217,6 @@ def run(command: Command) -> None:
     """
     program = shutil.which(command.words[0])
     if program is None:
-        install = next(engine.install for engine in ENGINES.values() if engine.program == command.words[0])
+        install = next(engine.install for engine in PEERS.values() if engine.program == command.words[0])
         raise UsageError(f"{command.words[0]} is not on PATH", where="--run", do=f"Install it: {install}")
     os.execve(program, list(command.words), {**os.environ, **command.environment})

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internlm.config import section
-from internlm.errors import ConfigError
+from internlm.errors import ConfigError, first_line
 from internlm.log import duration
 from internlm.train.stop import Stopped
 
@@ -206,8 +206,7 @@ class Alerts:
         except Exception as error:
             if self._failure not in [one for one in (error, error.__cause__, error.__context__) if one is not None]:
                 self._failure = error
-                said = (str(error).strip() or "no message").splitlines()[0]
-                self.tell("failure", f"{type(error).__name__}: {said[:500]}")
+                self.tell("failure", f"{type(error).__name__}: {first_line(error)[:500]}")
                 self.close()
             raise
 

@@ -17,7 +17,7 @@ How = Literal["source", "ran", "documented"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class Peer:
     """A program that serves models."""
 
     title: str
@@ -33,8 +33,8 @@ class Engine:
     """Regular expression on the lower-case path of a model → the built-in chat format that it selects."""
 
 
-ENGINES: dict[str, Engine] = {
-    "lmdeploy": Engine(
+PEERS: dict[str, Peer] = {
+    "lmdeploy": Peer(
         title="LMDeploy",
         version="0.18.0",
         program="lmdeploy",
@@ -55,11 +55,11 @@ ENGINES: dict[str, Engine] = {
             "deepseek-vl2": "deepseek-vl2",
         },
     ),
-    "vllm": Engine(
+    "vllm": Peer(
         title="vLLM", version="0.33.0", program="vllm", install="pip install vllm",
         key_variable="VLLM_API_KEY",
     ),
-    "sglang": Engine(
+    "sglang": Peer(
         title="SGLang",
         version="0.5.23",
         program="sglang",
@@ -81,7 +81,7 @@ ENGINES: dict[str, Engine] = {
             "whisper": "whisper",
         },
     ),
-    "llama.cpp": Engine(
+    "llama.cpp": Peer(
         title="llama.cpp", version="0c1e570 (in llama-cpp-python 0.3.36)", program="llama-server",
         install="conda install -c conda-forge llama.cpp", key_variable="LLAMA_API_KEY",
     ),
@@ -119,7 +119,7 @@ TOOL_PARSERS: dict[str, dict[str, str]] = {
     "vllm": {"hermes": "hermes", "internlm2": "internlm"},
     "sglang": {"hermes": "hermes"},  # its parser of InternLM2 wants a space between two special tokens
 }
-"""Engine → our tool format → `--tool-call-parser` that reads its calls. LMDeploy's and SGLang's were read in the source
+"""Peer → our tool format → `--tool-call-parser` that reads its calls. LMDeploy's and SGLang's were read in the source
 of the versions above, vLLM's in its repository. llama.cpp tells by the chat format."""
 
 
@@ -137,8 +137,8 @@ class Claim:
 
 
 def _row(*cells: str | Claim) -> dict[str, Claim]:
-    """Return a row, in the order of ENGINES; what is only a text was read in the source of `Engine.version`."""
-    given = zip(ENGINES.items(), cells, strict=True)
+    """Return a row, in the order of PEERS; what is only a text was read in the source of `Peer.version`."""
+    given = zip(PEERS.items(), cells, strict=True)
     return {
         name: cell if isinstance(cell, Claim) else Claim(cell, "source", engine.version.split()[0])
         for (name, engine), cell in given
@@ -147,7 +147,7 @@ def _row(*cells: str | Claim) -> dict[str, Claim]:
 
 def _ran(says: str) -> Claim:
     """Return what llama.cpp did with an export of ours."""
-    return Claim(says, "ran", ENGINES["llama.cpp"].version.split()[0])
+    return Claim(says, "ran", PEERS["llama.cpp"].version.split()[0])
 
 
 SUPPORT: dict[str, dict[str, Claim]] = {
@@ -201,6 +201,6 @@ SUPPORT: dict[str, dict[str, Claim]] = {
 
 def markdown() -> str:
     """Return the table as Markdown: a row for each feature, a column for each engine."""
-    rows = [["", *(f"{engine.title} {engine.version}" for engine in ENGINES.values())], ["---"] * (len(ENGINES) + 1)]
-    rows += [[feature, *(str(row[name]) for name in ENGINES)] for feature, row in SUPPORT.items()]
+    rows = [["", *(f"{engine.title} {engine.version}" for engine in PEERS.values())], ["---"] * (len(PEERS) + 1)]
+    rows += [[feature, *(str(row[name]) for name in PEERS)] for feature, row in SUPPORT.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from internlm import storage
 from internlm.errors import UsageError
 from internlm.model.config import ModelConfig
-from internlm.serve.handover import engines
-from internlm.serve.handover.engines import ENGINES
-from internlm.weights.talk import GENERATION_FILE, Talk, read_template
+from internlm.serve.handover import peers
+from internlm.serve.handover.peers import PEERS
+from internlm.weights.talk import GENERATION_FILE, Jinja, Talk, read_template
 
 if TYPE_CHECKING:
-    from internlm.checkpoint.source import Source
+    from internlm.source import Source
 
 GGUF = "GGUF"
 """`Export.architecture` of a GGUF file."""
@@ -41,8 +42,8 @@ class Wish:
     api_key: str | None = None
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise UsageError("no such engine", where="--engine", got=self.engine, allowed=ENGINES)
+        if self.engine not in PEERS:
+            raise UsageError("no such engine", where="--engine", got=self.engine, allowed=PEERS)
         if not 1 <= self.port <= 65535:
             raise UsageError("is no port", where="--port", got=self.port, allowed=["1 to 65535"])
         if self.tensor < 1:
@@ -77,7 +78,7 @@ class Export:
     @property
     def is_for_turbomind(self) -> bool:
         """Whether LMDeploy's faster engine can run it."""
-        return self.architecture in engines.TURBOMIND and self.config.head_dim in engines.TURBOMIND_HEADS
+        return self.architecture in peers.TURBOMIND and self.config.head_dim in peers.TURBOMIND_HEADS
 
     @property
     def eos_file(self) -> str:
@@ -100,10 +101,10 @@ def read_export(source: Source) -> Export:
     """Return what an engine finds in a Transformers folder."""
     folder = source.path
     assert isinstance(folder, Path), "only checkpoints of ours are read from a store"
-    described = _read(folder / "config.json")
-    tokenizer = _read(folder / "tokenizer_config.json")
+    described = storage.read_json(folder / "config.json")
+    tokenizer = storage.read_json(folder / "tokenizer_config.json")
     template, where = read_template(folder)
-    eos = _read(folder / GENERATION_FILE).get("eos_token_id")
+    eos = storage.read_json(folder / GENERATION_FILE).get("eos_token_id")
     return Export(
         path=str(folder),
         config=source.config,
@@ -114,12 +115,12 @@ def read_export(source: Source) -> Export:
         eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         dtype=str(described.get("dtype") or described.get("torch_dtype") or "not stated"),
         has_code="auto_map" in described,
-        adds_bos=_adds_bos(tokenizer, _read(folder / "tokenizer.json"), source.talk),
+        adds_bos=_adds_bos(tokenizer, storage.read_json(folder / "tokenizer.json"), source.talk),
         tokenizer_files=frozenset(name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()),
     )
 
 
-def as_text(template: Any) -> str | None:
+def as_text(template: Jinja | None) -> str | None:
     """Return a chat format as one text: some folders hold a list of named ones."""
     return json.dumps(template) if isinstance(template, list) else template
 
@@ -155,12 +156,3 @@ def read_gguf(source: Source) -> Export:
     eos = tuple(int(id_) for id_ in roles if id_ is not None)
     template = fields.get("tokenizer.chat_template")
     return Export(str(file), source.config, source.talk, GGUF, template, "the file", eos)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON object's file; nothing where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -1,0 +1,56 @@
+"""How much memory the cache of an engine may have."""
+
+from __future__ import annotations
+
+import pytest
+
+from internlm import runtime
+from internlm.errors import EngineError
+from internlm.infer import limits as limits_module
+from internlm.infer.cache import Cache
+from internlm.infer.engine import Engine, Limits
+from internlm.model.config import ModelConfig
+from tests.models import random_model
+
+MODEL = random_model(
+    ModelConfig(vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, ffn_size=16, context_length=64)
+)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (
+            Limits(cache_tokens=10**12),
+            "cache_tokens: 2.38e+05 GiB are asked for, and only 1.5 GiB are free on cpu. Give",
+        ),
+        (
+            Limits(cache_bytes=2 * 2**30),
+            "cache_bytes: 2 GiB are asked for, and only 1.5 GiB are free on cpu. Give less",
+        ),
+        (Limits(cache_bytes=2**63), "only 1.5 GiB are free on cpu"),
+    ],
+)
+def test_a_cache_beyond_the_free_memory_is_refused_before_anything_is_taken(
+    limits: Limits, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "available_memory", lambda: 3 * 2**29)
+    monkeypatch.setattr("internlm.infer.engine.Blocks", lambda *_, **__: pytest.fail("blocks were made"))
+    monkeypatch.setattr("internlm.infer.engine.Cache.__init__", lambda *_, **__: pytest.fail("the cache was made"))
+    with pytest.raises(EngineError) as refused:
+        Engine(MODEL, limits=limits)
+    assert message in str(refused.value)
+
+
+def test_bytes_are_as_many_tokens_as_they_have_room_for() -> None:
+    per_token = Cache.bytes_per_token(MODEL)
+    engine = Engine(MODEL, limits=Limits(cache_bytes=100 * per_token, block=4))
+    assert engine.blocks.count * 4 == 100
+    assert limits_module.cache_tokens(MODEL, Limits(cache_bytes=101 * per_token - 1), 64) == 100
+    rounded = Engine(MODEL, limits=Limits(cache_bytes=100 * per_token, block=4, cache="int8"))
+    assert rounded.blocks.count * 4 == 100 * per_token // Cache.bytes_per_token(MODEL, rounded=True) // 4 * 4
+
+
+def test_the_cache_is_given_in_tokens_or_in_bytes() -> None:
+    with pytest.raises(EngineError, match="cache_bytes: cannot be given together with cache_tokens"):
+        Engine(MODEL, limits=Limits(cache_bytes=2**20, cache_tokens=100))
