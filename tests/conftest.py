@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["INTERNLM_ALLOCATOR"] = "off"  # tests measure nothing: no restarts
 
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,16 @@ from internlm.data import shards
 from internlm.recipe import Recipe
 from internlm.text.training import train_bpe
 
+for ignored in (signal.SIGINT, signal.SIGHUP):  # as a shell's background jobs and nohup have them: children would too
+    if signal.getsignal(ignored) == signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
+
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proof", action="store_true", help="run the long proofs in full length")
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="files, and tests within each, in a random order")
 
 
 MEASURED = functools.cache(runtime.measure_peak)
@@ -48,11 +55,18 @@ LONGEST = (
 """Begun first, the longest at the head, so that no worker ends with one of them alone; what starts so belongs to it."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
         return next((place for place, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
 
     items.sort(key=place)
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        dice, files = random.Random(seed), defaultdict(list)
+        dice.shuffle(items)
+        for item in items:
+            files[item.path].append(item)
+        items[:] = [item for file in files.values() for item in file]
 
 
 @pytest.fixture(autouse=True)

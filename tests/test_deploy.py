@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from internlm.cli import serve
+from internlm.cli import KEY_VARIABLE, serve
 from internlm.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +152,7 @@ def test_compose_starts_the_image_with_a_key_and_a_model_that_cannot_be_written(
 def test_the_example_of_the_env_file_names_the_variable_that_the_server_reads() -> None:
     assert compose()["services"]["server"]["env_file"] + ".example" == EXAMPLE.name
     names = [line.split("=")[0] for line in EXAMPLE.read_text().splitlines() if line and not line.startswith("#")]
-    assert names == [serve.KEY_VARIABLE]
+    assert names == [KEY_VARIABLE]
 
 
 def test_the_unit_starts_the_server_with_options_that_it_has_and_waits_for_its_end() -> None:

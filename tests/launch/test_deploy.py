@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from internlm.cli import launch
 from internlm.recipe import load
 from internlm.train.stop import EXIT_CODES, Reason
 from tests.launch.conftest import ROOT, losses
+from tests.processes import free_port, until
 
 SBATCH = ROOT / "deploy" / "slurm" / "train.sbatch"
 MANIFEST = ROOT / "deploy" / "kubernetes" / "pytorchjob.yaml"
@@ -71,16 +71,16 @@ def test_the_batch_script_goes_back_into_the_queue_after_a_preemption_only(
         assert (tmp_path / "requeued").read_text() == "requeue 42\n"
 
 
+def said(words: list[str], environment: dict[str, str]) -> str:
+    return subprocess.run(words, env=environment, capture_output=True, text=True).stdout
+
+
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Return the environment of a Slurm of this machine alone, which ends with the test."""
     if shutil.which("slurmctld") is None or shutil.which("slurmd") is None or os.geteuid() != 0:
         pytest.skip("needs Slurm's daemons (apt install slurm-wlm) and root")
-    ports = []
-    for _ in range(2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
+    ports = [free_port() for _ in range(2)]
     host, conf = socket.gethostname().partition(".")[0], tmp_path / "slurm.conf"
     for name in ("state", "spool"):
         (tmp_path / name).mkdir()
@@ -108,11 +108,8 @@ PartitionName=all Nodes=ALL Default=YES State=UP
         for name in ("slurmctld", "slurmd")
     ]
     try:
-        deadline = time.monotonic() + 20
-        while "idle" not in subprocess.run(["sinfo", "-h"], env=environment, capture_output=True, text=True).stdout:
-            if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in daemons):
-                pytest.skip("Slurm does not come up here")
-            time.sleep(0.2)
+        if not until(lambda: "idle" in said(["sinfo", "-h"], environment), 20):
+            pytest.skip("Slurm does not come up here")
         yield environment
     finally:
         for daemon in daemons:
@@ -132,12 +129,13 @@ def test_slurm_runs_the_batch_script(slurm: dict[str, str], path: Path, alone: l
     folder, log = path.parent / "slurm", path.parent / "job.log"
     words = ["sbatch", "--parsable", *sizes, "--output", str(log), str(SBATCH), str(path), f"run={folder}"]
     job = subprocess.run(words, env=slurm, cwd=path.parent, capture_output=True, text=True, check=True).stdout.strip()
-    state = "PENDING"
-    while state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
-        time.sleep(0.2)  # `sbatch --wait` looks every few seconds only
-        shown = subprocess.run(["scontrol", "show", "job", job], env=slurm, capture_output=True, text=True).stdout
-        state = shown.partition("JobState=")[2].split()[0]
-    assert state == "COMPLETED", shown + (log.read_text() if log.exists() else "")
+
+    def state() -> str:
+        return said(["scontrol", "show", "job", job], slurm).partition("JobState=")[2].split()[0]
+
+    # `sbatch --wait` looks every few seconds only.
+    assert until(lambda: state() not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), 120)
+    assert state() == "COMPLETED", log.read_text() if log.exists() else "it said nothing"
     assert "2 ranks: shard 2" in log.read_text()
     assert losses(folder) == pytest.approx(alone, rel=1e-5)
 

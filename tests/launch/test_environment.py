@@ -167,11 +167,6 @@ def test_ranks_that_ended_on_purpose_are_no_failures(caplog: pytest.LogCaptureFi
     assert launcher.report(failures(-9, 124), None, killed={100}) == 124  # the launcher killed the first itself
 
 
-def test_an_error_without_words_is_named_by_its_kind() -> None:
-    assert ranks.first_line(TimeoutError()) == "TimeoutError"
-    assert ranks.first_line(TimeoutError(" \nfirst\nsecond")) == "first"
-
-
 def test_half_an_environment_is_refused() -> None:
     os.environ.update({"RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(ConfigError, match="MASTER_ADDR, MASTER_PORT not set"), ranks.joined():

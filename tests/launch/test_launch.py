@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -15,24 +14,19 @@ from pathlib import Path
 import pytest
 
 from internlm.checkpoint import store
-from tests.launch.conftest import INTERNLM, STEPS, children, finish, losses, run, start
+from tests.launch.conftest import LAUNCH, STEPS, losses
+from tests.processes import INTERNLM, children, finish, free_port, gone, listened_to, start, wait_for
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "internlm"]
-LAUNCH = [*INTERNLM, "launch", "--nproc", "2"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while store.newest(run) is None:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no checkpoint came"
-        time.sleep(0.05)
+def endless(path: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """Start a long run; return its launcher, and its ranks when there is a checkpoint."""
+    process = start(*LAUNCH, "train", str(path), "train.tokens=1e9", "checkpoint.every_steps=5")
+    wait_for(process, lambda: store.newest(path.parent / "run"))
+    ranks = children(process.pid)
+    assert len(ranks) == 2
+    return process, ranks
 
 
 @pytest.mark.timeout(240)
@@ -41,7 +35,7 @@ def test_two_ranks_give_the_loss_of_one_process(launcher: list[str], path: Path,
     """With `internlm launch` whatever options of torchrun are in the environment."""
     folder = path.parent / "two"
     options = {"PET_NNODES": "2", "PET_MAX_RESTARTS": "3"} if launcher == LAUNCH else {}
-    code, output = run([*launcher, "train", str(path), f"run={folder}"], env=options)
+    code, output = finish(start(*launcher, "train", str(path), f"run={folder}", **options))
     assert code == 0, output
     assert ("PET_MAX_RESTARTS, PET_NNODES have no effect" in output) == (launcher == LAUNCH)
     assert "2 ranks: shard 2" in output
@@ -80,7 +74,7 @@ def test_two_nodes_find_each_other_and_train(nodes: list[str], path: Path, alone
     for number, name in enumerate(nodes):
         options = ["--nproc", "1", "--nodes", "2", "--node-rank", str(number), "--master", "10.83.0.1:29500"]
         words = [*INTERNLM, "launch", *options, "train", str(path), f"run={folder}"]
-        processes.append(start(["ip", "netns", "exec", name, *words]))
+        processes.append(start("ip", "netns", "exec", name, *words))
     for process in processes:
         code, output = finish(process)
         assert code == 0, output
@@ -104,19 +98,13 @@ def test_when_one_ends_all_end_within_seconds(
 ) -> None:
     if whom == "launcher" and how != signal.SIGINT and not request.config.getoption("--proof"):
         pytest.skip("part of the proof")
-    process = start([*LAUNCH, "train", str(path), "train.tokens=1e9", "checkpoint.every_steps=5"])
+    process, ranks = endless(path)
     try:
-        wait_for_checkpoint(path.parent / "run", process)
-        ranks = children(process.pid)
-        assert len(ranks) == 2
         os.kill(ranks[1] if whom == "rank" else process.pid, how)
-        ended = time.monotonic()
         found, output = finish(process, timeout_s=30)
     finally:
         process.kill()  # its ranks end with it
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
-        assert time.monotonic() - ended < 20, "a rank was left behind"
-        time.sleep(0.05)
+    assert gone(ranks), "a rank was left behind"
     assert found == code, output
     assert "Traceback" not in output
     if whom == "rank":
@@ -128,33 +116,17 @@ def test_when_one_ends_all_end_within_seconds(
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_second_ctrl_c_leaves_nobody_behind(path: Path) -> None:
-    process = start([*LAUNCH, "train", str(path), "train.tokens=1e9", "checkpoint.every_steps=5"])
+    process, ranks = endless(path)
     try:
-        wait_for_checkpoint(path.parent / "run", process)
-        ranks = children(process.pid)
-        assert len(ranks) == 2
         for _ in range(2):
             process.send_signal(signal.SIGINT)
             time.sleep(0.1)
         code, output = finish(process, timeout_s=30)
     finally:
         process.kill()
-    ended = time.monotonic()
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
-        assert time.monotonic() - ended < 25, "a rank was left behind"
-        time.sleep(0.05)
+    assert gone(ranks), "a rank was left behind"
     assert code in (130, -signal.SIGINT), output  # the second may meet a process that is about to exit
     assert "Traceback" not in output
-
-
-def wait_for_listener(port: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "nobody listens"
-        time.sleep(0.1)
 
 
 @pytest.mark.timeout(240)
@@ -164,11 +136,11 @@ def test_who_waits_for_others_that_do_not_come_can_be_interrupted(who: str, path
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     options = ["--nproc", "1", "--nodes", "2", "--node-rank", "0", "--master", f"127.0.0.1:{port}"]
     if who == "rank":
-        process = start([*INTERNLM, "train", str(path)], env=place)
+        process = start(*INTERNLM, "train", str(path), **place)
     else:
-        process = start([*INTERNLM, "launch", *options, "train", str(path)])
+        process = start(*INTERNLM, "launch", *options, "train", str(path))
     try:
-        wait_for_listener(port, process)
+        wait_for(process, lambda: listened_to(port))
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         code, output = finish(process, timeout_s=30)  # it would wait an hour
@@ -185,7 +157,7 @@ def test_a_port_in_use_is_said_with_what_to_do(path: Path) -> None:
         taken.listen()
         master = f"127.0.0.1:{taken.getsockname()[1]}"
         options = ["--nproc", "1", "--nodes", "2", "--node-rank", "0", "--master", master]
-        code, output = run([*INTERNLM, "launch", *options, "train", str(path)])
+        code, output = finish(start(*INTERNLM, "launch", *options, "train", str(path)))
     assert code == 1, output
     assert "the nodes did not find each other" in output
     assert "a port that is free on machine 0" in output
@@ -198,7 +170,7 @@ def test_ranks_with_different_recipes_are_refused_on_every_rank(path: Path) -> N
     processes = []
     for number, rate in enumerate(("1e-3", "2e-3")):
         options = ["--nproc", "1", "--nodes", "2", "--node-rank", str(number), "--master", master]
-        processes.append(start([*INTERNLM, "launch", *options, "train", str(path), f"optim.lr={rate}"]))
+        processes.append(start(*INTERNLM, "launch", *options, "train", str(path), f"optim.lr={rate}"))
     for process in processes:
         code, output = finish(process)
         assert code == 1, output
@@ -210,7 +182,7 @@ def test_ranks_with_different_recipes_are_refused_on_every_rank(path: Path) -> N
 
 @pytest.mark.timeout(240)
 def test_sizes_that_do_not_fit_say_the_numbers(path: Path) -> None:
-    code, output = run([*LAUNCH, "train", str(path), "parallel.tensor=3"])
+    code, output = finish(start(*LAUNCH, "train", str(path), "parallel.tensor=3"))
     assert code == 1, output
     assert "tensor 3 needs a multiple of 3 ranks, and this run has 2 ranks" in output
     assert "ended with exit code 1" in output

@@ -11,8 +11,8 @@ import torch
 
 from internlm.checkpoint import store
 from internlm.weights.weight import tensors
-from tests.launch.conftest import INTERNLM, children, finish, gone, losses, run, slow, start, wait_for_step
-from tests.launch.test_launch import free_port
+from tests.launch.conftest import losses, slow, wait_for_step
+from tests.processes import INTERNLM, children, finish, free_port, gone, start
 
 pytestmark = [
     pytest.mark.timeout(900),
@@ -37,10 +37,10 @@ def assert_same(path: Path, name: str, other: str) -> None:
 
 
 def test_a_killed_rank_starts_again_with_the_others_and_nothing_is_lost(path: Path) -> None:
-    code, output = run(launched(path, "straight", "--nproc", "2"))
+    code, output = finish(start(*launched(path, "straight", "--nproc", "2")))
     assert code == 0, output
     words = launched(path, "killed", "--nproc", "2", "--max-restarts", "2")
-    process = start(words, env=slow(path.parent, 0.2))
+    process = start(*words, **slow(path.parent, 0.2))
     try:
         wait_for_step(path.parent / "killed", 4, process)
         first = children(process.pid)
@@ -61,7 +61,7 @@ def test_a_rank_that_fails_each_time_ends_the_run(path: Path, request: pytest.Fi
     if not request.config.getoption("--proof"):
         pytest.skip("part of the proof")
     options = ["--nproc", "2", "--max-restarts", "1"]
-    code, output = run([*INTERNLM, "launch", *options, "train", str(path), "data.train.a.path=nowhere"])
+    code, output = finish(start(*INTERNLM, "launch", *options, "train", str(path), "data.train.a.path=nowhere"))
     assert code == 1, output
     assert output.count("nowhere: no such folder") == 4
     assert output.count("start again") == 1
@@ -78,9 +78,9 @@ def machines(path: Path, name: str, nodes: str, restarts: int) -> list[list[str]
 def test_two_machines_start_again_together(nodes: str, path: Path, request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--proof"):
         pytest.skip("part of the proof")
-    code, output = run(launched(path, "straight", "--nproc", "2"))
+    code, output = finish(start(*launched(path, "straight", "--nproc", "2")))
     assert code == 0, output
-    processes = [start(words, env=slow(path.parent, 0.5)) for words in machines(path, "two", nodes, 2)]
+    processes = [start(*words, **slow(path.parent, 0.5)) for words in machines(path, "two", nodes, 2)]
     try:
         wait_for_step(path.parent / "two", 4, processes[0])
         (victim,) = children(processes[1].pid)
@@ -98,9 +98,9 @@ def test_a_machine_that_is_lost_is_done_without(path: Path, request: pytest.Fixt
     """The layout follows: `parallel.shard` is left at 0, whatever ranks there are."""
     if not request.config.getoption("--proof"):
         pytest.skip("part of the proof")
-    code, output = run(launched(path, "straight", "--nproc", "2"))
+    code, output = finish(start(*launched(path, "straight", "--nproc", "2")))
     assert code == 0, output
-    first, second = [start(words, env=slow(path.parent, 0.5)) for words in machines(path, "fewer", "1:2", 3)]
+    first, second = [start(*words, **slow(path.parent, 0.5)) for words in machines(path, "fewer", "1:2", 3)]
     try:
         wait_for_step(path.parent / "fewer", 4, first)
         second.kill()
@@ -118,11 +118,11 @@ def test_a_machine_that_comes_later_is_taken_in(path: Path, request: pytest.Fixt
         pytest.skip("part of the proof")
     words = machines(path, "more", "1:2", 1)
     hook = slow(path.parent, 1.5)
-    first = start(words[0], env=hook)
+    first = start(*words[0], **hook)
     second = None
     try:
         wait_for_step(path.parent / "more", 2, first)
-        second = start(words[1], env=hook)
+        second = start(*words[1], **hook)
         ends = [finish(process, 300) for process in (first, second)]
     finally:
         first.kill()

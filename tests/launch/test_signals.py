@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from internlm.checkpoint import store
-from tests.launch.conftest import INTERNLM, ROOT, children, finish, gone, slow, start, wait_for_step
+from tests.launch.conftest import LAUNCH, ROOT, slow, wait_for_step
+from tests.processes import children, finish, gone, start
 
 pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc"),
 ]
-LAUNCH = [*INTERNLM, "launch", "--nproc", "2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TORCHRUN += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "-m", "internlm"]
 
@@ -25,10 +25,9 @@ TORCHRUN += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "-m", "internlm"]
 def begun(path: Path, words: list[str], seconds: float = 0.3) -> tuple[subprocess.Popen[str], list[int]]:
     """Start a long run of slow steps; return its launcher, and its ranks when they have taken a step."""
     process = start(
-        [*words, "train", str(path), "train.tokens=1e9", "train.trace_every_steps=null"],
-        env=slow(path.parent, seconds),
-        cwd=ROOT,
-    )
+        *words, "train", str(path), "train.tokens=1e9", "train.trace_every_steps=null", cwd=ROOT,
+        **slow(path.parent, seconds),
+    )  # fmt: skip
     wait_for_step(path.parent / "run", 1, process)
     ranks = children(process.pid)
     assert len(ranks) == 2

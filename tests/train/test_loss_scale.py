@@ -25,6 +25,13 @@ def test_the_scale_is_halved_by_overflow_and_doubled_by_many_good_steps() -> Non
     assert not scale.update(False), "nothing is left to lower: the step itself is bad"
 
 
+def test_an_overflow_starts_the_count_of_good_steps_anew() -> None:
+    scale = LossScale.of(torch.float16)
+    assert not scale.update(True)
+    assert scale.update(False)
+    assert (scale.value, scale.good_steps) == (FIRST / 2, 0)
+
+
 def test_other_dtypes_have_no_scale() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         scale = LossScale.of(dtype)

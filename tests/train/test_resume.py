@@ -7,17 +7,18 @@ import logging
 import re
 import shutil
 import subprocess
-import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from internlm import config, storage, version
 from internlm import recipe as recipes
-from internlm.checkpoint import saver, store
+from internlm.checkpoint import place, saver, store
 from internlm.cli import main, train
 from internlm.data.shards import KIND, Shards, ShardWriter
 from internlm.errors import ConfigError, DataError, InternLMError, StorageError, WeightsError
@@ -27,6 +28,7 @@ from internlm.train.metrics import Metrics
 from internlm.train.step import Stepper
 from internlm.train.trainer import Trainer
 from internlm.weights import transformers
+from tests.processes import forked
 
 Make = Callable[..., Recipe]
 
@@ -35,8 +37,7 @@ def test_a_second_process_in_a_run_folder_is_refused(recipe: Make, tmp_path: Pat
     value = recipe()
     recipes.prepare(value)  # this process holds the folder now
     (tmp_path / "r.yaml").write_text(config.dump(value))
-    words = [sys.executable, "-m", "internlm", "train", str(tmp_path / "r.yaml")]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = forked("train", str(tmp_path / "r.yaml"))
     assert done.returncode == 1
     assert "another process works in this folder" in done.stderr
     assert "Traceback" not in done.stderr
@@ -47,8 +48,7 @@ def test_two_runs_that_name_one_folder_of_checkpoints_do_not_work_in_it_at_once(
     shared = {"folder": str(tmp_path / "shared")}
     recipes.prepare(recipe(checkpoint=shared))
     (tmp_path / "r.yaml").write_text(config.dump(recipe(checkpoint=shared, run=str(tmp_path / "other"))))
-    words = [sys.executable, "-m", "internlm", "train", str(tmp_path / "r.yaml")]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = forked("train", str(tmp_path / "r.yaml"))
     assert done.returncode == 1
     assert f"{tmp_path / 'shared'}: another process works in this folder" in done.stderr
 
@@ -114,6 +114,40 @@ def test_another_step_size_is_refused_on_resume(recipe: Make) -> None:
     recipes.prepare(recipe(train__tokens=2 * 256)).fit()
     with pytest.raises(ConfigError, match=r"train\.batch_tokens: the run was begun with 256 tokens a step"):
         recipes.prepare(recipe(train__batch_tokens=512))
+
+
+def test_weights_do_not_change_before_a_checkpoint_has_its_copy_of_them(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = saver.Saver._copy
+
+    def slow(self: saver.Saver, sources: list[torch.Tensor]) -> Any:
+        parts, make = copy(self, sources)
+        return parts, lambda: (time.sleep(0.5), make())
+
+    monkeypatch.setattr(saver.Saver, "_copy", slow)
+    trainer = recipes.prepare(recipe())
+    trainer.stepper.step()
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.save(wait=False)
+    trainer.stepper.step()
+    trainer.saver.finish()
+    saved = store.open_checkpoint(tmp_path / "run").weights()
+    assert all(torch.equal(before[name], weight.read()) for name, weight in saved.items())
+
+
+def test_the_last_checkpoint_is_tried_again(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, problems = place._Folder.write, ["the disk is full"]
+
+    def fails_once(self: Any, name: str, buffers: Any) -> str:
+        if problems:
+            raise StorageError(problems.pop())
+        return write(self, name, buffers)
+
+    monkeypatch.setattr(place._Folder, "write", fails_once)
+    monkeypatch.setattr("internlm.train.trainer.SAVE_AGAIN_AFTER_S", (0.0,))
+    recipes.prepare(recipe(train__tokens=2 * 256)).fit()
+    assert [path.name for path in store.listed(tmp_path / "run")] == ["step-00000002"]
 
 
 def test_a_removal_that_was_cut_short_is_finished(recipe: Make, tmp_path: Path) -> None:

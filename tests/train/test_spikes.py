@@ -159,3 +159,14 @@ def test_a_run_does_not_go_back_for_ever(
     assert trainer.progress.step == 20
     assert len(trainer.progress.passed_over) == 2
     assert "2 times is enough" in caplog.text
+
+
+def test_the_spike_that_a_run_went_back_from_is_none_of_the_losses_it_looks_back_on(recipe: Make) -> None:
+    trainer = recipes.prepare(recipe(spikes={"policy": "rollback"}))
+    trainer.stepper.step()
+    trainer.save()
+    trainer.stepper.step()
+    losses = list(trainer.stepper.spikes.losses)
+    trainer.stepper.spikes.add(99.0)
+    assert trainer._roll_back(99.0)
+    assert list(trainer.stepper.spikes.losses) == losses

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,12 @@ from internlm import config
 from internlm import recipe as recipes
 from internlm.checkpoint import store
 from internlm.recipe import Recipe
-from internlm.train.metrics import read_metrics
+from internlm.train.metrics import Metrics, read_metrics
+from internlm.train.step import Stepper
 from internlm.train.stop import EXIT_CODES, FILE, Reason, Stop, Stopped
 from internlm.train.trainer import Trainer
 from internlm.weights.weight import tensors
+from tests.processes import Fork, until
 
 Make = Callable[..., Recipe]
 
@@ -98,40 +99,34 @@ def test_handlers_of_others_are_left_alone() -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
-PROGRAM = """
-import sys, time
-from internlm.train.step import Stepper
-step = Stepper.step
-def slow(self):
-    time.sleep({seconds})
-    return step(self)
-Stepper.step = slow
-from internlm.cli import main
-sys.exit(main(["train", {path!r}]))
-"""
+def slow_steps(seconds: float) -> None:
+    step = Stepper.step
+
+    def slow(stepper: Stepper) -> Metrics:
+        time.sleep(seconds)
+        return step(stepper)
+
+    Stepper.step = slow  # type: ignore[method-assign]
 
 
-def started(recipe: Make, tmp_path: Path, seconds: float) -> subprocess.Popen[str]:
+def started(recipe: Make, tmp_path: Path, seconds: float) -> Fork:
     """Start a run of slow steps in a process, and return it when it has taken one."""
-    path = tmp_path / "r.yaml"
+    path, metrics = tmp_path / "r.yaml", tmp_path / "run" / "metrics.jsonl"
     path.write_text(config.dump(recipe()))
-    program = PROGRAM.format(seconds=seconds, path=str(path))
-    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
-        assert process.poll() is None
-        time.sleep(0.02)
+    process = Fork("train", str(path), hook=partial(slow_steps, seconds))
+    assert until(lambda: metrics.exists() and metrics.read_text()), process.finish(0)
     return process
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
 def test_the_exit_code_says_why(recipe: Make, tmp_path: Path, name: str, code: int) -> None:
     process = started(recipe, tmp_path, 0.2)
-    process.send_signal(getattr(signal, name))
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert f"{name}: the run saves at the end of this step" in said
-    assert "the same command goes on from there" in said
-    assert "Traceback" not in said
+    os.kill(process.pid, getattr(signal, name))
+    done = process.finish()
+    assert done.returncode == code
+    assert f"{name}: the run saves at the end of this step" in done.stderr
+    assert "the same command goes on from there" in done.stderr
+    assert "Traceback" not in done.stderr
     assert store.newest(tmp_path / "run") is not None
     assert set(EXIT_CODES.values()) == {0, 75, 130}
 
@@ -142,7 +137,6 @@ def test_a_second_signal_ends_at_once(recipe: Make, tmp_path: Path) -> None:
     time.sleep(0.3)
     begun = time.monotonic()
     os.kill(process.pid, signal.SIGTERM)
-    process.communicate(timeout=60)
+    assert process.finish().returncode == -signal.SIGTERM
     assert time.monotonic() - begun < 2.5
-    assert process.returncode == -signal.SIGTERM
     assert store.newest(tmp_path / "run") is None

@@ -16,6 +16,7 @@ from internlm import plot, storage
 from internlm import recipe as recipes
 from internlm.checkpoint import store
 from internlm.errors import ConfigError, DataError, StorageError, TrainingError
+from internlm.model.heads import TokenOutputs
 from internlm.recipe import Recipe
 from internlm.train.evaluate import score
 from internlm.train.metrics import MetricsFile, read_metrics
@@ -84,6 +85,18 @@ def test_the_loss_is_the_mean_over_all_trained_tokens_of_the_step(recipe: Make) 
     assert len({int((row > 0).sum()) for row in batch.weights}) > 1  # rows differ in how many tokens they train
 
 
+def test_the_z_loss_is_its_formula_over_trained_tokens(recipe: Make) -> None:
+    trainer = recipes.prepare(recipe(data__pack="whole", objective={"kind": "lm", "z_loss": 0.1}))
+    start = trainer.stepper.loader.state_dict()
+    batch = trainer.stepper.loader.next_batch(8)
+    trainer.stepper.loader.load_state_dict(start)
+    logits = trainer.model.head.logits(trainer.model(batch.tokens, batch.positions, batch.documents))
+    logp = logits.log_softmax(-1).gather(-1, batch.labels[..., None])[..., 0]
+    wanted = (batch.weights * (0.1 * logits.logsumexp(-1) ** 2 - logp)).sum() / batch.weights.sum()
+    assert not batch.weights.all()
+    assert trainer.stepper.step()["train/step_loss"] == pytest.approx(wanted.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_ten_steps_and_ten_more_after_a_restart_are_twenty_steps_bitwise(
     recipe: Make, tmp_path: Path, kind: str
@@ -110,6 +123,16 @@ def test_ten_steps_and_ten_more_after_a_restart_are_twenty_steps_bitwise(
     assert losses(tmp_path / "straight")[10:] == losses(tmp_path / "run")
 
 
+def test_random_numbers_go_on_after_a_restart_where_they_were(recipe: Make) -> None:
+    trainer = recipes.prepare(recipe())
+    torch.rand(3)  # as dropout would
+    random.random()
+    trainer.save()
+    wanted = (torch.rand(1), random.random())
+    recipes.prepare(recipe())
+    assert (torch.rand(1), random.random()) == wanted
+
+
 def test_a_finished_run_is_not_trained_again(recipe: Make) -> None:
     value = recipe(train__tokens=3 * 256)
     recipes.prepare(value).fit()
@@ -118,6 +141,11 @@ def test_a_finished_run_is_not_trained_again(recipe: Make) -> None:
     before = weights(again)
     again.fit()
     assert all(torch.equal(before[name], after) for name, after in weights(again).items())
+
+
+def test_the_last_tokens_of_a_budget_are_a_whole_step(recipe: Make) -> None:
+    assert recipe(train__tokens=2 * 256 + 1).train.total_steps == 3
+    assert recipe(train__tokens=2 * 256).train.total_steps == 2
 
 
 def test_metrics_after_a_restart_hold_every_step_once(recipe: Make, tmp_path: Path) -> None:
@@ -183,6 +211,28 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run(recipe: Make, tmp_
     assert all(torch.equal(v, state[n]) for n, v in trainer.stepper.optimizer.named_state().items())
 
 
+def test_a_good_step_ends_a_row_of_skipped_ones(recipe: Make) -> None:
+    trainer = recipes.prepare(recipe(train__max_skipped_steps=2))
+    embed = trainer.model.embedding.forward
+
+    def broken(tokens: torch.Tensor) -> torch.Tensor:
+        return embed(tokens) * (1.0 if trainer.progress.step % 2 else math.nan)
+
+    trainer.model.embedding.forward = broken  # type: ignore[method-assign]
+    for _ in range(5):
+        trainer.stepper.step()
+    assert (trainer.progress.skipped_steps, trainer.progress.skipped_in_a_row) == (3, 1)
+
+
+def test_a_gradient_that_is_not_finite_is_not_used_where_the_loss_is(recipe: Make) -> None:
+    trainer = recipes.prepare(recipe())
+    before = weights(trainer)
+    trainer.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    assert math.isfinite(trainer.stepper.step()["train/step_loss"])
+    assert trainer.progress.skipped_steps == 1
+    assert all(torch.equal(before[name], after) for name, after in weights(trainer).items())
+
+
 def test_a_skipped_step_does_not_hide_the_loss_of_the_others(recipe: Make, tmp_path: Path) -> None:
     trainer = recipes.prepare(recipe(train__tokens=3 * 256, train__log_every_steps=3))
     embed = trainer.model.embedding.forward
@@ -194,6 +244,16 @@ def test_a_skipped_step_does_not_hide_the_loss_of_the_others(recipe: Make, tmp_p
     trainer.fit()
     assert trainer.progress.skipped_steps == 1
     assert losses(tmp_path / "run")[-1] == pytest.approx(math.log(280), abs=0.5)
+
+
+def test_a_row_that_is_not_finite_does_not_hide_the_loss_of_the_others(recipe: Make) -> None:
+    trainer = recipes.prepare(recipe())
+    batch = trainer.stepper.loader.next_batch(2)
+    logp = torch.full(batch.labels.shape, -2.0)
+    logp[0, 3] = math.nan
+    trainer.meter.clear()
+    trainer.meter.add(TokenOutputs(logp, logp, logp == 0), batch)
+    assert trainer.meter.read()["train/loss"] == 2.0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

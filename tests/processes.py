@@ -1,0 +1,227 @@
+"""Processes that tests start, and how they are waited for.
+
+    done = forked("convert", "gone", "out")           # run to its end: done.returncode, .stdout, .stderr
+    done = internlm("convert", "gone", "out")         # the same, from nothing: some seconds, most of them imports
+    child = start(*INTERNLM, "train", "r.yaml")       # goes on beside the test; finish(child) waits for it
+    with serving(folder, "--max-batch", "2") as on:   # `internlm serve`, which listens: on.url, on.child
+        ...
+
+None of them knows of ranks, and each has one thread: two that wait for each other on a busy machine take ten times as
+long. What is not about the start of a process is tested in a fork of one that has imported everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import queue
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from internlm.cli import main
+
+CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+if sys.platform == "linux":
+    CONTEXT.set_forkserver_preload(
+        [
+            "tests.parallel.cases", "torch.utils.tensorboard", "torch.distributed.checkpoint", "internlm.infer.engine",
+            "internlm.weights.transformers", "matplotlib.pyplot",
+        ]
+    )  # fmt: skip
+
+INTERNLM = [sys.executable, "-m", "internlm"]
+FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_", "PET_", "TORCHELASTIC_")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Return the variables of a process that knows of no ranks."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    return known | {"OMP_NUM_THREADS": "1"} | changes
+
+
+def internlm(
+    *words: str, stdin: str | None = None, cwd: Path | None = None, timeout_s: float = 120, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `internlm` to its end; return exit code and streams."""
+    return subprocess.run(
+        [*INTERNLM, *words], input=stdin, cwd=cwd, env=environment(**variables), capture_output=True, text=True,
+        timeout=timeout_s, check=False,
+    )  # fmt: skip
+
+
+class Fork:
+    """`internlm` in a process that need not import anything, and goes on beside the test.
+
+    Args:
+        words: of the command.
+        cwd: where it works.
+        hook: function of a module, which is called in the process first.
+        variables: of its environment.
+    """
+
+    def __init__(
+        self, *words: str, cwd: Path | None = None, hook: Callable[[], None] | None = None, **variables: str
+    ) -> None:
+        self.words = words
+        self._folder = tempfile.TemporaryDirectory()
+        self._streams = [str(Path(self._folder.name, name)) for name in ("output", "errors")]
+        where = str(cwd or Path.cwd())
+        self._process = CONTEXT.Process(
+            target=_become, args=(words, where, environment(**variables), self._streams, hook)
+        )
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    def finish(self, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        """Wait for the end; return exit code and streams.
+
+        Raises:
+            TimeoutError: it took too long, and was killed.
+        """
+        self._process.join(timeout_s)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise TimeoutError(f"internlm {' '.join(self.words)} took more than {timeout_s} s")
+        said = [Path(stream).read_text(encoding="utf-8", errors="replace") for stream in self._streams]
+        self._folder.cleanup()
+        return subprocess.CompletedProcess(self.words, self._process.exitcode, *said)
+
+
+def forked(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run `internlm` to its end in a `Fork`; return exit code and streams."""
+    return Fork(*words, **options).finish()
+
+
+def _become(
+    words: Sequence[str], folder: str, variables: dict[str, str], streams: list[str], hook: Callable[[], None] | None
+) -> None:
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    if hook is not None:
+        hook()
+    try:
+        code: Any = main(words)
+    except SystemExit as left:  # argparse leaves so
+        code = left.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def start(*command: str, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+    """Start a command, whose two streams are one."""
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 200) -> tuple[int, str]:
+    """Return exit code and output of a process, which is killed when it takes too long."""
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, output
+
+
+def until(condition: Callable[[], Any], seconds: float = 30.0) -> bool:
+    """Wait until a condition holds, and return whether it does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], Any], seconds: float = 100.0) -> None:
+    """Wait until a condition holds that a process brings about; fail, with what that said, if it ends or is late."""
+    came = until(lambda: condition() or process.poll() is not None, seconds)
+    if not came or process.poll() is not None:
+        process.kill()
+        raise AssertionError(process.communicate())
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listened_to(port: int) -> bool:
+    """Return whether somebody listens on a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started and that run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue  # it has just ended
+        if int(parent) == pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def gone(pids: list[int], within_s: float = 20) -> bool:
+    """Return whether processes have ended."""
+    return until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), within_s)
+
+
+class Serving:
+    """A server in a process of its own, with what it says.
+
+    Args:
+        words: of `internlm serve`, behind the port.
+        program: what is started instead, by its name as a module.
+    """
+
+    def __init__(self, *words: str, program: str = "internlm serve", **variables: str) -> None:
+        command = [sys.executable, "-m", *program.split(), *words, "--port", "0"]
+        pipe = subprocess.PIPE
+        self.child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(**variables))
+        self.told: queue.Queue[str] = queue.Queue()
+        """Lines of its output."""
+        self.said: list[str] = []
+        """Lines on its other stream until it listened."""
+        remarks: queue.Queue[str] = queue.Queue()
+        for stream, lines in ((self.child.stdout, self.told), (self.child.stderr, remarks)):
+            threading.Thread(target=_tell, args=(stream, lines), daemon=True).start()
+        while not any(line.startswith("serving ") for line in self.said):
+            self.said.append(remarks.get(timeout=170))
+            assert self.said[-1], self.said
+        self.url = next(word for word in self.said[-1].split() if word.startswith("http"))
+
+
+def _tell(stream: Iterable[str], to: queue.Queue[str]) -> None:
+    for line in itertools.chain(stream, [""]):
+        to.put(line)
+
+
+@contextlib.contextmanager
+def serving(*words: str | Path, **options: str) -> Iterator[Serving]:
+    """Serve a model inside the block."""
+    process = Serving(*map(str, words), **options)
+    try:
+        yield process
+    finally:
+        process.child.kill()
+        process.child.wait()
