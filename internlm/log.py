@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Collection, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -18,15 +18,15 @@ _warned: set[str] = set()
 _rank = 0
 
 
-def setup(level: str = "INFO", rank: int = 0) -> None:
-    """Send this package's log to stderr, on rank 0 from `level` on and on the other ranks from WARNING on."""
+def setup(rank: int = 0) -> None:
+    """Send this package's log to stderr, on rank 0 from INFO on and on the other ranks from WARNING on."""
     global _rank
     _rank = rank
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     logger = logging.getLogger("internlm")
     logger.handlers[:] = [handler]
-    logger.setLevel(level if rank == 0 else "WARNING")
+    logger.setLevel("INFO" if rank == 0 else "WARNING")
     logger.propagate = False
 
 
@@ -123,11 +123,9 @@ class Progress:
         self.close()
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None, unit: str = "") -> Iterator[T]:
+def progress(items: Collection[T], what: str, unit: str = "") -> Iterator[T]:
     """Yield `items` while showing how many are done."""
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    with Progress(what, total, unit) as shown:
+    with Progress(what, len(items), unit) as shown:
         for item in items:
             yield item
             shown.advance()

@@ -184,7 +184,7 @@ def _prepare(recipe: Recipe, alerts: Alerts) -> Trainer:
     setting = setting_of(recipe, shape, layout, device)
     start.check_memory(shape, recipe.parallel, layout, recipe.optim, setting)
     parallel = _model(recipe, shape, setting, weights, begun is not None)
-    peak = hardware.peak_flops(runtime.device_name(device), str(setting.dtype).removeprefix("torch."))
+    peak = hardware.peak_flops(runtime.device_name(device), runtime.dtype_name(setting.dtype))
     meter = Meter(parallel, loader.sources, peak or runtime.measure_peak(device, setting.dtype))
     trainer = Trainer(
         run=run,
@@ -325,7 +325,7 @@ def _announce(trainer: Trainer, dtype: torch.dtype, peak_origin: str) -> None:
         recipe.total_steps,
         quantity(recipe.batch_tokens),
         runtime.device_name(trainer.parallel.device),
-        str(dtype).removeprefix("torch."),
+        runtime.dtype_name(dtype),
         trainer.meter.peak_flops / 1e12,
         peak_origin,
         trainer.parallel.parts[0].attention_path,

@@ -181,6 +181,11 @@ def resolve_dtype(config: RuntimeConfig, device: torch.device) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a data type as recipes, options and files have it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def seed(value: int) -> None:
     """Start the global random streams of Python and torch (all devices) at a seed."""
     import random

@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 
 _ROOM = 0.8
 """Share of the free memory that copies may take."""
+PATIENCE_S = 1800.0
+"""How long rank 0 waits for the slowest rank's files."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,6 @@ class Saver:
     Args:
         folder: of the checkpoints, on a disk or in a store.
         background: whether the training goes on while one is written.
-        patience_s: how long rank 0 waits for the slowest rank's file.
         after: called on rank 0 when a save has ended, well or not, in the thread that wrote.
 
     Raises:
@@ -120,10 +121,9 @@ class Saver:
         folder: Place,
         *,
         background: bool = True,
-        patience_s: float = 1800.0,
         after: Callable[[Saved], None] = lambda saved: None,
     ) -> None:
-        self.folder, self.background, self.patience_s = folder, background, patience_s
+        self.folder, self.background = folder, background
         self._after = after
         self._plan: _Plan | None = None
         self._copies: list[Tensor] | None = None
@@ -158,7 +158,7 @@ class Saver:
         draft = place.draft_of(target, f"{self._mark}.{self._count}")
         sources = [_local(item, tensors) for items in self._plan.files.values() for item in items]
         beside = replace(beside, meta=copy.deepcopy(beside.meta))  # the run goes on to change what it may refer to
-        job = _Job(self._plan, target, draft, beside, self.patience_s, time.monotonic())
+        job = _Job(self._plan, target, draft, beside, time.monotonic())
         if self.background and self._has_room():
             parts, make = self._copy(sources)
         else:
@@ -282,7 +282,6 @@ class _Job:
     target: Place
     draft: Draft
     beside: Beside
-    patience_s: float
     begun: float
     failed: dict[int, str] = field(default_factory=dict)
     """Problems of ranks that did not leave a word of them: for rank 0, from another thread."""
@@ -326,7 +325,7 @@ class _Job:
         """
         files: Facts = {}
         missing = set(range(1, ranks.world_size()))
-        until = time.monotonic() + self.patience_s
+        until = time.monotonic() + PATIENCE_S
         while missing:
             for rank, text in sorted(self.draft.said().items()):
                 word = json.loads(text)
@@ -337,7 +336,7 @@ class _Job:
                 raise StorageError(f"rank {rank} could not write its part: {problem}")
             if missing and time.monotonic() > until:
                 raise StorageError(
-                    f"nothing was heard of rank {min(missing)} for {self.patience_s:.0f} s",
+                    f"nothing was heard of rank {min(missing)} for {PATIENCE_S:.0f} s",
                     where=self.target,
                     do="Do all ranks see this folder?",
                 )

@@ -29,13 +29,14 @@ from torch.distributed.tensor import DTensor
 from internlm.parallel import collectives
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan 2024: steepest at 0, bounded on [0, 1]
+STEPS = 5
 BATCH = 1 << 27
 """Elements of whole matrices that a rank works on at once: some 2 GiB besides weights and states, and at least one
 matrix. All 64 gates and ups of a 7B model on one GPU would be 2.9e9."""
 
 
 @torch.no_grad()
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor) -> Tensor:
     """Return the approximately orthogonal factor of each matrix [N, R, C]; of zeros it is zeros.
 
     In bf16 on GPUs (the iteration forgives it), in the given dtype on CPUs, where bf16 is slower than fp32.
@@ -46,7 +47,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     if not wide:
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(STEPS):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(matrices.dtype)

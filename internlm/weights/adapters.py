@@ -152,13 +152,12 @@ def merge(weights: Weights, adapter: Adapter) -> Weights:
     return found
 
 
-def attach(model: Transformer, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:
-    """Give a model, or a part of it, the adapter beside its weights, and freeze everything else, in place.
+def attach(model: Transformer, adapter: Adapter) -> None:
+    """Give a model, or a part of it, the adapter, in fp32, beside its weights, and freeze everything else, in place.
 
     Args:
         model: the base, maybe without memory yet.
         adapter: opened for its shape.
-        dtype: of the adapter's parameters.
 
     Raises:
         WeightsError: the adapter belongs to another shape, or brings weights that take the place of the base's.
@@ -172,12 +171,12 @@ def attach(model: Transformer, adapter: Adapter, dtype: torch.dtype = torch.floa
     for name, weight in adapter.weights.items():
         fitting.accepts(name, torch.Size(weight.shape))
     fitting.finish()
-    lora.apply_lora(model, adapter.config, dtype)
+    lora.apply_lora(model, adapter.config)
     for name, parameter in lora.lora_parameters(model).items():
         tensor = lazy.read(name, adapter.weights[name])
         if parameter.is_meta:
             layer, _, own = name.rpartition(".")
-            setattr(model.get_submodule(layer), own, nn.Parameter(tensor.to(dtype, copy=True)))
+            setattr(model.get_submodule(layer), own, nn.Parameter(tensor.to(torch.float32, copy=True)))
         else:
             with torch.no_grad():
                 parameter.copy_(tensor)

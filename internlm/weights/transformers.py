@@ -34,6 +34,7 @@ from internlm.errors import WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.quant import Kind
 from internlm.model.transformer import Transformer
+from internlm.runtime import dtype_name
 from internlm.weights import carried, files
 from internlm.weights import weight as lazy
 from internlm.weights.card import card
@@ -106,7 +107,7 @@ def export(
     with storage.writing(out, KIND, replace=options.replace, resume=options.resume) as folder:
         files.require_space(folder, sum(weight.nbytes for weight in theirs.values()), f"export {out.name}")
         files.write(folder, theirs, options.max_shard_bytes, options.progress)
-        stored = str(lazy.main_dtype(theirs)).removeprefix("torch.")
+        stored = dtype_name(lazy.main_dtype(theirs))
         # Transformers 4 reads `torch_dtype`, 5 writes `dtype` and reads both.
         described |= talk.role_ids() | {"torch_dtype": stored, "dtype": stored}
         storage.write_json(folder.path / "config.json", described)

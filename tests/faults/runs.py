@@ -11,7 +11,6 @@ import itertools
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from internlm.hashed_file import HashedFile
 from internlm.recipe import Recipe
 from internlm.train import trainer
 from internlm.weights.weight import tensors
-from tests.parallel.ranks import CONTEXT
+from tests.processes import CONTEXT, free_port
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 WRITE = "write"
@@ -131,9 +130,7 @@ class Run:
     def __init__(self, recipe: Path, world: int = 1, trouble: Trouble | None = None, slow_s: float = 0.0) -> None:
         self.log = recipe.with_suffix(".log")
         self.log.unlink(missing_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = free_port()
         self.ranks = [
             CONTEXT.Process(
                 target=work, args=(str(recipe), rank, world, port, str(self.log), trouble, slow_s), daemon=True

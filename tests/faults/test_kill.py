@@ -6,8 +6,6 @@ import itertools
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from internlm.cli import main
 from internlm.recipe import Recipe
 from internlm.train.metrics import read_metrics
 from tests.faults.runs import Run, Trouble, assert_same, contents, write_recipe
+from tests.processes import internlm
 
 Make = Callable[..., Recipe]
 STEPS = 36
@@ -165,7 +164,6 @@ def test_bad_input_is_one_clear_line_and_the_right_exit_code(
 
 
 def test_the_exit_code_and_the_line_are_those_of_the_process(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "internlm", "train", "gone.yaml"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    done = internlm("train", "gone.yaml", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["internlm train: error: gone.yaml: no such recipe"]

@@ -6,6 +6,7 @@ python -m tests.faults.watched_server DIR --port 0
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import json
 import signal
@@ -16,12 +17,27 @@ from typing import Any
 from internlm.cli import main
 from internlm.infer.engine import Engine
 from internlm.infer.request import Delta
-from internlm.infer.schedule import Sequence
+from internlm.infer.schedule import Text
 from internlm.serve.api import app
 from internlm.serve.api.inbox import Ticket
 
 make_app, step = app.make_app, Engine.step
 breaks = False
+
+
+class _Malloc(ctypes.Structure):
+    """What glibc says of its heap (`mallinfo2`)."""
+
+    names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in names]
+
+
+def allocated() -> int:
+    """Return the bytes that were allocated and not freed, of C, C++ and Rust, and of Python what is larger than 512."""
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = _Malloc
+    told = ask()
+    return int(told.uordblks + told.hblkhd)
 
 
 def breaking_step(engine: Engine) -> list[Delta]:
@@ -40,10 +56,11 @@ def watched(*arguments: Any, **options: Any) -> Any:
         gc.collect()
         kinds = [type(thing) for thing in gc.get_objects()]
         held = {
+            "bytes": allocated(),
             "tasks": len(asyncio.all_tasks(service.inbox._loop)),
             "tickets": len(service.inbox.tickets),
             "ticket objects": kinds.count(Ticket),
-            "sequences": kinds.count(Sequence),
+            "sequences": kinds.count(Text),
             "jobs": len(service.worker._jobs),
             "threads": threading.active_count(),
             "objects": len(kinds),

@@ -36,6 +36,7 @@ from torch import Tensor
 from internlm import storage
 from internlm.errors import WeightsError
 from internlm.model.config import ModelConfig
+from internlm.runtime import dtype_name
 from internlm.weights import card, files
 from internlm.weights import talk as talks
 from internlm.weights import weight as lazy
@@ -216,7 +217,7 @@ def _written(weights: Weights, config: ModelConfig, dtype: torch.dtype | None, q
         else:
             weight = weight.to(dtype)
         if weight.dtype not in TYPES:
-            allowed = [str(dtype).removeprefix("torch.") for dtype in TYPES if dtype.is_floating_point]
+            allowed = [dtype_name(dtype) for dtype in TYPES if dtype.is_floating_point]
             raise WeightsError("cannot be written as it is", where=name, got=str(weight.dtype), allowed=allowed)
         theirs[_translated(name, NAMES) or name] = weight
     if fields.needs_table(config.rope):

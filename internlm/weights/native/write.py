@@ -28,6 +28,7 @@ from torch import Tensor
 from internlm import storage
 from internlm.errors import WeightsError
 from internlm.model.config import DynamicScaling, ModelConfig
+from internlm.runtime import dtype_name
 from internlm.weights import card, files
 from internlm.weights import weight as lazy
 from internlm.weights.load import check, shapes
@@ -107,7 +108,7 @@ def export(
         torch.save({"step": layout.step}, folder.path / f"{layout.step}.step")
         if talk.tokenizer is not None:
             talk.write(folder.path)
-        readme = _card(config, dialect, layout, str(dtype).removeprefix("torch."), options.notes)
+        readme = _card(config, dialect, layout, dtype_name(dtype), options.notes)
         storage.write_text(folder.path / "README.md", readme)
         folder.meta.update({"internlm_template": talk.template, **options.notes})
     return {f"tp[{t}]_pp[{p}] {name}": weight for (t, p), rank in ranks.items() for name, weight in rank.items()}
