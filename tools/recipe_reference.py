@@ -68,10 +68,12 @@ def _chapter(chapter: Chapter) -> Iterator[str]:
     if chapter.paths:
         yield f"\n{_plain(inspect.getdoc(chapter.cls) or '')}\n"
     yield "\n| key | type | default | |\n|---|---|---|---|\n"
-    for field in dataclasses.fields(chapter.cls):
-        inner = _inner(prefix + field.name, hints[field.name], below)
+    fields = dataclasses.fields(chapter.cls)
+    # All before the first row: a section that is read in two places has both in its heading, and so in its link.
+    inner = {field.name: _inner(prefix + field.name, hints[field.name], below) for field in fields}
+    for field in fields:
         if field.name in docs:  # what a variant has from another stands there
-            kind = _type(hints[field.name], inner)
+            kind = _type(hints[field.name], inner[field.name])
             yield f"| `{field.name}` | {kind} | {_default(field)} | {_plain(docs[field.name])} |\n"
     for one in below.values():
         yield from _chapter(one)

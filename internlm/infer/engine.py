@@ -40,9 +40,9 @@ from internlm.infer.schedule import Counters, Scheduler, Text
 from internlm.infer.stream import TextStream
 from internlm.model import quant
 from internlm.model.quant import Kind
-from internlm.model.transformer import Transformer
+from internlm.model.transformer import Transformer, empty
 from internlm.text.tokenizer import Tokenizer
-from internlm.weights.load import empty, fill
+from internlm.weights.load import fill
 
 if TYPE_CHECKING:
     from internlm.source import Source

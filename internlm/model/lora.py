@@ -42,7 +42,7 @@ from internlm.model.config import ModelConfig
 from internlm.model.heads import LanguageHead
 from internlm.model.layers import Linear
 from internlm.model.moe import Router, StackedLinear
-from internlm.model.transformer import Transformer
+from internlm.model.transformer import Transformer, empty
 
 ALL_LINEAR = "all-linear"
 """The target that is every linear layer of every block."""
@@ -258,8 +258,7 @@ def _unknown(pattern: str, where: str, what: str, names: list[str]) -> ConfigErr
 
 
 def _modules(model: ModelConfig) -> dict[str, nn.Module]:
-    with torch.device("meta"):
-        return dict(Transformer(model).named_modules())
+    return dict(empty(model).named_modules())
 
 
 def apply_lora(model: Transformer, config: LoraConfig, dtype: torch.dtype = torch.float32) -> None:

@@ -22,7 +22,7 @@ from internlm.cost.split import stage_layers
 from internlm.errors import ConfigError
 from internlm.model.config import ModelConfig
 from internlm.model.moe import SideLosses, mixtures
-from internlm.model.transformer import Transformer, initial
+from internlm.model.transformer import Transformer, empty, initial
 from internlm.parallel import context, expert, float8, optimizer_shard, pipeline, tensor
 from internlm.parallel.mesh import Layout, Mesh, ParallelConfig
 from internlm.parallel.microbatch import Runner
@@ -189,18 +189,13 @@ class Parallel:
 
     def _split(self, setting: Setting) -> list[Transformer]:
         """Return this rank's stages, on the meta device."""
-
-        def whole() -> Transformer:
-            with torch.device("meta"):
-                return Transformer(self.shape, setting.attention)
-
         if self.layout.pipeline == 1 or self.mesh is None:
-            return [whole()]
+            return [empty(self.shape, setting.attention)]
         count = self.layout.pipeline * self.config.stages_per_rank
         layers = stage_layers(self.shape, count, setting.seq_len)
         parts = []
         for stage in pipeline.stages_of(self.config, self.mesh.at.pipeline):
-            parts.append(whole())
+            parts.append(empty(self.shape, setting.attention))
             pipeline.take(parts[-1], stage, layers)
         return parts
 

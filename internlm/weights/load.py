@@ -14,43 +14,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import init
-from torch.overrides import TorchFunctionMode
 
 from internlm.errors import WeightsError, did_you_mean
 from internlm.model import quant
 from internlm.model.config import ModelConfig
 from internlm.model.layers import Block
 from internlm.model.quant import Kind
-from internlm.model.transformer import Transformer
+from internlm.model.transformer import Transformer, empty
 from internlm.weights import weight as lazy
 from internlm.weights.weight import Weights
 
 _SHOWN = 8
 """Complaints that one error lists."""
-
-
-class _NoStart(TorchFunctionMode):
-    """Leaves out torch's own start of parameters.
-
-    Drawing on the meta device loads torch's compiler: seconds, and 170 MB of a small server's 420.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (init.normal_, init.uniform_, init.kaiming_uniform_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def empty(config: ModelConfig) -> Transformer:
-    """Return a model without memory (on the meta device), for `fill`."""
-    with torch.device("meta"), _NoStart():
-        return Transformer(config)
 
 
 @functools.lru_cache(maxsize=16)  # a conversion asks several times, and for every weight that is cut

@@ -159,9 +159,7 @@ def test_every_link_between_pages_leads_somewhere() -> None:
 
 def test_the_documentation_builds_as_a_site_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="mkdocs-material is not installed")
-    built = shell(
-        f"{sys.executable} -m mkdocs build -q --strict --config-file {ROOT}/mkdocs.yml -d {tmp_path}", tmp_path
-    )
+    built = shell(f"{sys.executable} -m mkdocs build --strict --config-file {ROOT}/mkdocs.yml -d {tmp_path}", tmp_path)
     assert built.returncode == 0, built.stdout + built.stderr
     assert {path.parent.name for path in tmp_path.glob("*/index.html")} >= {page.stem for page in PAGES[1:]} - {"index"}
 
