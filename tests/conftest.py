@@ -23,6 +23,7 @@ from internlm import config, plot, runtime, storage
 from internlm.data import shards
 from internlm.recipe import Recipe
 from internlm.text.training import train_bpe
+from internlm.train import trainer
 
 for ignored in (signal.SIGINT, signal.SIGHUP):  # as a shell's background jobs and nohup have them: children would too
     if signal.getsignal(ignored) == signal.SIG_IGN:
@@ -44,7 +45,11 @@ LONGEST = (
     "tests/parallel/test_layouts.py",
     "tests/launch/test_launch.py",
     "tests/parallel/test_optimizer_shard.py",
+    "tests/test_mutants.py",
+    "tests/launch/",
     "tests/faults/",
+    "tests/checkpoint/test_remote.py",
+    "tests/story/",
     "tests/parity/test_engine_parity.py",
     "tests/parallel/",
     "tests/infer/test_engine",
@@ -60,6 +65,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return next((place for place, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
 
     items.sort(key=place)
+    if not config.getoption("--proof"):
+        for item in items:
+            if item.get_closest_marker("proof"):
+                item.add_marker(pytest.mark.skip("a long proof: --proof"))
     seed = config.getoption("--shuffle")
     if seed is not None:
         dice, files = random.Random(seed), defaultdict(list)
@@ -76,8 +85,12 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_measured_or_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trainer measures its machine (0.2 s) and draws its losses (0.4 s): once is enough, for who asks for `plots`."""
+    """A trainer measures its machine (0.2 s) and draws its losses (0.4 s): once is enough, for who asks for `plots`.
+
+    Where the last checkpoint cannot be written it tries again at once: a real disk is given 21 s.
+    """
     monkeypatch.setattr(runtime, "measure_peak", MEASURED)
+    monkeypatch.setattr(trainer, "SAVE_AGAIN_AFTER_S", (0.0,) * len(trainer.SAVE_AGAIN_AFTER_S))
     if "plots" not in request.fixturenames:
         monkeypatch.setattr(plot, "loss_curve", lambda *_: None)
 
@@ -132,29 +145,30 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def recipe_over(corpus: Path, folder: Path, /, **changes: Any) -> Recipe:
+    """Return a recipe over the corpus for a run in a folder, with dotted changes."""
+    tree: dict[str, Any] = {
+        "run": str(folder),
+        "model": {"vocab_size": 280, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64},
+        "data": {
+            "seq_len": 32,
+            "train": {"a": {"path": str(corpus / "a"), "weight": 2}, "b": {"path": str(corpus / "b"), "weight": 1}},
+            "validation": {"held": {"path": str(corpus / "held")}},
+        },
+        "train": {"tokens": 20 * 256, "batch_tokens": 256, "log_every_steps": 1},
+        "optim": {"lr": 3e-3},
+        "runtime": {"device": "cpu"},
+    }
+    for key, value in changes.items():
+        at = tree
+        *path, last = key.split("__")
+        for part in path:
+            at = at.setdefault(part, {})
+        at[last] = value
+    return config.decode(Recipe, tree)
+
+
 @pytest.fixture
 def recipe(corpus: Path, tmp_path: Path) -> Callable[..., Recipe]:
     """Return a function that makes recipes over the corpus, with dotted changes."""
-
-    def make(**changes: Any) -> Recipe:
-        tree: dict[str, Any] = {
-            "run": str(tmp_path / "run"),
-            "model": {"vocab_size": 280, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64},
-            "data": {
-                "seq_len": 32,
-                "train": {"a": {"path": str(corpus / "a"), "weight": 2}, "b": {"path": str(corpus / "b"), "weight": 1}},
-                "validation": {"held": {"path": str(corpus / "held")}},
-            },
-            "train": {"tokens": 20 * 256, "batch_tokens": 256, "log_every_steps": 1},
-            "optim": {"lr": 3e-3},
-            "runtime": {"device": "cpu"},
-        }
-        for key, value in changes.items():
-            at = tree
-            *path, last = key.split("__")
-            for part in path:
-                at = at.setdefault(part, {})
-            at[last] = value
-        return config.decode(Recipe, tree)
-
-    return make
+    return functools.partial(recipe_over, corpus, tmp_path / "run")

@@ -2,7 +2,8 @@
 
     done = forked("convert", "gone", "out")           # run to its end: done.returncode, .stdout, .stderr
     done = internlm("convert", "gone", "out")         # the same, from nothing: some seconds, most of them imports
-    child = start(*INTERNLM, "train", "r.yaml")       # goes on beside the test; finish(child) waits for it
+    child = Fork("train", "r.yaml")                   # goes on beside the test; finish(child) waits for it
+    child = start(*INTERNLM, "train", "r.yaml")       # the same, from nothing
     with serving(folder, "--max-batch", "2") as on:   # `internlm serve`, which listens: on.url, on.child
         ...
 
@@ -34,7 +35,7 @@ if sys.platform == "linux":
     CONTEXT.set_forkserver_preload(
         [
             "tests.parallel.cases", "torch.utils.tensorboard", "torch.distributed.checkpoint", "internlm.infer.engine",
-            "internlm.weights.transformers", "matplotlib.pyplot",
+            "internlm.weights.transformers", "internlm.train.launcher", "matplotlib.pyplot",
         ]
     )  # fmt: skip
 
@@ -48,18 +49,14 @@ def environment(**changes: str) -> dict[str, str]:
     return known | {"OMP_NUM_THREADS": "1"} | changes
 
 
-def internlm(
-    *words: str, stdin: str | None = None, cwd: Path | None = None, timeout_s: float = 120, **variables: str
-) -> subprocess.CompletedProcess[str]:
+def internlm(*words: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run `internlm` to its end; return exit code and streams."""
-    return subprocess.run(
-        [*INTERNLM, *words], input=stdin, cwd=cwd, env=environment(**variables), capture_output=True, text=True,
-        timeout=timeout_s, check=False,
-    )  # fmt: skip
+    known = environment(**variables)
+    return subprocess.run([*INTERNLM, *words], cwd=cwd, env=known, capture_output=True, text=True, timeout=120)
 
 
 class Fork:
-    """`internlm` in a process that need not import anything, and goes on beside the test.
+    """`internlm` in a process that need not import anything, and goes on beside the test, with what a `Popen` has.
 
     Args:
         words: of the command.
@@ -71,34 +68,35 @@ class Fork:
     def __init__(
         self, *words: str, cwd: Path | None = None, hook: Callable[[], None] | None = None, **variables: str
     ) -> None:
-        self.words = words
+        self.args = words
         self._folder = tempfile.TemporaryDirectory()
         self._streams = [str(Path(self._folder.name, name)) for name in ("output", "errors")]
-        where = str(cwd or Path.cwd())
-        self._process = CONTEXT.Process(
-            target=_become, args=(words, where, environment(**variables), self._streams, hook)
-        )
+        given = (words, str(cwd or Path.cwd()), environment(**variables), self._streams, hook)
+        self._process = CONTEXT.Process(target=_become, args=given)
         self._process.start()
         self.pid: int = self._process.pid
+        self.kill: Callable[[], None] = self._process.kill
 
-    def finish(self, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        """Wait for the end; return exit code and streams.
+    def poll(self) -> int | None:
+        return self._process.exitcode
 
-        Raises:
-            TimeoutError: it took too long, and was killed.
-        """
-        self._process.join(timeout_s)
-        if self._process.exitcode is None:
-            self._process.kill()
-            raise TimeoutError(f"internlm {' '.join(self.words)} took more than {timeout_s} s")
-        said = [Path(stream).read_text(encoding="utf-8", errors="replace") for stream in self._streams]
-        self._folder.cleanup()
-        return subprocess.CompletedProcess(self.words, self._process.exitcode, *said)
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        output, errors = [Path(stream).read_text(encoding="utf-8", errors="replace") for stream in self._streams]
+        return output, errors
 
 
 def forked(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run `internlm` to its end in a `Fork`; return exit code and streams."""
-    return Fork(*words, **options).finish()
+    process = Fork(*words, **options)
+    try:
+        output, errors = process.communicate(120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(words, process.poll() or 0, output, errors)
 
 
 def _become(
@@ -127,14 +125,14 @@ def start(*command: str, cwd: Path | None = None, **variables: str) -> subproces
     )
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 200) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str] | Fork, timeout_s: float = 200) -> tuple[int, str]:
     """Return exit code and output of a process, which is killed when it takes too long."""
     try:
-        output, _ = process.communicate(timeout=timeout_s)
+        said = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
-    return process.returncode, output
+    return process.poll() or 0, "".join(stream or "" for stream in said)
 
 
 def until(condition: Callable[[], Any], seconds: float = 30.0) -> bool:
@@ -147,12 +145,12 @@ def until(condition: Callable[[], Any], seconds: float = 30.0) -> bool:
     return True
 
 
-def wait_for(process: subprocess.Popen[str], condition: Callable[[], Any], seconds: float = 100.0) -> None:
-    """Wait until a condition holds that a process brings about; fail, with what that said, if it ends or is late."""
-    came = until(lambda: condition() or process.poll() is not None, seconds)
-    if not came or process.poll() is not None:
+def wait_for(process: subprocess.Popen[str] | Fork, condition: Callable[[], Any], seconds: float = 100.0) -> None:
+    """Wait until a condition holds that a process brings about; fail, with what that said, if it does not."""
+    until(lambda: condition() or process.poll() is not None, seconds)
+    if not condition():
         process.kill()
-        raise AssertionError(process.communicate())
+        raise AssertionError(finish(process))
 
 
 def free_port() -> int:
@@ -160,6 +158,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def places(world: int) -> list[dict[str, str]]:
+    """Return the variables of each rank of a training on this machine."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def listened_to(port: int) -> bool:

@@ -15,7 +15,7 @@ from threading import Thread
 from typing import Any
 from xml.etree import ElementTree
 
-from tests.processes import INTERNLM, free_port, listened_to, start, until
+from tests.processes import Fork, free_port, listened_to, places, until
 
 BUCKET = "bucket"
 SECRET = "a-secret-that-nobody-may-print"
@@ -148,11 +148,7 @@ class Store(ThreadingHTTPServer):
         self.moto.wait()
 
 
-def train(recipe: Path, store: Store, world: int = 1) -> list[subprocess.Popen[str]]:
+def train(recipe: Path, store: Store, world: int = 1) -> list[Fork]:
     """Start a training with so many ranks; each is a process of its own."""
-    port, members = str(free_port()), []
-    for rank in range(world):
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(world)}
-        place |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        members.append(start(*INTERNLM, "train", str(recipe), **store.environment | (place if world > 1 else {})))
-    return members
+    ranks = places(world) if world > 1 else [{}]
+    return [Fork("train", str(recipe), **store.environment, **place) for place in ranks]

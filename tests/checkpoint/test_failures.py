@@ -170,3 +170,23 @@ def test_fifty_saves_in_the_background_leave_memory_where_it_was(
     grown = held_bytes() - before
     assert grown < 4 * 2**20, f"{grown / 2**20:.1f} MiB more after 50 saves of 8 MiB"
     assert len(store.listed(tmp_path)) == 2
+
+
+def test_a_file_that_could_not_be_written_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    storage.write_text(tmp_path / "word", "old")
+
+    def write() -> None:
+        with storage.beside(tmp_path / "word") as draft:
+            draft.write_text("ne")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_checkpoint_does_not_take_the_place_of_a_folder_of_another_kind(tmp_path: Path) -> None:
+    with storage.writing(tmp_path / "export", "export") as folder:
+        (folder.path / "weights").write_text("years")
+    with pytest.raises(StorageError, match="not written by this step"):
+        storage.check_free(tmp_path / "export", place.KIND, replace=True)

@@ -62,6 +62,16 @@ def test_a_tensor_is_put_together_from_its_pieces(tmp_path: Path) -> None:
     assert torch.equal(pieces.read(tmp_path, Entry(torch.float32, (4, 6), tuple(found))), whole)
 
 
+def test_rows_of_a_piece_are_read_alone(tmp_path: Path) -> None:
+    """As a rank of another layout does."""
+    path = saved(tmp_path)
+    index = pieces.read_index(path)
+    for name in ("model.a", "model.b", "optim.count"):
+        (piece,) = index[name].pieces
+        found = pieces._read_piece(path, piece, index[name].dtype, slice(1, 2))
+        assert torch.equal(found, TENSORS[name][1:2]), name
+
+
 def test_an_index_is_read_as_it_was_written(tmp_path: Path) -> None:
     index = {
         "x": Entry(torch.float32, (2, 2), (Piece("a", 8, (0, 0), (1, 2)), Piece("b", 0, (1, 0), (1, 2)))),

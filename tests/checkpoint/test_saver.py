@@ -132,6 +132,16 @@ def test_copies_are_made_once(tmp_path: Path) -> None:
     assert writer._copies[0].data_ptr() == first
 
 
+def test_tensors_may_have_another_shape_in_the_next_save(tmp_path: Path) -> None:
+    writer = Saver(tmp_path)
+    for step in (1, 2):
+        begin(writer, step, {"model.x": torch.full((step,), 7.0)})
+        saved = writer.finish()
+        assert saved is not None
+        assert saved.problem is None
+    assert store.open_checkpoint(tmp_path).weights()["x"].read().tolist() == [7.0, 7.0]
+
+
 def test_leftovers_of_killed_runs_are_cleared_and_what_was_moved_aside_comes_back(tmp_path: Path) -> None:
     saver.save(tmp_path / "step-00000001", {"model.x": torch.ones(3)}, SHAPE, None, {"step": 1})
     (tmp_path / "step-00000001").rename(tmp_path / "step-00000001.replaced-77")
@@ -273,3 +283,13 @@ def test_damaged_ones_go_with_the_old_ones_but_not_what_is_newer(tmp_path: Path)
         (tmp_path / f"step-{step:08d}" / storage.MANIFEST).unlink()
     store.retain(tmp_path, CheckpointConfig(keep_last=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver.save(tmp_path / "step-00000001", {"model.x": torch.ones(3)}, SHAPE, None, {"step": 1})
+    monkeypatch.setattr(place.shutil, "rmtree", lambda *_, **__: None)
+    place.remove(tmp_path / "step-00000001")
+    assert (tmp_path / "step-00000001").exists()
+    assert store.newest(tmp_path) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,14 +13,21 @@ from internlm import recipe as recipes
 from internlm import storage
 from internlm.checkpoint import saver, store
 from internlm.cli import main
-from internlm.recipe import Recipe
+from tests.conftest import recipe_over
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("trained") / "run"
+    checkpoint = {"every_steps": 2, "keep_last": 3}
+    recipes.prepare(recipe_over(corpus, run, train__tokens=6 * 256, checkpoint=checkpoint)).fit()
+    return run
 
 
 @pytest.fixture
-def run(recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
+def run(trained: Path, tmp_path: Path) -> Path:
     """Return a run with checkpoints of steps 2, 4 and 6."""
-    recipes.prepare(recipe(train__tokens=6 * 256, checkpoint={"every_steps": 2, "keep_last": 3})).fit()
-    return tmp_path / "run"
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def damage(run: Path, step: int) -> None:

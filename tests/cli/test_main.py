@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from internlm.cli import VERBS, main
-
-COMMAND = f"{sys.executable} -m internlm"
+from tests.processes import INTERNLM, environment, forked
 
 
 def shell(command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    known = environment()
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env=known)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -46,7 +47,7 @@ def test_wrong_usage_exits_with_2_and_names_the_nearest_verb(capsys: pytest.Capt
 def test_closed_and_full_streams_end_without_a_traceback(command: str, code: int, said: str) -> None:
     if "/dev/full" in command and not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    done = shell(f"{COMMAND} {command}")
+    done = shell(f"{shlex.join(INTERNLM)} {command}")
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert said in done.stdout + done.stderr
@@ -54,10 +55,10 @@ def test_closed_and_full_streams_end_without_a_traceback(command: str, code: int
 
 def test_only_a_training_takes_its_number_from_the_environment(tmp_path: Path) -> None:
     """A scheduler's variables are there for every process it starts; a number that is none is refused by name."""
-    none = tmp_path / "none.yaml"
-    assert shell(f"RANK=3 {COMMAND} train {none} --dry-run").stderr.startswith("[rank 3] internlm train: error: ")
-    assert shell(f"RANK=3 {COMMAND} convert {none} out").stderr.startswith("internlm convert: error: ")
-    done = shell(f"RANK= WORLD_SIZE=2 {COMMAND} train {none}")
+    none = str(tmp_path / "none.yaml")
+    assert forked("train", none, "--dry-run", RANK="3").stderr.startswith("[rank 3] internlm train: error: ")
+    assert forked("convert", none, "out", RANK="3").stderr.startswith("internlm convert: error: ")
+    done = forked("train", none, RANK="", WORLD_SIZE="2")
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert "RANK" in done.stderr

@@ -158,6 +158,11 @@ def test_a_mixture_keeps_its_shares_at_every_row(weights: list[float]) -> None:
     assert counts == pytest.approx([1000 * share for share in mixture.shares], abs=1)
 
 
+def test_the_next_row_is_of_the_source_that_will_be_furthest_behind() -> None:
+    mixture = Mixture([1, 3])
+    assert [mixture.draw() for _ in range(4)] == [(1, 0), (0, 0), (1, 1), (1, 2)]
+
+
 def config(sources: dict[str, tuple[Shards, float]], **changes: Any) -> DataConfig:
     train = {name: SourceConfig(path=str(s.path), weight=w) for name, (s, w) in sources.items()}
     return DataConfig(**{"train": train, "seq_len": 8, "seed": 3} | changes)

@@ -14,7 +14,8 @@ import torch
 from internlm.infer.cache import Cache, Piece
 from internlm.serve.api.replies import Reply
 from internlm.text.tokenizer import Tokenizer
-from tests.serve.servers import TOKENIZER, Running, serving, slow_engine, until
+from tests.processes import until
+from tests.serve.servers import TOKENIZER, Running, serving, slow_engine
 
 BAD, GOOD = (TOKENIZER.encode(letter)[0] for letter in "xy")
 FAULTY_STEP = 5

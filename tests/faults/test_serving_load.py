@@ -187,9 +187,8 @@ def test_sigterm_under_load_lets_every_answer_end_properly(folder: Path, request
         end_under_load(folder, generator, drain=0.3 if round_ % 2 else 30)
 
 
-def test_a_second_sigterm_under_load_ends_the_process_at_once(folder: Path, request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--proof"):
-        pytest.skip("the same in a thread is always tested; with a process: --proof")
+@pytest.mark.proof  # the same in a thread is always tested
+def test_a_second_sigterm_under_load_ends_the_process_at_once(folder: Path) -> None:
     with serving(folder, "--drain-seconds", "60") as server:
         clients = crowd(server, 10**6, "--may-end", "--longest", "200")
         assert until(lambda: server.metric("num_requests_running") > 8, 20)

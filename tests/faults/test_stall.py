@@ -22,7 +22,8 @@ from internlm.train.stop import Reason, Stopped
 from internlm.train.watch import goodput
 from internlm.train.watch.monitor import Monitor
 from internlm.train.watch.watchdog import EXIT_CODE, WatchConfig, Watchdog, path_of, read_beat
-from tests.launch.conftest import INTERNLM, children, finish, gone, hooked, slow, start, wait_for_step
+from tests.launch.conftest import hooked, slow, wait_for_step
+from tests.processes import Fork, children, finish, gone
 
 Make = Callable[..., Recipe]
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
@@ -234,7 +235,7 @@ def test_limits_must_be_positive() -> None:
         WatchConfig(stall_s=0)
 
 
-LAUNCH = [*INTERNLM, "launch", "--nproc"]
+LAUNCH = ["launch", "--nproc"]
 
 
 @linux
@@ -245,7 +246,7 @@ def test_a_stopped_rank_is_named_and_the_job_ends_everywhere(recipe: Make, tmp_p
         config.dump(recipe(train__tokens=10**8, train__trace_every_steps=None, watch=LIMITS | {"stall_s": 4}))
     )
     begun = time.monotonic()
-    process = start([*LAUNCH, "2", "train", str(path)], env=slow(tmp_path, 0.1))
+    process = Fork(*LAUNCH, "2", "train", str(path), **slow(tmp_path, 0.1))
     try:
         wait_for_step(tmp_path / "run", 2, process)
         ranks = children(process.pid)
@@ -299,7 +300,7 @@ def failing(self):
     return step(self)
 Stepper.step = failing
 """
-    process = start([*LAUNCH, "4", "train", str(path)], env=hooked(tmp_path, hook))
+    process = Fork(*LAUNCH, "4", "train", str(path), **hooked(tmp_path, hook))
     try:
         wait_for_step(tmp_path / "run", 1, process)
         code, output = finish(process, timeout_s=60)

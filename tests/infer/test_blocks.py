@@ -50,6 +50,16 @@ def test_what_is_released_is_found_again_until_its_room_is_needed() -> None:
     assert blocks.match([*range(12), 99]) == table[:2]
 
 
+def test_the_end_of_a_text_is_forgotten_before_its_beginning() -> None:
+    blocks = Blocks(4, 2)
+    table = blocks.take(3)
+    assert table is not None
+    blocks.publish(table, range(8), 6)
+    blocks.release(table)
+    assert blocks.take(2) is not None, "one block that is empty, and one of the text's"
+    assert blocks.match(range(8)) == table[:2]
+
+
 def test_texts_of_different_kinds_share_nothing() -> None:
     blocks = Blocks(16, 4)
     fill(blocks, list(range(10)), kind="a")

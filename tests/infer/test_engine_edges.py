@@ -18,6 +18,7 @@ from internlm.infer.cache import Cache, Piece
 from internlm.infer.engine import Engine, Limits
 from internlm.infer.request import Constraint, Request
 from internlm.model.config import DynamicScaling, RopeConfig
+from internlm.model.transformer import build
 from tests.infer.engines import MODEL, SHAPE, TOKENIZER, Dictated, finish, prompt
 from tests.models import random_model
 
@@ -178,6 +179,18 @@ def test_an_answer_that_cannot_begin_ends_alone(which: int) -> None:
     assert engine.blocks.free == engine.blocks.count
 
 
+def test_what_came_of_numbers_that_are_not_finite_is_found_by_nobody() -> None:
+    model = build(SHAPE, 0)
+    row = model.embedding.weight[7].detach().clone()
+    with torch.no_grad():
+        model.embedding.weight[7] = float("nan")
+    engine = Engine(model)
+    assert engine.generate([[7] * 60], max_tokens=1)[0].finished == "error"
+    with torch.no_grad():
+        engine.model.embedding.weight[7] = row
+    assert engine.generate([[7] * 60], max_tokens=1)[0].finished == "length"
+
+
 def test_what_an_answer_needs_is_made_once_however_long_it_waits() -> None:
     class Mine(Counting):
         begun = 0
@@ -203,6 +216,26 @@ def test_who_is_writing_goes_before_a_long_prompt_and_a_step_has_as_many_tokens_
     assert sizes == [4] + [8] * 10
 
 
+def test_no_more_run_at_once_than_fit_into_the_batch() -> None:
+    engine = Engine(MODEL, limits=Limits(batch=2))
+    for seed in range(3):
+        engine.add(Request(tokens=prompt(4, seed), max_tokens=3))
+    while engine.is_busy:
+        engine.step()
+        assert engine.stats.running <= 2
+
+
+def test_when_room_runs_out_the_oldest_goes_on() -> None:
+    engine = Engine(MODEL, limits=Limits(batch=2, cache_tokens=64, length=48, block=4))
+    first, second = (engine.add(Request(tokens=prompt(8, seed), max_tokens=40)) for seed in range(2))
+    steps = []
+    while engine.is_busy:
+        steps.append({delta.id for delta in engine.step()})
+    assert engine.stats.counters.preemptions
+    assert all(first in ids for ids in steps[:40])
+    assert second in steps[-1]
+
+
 def test_every_answer_ends_where_steps_of_several_always_fail() -> None:
     """Such as memory that suffices for one text at a time."""
     prompts = [prompt(n, 2) for n in (50, 61, 33, 44)]
@@ -224,6 +257,24 @@ def test_every_answer_ends_where_steps_of_several_always_fail() -> None:
             got.setdefault(delta.id, []).extend(delta.tokens)
     assert list(map(got.get, range(4))) == wanted
     assert not engine.is_busy
+
+
+def test_after_a_step_that_failed_once_all_run_together_again() -> None:
+    engine = Engine(MODEL)
+    run, sizes = engine.runner.run, []
+
+    def fails_once(plan: Any) -> Any:
+        sizes.append(len(plan))
+        if len(sizes) == 2:
+            raise RuntimeError("once")
+        return run(plan)
+
+    engine.runner.run = fails_once  # type: ignore[method-assign]
+    for seed in range(3):
+        engine.add(Request(tokens=prompt(4, seed), max_tokens=20))
+    while engine.is_busy:
+        engine.step()
+    assert sizes[:6] == [3, 3, 1, 1, 1, 3]
 
 
 def test_preempted_answers_keep_penalties_constraints_scores_stop_strings_and_half_characters() -> None:

@@ -50,6 +50,15 @@ def test_a_stop_string_may_overlap_itself() -> None:
     assert "".join(pieces(one_token_per_byte("aabaabaaab"), "aabaaa")) == "aab"
 
 
+def test_of_two_stop_strings_in_one_token_the_one_that_is_complete_first_counts() -> None:
+    texts = {id_: TOKENIZER.token_bytes(id_).decode(errors="ignore") for id_ in range(TOKENIZER.vocab_size)}
+    id_, text = next((id_, text) for id_, text in texts.items() if len(text) == len(set(text)) == 3)
+    for stops in ((text[1], text[2]), (text[2], text[1])):
+        stream = TextStream(TOKENIZER, stops)
+        assert stream.add(id_) == text[0]
+        assert stream.stopped
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=40), st.lists(st.text(min_size=1, max_size=4), max_size=3), st.data())
 def test_the_pieces_are_the_text_up_to_the_first_stop(text: str, stops: list[str], data: st.DataObject) -> None:

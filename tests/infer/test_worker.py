@@ -198,6 +198,19 @@ def test_a_receiver_that_fails_harms_nobody_else(worker: Worker, engine: SlowEng
     assert worker.drain(5) == 0, "the request without a receiver was aborted"
 
 
+def test_a_receiver_that_fails_is_told_of_the_end_alone(worker: Worker, engine: SlowEngine) -> None:
+    calls: list[list[Delta]] = []
+
+    def broken(deltas: list[Delta]) -> None:
+        calls.append(deltas)
+        raise RuntimeError("the loop is closed")
+
+    engine.pause = 0.01
+    worker.submit(ask(100), broken)
+    assert worker.drain(20) == 0
+    assert [call[0].finished for call in calls] == [None, "abort"]
+
+
 def test_the_first_delta_says_how_long_its_request_waited(worker: Worker, engine: SlowEngine) -> None:
     engine.pause = 0.02
     receiver = Receiver()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,17 +12,12 @@ from internlm import config
 from internlm import recipe as recipes
 from internlm.recipe import Recipe
 from internlm.train.metrics import read_metrics
-from tests import processes
-from tests.processes import INTERNLM, children, finish, gone, wait_for  # noqa: F401  three are for tests/faults/test_stall
+from tests.processes import Fork, wait_for
 
-LAUNCH = [*INTERNLM, "launch", "--nproc", "2"]
+LAUNCH = ["launch", "--nproc", "2"]
 ROOT = Path(__file__).parents[2]
 STEPS = 2
-SIZE = {"train__tokens": STEPS * 256}
-
-
-def start(words: list[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
-    return processes.start(*words, **env)
+SIZE = {"train__tokens": STEPS * 256, "track__tensorboard": False}
 
 
 def hooked(folder: Path, code: str) -> dict[str, str]:
@@ -35,7 +30,7 @@ def hooked(folder: Path, code: str) -> dict[str, str]:
 
 
 def slow(folder: Path, seconds: float) -> dict[str, str]:
-    """Return the environment in which every step takes longer."""
+    """Return the environment in which every step but the first takes longer."""
     return hooked(
         folder,
         f"""
@@ -43,14 +38,14 @@ import time
 from internlm.train.step import Stepper
 step = Stepper.step
 def slowly(self):
-    time.sleep({seconds})
+    time.sleep({seconds} if self.progress.step else 0)
     return step(self)
 Stepper.step = slowly
 """,
     )
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str] | Fork) -> None:
     """Wait until a run has taken so many steps."""
     wait_for(process, lambda: (run / "metrics.jsonl").exists() and max(steps(run), default=0) >= step)
 

@@ -15,29 +15,29 @@ import pytest
 
 from internlm.checkpoint import store
 from tests.launch.conftest import LAUNCH, STEPS, losses
-from tests.processes import INTERNLM, children, finish, free_port, gone, listened_to, start, wait_for
+from tests.processes import INTERNLM, Fork, children, finish, free_port, gone, listened_to, start, wait_for
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "internlm"]
+LONG = ["train.tokens=1e9", "checkpoint.every_steps=5"]
 
 
-def endless(path: Path) -> tuple[subprocess.Popen[str], list[int]]:
-    """Start a long run; return its launcher, and its ranks when there is a checkpoint."""
-    process = start(*LAUNCH, "train", str(path), "train.tokens=1e9", "checkpoint.every_steps=5")
+def ranks_of(process: subprocess.Popen[str] | Fork, path: Path) -> list[int]:
+    """Return the ranks of a launcher when there is a checkpoint."""
     wait_for(process, lambda: store.newest(path.parent / "run"))
     ranks = children(process.pid)
     assert len(ranks) == 2
-    return process, ranks
+    return ranks
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("launcher", [LAUNCH, TORCHRUN], ids=["internlm-launch", "torchrun"])
+@pytest.mark.parametrize("launcher", [[*INTERNLM, *LAUNCH], TORCHRUN], ids=["internlm-launch", "torchrun"])
 def test_two_ranks_give_the_loss_of_one_process(launcher: list[str], path: Path, alone: list[float]) -> None:
     """With `internlm launch` whatever options of torchrun are in the environment."""
     folder = path.parent / "two"
-    options = {"PET_NNODES": "2", "PET_MAX_RESTARTS": "3"} if launcher == LAUNCH else {}
+    options = {} if launcher == TORCHRUN else {"PET_NNODES": "2", "PET_MAX_RESTARTS": "3"}
     code, output = finish(start(*launcher, "train", str(path), f"run={folder}", **options))
     assert code == 0, output
-    assert ("PET_MAX_RESTARTS, PET_NNODES have no effect" in output) == (launcher == LAUNCH)
+    assert ("PET_MAX_RESTARTS, PET_NNODES have no effect" in output) == (launcher != TORCHRUN)
     assert "2 ranks: shard 2" in output
     assert output.count("step 1/2 ") == 1  # rank 0 alone speaks, and as if it were alone
     assert any(line.startswith("step 1/2 ") for line in output.splitlines())
@@ -88,17 +88,14 @@ def test_two_nodes_find_each_other_and_train(nodes: list[str], path: Path, alone
     [
         ("rank", signal.SIGKILL, 137),
         ("launcher", signal.SIGINT, 130),
-        ("launcher", signal.SIGTERM, 75),
-        ("launcher", signal.SIGKILL, -9),
+        pytest.param("launcher", signal.SIGTERM, 75, marks=pytest.mark.proof),
+        pytest.param("launcher", signal.SIGKILL, -9, marks=pytest.mark.proof),
     ],
     ids=["rank-killed", "interrupted", "terminated", "launcher-killed"],
 )
-def test_when_one_ends_all_end_within_seconds(
-    whom: str, how: signal.Signals, code: int, path: Path, request: pytest.FixtureRequest
-) -> None:
-    if whom == "launcher" and how != signal.SIGINT and not request.config.getoption("--proof"):
-        pytest.skip("part of the proof")
-    process, ranks = endless(path)
+def test_when_one_ends_all_end_within_seconds(whom: str, how: signal.Signals, code: int, path: Path) -> None:
+    process = Fork(*LAUNCH, "train", str(path), *LONG)
+    ranks = ranks_of(process, path)
     try:
         os.kill(ranks[1] if whom == "rank" else process.pid, how)
         found, output = finish(process, timeout_s=30)
@@ -116,7 +113,8 @@ def test_when_one_ends_all_end_within_seconds(
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_second_ctrl_c_leaves_nobody_behind(path: Path) -> None:
-    process, ranks = endless(path)
+    process = start(*INTERNLM, *LAUNCH, "train", str(path), *LONG)
+    ranks = ranks_of(process, path)
     try:
         for _ in range(2):
             process.send_signal(signal.SIGINT)
@@ -157,7 +155,7 @@ def test_a_port_in_use_is_said_with_what_to_do(path: Path) -> None:
         taken.listen()
         master = f"127.0.0.1:{taken.getsockname()[1]}"
         options = ["--nproc", "1", "--nodes", "2", "--node-rank", "0", "--master", master]
-        code, output = finish(start(*INTERNLM, "launch", *options, "train", str(path)))
+        code, output = finish(Fork("launch", *options, "train", str(path)))
     assert code == 1, output
     assert "the nodes did not find each other" in output
     assert "a port that is free on machine 0" in output
@@ -170,7 +168,7 @@ def test_ranks_with_different_recipes_are_refused_on_every_rank(path: Path) -> N
     processes = []
     for number, rate in enumerate(("1e-3", "2e-3")):
         options = ["--nproc", "1", "--nodes", "2", "--node-rank", str(number), "--master", master]
-        processes.append(start(*INTERNLM, "launch", *options, "train", str(path), f"optim.lr={rate}"))
+        processes.append(Fork("launch", *options, "train", str(path), f"optim.lr={rate}"))
     for process in processes:
         code, output = finish(process)
         assert code == 1, output
@@ -182,7 +180,7 @@ def test_ranks_with_different_recipes_are_refused_on_every_rank(path: Path) -> N
 
 @pytest.mark.timeout(240)
 def test_sizes_that_do_not_fit_say_the_numbers(path: Path) -> None:
-    code, output = finish(start(*LAUNCH, "train", str(path), "parallel.tensor=3"))
+    code, output = finish(Fork(*LAUNCH, "train", str(path), "parallel.tensor=3"))
     assert code == 1, output
     assert "tensor 3 needs a multiple of 3 ranks, and this run has 2 ranks" in output
     assert "ended with exit code 1" in output

@@ -12,7 +12,7 @@ import torch
 from internlm.checkpoint import store
 from internlm.weights.weight import tensors
 from tests.launch.conftest import losses, slow, wait_for_step
-from tests.processes import INTERNLM, children, finish, free_port, gone, start
+from tests.processes import Fork, children, finish, free_port, gone, places
 
 pytestmark = [
     pytest.mark.timeout(900),
@@ -24,7 +24,15 @@ LONG = [f"train.tokens={STEPS * 256}", "checkpoint.every_steps=2", "train.trace_
 
 def launched(path: Path, name: str, *options: str) -> list[str]:
     """Return the command of a run of twelve steps in a folder of its own."""
-    return [*INTERNLM, "launch", *options, "train", str(path), f"run={path.parent / name}", *LONG]
+    return ["launch", *options, "train", str(path), f"run={path.parent / name}", *LONG]
+
+
+def train_straight(path: Path) -> None:
+    """Train without a launcher, and without trouble."""
+    ranks = [Fork("train", str(path), f"run={path.parent / 'straight'}", *LONG, **place) for place in places(2)]
+    for rank in ranks:
+        code, output = finish(rank)
+        assert code == 0, output
 
 
 def assert_same(path: Path, name: str, other: str) -> None:
@@ -37,10 +45,9 @@ def assert_same(path: Path, name: str, other: str) -> None:
 
 
 def test_a_killed_rank_starts_again_with_the_others_and_nothing_is_lost(path: Path) -> None:
-    code, output = finish(start(*launched(path, "straight", "--nproc", "2")))
-    assert code == 0, output
+    train_straight(path)
     words = launched(path, "killed", "--nproc", "2", "--max-restarts", "2")
-    process = start(*words, **slow(path.parent, 0.2))
+    process = Fork(*words, **slow(path.parent, 0.2))
     try:
         wait_for_step(path.parent / "killed", 4, process)
         first = children(process.pid)
@@ -57,11 +64,10 @@ def test_a_killed_rank_starts_again_with_the_others_and_nothing_is_lost(path: Pa
     assert_same(path, "killed", "straight")
 
 
-def test_a_rank_that_fails_each_time_ends_the_run(path: Path, request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--proof"):
-        pytest.skip("part of the proof")
+@pytest.mark.proof
+def test_a_rank_that_fails_each_time_ends_the_run(path: Path) -> None:
     options = ["--nproc", "2", "--max-restarts", "1"]
-    code, output = finish(start(*INTERNLM, "launch", *options, "train", str(path), "data.train.a.path=nowhere"))
+    code, output = finish(Fork("launch", *options, "train", str(path), "data.train.a.path=nowhere"))
     assert code == 1, output
     assert output.count("nowhere: no such folder") == 4
     assert output.count("start again") == 1
@@ -74,13 +80,11 @@ def machines(path: Path, name: str, nodes: str, restarts: int) -> list[list[str]
     return [launched(path, name, *options, "--node-rank", str(number)) for number in range(2)]
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("nodes", ["2", "1:2"])
-def test_two_machines_start_again_together(nodes: str, path: Path, request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--proof"):
-        pytest.skip("part of the proof")
-    code, output = finish(start(*launched(path, "straight", "--nproc", "2")))
-    assert code == 0, output
-    processes = [start(*words, **slow(path.parent, 0.5)) for words in machines(path, "two", nodes, 2)]
+def test_two_machines_start_again_together(nodes: str, path: Path) -> None:
+    train_straight(path)
+    processes = [Fork(*words, **slow(path.parent, 0.5)) for words in machines(path, "two", nodes, 2)]
     try:
         wait_for_step(path.parent / "two", 4, processes[0])
         (victim,) = children(processes[1].pid)
@@ -94,13 +98,11 @@ def test_two_machines_start_again_together(nodes: str, path: Path, request: pyte
     assert_same(path, "two", "straight")
 
 
-def test_a_machine_that_is_lost_is_done_without(path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.proof
+def test_a_machine_that_is_lost_is_done_without(path: Path) -> None:
     """The layout follows: `parallel.shard` is left at 0, whatever ranks there are."""
-    if not request.config.getoption("--proof"):
-        pytest.skip("part of the proof")
-    code, output = finish(start(*launched(path, "straight", "--nproc", "2")))
-    assert code == 0, output
-    first, second = [start(*words, **slow(path.parent, 0.5)) for words in machines(path, "fewer", "1:2", 3)]
+    train_straight(path)
+    first, second = [Fork(*words, **slow(path.parent, 0.5)) for words in machines(path, "fewer", "1:2", 3)]
     try:
         wait_for_step(path.parent / "fewer", 4, first)
         second.kill()
@@ -113,16 +115,15 @@ def test_a_machine_that_is_lost_is_done_without(path: Path, request: pytest.Fixt
     assert losses(path.parent / "fewer") == pytest.approx(losses(path.parent / "straight"), rel=1e-5)
 
 
-def test_a_machine_that_comes_later_is_taken_in(path: Path, request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--proof"):
-        pytest.skip("part of the proof")
+@pytest.mark.proof
+def test_a_machine_that_comes_later_is_taken_in(path: Path) -> None:
     words = machines(path, "more", "1:2", 1)
     hook = slow(path.parent, 1.5)
-    first = start(*words[0], **hook)
+    first = Fork(*words[0], **hook)
     second = None
     try:
         wait_for_step(path.parent / "more", 2, first)
-        second = start(*words[1], **hook)
+        second = Fork(*words[1], **hook)
         ends = [finish(process, 300) for process in (first, second)]
     finally:
         first.kill()

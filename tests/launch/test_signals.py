@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from internlm.checkpoint import store
 from tests.launch.conftest import LAUNCH, ROOT, slow, wait_for_step
-from tests.processes import children, finish, gone, start
+from tests.processes import Fork, children, finish, gone, start
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -22,12 +23,10 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 TORCHRUN += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "-m", "internlm"]
 
 
-def begun(path: Path, words: list[str], seconds: float = 0.3) -> tuple[subprocess.Popen[str], list[int]]:
+def begun(path: Path, words: list[str], seconds: float = 0.3) -> tuple[subprocess.Popen[str] | Fork, list[int]]:
     """Start a long run of slow steps; return its launcher, and its ranks when they have taken a step."""
-    process = start(
-        *words, "train", str(path), "train.tokens=1e9", "train.trace_every_steps=null", cwd=ROOT,
-        **slow(path.parent, seconds),
-    )  # fmt: skip
+    command = [*words, "train", str(path), "train.tokens=1e9", "train.trace_every_steps=null"]
+    process = (start if words is TORCHRUN else Fork)(*command, cwd=ROOT, **slow(path.parent, seconds))
     wait_for_step(path.parent / "run", 1, process)
     ranks = children(process.pid)
     assert len(ranks) == 2
@@ -43,28 +42,25 @@ def saved(path: Path) -> list[str]:
     ("words", "whom", "name", "code"),
     [
         (LAUNCH, "launcher", "SIGTERM", 75),
-        (LAUNCH, "launcher", "SIGUSR1", 75),
         (LAUNCH, "rank", "SIGUSR1", 75),
-        (LAUNCH, "terminal", "SIGINT", 130),
-        (LAUNCH, "launcher", "SIGHUP", 75),
-        (TORCHRUN, "launcher", "SIGTERM", 1),
-        (TORCHRUN, "launcher", "SIGUSR1", 1),
-        (TORCHRUN, "rank", "SIGUSR1", 1),
+        pytest.param(LAUNCH, "launcher", "SIGUSR1", 75, marks=pytest.mark.proof),
+        pytest.param(LAUNCH, "terminal", "SIGINT", 130, marks=pytest.mark.proof),
+        pytest.param(LAUNCH, "launcher", "SIGHUP", 75, marks=pytest.mark.proof),
+        pytest.param(TORCHRUN, "launcher", "SIGTERM", 1, marks=pytest.mark.proof),
+        pytest.param(TORCHRUN, "launcher", "SIGUSR1", 1, marks=pytest.mark.proof),
+        pytest.param(TORCHRUN, "rank", "SIGUSR1", 1, marks=pytest.mark.proof),
     ],
 )
 def test_a_signal_to_any_of_them_makes_one_checkpoint_and_ends_all(
-    words: list[str], whom: str, name: str, code: int, path: Path, request: pytest.FixtureRequest
+    words: list[str], whom: str, name: str, code: int, path: Path
 ) -> None:
     """torchrun's own exit code is 1, whatever its ranks said."""
-    is_slice = (whom, name) in (("launcher", "SIGTERM"), ("rank", "SIGUSR1")) and words is LAUNCH
-    if not is_slice and not request.config.getoption("--proof"):
-        pytest.skip("part of the proof")
     process, ranks = begun(path, words)
     try:
         target = ranks[1] if whom == "rank" else process.pid
         number = getattr(signal, name)
         # Ctrl-C goes to the process group of the terminal, in which the ranks are not.
-        subprocess.run(["kill", f"-{int(number)}", str(target)], check=True)
+        os.kill(target, number)
         found, output = finish(process, timeout_s=60)
     finally:
         process.kill()
@@ -79,17 +75,19 @@ def test_a_signal_to_any_of_them_makes_one_checkpoint_and_ends_all(
 
 
 @pytest.mark.parametrize(
-    ("patience", "seconds", "code"), [("1", 4, 137), ("60", 33, 75)], ids=["too-short", "longer-than-torchs"]
+    ("patience", "seconds", "code"),
+    [
+        pytest.param("1", 4, 137, id="too-short"),
+        pytest.param("60", 33, 75, id="longer-than-torchs", marks=pytest.mark.proof),
+    ],
 )
 def test_ranks_have_as_long_as_the_launcher_is_told_to_finish_the_step_and_save(
-    patience: str, seconds: float, code: int, path: Path, request: pytest.FixtureRequest
+    patience: str, seconds: float, code: int, path: Path
 ) -> None:
     """torch's launcher kills after 30 seconds."""
-    if seconds > 30 and not request.config.getoption("--proof"):
-        pytest.skip("part of the proof")
     process, ranks = begun(path, [*LAUNCH, "--patience", patience], seconds)
     try:
-        process.send_signal(signal.SIGUSR1)
+        os.kill(process.pid, signal.SIGUSR1)
         found, output = finish(process, timeout_s=80)
     finally:
         process.kill()
@@ -98,16 +96,13 @@ def test_ranks_have_as_long_as_the_launcher_is_told_to_finish_the_step_and_save(
     assert len(store.listed(path.parent / "run")) == (code == 75)
 
 
-def test_a_second_signal_ends_all_at_once_and_nothing_is_started_again(
-    path: Path, request: pytest.FixtureRequest
-) -> None:
-    if not request.config.getoption("--proof"):
-        pytest.skip("part of the proof")
+@pytest.mark.proof
+def test_a_second_signal_ends_all_at_once_and_nothing_is_started_again(path: Path) -> None:
     process, ranks = begun(path, [*LAUNCH, "--max-restarts", "3"], seconds=6)
     try:
-        process.send_signal(signal.SIGTERM)
+        os.kill(process.pid, signal.SIGTERM)
         time.sleep(0.5)
-        process.send_signal(signal.SIGTERM)
+        os.kill(process.pid, signal.SIGTERM)
         asked = time.monotonic()
         code, output = finish(process, timeout_s=60)
     finally:

@@ -11,8 +11,8 @@ from internlm.infer.engine import Engine
 from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.model.lora import LoraConfig, apply_lora
 from internlm.model.quant import Joined, join, lay_together
-from internlm.model.transformer import Transformer, build, initialize
-from internlm.weights.load import empty, fill
+from internlm.model.transformer import Transformer, build, empty, initialize
+from internlm.weights.load import fill
 
 PLAIN = ModelConfig(
     vocab_size=67, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=48, context_length=32

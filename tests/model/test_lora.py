@@ -18,8 +18,8 @@ from internlm.model import lora
 from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.model.layers import Linear
 from internlm.model.lora import LoraConfig, LoraLinear, apply_lora, initialize_lora, lora_parameters, merge_lora
-from internlm.model.transformer import Transformer, build
-from internlm.weights.load import empty, shapes
+from internlm.model.transformer import Transformer, build, empty
+from internlm.weights.load import shapes
 
 SHAPE = ModelConfig(
     vocab_size=61, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=40, qkv_bias=True,

@@ -44,6 +44,17 @@ def test_rounding_at_random_hides_no_nan() -> None:
     assert round_at_random(bits.view(torch.float32), torch.Generator()).isnan().all()
 
 
+def test_each_step_rounds_with_noise_of_its_own() -> None:
+    weight = nn.Parameter(torch.zeros(1000))
+    weight.grad = torch.full((1000,), 1 + 2.0**-8)  # between two numbers of bf16
+    optimizer = CompactAdamW([weight], (0.0, 0.0), 1e-8, "bfloat16")
+    optimizer.step()
+    first = optimizer.state[weight]["exp_avg"].clone()
+    optimizer.step()
+    assert len(first.unique()) == 2
+    assert not torch.equal(first, optimizer.state[weight]["exp_avg"])
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_are_dense_near_zero_and_coding_again_changes_nothing(signed: bool) -> None:
     table, _ = fractions(signed, torch.device("cpu"))

@@ -85,6 +85,19 @@ def test_muon_moves_matrices_by_an_orthogonal_step_of_adamw_size() -> None:
     assert p.detach().square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)  # RMS of an AdamW update
 
 
+def test_muon_is_the_published_update() -> None:
+    weight = torch.nn.Parameter(torch.randn(6, 10))
+    wanted, momentum = weight.detach().clone(), torch.zeros(6, 10)
+    optimizer = Muon([weight], lr=0.1, momentum=0.9, weight_decay=0.2)
+    for _ in range(3):
+        weight.grad = torch.randn(6, 10)
+        momentum = 0.9 * momentum + weight.grad
+        factor = orthogonalise((0.9 * momentum + weight.grad)[None])[0]
+        wanted = wanted - 0.1 * (0.2 * 10**0.5 * factor + 0.2 * wanted)
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), wanted)
+
+
 @both_shapes
 def test_muon_takes_matrices_and_adamw_the_rest(shape: ModelConfig) -> None:
     model = build(shape, 0)
@@ -204,6 +217,14 @@ def test_clipping_below_the_limit_and_with_limit_zero_changes_nothing() -> None:
         assert torch.equal(a.grad, torch.full((4,), 0.1))
 
 
+@pytest.mark.parametrize("limit", [0.0, float("inf"), 100.0])
+def test_gradients_are_divided_though_they_are_not_clipped(limit: float) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.full((3,), 8.0)
+    scale_to_norm([parameter], torch.tensor(3.5), limit, 4.0)
+    assert parameter.grad.tolist() == [2.0] * 3
+
+
 def test_a_non_finite_norm_is_reported_and_leaves_gradients_alone() -> None:
     a = torch.nn.Parameter(torch.zeros(2))
     a.grad = torch.tensor([1.0, float("inf")])
@@ -227,6 +248,11 @@ def test_schedules_take_the_courses_they_draw() -> None:
     assert wsd[:75] == pytest.approx([1.0] * 75)
     assert wsd[75:] == pytest.approx([1 - (i + 1) / 25 for i in range(25)])
     assert {rate(ScheduleConfig(kind="constant", warmup_ratio=0), s, total) for s in range(total)} == {1.0}
+
+
+def test_the_fall_of_wsd_takes_its_share_of_the_whole_run() -> None:
+    config = ScheduleConfig(kind="wsd", warmup_ratio=0.5, decay_ratio=0.2, final_ratio=0.0)
+    assert [rate(config, step, 20) for step in range(14, 20)] == pytest.approx([1, 1, 0.75, 0.5, 0.25, 0])
 
 
 def test_a_fall_that_would_begin_in_the_warm_up_is_an_error() -> None:

@@ -17,6 +17,7 @@ DENSE: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.proof  # compiling takes minutes
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("parallel", "model"),
@@ -28,10 +29,8 @@ DENSE: list[dict[str, Any]] = [
     ids=lambda value: ("experts" if "experts" in value else "dense") if "vocab_size" in value else str(value),
 )
 def test_compiled_blocks_give_the_same_numbers(
-    parallel: dict[str, Any], model: dict[str, Any], ranks: Ranks, recipe: Make, request: pytest.FixtureRequest
+    parallel: dict[str, Any], model: dict[str, Any], ranks: Ranks, recipe: Make
 ) -> None:
-    if not request.config.getoption("--proof"):
-        pytest.skip("compiling takes minutes")
     if runtime.cpp_compiler() is None:
         pytest.skip("no C++ compiler")
     wanted = ranks.run(1, "train", tree(recipe, model=model, run=str(recipe().run) + "-alone"), 3)[0]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from internlm.recipe import Recipe
+from tests.parallel.conftest import of_proof
 from tests.parallel.ranks import Ranks
 from tests.parallel.test_layouts import FULL, PART, SHAPE, assert_as_alone, distance, name_of, tree
 
@@ -50,16 +51,13 @@ def alone() -> dict[int, Any]:
     return {}
 
 
-@pytest.mark.parametrize("layout", SLICE + PROOF, ids=name_of)
+@pytest.mark.parametrize("layout", [*SLICE, *of_proof((layout,) for layout in PROOF)], ids=name_of)
 def test_numbers_do_not_depend_on_where_experts_are(
     layout: tuple[int, dict[str, Any], int],
     ranks: Ranks,
     recipe: Make,
     alone: dict[int, Any],
-    request: pytest.FixtureRequest,
 ) -> None:
-    if layout not in SLICE and not request.config.getoption("--proof"):
-        pytest.skip("a layout of the proof")
     *results, wanted = assert_as_alone(layout, ranks, recipe, alone, **PADDED)
     for result in results:
         for name in ("moe/balance", "moe/z", "moe/busiest_expert"):

@@ -10,6 +10,7 @@ import pytest
 
 from internlm import config
 from internlm.recipe import Recipe
+from tests.parallel.conftest import of_proof
 from tests.parallel.ranks import Ranks
 
 Make = Callable[..., Recipe]
@@ -106,16 +107,13 @@ def distance(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> flo
     return (off / sum(float(np.square(wanted[n].astype(np.float64)).sum()) for n in wanted)) ** 0.5
 
 
-@pytest.mark.parametrize("layout", SLICE + PROOF, ids=name_of)
+@pytest.mark.parametrize("layout", [*SLICE, *of_proof((layout,) for layout in PROOF)], ids=name_of)
 def test_numbers_do_not_depend_on_the_layout(
     layout: tuple[int, dict[str, Any], int],
     ranks: Ranks,
     recipe: Make,
     alone: dict[int, Any],
-    request: pytest.FixtureRequest,
 ) -> None:
-    if layout not in SLICE and not request.config.getoption("--proof"):
-        pytest.skip("a layout of the proof")
     assert_as_alone(layout, ranks, recipe, alone)
 
 
@@ -170,16 +168,13 @@ def alone_with_head_norms() -> dict[int, Any]:
     return {}
 
 
-@pytest.mark.parametrize("layout", HEAD_SLICE + HEAD_PROOF, ids=name_of)
+@pytest.mark.parametrize("layout", [*HEAD_SLICE, *of_proof((layout,) for layout in HEAD_PROOF)], ids=name_of)
 def test_norms_of_heads_do_not_depend_on_the_layout(
     layout: tuple[int, dict[str, Any], int],
     ranks: Ranks,
     recipe: Make,
     alone_with_head_norms: dict[int, Any],
-    request: pytest.FixtureRequest,
 ) -> None:
-    if layout not in HEAD_SLICE and not request.config.getoption("--proof"):
-        pytest.skip("a layout of the proof")
     assert_as_alone(layout, ranks, recipe, alone_with_head_norms, **HEADS)
 
 

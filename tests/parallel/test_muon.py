@@ -10,6 +10,7 @@ import pytest
 
 from internlm import config
 from internlm.recipe import Recipe
+from tests.parallel.conftest import of_proof
 from tests.parallel.ranks import Ranks
 from tests.parallel.test_optimizer_shard import EVEN, ODD, name_of, require_equal
 
@@ -80,12 +81,14 @@ def runs(ranks: Ranks, recipe: Make, alone: dict[str, Any]) -> Runs:
     return Runs(ranks, recipe, alone)
 
 
-@pytest.mark.parametrize(("world", "parallel", "model"), SLICE + PROOF, ids=name_of)
+@pytest.mark.parametrize(
+    ("world", "parallel", "model"),
+    [*SLICE, *of_proof(PROOF)],
+    ids=name_of,
+)
 def test_muon_does_not_depend_on_the_layout(
-    world: int, parallel: dict[str, Any], model: dict[str, Any], runs: Runs, request: pytest.FixtureRequest
+    world: int, parallel: dict[str, Any], model: dict[str, Any], runs: Runs
 ) -> None:
-    if (world, parallel, model) not in SLICE and not request.config.getoption("--proof"):
-        pytest.skip("a layout of the proof")
     runs.require_equal("train", world, parallel, model)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from internlm import config
 from internlm.parallel.optimizer_shard import Slice
 from internlm.recipe import Recipe
+from tests.parallel.conftest import of_proof
 from tests.parallel.ranks import Ranks
 
 Make = Callable[..., Recipe]
@@ -71,7 +72,11 @@ def require_equal(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], t
         np.testing.assert_allclose(value, wanted[name], atol=tolerance, rtol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize(("world", "parallel", "model", "limit"), SLICE + PROOF, ids=name_of)
+@pytest.mark.parametrize(
+    ("world", "parallel", "model", "limit"),
+    [*SLICE, *of_proof(PROOF)],
+    ids=name_of,
+)
 def test_sliced_states_give_the_same_run(
     world: int,
     parallel: dict[str, Any],
@@ -79,10 +84,7 @@ def test_sliced_states_give_the_same_run(
     limit: float,
     ranks: Ranks,
     recipe: Make,
-    request: pytest.FixtureRequest,
 ) -> None:
-    if (world, parallel, model, limit) not in SLICE and not request.config.getoption("--proof"):
-        pytest.skip("a layout of the proof")
     calls = [
         ("train", tree(recipe, model, train__max_grad_norm=limit, parallel=layout), 4)
         for layout in (parallel | {"optimizer": "all"}, parallel)

@@ -36,9 +36,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "eight": (8, {"pipeline": 2, "shard": 2, "tensor": 2}),
     "eight-states": (8, {"replicate": 2, "shard": 2, "context": 2, "optimizer": "all"}),
 }
-SLICE = [("shard", "alone"), ("alone", "tensor"), ("pipeline", "states"), ("states", "shard")]
-PROOF = [
-    *SLICE,
+PAIRS = [
+    ("shard", "alone"),
+    ("alone", "tensor"),
+    ("pipeline", "states"),
+    ("states", "shard"),
     ("alone", "eight"),
     ("eight", "alone"),
     ("tensor", "pipeline"),
@@ -52,6 +54,7 @@ PROOF = [
     ("context-replicate", "pipeline"),
     ("hybrid", "context-replicate"),
 ]
+SLICE = [(kind, *pair) for kind, pair in zip(("adamw", "muon") * 2, PAIRS, strict=False)]
 
 
 def made(recipe: Make, kind: str, layout: str, run: Path) -> dict[str, Any]:
@@ -92,14 +95,14 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path,
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize(("old", "new"), PROOF, ids=[f"{old}-to-{new}" for old, new in PROOF])
-def test_a_run_goes_on_in_another_layout(
-    old: str, new: str, kind: str, begun: Any, ranks: Ranks, recipe: Make, request: pytest.FixtureRequest
-) -> None:
-    number = SLICE.index((old, new)) if (old, new) in SLICE else -1
-    if not request.config.getoption("--proof") and (number < 0 or kind != ("adamw", "muon")[number % 2]):
-        pytest.skip("a pair of the proof")
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        pytest.param(*case, id="{}-{}-to-{}".format(*case), marks=[pytest.mark.proof] * (case not in SLICE))
+        for case in [(kind, *pair) for kind in ("adamw", "muon") for pair in PAIRS]
+    ],
+)
+def test_a_run_goes_on_in_another_layout(kind: str, old: str, new: str, begun: Any, ranks: Ranks, recipe: Make) -> None:
     run, wanted = begun(ranks, recipe, kind, old)
     again = run.with_name(f"to-{new}")
     shutil.copytree(run, again, ignore=shutil.ignore_patterns("lock"))
@@ -111,12 +114,10 @@ def test_a_run_goes_on_in_another_layout(
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_goes_on_in_the_same_layout_bit_by_bit(
-    layout: str, begun: Any, ranks: Ranks, recipe: Make, request: pytest.FixtureRequest
-) -> None:
-    if layout not in ("shard", "pipeline") and not request.config.getoption("--proof"):
-        pytest.skip("a layout of the proof")
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.proof] * (name not in ("shard", "pipeline"))) for name in LAYOUTS]
+)
+def test_a_run_goes_on_in_the_same_layout_bit_by_bit(layout: str, begun: Any, ranks: Ranks, recipe: Make) -> None:
     run, wanted = begun(ranks, recipe, "muon" if layout == "pipeline" else "adamw", layout)
     again = run.with_name("again")
     shutil.copytree(run, again, ignore=shutil.ignore_patterns("lock"))

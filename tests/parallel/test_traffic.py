@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from internlm import config
@@ -18,8 +19,10 @@ from internlm.errors import ConfigError
 from internlm.model import heads
 from internlm.model.presets import preset
 from internlm.parallel.mesh import Layout, Mesh, ParallelConfig
+from internlm.parallel.replicate import Replicas
 from internlm.plan import dryrun
 from internlm.recipe import Recipe
+from tests.parallel.conftest import of_proof
 from tests.parallel.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
@@ -101,16 +104,17 @@ def name_of(value: object) -> str | None:
     return "-".join(f"{key}{each}" for key, each in value.items() if not isinstance(each, dict))
 
 
-@pytest.mark.parametrize(("parallel", "micro_batches", "model", "ranks"), SLICE + PROOF, ids=name_of)
+@pytest.mark.parametrize(
+    ("parallel", "micro_batches", "model", "ranks"),
+    [*SLICE, *of_proof(PROOF)],
+    ids=name_of,
+)
 def test_the_formula_gives_every_collective_of_the_real_step(
     parallel: dict[str, Any],
     micro_batches: int,
     model: dict[str, Any],
     ranks: tuple[int, ...],
-    request: pytest.FixtureRequest,
 ) -> None:
-    if (parallel, micro_batches, model, ranks) not in SLICE and not request.config.getoption("--proof"):
-        pytest.skip("a layout of the proof")
     recipe = recipe_of(parallel, micro_batches, model)
     for rank in ranks:
         counted, computed = counted_and_computed(recipe, rank, 1024)
@@ -196,6 +200,21 @@ def test_gradients_of_copies_fill_buckets_as_the_formula_says(monkeypatch: pytes
         counted, computed = counted_and_computed(recipe_of({"replicate": 1024, "shard": 1}, 1, model), 0, 1024)
         assert counted == computed
         assert counted[1024, 1, "all-reduce"][0] > 4
+
+
+def test_buckets_leave_in_the_last_backward_of_every_step() -> None:
+    simulated.join_fake_group(0, 2)
+    try:
+        model = torch.nn.Linear(3, 2)
+        replicas = Replicas(model, dist.group.WORLD)
+        for _ in range(3):
+            for is_last in (False, True):
+                replicas.begin_backward(is_last=is_last)
+                model(torch.ones(1, 3)).sum().backward()
+                assert len(replicas.works) == is_last, "while backward runs, not after it"
+            replicas.finish()
+    finally:
+        simulated.leave_fake_group()
 
 
 def test_the_formula_knows_the_constants_of_the_code() -> None:

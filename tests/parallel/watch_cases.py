@@ -16,7 +16,7 @@ from internlm.train.metrics import read_metrics
 
 
 def with_a_slow_rank(tree: dict[str, Any], slow: int, where: str, seconds: float) -> dict[str, Any]:
-    """Train a recipe to its end while one rank sleeps in each step; return its metrics, warnings and collectives.
+    """Train a recipe to its end while a rank sleeps in each traced step; return its metrics, warnings and collectives.
 
     Rank r has used r + 1 GiB of memory.
 
@@ -27,12 +27,17 @@ def with_a_slow_rank(tree: dict[str, Any], slow: int, where: str, seconds: float
         seconds: how long it sleeps.
     """
     trainer = recipes.prepare(config.decode(Recipe, tree))
+
+    def sleep() -> None:
+        if (trainer.progress.step + 1) % trainer.config.trace_every_steps == 0:
+            time.sleep(seconds)
+
     if ranks.rank() == slow and where == "forward":
         forward = trainer.parallel.run.train
-        trainer.parallel.run.train = lambda *them: (time.sleep(seconds), forward(*them))[1]  # type: ignore[method-assign]
+        trainer.parallel.run.train = lambda *them: (sleep(), forward(*them))[1]  # type: ignore[method-assign]
     elif ranks.rank() == slow:
         draw = trainer.stepper.loader.next_batch
-        trainer.stepper.loader.next_batch = lambda rows: (time.sleep(seconds), draw(rows))[1]  # type: ignore[method-assign]
+        trainer.stepper.loader.next_batch = lambda rows: (sleep(), draw(rows))[1]  # type: ignore[method-assign]
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]

@@ -22,7 +22,8 @@ from internlm.serve.api.asked import Served
 from internlm.serve.api.gate import Access
 from internlm.serve.api.metrics import Metrics
 from internlm.weights.talk import Talk
-from tests.serve.servers import TOKENIZER, Running, serving, slow_engine, until
+from tests.processes import until
+from tests.serve.servers import TOKENIZER, Running, serving, slow_engine
 
 COMPLETE = "/v1/completions"
 

@@ -14,7 +14,8 @@ import pytest
 
 from internlm.infer.request import Request
 from internlm.serve.api.gate import Access
-from tests.serve.servers import TOKENIZER, Running, Script, SlowEngine, random_model, serving, slow_engine, until
+from tests.processes import until
+from tests.serve.servers import TOKENIZER, Running, Script, SlowEngine, random_model, serving, slow_engine
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 USER: list[Any] = [{"role": "user", "content": "What?"}]

@@ -14,7 +14,8 @@ import pytest
 
 from internlm.serve import web
 from internlm.serve.api import structure
-from tests.serve.servers import TOKENIZER, Running, scripted, serving, slow_engine, until
+from tests.processes import until
+from tests.serve.servers import TOKENIZER, Running, scripted, serving, slow_engine
 
 CHAT = "/v1/chat/completions"
 USER: list[Any] = [{"role": "user", "content": "What is the sum?"}]

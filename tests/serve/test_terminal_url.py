@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -96,11 +97,18 @@ def test_an_answer_that_breaks_off_leaves_the_conversation_as_it_was(server: Fak
 def test_ctrl_c_ends_the_wait_for_the_server_and_the_server_hears_of_it(
     server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.pause_s = 0.2
+    server.pause_s = 1.0
     screen = Screen(sys.stdout, sys.stderr)
     chat = Chat(FromServer(Client(server.url)), note=screen.note)
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-    say(chat, chat.answer(" ".join(map(str, range(100)))), screen)
+
+    def heard(pieces: Generator[str]) -> Generator[str]:
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                if piece == " 1":
+                    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+                yield piece
+
+    say(chat, heard(chat.answer(" ".join(map(str, range(100))))), screen)
     assert capsys.readouterr().out == "0 1\n"
     assert chat.history[1] == Message("assistant", "0 1")
     assert chat.last is not None

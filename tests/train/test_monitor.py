@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -20,16 +21,24 @@ from internlm.recipe import Recipe
 from internlm.train.metrics import MetricsFile
 from internlm.train.watch.monitor import WARNINGS, Lines, Monitor, clip, lines, noted, spark
 from tests import processes
+from tests.conftest import recipe_over
 
 pexpect = pytest.importorskip("pexpect")
 Make = Callable[..., Recipe]
 
 
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("trained") / "run"
+    every = {"evaluate": {"every_steps": 4}, "checkpoint": {"every_steps": 6}}
+    recipes.prepare(recipe_over(corpus, run, train__tokens=12 * 256, **every)).fit()
+    return run
+
+
 @pytest.fixture
-def done(recipe: Make, tmp_path: Path) -> Path:
+def done(trained: Path, tmp_path: Path) -> Path:
     """Return a run that was trained to its end."""
-    recipes.prepare(recipe(train__tokens=12 * 256, evaluate={"every_steps": 4}, checkpoint={"every_steps": 6})).fit()
-    return tmp_path / "run"
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def facts(run: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from internlm import recipe as recipes
 from internlm.checkpoint import store
 from internlm.errors import ConfigError, DataError, StorageError, TrainingError
 from internlm.model.heads import TokenOutputs
+from internlm.optim.schedule import rate
 from internlm.recipe import Recipe
 from internlm.train.evaluate import score
 from internlm.train.metrics import MetricsFile, read_metrics
@@ -146,6 +147,23 @@ def test_a_finished_run_is_not_trained_again(recipe: Make) -> None:
 def test_the_last_tokens_of_a_budget_are_a_whole_step(recipe: Make) -> None:
     assert recipe(train__tokens=2 * 256 + 1).train.total_steps == 3
     assert recipe(train__tokens=2 * 256).train.total_steps == 2
+
+
+def test_a_step_has_the_rate_that_belongs_to_the_steps_before_it(recipe: Make) -> None:
+    stepper = recipes.prepare(recipe(schedule={"warmup_ratio": 0.5})).stepper
+    for number in range(3):
+        wanted = rate(stepper.schedule, number, stepper.config.total_steps) * stepper.optimizer.lr
+        assert stepper.step()["optim/lr"] == wanted
+        assert stepper.optimizer.parts[0].param_groups[0]["lr"] == wanted
+
+
+def test_a_run_that_goes_on_keeps_the_line_of_the_step_it_goes_on_from(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    for step in (1, 2, 3):
+        file.write(step, {"train/loss": 1.0})
+    file.close()
+    MetricsFile(tmp_path / "metrics.jsonl", 2).close()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_metrics_after_a_restart_hold_every_step_once(recipe: Make, tmp_path: Path) -> None:

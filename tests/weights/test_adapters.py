@@ -19,10 +19,9 @@ from internlm import storage
 from internlm.errors import StorageError, WeightsError
 from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.model.lora import LoraConfig, apply_lora, initialize_lora, lora_parameters, merge_lora
-from internlm.model.transformer import Transformer, build
+from internlm.model.transformer import Transformer, build, empty
 from internlm.weights import adapters
 from internlm.weights.families import fused
-from internlm.weights.load import empty
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import Weight, of_tensors, table, tensors
 

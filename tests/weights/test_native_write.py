@@ -253,9 +253,8 @@ def test_the_python_config_is_one(tmp_path: Path) -> None:
     assert names["model"]["dtype"] == "torch.bfloat16"
 
 
-def test_archives_over_four_gib_are_read(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--proof"):
-        pytest.skip("needs 4.3 GiB of disk: --proof")
+@pytest.mark.proof  # needs 4.3 GiB of disk
+def test_archives_over_four_gib_are_read(tmp_path: Path) -> None:
     big = torch.zeros(2**31 + 2**27, dtype=torch.float16)  # pages that nobody wrote take no memory
     small = torch.randn(5)
     weights = {"a": of_tensor(small), "big": of_tensor(big), "b": of_tensor(small)}

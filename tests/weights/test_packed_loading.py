@@ -24,12 +24,12 @@ from internlm.infer.placement import Placement
 from internlm.model import lora
 from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.model.quant import KINDS, Kind, PackedLinear, pack
-from internlm.model.transformer import Transformer, build
+from internlm.model.transformer import Transformer, build, empty
 from internlm.source import Source, open_source
 from internlm.text.training import train_bpe
 from internlm.weights import adapters, files, load
 from internlm.weights import transformers as folders
-from internlm.weights.load import empty, fill, read_model
+from internlm.weights.load import fill, read_model
 from internlm.weights.talk import Talk
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import Weights, of_tensors

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from internlm import storage
 from internlm.errors import InternLMError, StorageError, WeightsError
 from internlm.model.config import DynamicScaling, ModelConfig, RopeConfig, YarnScaling
-from internlm.model.transformer import Transformer, build
+from internlm.model.transformer import Transformer, build, empty
 from internlm.source import open_source
 from internlm.text.templates import get_template, jinja
 from internlm.text.training import train_bpe
 from internlm.weights import transformers as folders
-from internlm.weights.load import empty, fill
+from internlm.weights.load import fill
 from internlm.weights.talk import Talk, read_talk
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import of_tensors
