@@ -63,6 +63,23 @@ def test_tensors_may_change_while_a_checkpoint_is_written(tmp_path: Path, held: 
     assert torch.equal(found.weights()["x"].read(), torch.arange(1000.0))
 
 
+def test_tensors_may_not_change_before_a_slow_copy_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Saver._copy
+
+    def slow(self: Saver, sources: list[torch.Tensor]) -> Any:
+        parts, make = copy(self, sources)
+        return parts, lambda: (time.sleep(0.3), make())
+
+    monkeypatch.setattr(Saver, "_copy", slow)
+    tensor = torch.ones(3)
+    writer = Saver(tmp_path)
+    begin(writer, 1, {"model.x": tensor})
+    writer.copied()
+    tensor.zero_()
+    assert writer.finish() is not None
+    assert store.open_checkpoint(tmp_path).weights()["x"].read().tolist() == [1.0, 1.0, 1.0]
+
+
 def test_the_next_save_waits_for_the_one_before(tmp_path: Path, held: threading.Event) -> None:
     writer = Saver(tmp_path)
     begin(writer, 1, {"model.x": torch.ones(3)})
