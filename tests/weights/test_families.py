@@ -232,6 +232,15 @@ def test_a_fused_matrix_of_another_shape_is_named(tmp_path: Path) -> None:
         folders.load(folder)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_put_together_by_their_numbers_in_whatever_order_they_come(family: str) -> None:
+    model = random_model(HELD[family])
+    fields, theirs = families.write(of_tensors(model.named_parameters()), model.config, family)
+    found = families.read(dict(reversed(theirs.items())), fields, Path("config.json"))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(found[name].read(), parameter), name
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -287,6 +296,7 @@ def test_what_a_config_lacks_is_what_the_family_means() -> None:
         return families.read_config(sizes | {"model_type": family} | fields, Path("config.json"))
 
     assert read("llama").norm_eps == 1e-6
+    assert read("llama").num_kv_heads == 32
     assert read("mistral").context_length == 4096, "its sliding window"
     assert read("mistral").num_kv_heads == 8
     assert read("qwen2").context_length == 32768, "no window unless it is asked for"

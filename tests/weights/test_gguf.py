@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -317,6 +318,14 @@ def test_a_value_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"head\.weight: is not finite"):
         export(model, tmp_path / "out", quantization="q8_0")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "start"), [("8 is 64.", 64), ("9 is not.", 96), ("7 is 63", 64)])
+def test_tensors_begin_at_the_next_block_or_where_the_header_ends_at_one(name: str, start: int, tmp_path: Path) -> None:
+    listed = struct.pack("<Q", len(name)) + name.encode() + struct.pack("<IQIQ", 1, 4, 0, 0)  # 4 numbers in fp32, at 0
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + listed
+    (tmp_path / "a.gguf").write_bytes(head.ljust(start, b"\0") + struct.pack("<4f", 1, 2, 3, 4))
+    assert header.read_header(tmp_path / "a.gguf").tensors[name].offset == start
 
 
 def test_without_the_package_the_next_step_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
