@@ -127,7 +127,7 @@ def test_of_thousands_of_requests_at_once_none_is_lost_and_nothing_stays_behind(
     The cache is so small that answers lose their place and are computed again.
     """
     whole = request.config.getoption("--proof")
-    words = ["--max-batch", "16", "--cache-gib", "0.0005", "--max-waiting", str(3 * CLIENTS)]
+    words = ["--max-batch", "16", "--cache-gib", "0.0002", "--max-waiting", str(3 * CLIENTS)]
     with serving(folder, *words) as server:
         for number in (*range(1, ONE_BY_ONE + 1), CLIENTS) if whole else (CLIENTS,):
             warm = crowd(server, 2 * number, clients=number).communicate()[0]
