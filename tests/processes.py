@@ -18,6 +18,7 @@ import itertools
 import multiprocessing
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +27,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from internlm.cli import main
 
@@ -36,10 +39,12 @@ if sys.platform == "linux":
         [
             "tests.parallel.cases", "torch.utils.tensorboard", "torch.distributed.checkpoint", "internlm.infer.engine",
             "internlm.weights.transformers", "internlm.train.launcher", "matplotlib.pyplot",
+            "internlm.parallel.pipeline", "internlm.parallel.expert", "torch.distributed.fsdp",
         ]
     )  # fmt: skip
 
 INTERNLM = [sys.executable, "-m", "internlm"]
+PASSED_ON = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_", "PET_", "TORCHELASTIC_")
 
 
@@ -57,6 +62,8 @@ def internlm(*words: str, cwd: Path | None = None, **variables: str) -> subproce
 
 class Fork:
     """`internlm` in a process that need not import anything, and goes on beside the test, with what a `Popen` has.
+
+    The ranks that it launches are forks of it.
 
     Args:
         words: of the command.
@@ -109,6 +116,11 @@ def _become(
     os.environ.update(variables)
     if hook is not None:
         hook()
+    SubprocessHandler._popen = lambda handler, args, env: ForkedRank(args, env)  # type: ignore
+    _main(words)
+
+
+def _main(words: Sequence[str]) -> NoReturn:
     try:
         code: Any = main(words)
     except SystemExit as left:  # argparse leaves so
@@ -116,6 +128,47 @@ def _become(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+class ForkedRank:
+    """A rank with what torch's launcher asks a `Popen` for.
+
+    Args:
+        command: of the launcher, `python … -m internlm …`.
+        variables: of its environment.
+    """
+
+    def __init__(self, command: Sequence[str], variables: dict[str, str]) -> None:
+        self.args = command
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        os.setsid()
+        for name in PASSED_ON:  # the launcher has handlers
+            signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+        os.environ.clear()
+        os.environ.update(variables)
+        for folder in variables.get("PYTHONPATH", "").split(os.pathsep):
+            if (hook := Path(folder, "sitecustomize.py")).is_file():
+                exec(hook.read_text(), {})
+        _main(command[command.index("internlm") + 1 :])
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        seconds = 1e9 if timeout is None else timeout
+        until(lambda: self.poll() is not None, seconds)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, seconds)
+        return self.returncode
 
 
 def start(*command: str, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:

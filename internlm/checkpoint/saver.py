@@ -43,6 +43,7 @@ from internlm import ranks, runtime
 from internlm.checkpoint import pieces, place
 from internlm.checkpoint.pieces import Entry, Index, Piece
 from internlm.checkpoint.place import Draft, Facts, Place
+from internlm.compat.parts import local
 from internlm.errors import InternLMError, StorageError
 from internlm.model.config import ModelConfig
 from internlm.text.tokenizer import Tokenizer
@@ -411,8 +412,5 @@ def _facts(item: WriteItem) -> tuple[str, tuple[int, ...], torch.dtype, tuple[in
 
 def _local(item: WriteItem, tensors: dict[str, Tensor]) -> Tensor:
     """Return what this rank holds of a tensor."""
-    from torch.distributed.tensor import DTensor
-
-    tensor = tensors[item.index.fqn]
     with torch.no_grad():  # then it costs nothing
-        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        return local(tensors[item.index.fqn]).detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -31,11 +32,18 @@ def outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Return the function as one that compiled graphs call and do not look into.
 
     `torch.compiler.disable` does the same and imports the compiler at once, more than a second for who never compiles;
-    torch's own lazy form (2.11 to 2.13) does at the first call.
+    torch's own lazy form (2.11 to 2.13) does at the first call, compiled or not.
     """
     from torch._compile import _disable_dynamo
 
-    return _disable_dynamo(function)
+    hidden = _disable_dynamo(function)
+
+    @functools.wraps(function)
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        # Whoever makes graphs has imported the compiler.
+        return (hidden if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+
+    return called
 
 
 @functools.cache

@@ -90,11 +90,29 @@ def build(
     config: ModelConfig, seed: int, *, dtype: torch.dtype = torch.float32, path: AttentionPath = "auto"
 ) -> Transformer:
     """Return a randomly initialised model on the CPU."""
-    model = empty(config, path).to(dtype).to_empty(device="cpu")
-    if config.tie_embeddings:
-        model.tie()  # to_empty makes two tensors of the shared one
+    model = empty(config, path)
+    give_memory(model, torch.device("cpu"), dtype)
     initialize(model, seed)
     return model
+
+
+def give_memory(model: Transformer, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Give the parameters of a model without memory some, whose values are what lies there; shared ones stay so.
+
+    torch's `to_empty` goes through its kernels for shapes, which import sympy: a second of every start.
+
+    Args:
+        model: from `empty`, in place.
+        device: where.
+        dtype: of all; None: what each has.
+    """
+    given: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module.named_parameters(recurse=False, remove_duplicate=False):
+            if old not in given:
+                memory = torch.empty(old.shape, dtype=dtype or old.dtype, device=device)
+                given[old] = nn.Parameter(memory, old.requires_grad)
+            setattr(module, name, given[old])
 
 
 @torch.no_grad()

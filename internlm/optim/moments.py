@@ -21,13 +21,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from internlm.compat.parts import local
+from internlm.optim.group import Group, Updater
 
 StateDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -137,30 +139,28 @@ def _keep(state: dict[str, Tensor], mean: Tensor, square: Tensor) -> None:
         state[f"{name}_scale"].copy_(scales)
 
 
-class CompactAdamW(torch.optim.Optimizer):
-    """AdamW with moments in bf16 or int8; each parameter group has `lr` and `weight_decay`.
+class CompactAdamW(Updater):
+    """AdamW with moments in bf16 or int8.
 
     A parameter's state is `step`, fp32 [] on the CPU, and `exp_avg` and `exp_avg_sq` of its shape and placement; or for
     int8 `mean`, `root` and their scales (`update_int8`), flat, of what this rank holds of it.
 
     Args:
-        params: parameter groups, fp32.
+        groups: fp32 parameters.
         betas: decay of the moments.
         eps: added to the root of the second.
         state_dtype: of the moments.
     """
 
     def __init__(
-        self, params: Iterable[Any], betas: tuple[float, float], eps: float, state_dtype: Literal["bfloat16", "int8"]
+        self, groups: list[Group], betas: tuple[float, float], eps: float, state_dtype: Literal["bfloat16", "int8"]
     ) -> None:
-        super().__init__(params, {"lr": 0.0, "weight_decay": 0.0})
         self.betas, self.eps, self.state_dtype = betas, eps, state_dtype
         self.generators: dict[torch.device, torch.Generator] = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter] = self._zeros(parameter)
+        super().__init__(groups)
 
-    def _zeros(self, parameter: Tensor) -> dict[str, Tensor]:
+    def zeros(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the state of a parameter before its first step."""
         state = {"step": torch.zeros(())}  # on the CPU, where it is read
         if self.state_dtype == "bfloat16":
             return state | {slot: torch.zeros_like(parameter, dtype=torch.bfloat16) for slot in _MOMENTS}
@@ -174,17 +174,17 @@ class CompactAdamW(torch.optim.Optimizer):
         }
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+    def step(self, rate: float = 1.0) -> None:
+        """Update every parameter that has a gradient, with `rate` times its group's learning rate."""
         number = 0
-        for group in self.param_groups:
-            for parameter in group["params"]:
+        for group in self.groups:
+            for parameter in group.parameters:
                 number += 1
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
                 state["step"] += 1
-                rule = Rule(group["lr"], *self.betas, self.eps, group["weight_decay"], int(state["step"]))
+                rule = Rule(group.lr * rate, *self.betas, self.eps, group.weight_decay, int(state["step"]))
                 weight, grad = _flat(parameter), _flat(parameter.grad)
                 for own, part in _slabs(state, len(weight)):
                     if self.state_dtype == "int8":
@@ -241,5 +241,4 @@ def _slabs(state: dict[str, Tensor], length: int) -> Iterator[tuple[slice, dict[
 
 def _flat(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, [n], sharing its memory."""
-    tensor = tensor.detach()
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)
+    return local(tensor.detach()).view(-1)

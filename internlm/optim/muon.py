@@ -17,16 +17,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from internlm.compat.parts import is_parted, local
+from internlm.optim.group import Group, Updater
 from internlm.parallel import collectives
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan 2024: steepest at 0, bounded on [0, 1]
 STEPS = 5
@@ -53,57 +56,57 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon over matrices [R, C] and stacks of them [E, R, C]; each group has `lr`, `momentum`, `weight_decay`.
+class Muon(Updater):
+    """Muon over matrices [R, C] and stacks of them [E, R, C].
 
     A parameter's state is `momentum`, of its shape, dtype and placement.
 
     Args:
-        params: parameters or groups of them, plain or DTensors.
-        lr: of groups that have none of their own.
-        momentum: its decay μ, likewise.
-        weight_decay: λ, likewise.
+        groups: of such parameters.
+        momentum: its decay μ.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                assert parameter.ndim in (2, 3), "only matrices and stacks of them have orthogonal factors"
-                self.state[parameter] = {"momentum": torch.zeros_like(parameter)}
+    def __init__(self, groups: list[Group], momentum: float = 0.95) -> None:
+        super().__init__(groups)
+        self.momentum = momentum
+
+    def zeros(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the state of a parameter before its first step."""
+        assert parameter.ndim in (2, 3), "only matrices and stacks of them have orthogonal factors"
+        return {"momentum": torch.zeros_like(parameter)}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, rate: float = 1.0) -> None:
         """Update every parameter that has a gradient. All ranks that share one must call it."""
-        for group in self.param_groups:
+        for group in self.groups:
             alike: dict[Any, list[Tensor]] = defaultdict(list)
-            for parameter in group["params"]:
+            for parameter in group.parameters:
                 if parameter.grad is not None:
-                    placed = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else ()
+                    placed = (parameter.device_mesh, parameter.placements) if is_parted(parameter) else ()
                     alike[parameter.shape, placed].append(parameter)
             for parameters in alike.values():
-                self._update(parameters, group)
+                self._update(parameters, group.lr * rate, group.weight_decay)
 
-    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
         """Update parameters of one shape and placement, some matrices at once."""
         like = parameters[0]
         rows, columns = like.shape[-2:]
-        cuts = _cuts(like) if isinstance(like, DTensor) else []
+        cuts = _cuts(like) if is_parted(like) else []
         # What a rank holds of a matrix may be on the CPU; products are made where the ranks talk.
-        device = torch.device(like.device_mesh.device_type) if isinstance(like, DTensor) else like.device
+        device = torch.device(like.device_mesh.device_type) if is_parted(like) else like.device
         at_once = max(1, BATCH // (rows * columns)) * math.prod(cut.ranks for cut in cuts)
         weights, grads = _matrices(parameters), _matrices([p.grad for p in parameters if p.grad is not None])
         momenta = _matrices([self.state[p]["momentum"] for p in parameters])
         for start in range(0, len(weights), at_once):
             own = slice(start, start + at_once)
-            torch._foreach_mul_(momenta[own], group["momentum"])
+            torch._foreach_mul_(momenta[own], self.momentum)
             torch._foreach_add_(momenta[own], grads[own])
-            ahead = torch._foreach_add(grads[own], momenta[own], alpha=group["momentum"])  # Nesterov
+            ahead = torch._foreach_add(grads[own], momenta[own], alpha=self.momentum)  # Nesterov
             parts = torch.stack(list(ahead)).to(device, torch.bfloat16 if device.type == "cuda" else None)
             del ahead
             updates = _by_turns(parts, cuts).to(weights[start])
-            torch._foreach_mul_(weights[own], 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights[own], updates.unbind(), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+            torch._foreach_mul_(weights[own], 1 - lr * weight_decay)
+            torch._foreach_add_(weights[own], updates.unbind(), alpha=-lr * 0.2 * max(rows, columns) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def _cuts(like: DTensor) -> list[Cut]:
 
 def _matrices(tensors: list[Tensor]) -> list[Tensor]:
     """Return this rank's parts [r, c] of all matrices in tensors [R, C] or [E, R, C]; they share memory with them."""
-    parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    parts = map(local, tensors)
     return [matrix for part in parts for matrix in (part.unbind() if part.ndim == 3 else [part])]
 
 

@@ -14,17 +14,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import pydantic
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from internlm.compat.parts import is_parted, local
 from internlm.config import default_kind, section
 from internlm.errors import ConfigError, WeightsError
+from internlm.optim.adamw import AdamW
+from internlm.optim.group import Group, Updater
 from internlm.optim.moments import CompactAdamW, StateDtype
 from internlm.optim.muon import Muon
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Role = Literal["matrix", "table", "vector"]
 
@@ -94,7 +99,7 @@ def role(name: str, parameter: Tensor) -> Role:
 
 
 class Optimizer:
-    """The torch optimizers, one to three, that update named parameters.
+    """The updaters, one to three, of named parameters.
 
     Args:
         config: which, with their numbers.
@@ -109,35 +114,27 @@ class Optimizer:
         by_role: dict[Role, list[Tensor]] = {"matrix": [], "table": [], "vector": []}
         for parameter, name in self.names.items():
             by_role[role(name, parameter)].append(parameter)
-        self.parts: list[torch.optim.Optimizer] = []
-        """Each parameter is in one of them; groups have `peak_lr` besides `lr`."""
+        self.parts: list[Updater] = []
+        """Each parameter is in one of them."""
         settings: dict[Role, tuple[float, float]] = {
             "matrix": (config.lr, config.weight_decay),
             "table": (config.lr * config.table_lr_ratio, config.weight_decay * config.decay_tables),
             "vector": (config.lr, 0.0),
         }
-        groups = {
-            kind: {"params": by_role[kind], "lr": lr, "peak_lr": lr, "weight_decay": decay}
-            for kind, (lr, decay) in settings.items()
-            if by_role[kind]
-        }
+        groups = {kind: Group(by_role[kind], lr, decay) for kind, (lr, decay) in settings.items() if by_role[kind]}
         if isinstance(config, MuonConfig) and "matrix" in groups:
-            self.parts.append(Muon([groups.pop("matrix")], lr=config.lr, momentum=config.momentum))
+            self.parts.append(Muon([groups.pop("matrix")], config.momentum))
         if config.state_dtype != "float32":
             compact = [groups.pop(kind) for kind in list(groups) if kind != "vector"]
             if compact:
                 self.parts.append(CompactAdamW(compact, config.betas, config.eps, config.state_dtype))
         if groups:
-            rest = list(groups.values())
-            self.parts.append(torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
-        self._allocate_state()
+            self.parts.append(AdamW(list(groups.values()), config.betas, config.eps))
 
     def step(self, rate: float) -> None:
         """Update the parameters with `rate` times each group's peak learning rate."""
         for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = group["peak_lr"] * rate
-            part.step()
+            part.step(rate)
 
     def named_state(self) -> dict[str, Tensor]:
         """Return every state tensor as `<parameter name>.<slot>`; those of int8 are copies, in fp32 and on the CPU."""
@@ -156,19 +153,6 @@ class Optimizer:
                     name = self.names[parameter]
                     part.restore(parameter, {slot: state[f"{name}.{slot}"] for slot in ("exp_avg", "exp_avg_sq")})
 
-    def _allocate_state(self) -> None:
-        """Create the zero states of torch's AdamW before its first step: every checkpoint holds all of them."""
-        for part in self.parts:
-            if not isinstance(part, torch.optim.AdamW):
-                continue  # ours has them from the start
-            for group in part.param_groups:
-                for p in group["params"]:
-                    part.state[p] = {
-                        "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                        "exp_avg": torch.zeros_like(p),
-                        "exp_avg_sq": torch.zeros_like(p),
-                    }
-
 
 @torch.no_grad()
 def squared_norm(parameters: Iterable[nn.Parameter], ranks: int = 1) -> Tensor:
@@ -186,8 +170,8 @@ def squared_norm(parameters: Iterable[nn.Parameter], ranks: int = 1) -> Tensor:
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         raise WeightsError("no parameter has a gradient", do="Check that something in the batch is trained on.")
-    shares = [1 / (_copies(grad) if isinstance(grad, DTensor) else ranks) for grad in grads]
-    norms = torch.stack(torch._foreach_norm(local(grads), dtype=torch.float32)).double()
+    shares = [1 / (_copies(grad) if is_parted(grad) else ranks) for grad in grads]
+    norms = torch.stack(torch._foreach_norm(list(map(local, grads)), dtype=torch.float32)).double()
     return (norms.square() * norms.new_tensor(shares)).sum()
 
 
@@ -206,13 +190,8 @@ def scale_to_norm(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float
     scale = torch.ones_like(norm)
     if limit > 0:
         scale = torch.where(norm.isfinite(), (limit / (norm + 1e-6)).clamp(max=1.0), scale)
-    grads = local([p.grad for p in parameters if p.grad is not None])
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
     torch._foreach_mul_(grads, (scale / divisor).float().to(grads[0].device))  # with parallel.offload on the CPU
-
-
-def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return this rank's parts of tensors; they share memory with them."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def _copies(tensor: DTensor) -> int:

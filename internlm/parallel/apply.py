@@ -3,34 +3,38 @@
     pipeline split → float8 → tensor → context → experts → recompute → compile → shard → memory and weights
 
 Without a process group nothing is done and the model is a plain one. Whole copies alone (`replicate`, nothing else)
-stay plain models whose gradients are summed.
+stay plain models whose gradients are summed. What only some layouts need is imported where they need it: torch's
+pipelines and DTensors take more than a second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from internlm.compat import groups
+from internlm.compat.parts import is_parted
 from internlm.cost.split import stage_layers
 from internlm.errors import ConfigError
 from internlm.model.config import ModelConfig
 from internlm.model.moe import SideLosses, mixtures
-from internlm.model.transformer import Transformer, empty, initial
-from internlm.parallel import context, expert, float8, optimizer_shard, pipeline, tensor
+from internlm.model.transformer import Transformer, empty, give_memory, initial
+from internlm.parallel import context, float8, optimizer_shard
 from internlm.parallel.mesh import Layout, Mesh, ParallelConfig
 from internlm.parallel.microbatch import Runner
 from internlm.parallel.recompute import recompute
 from internlm.parallel.replicate import Replicas
-from internlm.parallel.shard import shard
+from internlm.parallel.shard import shard, sharded_modules
 from internlm.runtime import AttentionPath
 from internlm.weights.load import Check, shapes
+
+if TYPE_CHECKING:
+    from internlm.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -73,35 +77,42 @@ class Parallel:
             _check_async(config, setting)
         sliced = optimizer_shard.applies(config, self.layout)
         copies_only = self.layout.replicate == self.layout.world_size and not config.offload and not sliced
+        is_plain = self.mesh is None or copies_only
         for part in self.parts:
             if config.float8:
                 float8.convert(part)
             if self.mesh is not None and self.layout.tensor > 1:
+                from internlm.parallel import tensor
+
                 if config.async_tensor:
                     groups.fuse_collectives(self.mesh.group("tensor"))
                 tensor.cut(part, self.mesh.world["tensor"], sequence=config.sequence)
             if self.mesh is not None and self.layout.context > 1:
                 context.spread(part, self.mesh.group("context"))
-            if self.mesh is not None:
+            if self.mesh is not None and shape.experts is not None:
+                from internlm.parallel import expert
+
                 expert.spread(part, self.mesh)
             recompute(part, config.recompute)
             if setting.compile:
                 for block in part.blocks.values():
                     block.compile()
-            if self.mesh is not None and not copies_only:
+            if self.mesh is not None and not is_plain:
                 shard(part, self.mesh, config, setting.dtype)
             for mixture in mixtures(part).values():
                 mixture.sides = SideLosses(mixture.config.count, setting.device)
-            part.to_empty(device="cpu" if config.offload and not is_alone else setting.device)
-            if shape.tie_embeddings:
-                part.tie()  # to_empty makes two tensors of the shared one
+            if is_plain:
+                give_memory(part, setting.device)
+            else:
+                part.to_empty(device="cpu" if config.offload else setting.device)
+                if shape.tie_embeddings:
+                    part.tie()  # to_empty makes two tensors of the shared one
             if self.mesh is not None and sliced:
                 optimizer_shard.Slices(part, self.mesh, config.prefetch)
         replicas = None
         if self.mesh is not None and copies_only:
             replicas = Replicas(self.parts[0], self.mesh.group("replicate"))
         # A sharded model gathers its weights in `dtype`; a plain one keeps them in fp32.
-        is_plain = self.mesh is None or copies_only
         low = is_plain and setting.dtype != torch.float32
         # Without its cache: that keeps a copy of every weight through forward, where recompute wants none kept.
         autocast = torch.autocast(setting.device.type, setting.dtype, cache_enabled=False) if low else None
@@ -110,9 +121,8 @@ class Parallel:
     def named_parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         """Yield the parameters of all parts as they lie between steps; names are those of the whole model."""
         for part in self.parts:
-            for module in part.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()  # a validation leaves them gathered
+            for module in sharded_modules(part):
+                module.reshard()  # a validation leaves them gathered
             slices = optimizer_shard.of(part)
             if slices is not None:
                 slices.settle()
@@ -193,15 +203,19 @@ class Parallel:
             return [empty(self.shape, setting.attention)]
         count = self.layout.pipeline * self.config.stages_per_rank
         layers = stage_layers(self.shape, count, setting.seq_len)
+        from internlm.parallel import pipeline
+
         parts = []
         for stage in pipeline.stages_of(self.config, self.mesh.at.pipeline):
             parts.append(empty(self.shape, setting.attention))
             pipeline.take(parts[-1], stage, layers)
         return parts
 
-    def _pipeline(self, setting: Setting) -> pipeline.Pipeline | None:
+    def _pipeline(self, setting: Setting) -> Pipeline | None:
         if self.layout.pipeline == 1 or self.mesh is None:
             return None
+        from internlm.parallel import pipeline
+
         tokens = setting.seq_len // self.layout.context
         apart = self.layout.tensor if self.config.sequence else 1
         shapes = pipeline.Shapes(setting.micro_rows, tokens, tokens // apart, self.shape.hidden_size, setting.dtype)
@@ -229,9 +243,11 @@ def _check_async(config: ParallelConfig, setting: Setting) -> None:
 @torch.no_grad()
 def place(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor, or this rank's part of it, into a parameter. No rank talks to another."""
-    if not isinstance(parameter, DTensor):
+    if not is_parted(parameter):
         parameter.copy_(value)
         return
+    from torch.distributed.tensor import distribute_tensor
+
     own = parameter.to_local()
     spread = distribute_tensor(
         value.to(own.device, own.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None

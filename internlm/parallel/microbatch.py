@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,8 +16,10 @@ from internlm.model.transformer import Transformer
 from internlm.parallel import collectives, shard
 from internlm.parallel.context import own_tokens
 from internlm.parallel.mesh import Mesh, ParallelConfig
-from internlm.parallel.pipeline import Pipeline
 from internlm.parallel.replicate import Replicas
+
+if TYPE_CHECKING:
+    from internlm.parallel.pipeline import Pipeline
 
 Loss = Callable[[Tensor, Batch], Tensor]
 """Hidden states and their micro-batch → a scalar; with a gradient, to train."""

@@ -22,18 +22,23 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from internlm.compat import groups
+from internlm.compat.parts import is_parted, is_sharded
+from internlm.compat.parts import local as part_of
 from internlm.log import warn_once
 from internlm.parallel.mesh import Layout, Mesh, ParallelConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Placement
 
 logger = logging.getLogger(__name__)
 
@@ -270,7 +275,7 @@ def _managed(model: nn.Module) -> list[tuple[str, FSDPModule, list[tuple[str, nn
     found: list[tuple[str, FSDPModule, list[tuple[str, nn.Parameter]]]] = []
     claimed: set[nn.Parameter] = set()
     for path, module in reversed(list(model.named_modules())):  # inner ones first
-        if isinstance(module, FSDPModule):
+        if is_sharded(module):
             names = model.get_submodule(path).named_parameters(prefix=path)
             own = [(name, p) for name, p in names if p not in claimed]
             claimed.update(p for _, p in own)
@@ -280,23 +285,26 @@ def _managed(model: nn.Module) -> list[tuple[str, FSDPModule, list[tuple[str, nn
 
 def _slice(name: str, parameter: nn.Parameter, mesh: Mesh) -> Slice:
     """Return this replica's slice of a parameter; its values come with the first gradient."""
-    assert isinstance(parameter, DTensor), "fully_shard was here"
-    axes = parameter.device_mesh.mesh_dim_names or ()
+    whole: Tensor = parameter
+    assert is_parted(whole), "fully_shard was here"
+    axes = whole.device_mesh.mesh_dim_names or ()
     everywhere = mesh.world[("replicate", *axes)]
     replicas, place = mesh.layout.replicate, mesh.at.replicate
-    dim, placement = _placement(parameter, replicas)
+    dim, placement = _placement(whole, replicas)
     part = _local(parameter)
     shape = list(part.shape)
     if dim is not None:
         length = -(-part.shape[dim] // replicas)
         shape[dim] = min(length, max(0, part.shape[dim] - place * length))
     own = part.new_zeros(shape)
-    placements = [placement, *parameter.placements]
+    placements = [placement, *whole.placements]
     return Slice(name, parameter, nn.Parameter(_placed(own, parameter, everywhere, placements)), dim, replicas, place)
 
 
 def _placement(parameter: DTensor, replicas: int) -> tuple[int | None, Placement]:
     """Return the dim along which a parameter is sliced, and how that is said of the replicate axis."""
+    from torch.distributed.tensor import Replicate
+
     sizes = parameter.device_mesh.shape
     for dim in reversed(range(parameter.ndim)):
         cutting = [size for size, p in zip(sizes, parameter.placements, strict=True) if groups.shards(p, dim)]
@@ -312,14 +320,15 @@ def _gradient(each: Slice) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part_of(tensor.detach())
 
 
 def _like(local: Tensor, like: Tensor) -> DTensor:
-    assert isinstance(like, DTensor), "slices are"
+    assert is_parted(like), "slices are"
     return _placed(local, like, like.device_mesh, list(like.placements))
 
 
 def _placed(local: Tensor, whole: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())

@@ -22,18 +22,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
+from internlm.compat.parts import is_sharded, local
 from internlm.model.moe import mixtures
 from internlm.model.transformer import Transformer
 from internlm.parallel import optimizer_shard
 from internlm.parallel.mesh import Mesh, ParallelConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import Shard
 
 
 def shard(model: Transformer, mesh: Mesh, config: ParallelConfig, dtype: torch.dtype) -> None:
@@ -45,6 +48,8 @@ def shard(model: Transformer, mesh: Mesh, config: ParallelConfig, dtype: torch.d
         config: the policy.
         dtype: in which weights are gathered and products made.
     """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
     precision = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -77,7 +82,7 @@ def shard(model: Transformer, mesh: Mesh, config: ParallelConfig, dtype: torch.d
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum, and nothing is scaled
-    if not model.config.tie_embeddings and isinstance(model.embedding, FSDPModule):
+    if not model.config.tie_embeddings and is_sharded(model.embedding):
         # Else torch gathers ahead of it what was used before: the head of the micro-batch before, for nobody.
         model.embedding.set_modules_to_backward_prefetch([model.embedding])
     for index, block in enumerate(blocks):
@@ -93,13 +98,13 @@ def begin_backward(model: nn.Module, config: ParallelConfig, *, is_last: bool) -
         config: the policy.
         is_last: whether it is the step's last micro-batch.
     """
-    if not isinstance(model, FSDPModule):
+    slices = optimizer_shard.of(model)
+    if not is_sharded(model):
         return
     model.set_is_last_backward(is_last)
     model.set_requires_gradient_sync(is_last or config.zero != "1")
     model.set_requires_all_reduce(is_last)  # after the line above, which sets this too
     model.set_reshard_after_backward(is_last or config.zero not in ("1", "2"))
-    slices = optimizer_shard.of(model)
     if slices is not None:
         slices.begin_backward(is_last=is_last)
 
@@ -115,15 +120,17 @@ def _placed(parameter: nn.Parameter, ranks: int) -> Shard | None:
     """Return along which dim a weight is cut; None: the first. Too few experts for the ranks are cut by outputs."""
     if parameter.ndim < 3:
         return None
-    experts, outputs, _ = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).shape
+    from torch.distributed.tensor import Shard
+
+    experts, outputs, _ = local(parameter).shape
     return Shard(1) if experts % ranks and outputs % ranks == 0 else None
 
 
 def _gathered(blocks: list[FSDPModule]) -> list[FSDPModule]:
     """Return blocks and what gathers weights of its own in them."""
-    return [module for block in blocks for module in block.modules() if isinstance(module, FSDPModule)]  # type: ignore[attr-defined]
+    return [module for block in blocks for module in sharded_modules(block)]
 
 
-def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+def sharded_modules(model: Any) -> Iterator[FSDPModule]:
     """Yield every module that gathers weights of its own."""
-    return (module for module in model.modules() if isinstance(module, FSDPModule))
+    return (module for module in model.modules() if is_sharded(module))

@@ -26,12 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from internlm import ranks
 from internlm.compat import simulated
+from internlm.compat.parts import local
 from internlm.cost import traffic
 from internlm.data.batch import Batch
 from internlm.data.loader import DataConfig, Loader
 from internlm.errors import ConfigError
 from internlm.model.config import ModelConfig
-from internlm.optim.optimizer import Optimizer, local
+from internlm.optim.optimizer import Optimizer
 from internlm.parallel import expert
 from internlm.parallel.apply import Parallel, Setting
 from internlm.parallel.mesh import Layout, Mesh
@@ -266,4 +267,4 @@ def _setting(recipe: Recipe, shape: ModelConfig, layout: Layout) -> Setting:
 
 def _elements(parameters: Iterable[Tensor]) -> int:
     """Return how many elements of parameters this rank holds."""
-    return sum(part.numel() for part in local(parameters))
+    return sum(part.numel() for part in map(local, parameters))

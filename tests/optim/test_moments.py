@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from internlm import recipe as recipes
 from internlm.checkpoint import store
 from internlm.optim import moments
+from internlm.optim.adamw import AdamW
+from internlm.optim.group import Group
 from internlm.optim.moments import BLOCK, CompactAdamW, Rule, StateDtype, decode, encode, fractions, round_at_random
 from internlm.optim.muon import Muon
 from internlm.optim.optimizer import AdamWConfig, MuonConfig, Optimizer
@@ -47,7 +49,7 @@ def test_rounding_at_random_hides_no_nan() -> None:
 def test_each_step_rounds_with_noise_of_its_own() -> None:
     weight = nn.Parameter(torch.zeros(1000))
     weight.grad = torch.full((1000,), 1 + 2.0**-8)  # between two numbers of bf16
-    optimizer = CompactAdamW([weight], (0.0, 0.0), 1e-8, "bfloat16")
+    optimizer = CompactAdamW([Group([weight], 0.0)], (0.0, 0.0), 1e-8, "bfloat16")
     optimizer.step()
     first = optimizer.state[weight]["exp_avg"].clone()
     optimizer.step()
@@ -223,7 +225,7 @@ def test_vectors_and_muon_keep_float32() -> None:
     optimizer = Optimizer(MuonConfig(state_dtype="int8"), parameters.items())  # type: ignore[arg-type]
     kinds = {name: type(part) for part in optimizer.parts for p in part.state for name in [optimizer.names[p]]}
     assert kinds["head.weight"] is CompactAdamW
-    assert kinds["blocks.0.norm.weight"] is torch.optim.AdamW
+    assert kinds["blocks.0.norm.weight"] is AdamW
     assert kinds["blocks.0.w.weight"] is Muon
 
 

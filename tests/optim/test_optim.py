@@ -16,6 +16,8 @@ from internlm.errors import ConfigError
 from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.model.transformer import build
 from internlm.optim import muon
+from internlm.optim.adamw import AdamW
+from internlm.optim.group import Group
 from internlm.optim.muon import Muon, orthogonalise
 from internlm.optim.optimizer import AdamWConfig, MuonConfig, Optimizer, role, scale_to_norm, squared_norm
 from internlm.optim.schedule import ScheduleConfig, rate
@@ -30,9 +32,9 @@ def test_only_matrices_inside_blocks_decay(shape: ModelConfig) -> None:
     model = build(shape, 0)
     optimizer = Optimizer(AdamWConfig(weight_decay=0.3, table_lr_ratio=2.0, lr=1e-3), model.named_parameters())
     seen = {}
-    for group in optimizer.parts[0].param_groups:
-        for p in group["params"]:
-            seen[optimizer.names[p]] = (group["weight_decay"], group["peak_lr"])
+    for group in optimizer.parts[0].groups:
+        for p in group.parameters:
+            seen[optimizer.names[p]] = (group.weight_decay, group.lr)
     assert seen.keys() == dict(model.named_parameters()).keys()
     for name, (decay, lr) in seen.items():
         inside = name.startswith("blocks.") and name.endswith("weight") and "norm" not in name
@@ -45,7 +47,7 @@ def test_a_tied_head_is_updated_once() -> None:
         ModelConfig(vocab_size=61, hidden_size=16, num_layers=1, num_heads=2, ffn_size=24, tie_embeddings=True), 0
     )
     optimizer = Optimizer(AdamWConfig(), model.named_parameters())
-    names = [optimizer.names[p] for part in optimizer.parts for g in part.param_groups for p in g["params"]]
+    names = [optimizer.names[p] for part in optimizer.parts for g in part.groups for p in g.parameters]
     assert len(names) == len(set(names))
     assert "head.weight" not in names
 
@@ -79,7 +81,7 @@ def test_newton_schulz_brings_singular_values_near_one(shape: tuple[int, ...]) -
 
 def test_muon_moves_matrices_by_an_orthogonal_step_of_adamw_size() -> None:
     p = torch.nn.Parameter(torch.zeros(64, 64))
-    optimizer = Muon([p], lr=1.0)
+    optimizer = Muon([Group([p], 1.0)])
     p.grad = torch.randn(64, 64)
     optimizer.step()
     assert p.detach().square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)  # RMS of an AdamW update
@@ -88,7 +90,7 @@ def test_muon_moves_matrices_by_an_orthogonal_step_of_adamw_size() -> None:
 def test_muon_is_the_published_update() -> None:
     weight = torch.nn.Parameter(torch.randn(6, 10))
     wanted, momentum = weight.detach().clone(), torch.zeros(6, 10)
-    optimizer = Muon([weight], lr=0.1, momentum=0.9, weight_decay=0.2)
+    optimizer = Muon([Group([weight], 0.1, 0.2)], momentum=0.9)
     for _ in range(3):
         weight.grad = torch.randn(6, 10)
         momentum = 0.9 * momentum + weight.grad
@@ -104,14 +106,14 @@ def test_muon_takes_matrices_and_adamw_the_rest(shape: ModelConfig) -> None:
     optimizer = Optimizer(MuonConfig(weight_decay=0.3), model.named_parameters())
     first, second = optimizer.parts
     assert isinstance(first, Muon)
-    assert {group["weight_decay"] for group in first.param_groups} == {0.3}
-    taken = {optimizer.names[p] for g in first.param_groups for p in g["params"]}
+    assert {group.weight_decay for group in first.groups} == {0.3}
+    taken = {optimizer.names[p] for g in first.groups for p in g.parameters}
     assert taken == {name for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim > 1}
-    assert {role(optimizer.names[p], p) for g in second.param_groups for p in g["params"]} == {"table", "vector"}
+    assert {role(optimizer.names[p], p) for g in second.groups for p in g.parameters} == {"table", "vector"}
 
 
 def step_by_muon(parameters: list[torch.nn.Parameter], gradients: list[list[torch.Tensor]]) -> None:
-    optimizer = Muon(parameters, lr=0.1, weight_decay=0.5)
+    optimizer = Muon([Group([*parameters], 0.1, 0.5)])
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient.clone()
@@ -150,7 +152,7 @@ def test_muon_works_on_no_more_matrices_at_once_than_fit_a_batch(monkeypatch: py
 
 def test_muon_refuses_what_is_no_matrix() -> None:
     with pytest.raises(AssertionError, match="only matrices"):
-        Muon([torch.nn.Parameter(torch.zeros(4))], lr=1.0)
+        Muon([Group([torch.nn.Parameter(torch.zeros(4))], 1.0)])
 
 
 def test_only_axes_that_cut_matrices_make_ranks_exchange_them() -> None:
@@ -290,3 +292,19 @@ def test_a_ratio_outside_zero_to_one_is_an_error() -> None:
 def test_a_number_that_no_optimizer_can_use_is_an_error(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"optim\.{key}"):
         MuonConfig(**{key: value})  # type: ignore[arg-type]
+
+
+def test_adamw_is_torchs_bit_by_bit() -> None:
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 7), (3,), (0, 4))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    reference = torch.optim.AdamW(theirs, lr=0.02, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.3, fused=True)
+    optimizer = AdamW([Group([*ours], 0.04, 0.3)], (0.9, 0.95), 1e-6)
+    for step in range(4):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = other.grad = None if step == 1 and one is ours[0] else torch.randn_like(one)
+        optimizer.step(0.5)
+        reference.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+        for slot, value in optimizer.state[one].items():
+            assert torch.equal(value, reference.state[other][slot]), slot

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from internlm import config
 from internlm import recipe as recipes
 from internlm.compat import groups
+from internlm.compat.parts import local
 from internlm.optim import muon
-from internlm.optim.optimizer import local
 from internlm.parallel import optimizer_shard
 from internlm.recipe import Recipe
 from internlm.train.trainer import Trainer
@@ -52,7 +52,7 @@ def bytes_of(trainer: Trainer) -> int:
     """Return the bytes of the optimizer's states that this rank holds."""
     parts = trainer.stepper.optimizer.parts
     held = [value for part in parts for slots in part.state.values() for value in slots.values()]
-    return sum(part.numel() * part.element_size() for part in local(held))
+    return sum(part.numel() * part.element_size() for part in map(local, held))
 
 
 def bytes_held(tree: dict[str, Any]) -> int:

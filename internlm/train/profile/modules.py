@@ -34,7 +34,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from internlm.compat import graphs
-from internlm.optim.optimizer import Optimizer, local
+from internlm.compat.parts import local
+from internlm.optim.optimizer import Optimizer
 from internlm.parallel.apply import Parallel
 
 MODEL, REST, MEASURING = "model", "(rest)", "(measuring)"
@@ -225,7 +226,7 @@ class ModuleTable:
 
     def _keep(self, row: str, tensors: Iterable[Tensor], weights: set[int]) -> None:
         with torch.no_grad():
-            for tensor in local(tensors):
+            for tensor in map(local, tensors):
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in self._storages and storage.data_ptr() not in weights:
                     self._storages.add(storage.data_ptr())
@@ -433,9 +434,9 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _size(tensors: Iterable[Tensor | None]) -> int:
     """Return the bytes of this rank's parts of tensors."""
-    return sum(part.numel() * part.element_size() for part in local(t for t in tensors if t is not None))
+    return sum(part.numel() * part.element_size() for t in tensors if t is not None for part in [local(t)])
 
 
 def _storages(tensors: Iterable[Tensor]) -> set[int]:
     with torch.no_grad():
-        return {tensor.untyped_storage().data_ptr() for tensor in local(tensors)}
+        return {tensor.untyped_storage().data_ptr() for tensor in map(local, tensors)}
