@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import signal
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["INTERNLM_ALLOCATOR"] = "off"  # tests measure nothing: no restarts
@@ -24,6 +25,10 @@ from internlm.data import shards
 from internlm.recipe import Recipe
 from internlm.text.training import train_bpe
 from internlm.train import trainer
+
+# Each worker imports all tests, and many processes are started: bytecode is kept whatever the machine is set to.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 for ignored in (signal.SIGINT, signal.SIGHUP):  # as a shell's background jobs and nohup have them: children would too
     if signal.getsignal(ignored) == signal.SIG_IGN:

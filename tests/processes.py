@@ -1,7 +1,8 @@
 """Processes that tests start, and how they are waited for.
 
     done = forked("convert", "gone", "out")           # run to its end: done.returncode, .stdout, .stderr
-    done = internlm("convert", "gone", "out")         # the same, from nothing: some seconds, most of them imports
+    done = forked("benchmarks/shapes.py", "--help")   # the same for a Python program
+    done = internlm("convert", "gone", "out")         # from nothing: some seconds, most of them imports
     child = Fork("train", "r.yaml")                   # goes on beside the test; finish(child) waits for it
     child = start(*INTERNLM, "train", "r.yaml")       # the same, from nothing
     with serving(folder, "--max-batch", "2") as on:   # `internlm serve`, which listens: on.url, on.child
@@ -18,6 +19,7 @@ import itertools
 import multiprocessing
 import os
 import queue
+import runpy
 import signal
 import socket
 import subprocess
@@ -25,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -66,7 +69,7 @@ class Fork:
     The ranks that it launches are forks of it.
 
     Args:
-        words: of the command.
+        words: of the command; or a Python file with its arguments, which is run instead.
         cwd: where it works.
         hook: function of a module, which is called in the process first.
         variables: of its environment.
@@ -96,7 +99,7 @@ class Fork:
 
 
 def forked(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run `internlm` to its end in a `Fork`; return exit code and streams."""
+    """Run `internlm`, or a Python file, to its end in a `Fork`; return exit code and streams."""
     process = Fork(*words, **options)
     try:
         output, errors = process.communicate(120)
@@ -121,13 +124,24 @@ def _become(
 
 
 def _main(words: Sequence[str]) -> NoReturn:
+    code: Any = 0
     try:
-        code: Any = main(words)
+        if words and words[0].endswith(".py"):
+            sys.argv, sys.path[0] = list(words), str(Path(words[0]).parent.resolve())
+            runpy.run_path(words[0], run_name="__main__")
+        else:
+            code = main(words)
     except SystemExit as left:  # argparse leaves so
         code = left.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code or 0)
 
 
 class ForkedRank:

@@ -113,11 +113,11 @@ def test_when_one_ends_all_end_within_seconds(whom: str, how: signal.Signals, co
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_second_ctrl_c_leaves_nobody_behind(path: Path) -> None:
-    process = start(*INTERNLM, *LAUNCH, "train", str(path), *LONG)
+    process = Fork(*LAUNCH, "train", str(path), *LONG)
     ranks = ranks_of(process, path)
     try:
         for _ in range(2):
-            process.send_signal(signal.SIGINT)
+            os.kill(process.pid, signal.SIGINT)
             time.sleep(0.1)
         code, output = finish(process, timeout_s=30)
     finally:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.processes import forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,8 +20,7 @@ def _benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_train.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return forked(str(ROOT / "benchmarks" / "gpu_train.py"), *arguments)
 
 
 def test_the_benchmark_runs_at_toy_shape_and_writes_all_its_figures(tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.processes import forked
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_decode.py"
 
@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_decode.py"
 def test_the_benchmark_runs_tiny_and_writes_all_its_figures(tmp_path: Path) -> None:
     out = tmp_path / "decode.json"
     words = "--tiny --device cpu --repeats 1 --only internlm --cache int8 --out"
-    done = subprocess.run([sys.executable, str(SCRIPT), *words.split(), str(out)], capture_output=True, text=True)
+    done = forked(str(SCRIPT), *words.split(), str(out))
     assert done.returncode == 0, done.stderr + done.stdout
     report = json.loads(out.read_text())
     assert {"command", "date", "machine", "versions", "commit", "device"} <= set(report)
@@ -32,8 +32,7 @@ def test_the_benchmark_runs_tiny_and_writes_all_its_figures(tmp_path: Path) -> N
 def test_without_a_gpu_the_benchmark_of_decoding_says_so(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "decode.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forked(str(SCRIPT), "--out", str(tmp_path / "decode.json"))
     assert done.returncode == 1
     assert "no GPU" in done.stderr
     assert not (tmp_path / "decode.json").exists()
