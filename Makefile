@@ -25,6 +25,7 @@ bench: .venv/.dev  ## the CPU benchmarks; peers that are installed run beside ou
 	$(BIN)/python benchmarks/train_cpu.py
 	$(BIN)/python benchmarks/decode_cpu.py
 	$(BIN)/python benchmarks/tokenize_throughput.py
+	$(BIN)/python benchmarks/start.py
 
 proof: .venv/.dev  ## the long proofs: hundreds of kills and resumes, every layout
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[proof]'

@@ -116,3 +116,15 @@ def test_results_begin_alike_and_hold_no_path_of_this_machine(
         "a          1234.6       –",
         "b             2.0   50.0%  a remark",
     ]
+
+
+def test_a_start_ends_when_what_is_waited_for_is_said() -> None:
+    import start
+
+    said = "import time; print('x 1', flush=True); time.sleep(1)"
+    whole = start.measure(start.Start([sys.executable, "-c", said]), 0)
+    until = start.measure(start.Start([sys.executable, "-c", said], "x 1"), 0)
+    assert 0 < until[0] < 1 < whole[0]
+    assert until[1] > 1
+    with pytest.raises(RuntimeError, match="x 1"):
+        start.measure(start.Start([sys.executable, "-c", said], "x 2"), 0)
