@@ -29,7 +29,7 @@ bench: .venv/.dev  ## the CPU benchmarks; peers that are installed run beside ou
 
 proof: .venv/.dev  ## the long proofs: hundreds of kills and resumes, every layout
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[proof]'
-	$(BIN)/python -m pytest tests/faults tests/launch tests/weights tests/parity tests/parallel tests/serve tests/checkpoint --proof
+	$(BIN)/python -m pytest --proof
 
 .venv/.quickstart: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

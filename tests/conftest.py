@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import signal
@@ -81,6 +82,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             files[item.path].append(item)
         items[:] = [item for file in files.values() for item in file]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: engines collect garbage when they are given weights, and need not look at all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

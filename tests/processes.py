@@ -43,6 +43,7 @@ if sys.platform == "linux":
             "tests.parallel.cases", "torch.utils.tensorboard", "torch.distributed.checkpoint", "internlm.infer.engine",
             "internlm.weights.transformers", "internlm.train.launcher", "matplotlib.pyplot",
             "internlm.parallel.pipeline", "internlm.parallel.expert", "torch.distributed.fsdp",
+            "tests.frozen",
         ]
     )  # fmt: skip
 

@@ -73,7 +73,10 @@ def first(count: int, what: Any, part: str = "partNumber") -> Rule:
     return rule
 
 
-@pytest.mark.parametrize("what", [503, 500, "reset", 0.5])
+PROOF = pytest.mark.proof
+
+
+@pytest.mark.parametrize("what", [503, pytest.param(500, marks=PROOF), "reset", pytest.param(0.5, marks=PROOF)])
 def test_parts_that_fail_are_uploaded_again(server: Store, folder: Remote, what: Any) -> None:
     writer = Saver(folder)
     server.rule = first(3, what)
@@ -145,7 +148,7 @@ def recipe_file(folder: Path, recipe: Recipe) -> Path:
 def test_a_run_that_is_killed_in_an_upload_goes_on_from_the_one_before(
     server: Store, folder: Remote, recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes: dict[str, Any] = {"train__tokens": 12 * 256, "train__trace_every_steps": None}
+    changes: dict[str, Any] = {"train__tokens": 9 * 256, "track__tensorboard": False, "train__trace_every_steps": None}
     there = {"checkpoint": {"folder": str(folder), "every_steps": 3, "keep_last": 9}}
     path = recipe_file(tmp_path, recipe(**changes, **there))
     hit: list[str] = []
@@ -167,7 +170,7 @@ def test_a_run_that_is_killed_in_an_upload_goes_on_from_the_one_before(
     assert main(["train", str(path)]) == 0
     said = "".join(capsys.readouterr())
     assert f"removed what an interrupted save left: {store.name_of(6)}" in said
-    assert f"resuming {folder}/{store.name_of(3)} at step 3 of 12" in said
+    assert f"resuming {folder}/{store.name_of(3)} at step 3 of 9" in said
 
     straight = recipe_file(tmp_path, recipe(run=str(tmp_path / "straight"), **changes))
     assert main(["train", str(straight)]) == 0
@@ -176,7 +179,7 @@ def test_a_run_that_is_killed_in_an_upload_goes_on_from_the_one_before(
     capsys.readouterr()
     assert main(["checkpoints", str(folder), "--verify", "--json"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(one["step"], one["complete"]) for one in found] == [(3, True), (6, True), (9, True), (12, True)]
+    assert [(one["step"], one["complete"]) for one in found] == [(3, True), (6, True), (9, True)]
 
 
 @pytest.mark.timeout(400)
@@ -184,21 +187,21 @@ def test_a_run_goes_on_while_the_store_is_down_and_two_ranks_write_what_one_read
     server: Store, folder: Remote, recipe: Make, tmp_path: Path
 ) -> None:
     there = {"checkpoint": {"folder": str(folder), "every_steps": 2, "keep_last": 9}, "parallel": {"shard": 2}}
-    value = recipe(train__tokens=8 * 256, train__trace_every_steps=None, **there)
+    value = recipe(train__tokens=6 * 256, train__trace_every_steps=None, **there)
     server.rule = lambda method, path, size: 403 if method == "PUT" and store.name_of(4) in path else None
     ends = [finish(rank) for rank in train(recipe_file(tmp_path, value), server, 2)]
     said = "\n".join(output for _, output in ends)
     assert [code for code, _ in ends] == [0, 0], said
     assert re.search(f"warning: {store.name_of(4)} could not be written.*May these credentials", said)
     assert SECRET not in said
-    assert [path.name for path in store.listed(folder)] == [store.name_of(step) for step in (2, 6, 8)]
+    assert [path.name for path in store.listed(folder)] == [store.name_of(step) for step in (2, 6)]
     two = store.open_checkpoint(folder)
     assert len({piece.file for entry in two.index.values() for piece in entry.pieces}) == 4  # model and state, of two
 
     server.rule = lambda method, path, size: None
     longer = config.decode(Recipe, config.encode(value) | {"parallel": {"shard": 1}, "run": str(tmp_path / "one")})
     one = recipes.prepare(longer)
-    assert one.progress.step == 8
+    assert one.progress.step == 6
     weights = two.weights()
     assert all(torch.equal(weights[name].read(), p.detach()) for name, p in one.parallel.named_parameters())
 

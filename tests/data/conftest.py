@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,12 @@ from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import train_bpe
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "the quick brown fox", "naïve café 東京 🎉", "a", "x = [1, 2, 3]\n" * 40]
+TALK = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+
+
+def write_jsonl(path: Path, records: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")

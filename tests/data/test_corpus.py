@@ -45,12 +45,19 @@ def test_train_and_validation_share_no_module(built: tuple[Path, dict[str, Any]]
 
 
 def test_the_same_seed_gives_the_same_files_and_another_another_split(
-    built: tuple[Path, dict[str, Any]], tmp_path: Path
+    built: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    corpus.build(tmp_path / "again")
-    for path in built[0].glob("*.jsonl"):
+    documents = list(corpus.library())
+    written = [line["source"] for side in ("train", "validation") for line in lines(built[0] / f"{side}.jsonl")]
+    assert sorted(document.source for document in documents) == sorted(written), "it is read the same"
+    assert corpus.choose_modules(documents, 0.05, 1) == set(built[1]["held_out"])
+    monkeypatch.setattr(corpus, "library", lambda: iter(documents[::8]))
+    facts = [corpus.build(tmp_path / name, seed=seed) for name, seed in (("one", 1), ("again", 1), ("other", 2))]
+    assert len(list((tmp_path / "one").glob("*.jsonl"))) == 6
+    for path in (tmp_path / "one").glob("*.jsonl"):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-    assert corpus.build(tmp_path / "other", seed=2)["held_out"] != built[1]["held_out"]
+    assert facts[0] == facts[1]
+    assert facts[0]["held_out"] != facts[2]["held_out"]
 
 
 def test_at_least_five_hundred_names_are_asked_about_and_each_has_one_module(
@@ -127,7 +134,10 @@ def test_compression_is_bits_per_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 2, float("nan"), 1e-9])
-def test_a_share_that_leaves_a_side_empty_is_refused(ratio: float, tmp_path: Path) -> None:
+def test_a_share_that_leaves_a_side_empty_is_refused(
+    ratio: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "library", lambda: iter([Document(f"x = {i}\n", f"m{i}.py") for i in range(100)]))
     with pytest.raises(ConfigError, match="validation ratio"):
         corpus.build(tmp_path / "out", validation_ratio=ratio)
     assert not (tmp_path / "out").exists()

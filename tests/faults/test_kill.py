@@ -23,9 +23,10 @@ from tests.processes import internlm
 
 Make = Callable[..., Recipe]
 STEPS = 36
+"""Of a whole run; the slice that always runs has half as many."""
 CHANGES: dict[str, Any] = {
-    "train__tokens": STEPS * 256,
     "train__trace_every_steps": None,
+    "track__tensorboard": False,
     "checkpoint": {"every_steps": 3, "keep_last": 2},
 }
 SLOW_S = 0.002
@@ -34,14 +35,14 @@ OPERATIONS = 420
 """File operations on checkpoints in a whole run, about: 35 for each save, with the removal of an old one."""
 
 
-def straight(recipe: Make, folder: Path, world: int, **changes: Any) -> dict[int, Any]:
+def straight(recipe: Make, folder: Path, world: int, steps: int, **changes: Any) -> dict[int, Any]:
     """Return the checkpoints of a run that nobody disturbs, by step."""
-    every = {"checkpoint": CHANGES["checkpoint"] | {"keep_last": STEPS}}
+    every = {"checkpoint": CHANGES["checkpoint"] | {"keep_last": steps}}
     path = write_recipe(folder / "straight.yaml", recipe(run=str(folder / "straight"), **CHANGES | changes | every))
     run = Run(path, world)
     assert run.wait() == [0] * world, run.output
     found = contents(folder / "straight")
-    assert len(found) == STEPS // 3
+    assert len(found) == steps // 3
     return found
 
 
@@ -70,9 +71,10 @@ def check(run: Path, wanted: dict[int, Any], before: int, said: str) -> int:
     return step
 
 
-def prove(recipe: Make, folder: Path, kills: int, world: int, **changes: Any) -> dict[str, int]:
+def prove(recipe: Make, folder: Path, kills: int, world: int, steps: int, **changes: Any) -> dict[str, int]:
     """Kill runs so often, at random moments and at random file operations of saves; return how often and where."""
-    wanted = straight(recipe, folder, world, **changes)
+    changes |= {"train__tokens": steps * 256}
+    wanted = straight(recipe, folder, world, steps, **changes)
     generator = random.Random(world)
     counts = {"kills": 0, "at an operation": 0, "with a draft": 0, "runs": 0}
     while counts["kills"] < kills:
@@ -83,9 +85,9 @@ def prove(recipe: Make, folder: Path, kills: int, world: int, **changes: Any) ->
             assert attempt < 100, "it does not get on"
             trouble, victims = None, tuple(sorted(generator.sample(range(world), generator.randint(1, world))))
             if generator.random() < 0.5:
-                left = OPERATIONS * (STEPS - step) // STEPS
+                left = OPERATIONS * (steps - step) // STEPS
                 trouble = Trouble(generator.randint(1, max(40, left // 3)), rank=victims[0])
-            delay_s = generator.uniform(0.3, 2.0)
+            delay_s = generator.uniform(0.3, 2.0 * steps / STEPS)
             run = Run(path, world, trouble if counts["kills"] < kills else None, SLOW_S)
             calm = counts["kills"] >= kills or trouble is not None
             codes = run.wait() if calm else disturb(run, victims, delay_s)
@@ -97,19 +99,19 @@ def prove(recipe: Make, folder: Path, kills: int, world: int, **changes: Any) ->
             counts["kills"] += 1
             counts["at an operation"] += trouble is not None
             counts["with a draft"] += any((folder / name / "checkpoints").glob("*.partial-*"))
-        assert step == STEPS
+        assert step == steps
         lines = [line for line in read_metrics(folder / name / "metrics.jsonl") if "train/loss" in line]
-        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        assert [line["step"] for line in lines] == list(range(1, steps + 1))
         left = sorted(path.name for path in (folder / name / "checkpoints").iterdir())
-        assert left[-2:] == [f"step-{STEPS - 3:08d}", f"step-{STEPS:08d}"]
+        assert left[-2:] == [f"step-{steps - 3:08d}", f"step-{steps:08d}"]
         # Of a kill in the last removal of all, what was to go: a finished run is not begun again.
-        assert left[:-2] in ([], [f"step-{STEPS - 6:08d}"]), "nothing else is left"
+        assert left[:-2] in ([], [f"step-{steps - 6:08d}"]), "nothing else is left"
         counts["runs"] += 1
     return counts
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("world", "few", "many"), [(1, 4, 200), (2, 2, 40)])
+@pytest.mark.parametrize(("world", "few", "many"), [(1, 3, 200), (2, 2, 40)])
 def test_killed_runs_go_on_from_a_complete_checkpoint_and_end_bitwise_equal(
     world: int, few: int, many: int, recipe: Make, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -117,9 +119,9 @@ def test_killed_runs_go_on_from_a_complete_checkpoint_and_end_bitwise_equal(
 
     Of two ranks one is killed, or both. The proof kills two hundred times, and 40 times of two ranks.
     """
-    kills = many if request.config.getoption("--proof") else few
+    kills, steps = (many, STEPS) if request.config.getoption("--proof") else (few, STEPS // 2)
     layout = {"parallel": {"shard": 2}} if world == 2 else {}
-    counts = prove(recipe, tmp_path, kills, world, **layout)
+    counts = prove(recipe, tmp_path, kills, world, steps, **layout)
     print(f"{world} ranks: {counts}")
     assert counts["kills"] >= kills
     if kills >= 40:
@@ -164,6 +166,6 @@ def test_bad_input_is_one_clear_line_and_the_right_exit_code(
 
 
 def test_the_exit_code_and_the_line_are_those_of_the_process(tmp_path: Path) -> None:
-    done = internlm("train", "gone.yaml", cwd=tmp_path)
+    done = internlm("monitor", "gone", cwd=tmp_path)  # it need not import torch
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["internlm train: error: gone.yaml: no such recipe"]
+    assert done.stderr.splitlines() == ["internlm monitor: error: gone: no such folder"]

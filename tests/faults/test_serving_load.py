@@ -6,13 +6,14 @@ A slice runs always; `--proof` runs it whole: 10,000 requests, and 20 ends at ra
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-import queue
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +27,9 @@ import pytest
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors
-from tests.serve.servers import SHAPE, TOKENIZER, random_model, until
+from tests.faults import watched_server
+from tests.processes import Fork, finish, until
+from tests.serve.servers import SHAPE, TOKENIZER, address_in, random_model, until_it_serves
 
 CLIENTS = 64
 BYTES_PER_REQUEST = 200
@@ -47,25 +50,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Process:
-    """A server in a process of its own."""
+    """A server in a process of its own.
 
-    def __init__(self, folder: Path, *words: str) -> None:
-        command = [sys.executable, "-m", "tests.faults.watched_server", str(folder), "--port", "0", *words]
-        pipe = subprocess.PIPE
-        self.child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
-        self.told: queue.Queue[str] = queue.Queue()
-        self.said: queue.Queue[str] = queue.Queue()
-        for stream, lines in ((self.child.stdout, self.told), (self.child.stderr, self.said)):
-            threading.Thread(target=_read, args=(stream, lines), daemon=True).start()
-        line = ""
-        while not line.startswith("serving "):
-            line = self.said.get(timeout=180)
-        self.url = next(word for word in line.split() if word.startswith("http"))
+    Args:
+        model: its folder; streams are written to a new one.
+        words: of `internlm serve`.
+    """
+
+    def __init__(self, model: Path, folder: Path, *words: str) -> None:
+        self._told, said = folder / "told", folder / "said"
+        hook = functools.partial(watched_server.install, str(self._told), str(said))
+        self.child = Fork("serve", str(model), "--port", "0", *words, hook=hook)
+        self.url = address_in(until_it_serves(self.child, said)[-1])
 
     def held(self) -> dict[str, int]:
         """Return what the process holds."""
-        self.child.send_signal(signal.SIGUSR1)
-        found: dict[str, int] = json.loads(self.told.get(timeout=20))
+        before = self._told.read_text()
+        os.kill(self.child.pid, signal.SIGUSR1)
+        assert until(lambda: self._told.read_text().removeprefix(before).endswith("\n"), 20)
+        found: dict[str, int] = json.loads(self._told.read_text().removeprefix(before))
         return found
 
     def metric(self, name: str) -> float:
@@ -91,19 +94,14 @@ class Process:
         return len(os.listdir(f"/proc/{self.child.pid}/fd"))
 
 
-def _read(stream: Any, lines: queue.Queue[str]) -> None:
-    for line in stream:
-        lines.put(line)
-
-
 @contextlib.contextmanager
-def serving(folder: Path, *words: str) -> Iterator[Process]:
-    process = Process(folder, *words)
-    try:
-        yield process
-    finally:
-        process.child.kill()
-        process.child.wait()
+def serving(model: Path, *words: str) -> Iterator[Process]:
+    with tempfile.TemporaryDirectory() as folder:
+        process = Process(model, Path(folder), *words)
+        try:
+            yield process
+        finally:
+            process.child.kill()
 
 
 def crowd(server: Process, requests: int, *words: str, clients: int = CLIENTS) -> subprocess.Popen[str]:
@@ -137,7 +135,7 @@ def test_of_thousands_of_requests_at_once_none_is_lost_and_nothing_stays_behind(
         resident: list[tuple[int, int]] = []
         bytes_: list[tuple[int, int]] = []
         told: dict[str, Any] = {}
-        clients = crowd(server, 10_000 if whole else 300, "--seed", "2")
+        clients = crowd(server, 10_000 if whole else 200, "--seed", "2")
         for line in clients.stdout or ():
             told = json.loads(line)
             resident.append((told.get("done", 0), server.memory))
@@ -146,7 +144,7 @@ def test_of_thousands_of_requests_at_once_none_is_lost_and_nothing_stays_behind(
         assert clients.wait() == 0
         assert told["problems"] == []
         assert told["outcomes"].keys() == {"answered", "left", "refused"}
-        assert sum(told["outcomes"].values()) == (10_000 if whole else 300)
+        assert sum(told["outcomes"].values()) == (10_000 if whole else 200)
         assert until(lambda: server.is_idle, 10)
         assert server.metric("preemptions_total") > 0, "the cache was too small for all"
         assert server.metric("failed_steps_total") == 0
@@ -162,16 +160,18 @@ def test_of_thousands_of_requests_at_once_none_is_lost_and_nothing_stays_behind(
             assert growth(resident[:-1]) < RESIDENT_PER_REQUEST
 
 
-def end_under_load(folder: Path, generator: random.Random, drain: float) -> None:
-    """Stop a server at a random moment and check what became of every request."""
+def end_under_load(folder: Path, generator: random.Random, drain: float, longest: int) -> None:
+    """Stop a server at a random moment and check what became of every request, of so many tokens at most."""
     with serving(folder, "--drain-seconds", str(drain), "--max-waiting", str(3 * CLIENTS)) as server:
-        clients = crowd(server, 10**6, "--may-end", "--longest", "150", "--seed", str(generator.randrange(10**6)))
+        clients = crowd(
+            server, 10**6, "--may-end", "--longest", str(longest), "--seed", str(generator.randrange(10**6))
+        )
         assert until(lambda: server.metric("num_requests_running") > 8, 20)
         time.sleep(generator.uniform(0, 1))
         stopped = time.monotonic()
-        server.child.send_signal(signal.SIGTERM)
+        os.kill(server.child.pid, signal.SIGTERM)
         told = json.loads(clients.communicate(timeout=drain + 20)[0].splitlines()[-1])
-        assert server.child.wait(10) == 0
+        assert finish(server.child, 10)[0] == 0
         assert time.monotonic() - stopped < drain + 8
         assert told["problems"] == []
         assert told["outcomes"]["turned away"] == CLIENTS
@@ -183,8 +183,9 @@ def end_under_load(folder: Path, generator: random.Random, drain: float) -> None
 def test_sigterm_under_load_lets_every_answer_end_properly(folder: Path, request: pytest.FixtureRequest) -> None:
     """With time enough they are whole; else they end with "abort", and [DONE]. New requests are turned away."""
     generator = random.Random(3)
-    for round_ in range(20 if request.config.getoption("--proof") else 1):
-        end_under_load(folder, generator, drain=0.3 if round_ % 2 else 30)
+    whole = request.config.getoption("--proof")
+    for round_ in range(20 if whole else 1):
+        end_under_load(folder, generator, drain=0.3 if round_ % 2 else 30, longest=150 if whole else 80)
 
 
 @pytest.mark.proof  # the same in a thread is always tested
@@ -192,12 +193,12 @@ def test_a_second_sigterm_under_load_ends_the_process_at_once(folder: Path) -> N
     with serving(folder, "--drain-seconds", "60") as server:
         clients = crowd(server, 10**6, "--may-end", "--longest", "200")
         assert until(lambda: server.metric("num_requests_running") > 8, 20)
-        server.child.send_signal(signal.SIGTERM)
+        os.kill(server.child.pid, signal.SIGTERM)
         time.sleep(0.2)
         assert server.child.poll() is None
         began = time.monotonic()
-        server.child.send_signal(signal.SIGTERM)
-        server.child.wait(10)
+        os.kill(server.child.pid, signal.SIGTERM)
+        finish(server.child, 10)
         assert time.monotonic() - began < 3
         clients.communicate(timeout=10)
 
@@ -214,7 +215,7 @@ def test_when_the_engine_dies_everyone_is_told_and_the_process_ends_with_code_1(
         for thread in asking:
             thread.start()
         assert until(lambda: server.metric("num_requests_running") + server.metric("num_requests_waiting") == 4, 10)
-        server.child.send_signal(signal.SIGUSR2)
+        os.kill(server.child.pid, signal.SIGUSR2)
         for thread in asking:
             thread.join(10)
         health = httpx.get(server.url + "/health")
@@ -226,4 +227,4 @@ def test_when_the_engine_dies_everyone_is_told_and_the_process_ends_with_code_1(
         *_, error, end = [line for line in found[True].text.split("\n\n") if line]
         assert "has died" in json.loads(error.removeprefix("data: "))["error"]["message"]
         assert end == "data: [DONE]"
-        assert server.child.wait(15) == 1
+        assert finish(server.child, 15)[0] == 1

@@ -1,6 +1,6 @@
-"""`internlm serve` as it is, as a process that tells on SIGUSR1 what it holds, and whose engine breaks on SIGUSR2.
+"""`internlm serve` as it is, in a process that tells on SIGUSR1 what it holds, and whose engine breaks on SIGUSR2.
 
-python -m tests.faults.watched_server DIR --port 0
+Fork("serve", DIR, "--port", "0", hook=partial(install, told, said))
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ import ctypes
 import gc
 import json
 import signal
-import sys
 import threading
 from typing import Any
 
-from internlm.cli import main
 from internlm.infer.engine import Engine
 from internlm.infer.request import Delta
 from internlm.infer.schedule import Text
 from internlm.serve.api import app
 from internlm.serve.api.inbox import Ticket
+from tests.serve.servers import tell_files
 
 make_app, step = app.make_app, Engine.step
 breaks = False
@@ -77,7 +76,8 @@ def watched(*arguments: Any, **options: Any) -> Any:
     return made
 
 
-if __name__ == "__main__":
+def install(told: str, said: str) -> None:
+    """Let the server of this process be watched, and its two streams go to files that others read meanwhile."""
+    tell_files(told, said)
     app.make_app = watched
     Engine.step = breaking_step  # type: ignore[method-assign]
-    sys.exit(main(["serve", *sys.argv[1:]]))

@@ -314,7 +314,7 @@ def held():
 torch.set_num_threads(1)
 for name in ("packed_onednn", "fp16", "bf16", "int8"):
     getattr(products, f"has_{name}_linear")()
-config = ModelConfig(vocab_size=4096, hidden_size=1024, num_layers=2, num_heads=8, ffn_size=3072)
+config = ModelConfig(vocab_size=2048, hidden_size=1024, num_layers=2, num_heads=8, ffn_size=2048)
 ids = torch.zeros(1, 4, dtype=torch.long)
 changes = {}
 for kind in ("fp32", "fp32", "fp16", "bf16", "int8"):  # the first time is not counted: it loads libraries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,7 @@ def test_the_update_is_that_of_torch() -> None:
     torch.testing.assert_close(p.data, reference.data, rtol=1e-6, atol=1e-7)
 
 
+@functools.cache
 def minimise(state_dtype: StateDtype, betas: tuple[float, float]) -> float:
     """Return how far from its minimum a badly scaled quadratic in 4,096 unknowns is left, as a share of the start."""
     generator = torch.Generator().manual_seed(0)

@@ -9,13 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from functorch.compile import make_boxed_func
 from torch import Tensor, fx
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.fx_passes.micro_pipeline_tp import micro_pipeline_tp_pass
-from torch._inductor.fx_passes.post_grad import view_to_reshape
-from torch.distributed._symmetric_memory import _test_mode
 
 from internlm.compat import simulated
 from internlm.errors import ConfigError
@@ -30,6 +24,14 @@ SETTING = Setting(
 
 
 def test_the_exchanges_of_a_block_are_fused_with_products() -> None:
+    # Seconds of imports, which whoever collects tests need not wait for.
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.micro_pipeline_tp import micro_pipeline_tp_pass
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
+    from torch.distributed._symmetric_memory import _test_mode
+
     graphs: list[list[str]] = []
 
     def look(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:

@@ -15,7 +15,7 @@ from tests.parallel.ranks import Ranks
 from tests.parallel.test_optimizer_shard import EVEN, ODD, name_of, require_equal
 
 Make = Callable[..., Recipe]
-STEPS = 3
+STEPS = 2  # in the second, momentum
 # Experts that 2 ranks divide, and three, which they cut by outputs, or where these are odd hold two and one of.
 EXPERTS = EVEN | {"ffn_size": 16, "experts": {"count": 4}}
 THREE = EXPERTS | {"experts": {"count": 3}}
@@ -97,10 +97,16 @@ def test_muon_on_parts_of_few_matrices_at_once_is_the_same(model: dict[str, Any]
     runs.require_equal("train_one_matrix_at_once", 2, {"shard": 2}, model)
 
 
-@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+HYBRID: dict[str, Any] = {"replicate": 2, "shard": 2, "optimizer": "all"}
+
+
 @pytest.mark.parametrize(
-    ("world", "parallel", "model"),
-    [(4, {"replicate": 2, "shard": 2, "optimizer": "all"}, EVEN), (2, {"shard": 2}, THREE)],
+    ("world", "parallel", "model", "state_dtype"),
+    [
+        (4, HYBRID, EVEN, "int8"),
+        (2, {"shard": 2}, THREE, "bfloat16"),
+        *of_proof([(4, HYBRID, EVEN, "bfloat16"), (2, {"shard": 2}, THREE, "int8")]),
+    ],
     ids=name_of,
 )
 def test_compact_states_are_cut_with_their_weights_and_saved_whole(

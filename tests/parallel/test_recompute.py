@@ -11,12 +11,24 @@ from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.model.moe import SideLosses, mixtures
 from internlm.model.transformer import build
 from internlm.parallel.recompute import RecomputeConfig, recompute
+from tests.parallel.conftest import of_proof
 
 SHAPE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "ffn_size": 48}
+EXPERTS = ExpertsConfig(count=4)
 
 
-@pytest.mark.parametrize("experts", [None, ExpertsConfig(count=4)], ids=["dense", "experts"])
-@pytest.mark.parametrize("kind", ["none", "full", "operators"])
+@pytest.mark.parametrize(
+    ("kind", "experts"),
+    [
+        ("none", None),
+        ("full", None),
+        ("operators", None),
+        ("full", EXPERTS),
+        ("operators", EXPERTS),
+        *of_proof([("none", EXPERTS)]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "experts" if value else "dense",
+)
 def test_blocks_that_are_computed_again_are_compiled(
     kind: Literal["none", "full", "operators"], experts: ExpertsConfig | None
 ) -> None:

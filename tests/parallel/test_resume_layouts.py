@@ -16,9 +16,9 @@ from internlm.recipe import Recipe
 from tests.parallel.ranks import Ranks
 
 Make = Callable[..., Recipe]
-BEFORE, AFTER = 3, 5
+BEFORE, AFTER = 2, 3
 SHAPE: dict[str, Any] = {
-    "vocab_size": 280, "hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 48,
+    "vocab_size": 280, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 48,
     "qkv_bias": True, "output_bias": True,
 }  # fmt: skip
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -66,7 +66,7 @@ def made(recipe: Make, kind: str, layout: str, run: Path) -> dict[str, Any]:
             optim=optim,
             run=str(run),
             parallel=LAYOUTS[layout][1],
-            train__micro_batch_rows=1,
+            train__micro_batch_rows=2,
             checkpoint={"keep_last": 9},
         )
     )

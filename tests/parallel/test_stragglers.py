@@ -10,6 +10,7 @@ import pytest
 
 from internlm import config
 from internlm.recipe import Recipe
+from tests.parallel.conftest import of_proof
 from tests.parallel.ranks import Ranks
 
 Make = Callable[..., Recipe]
@@ -17,7 +18,11 @@ Make = Callable[..., Recipe]
 
 @pytest.mark.parametrize(
     ("world_size", "layout", "where"),
-    [(4, {"replicate": 4}, "forward"), (2, {"shard": 2, "zero": "3"}, "forward"), (2, {"replicate": 2}, "data")],
+    [
+        (4, {"replicate": 2, "shard": 2, "zero": "3"}, "forward"),
+        (2, {"replicate": 2}, "data"),
+        *of_proof([(4, {"replicate": 4}, "forward"), (2, {"shard": 2, "zero": "3"}, "forward")]),
+    ],
 )
 def test_the_rank_that_sleeps_is_named_and_nobody_else(
     recipe: Make, ranks: Ranks, world_size: int, layout: dict[str, Any], where: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import warnings
 from collections.abc import Callable
@@ -25,7 +27,8 @@ from internlm.weights.weight import tensors
 from tests.models import roughen
 
 reference = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+peft: Any = None
+"""Imported with the first test: it takes seconds, which only who runs one should pay."""
 reference.utils.logging.set_verbosity_error()
 reference.utils.logging.disable_progress_bar()
 
@@ -49,6 +52,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _with_peft() -> None:
+    global peft
+    peft = pytest.importorskip("peft")
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a tiny random Llama whose logits are far from flat."""
@@ -63,8 +72,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(base: Path) -> Any:
-    return reference.AutoModelForCausalLM.from_pretrained(base).eval()
+def load(folder: Path) -> Any:
+    return reference.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@functools.cache
+def loaded_once(base: Path) -> tuple[Any, Tensor]:
+    model = load(base)
+    with torch.no_grad():
+        return model, model(IDS).logits
+
+
+def copy_of(base: Path) -> Any:
+    """Return Transformers' model of the base, as if it had been loaded now."""
+    return copy.deepcopy(loaded_once(base)[0])
 
 
 def randomize(named: dict[str, Tensor]) -> None:
@@ -80,13 +101,17 @@ def make(base: Path, folder: Path, **options: Any) -> Any:
     chosen = {"r": 4, "lora_alpha": 10, "task_type": "CAUSAL_LM", **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(load(base), peft.LoraConfig(**chosen)).eval()
+        model = peft.get_peft_model(copy_of(base), peft.LoraConfig(**chosen)).eval()
         randomize({name: p for name, p in model.named_parameters() if "lora_" in name})
         model.save_pretrained(folder)
     return model
 
 
-@pytest.fixture(scope="module", params=CASES)
+# Their options come together in other cases, and alone where adapters are trained and written here.
+OF_PROOF = ("rslora", "dora", "patterns")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.proof] * (n in OF_PROOF)) for n in CASES])
 def saved(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """Return the folder of an adapter that PEFT saved, and its model."""
     folder = tmp_path_factory.mktemp("saved") / "theirs"
@@ -112,7 +137,7 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
 
 def assert_same_logits(ours: Tensor, theirs: Any, base: Path) -> None:
     with torch.no_grad():
-        expected, plain = theirs(IDS).logits, load(base)(IDS).logits
+        expected, plain = theirs(IDS).logits, loaded_once(base)[1]
     assert (expected - plain).abs().max() > 0.5, "an adapter that changes nothing would prove nothing"
     assert_close(ours, expected)
 
@@ -202,7 +227,7 @@ def test_peft_loads_what_we_write_and_transformers_what_we_merge(kind: str, base
     adapters.export(written, tmp_path / "ours")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT warns of missing and of unexpected weights
-        theirs = peft.PeftModel.from_pretrained(load(base), tmp_path / "ours").eval()
+        theirs = peft.PeftModel.from_pretrained(copy_of(base), tmp_path / "ours").eval()
     assert_same_logits(logits(model), theirs, base)
     assert peft.PeftConfig.from_pretrained(tmp_path / "ours").base_model_name_or_path == str(base)
     again = adapters.open_adapter(tmp_path / "ours", model.config)
@@ -217,7 +242,7 @@ def test_merged_weights_are_those_of_peft(saved: tuple[Path, Any], base: Path, t
     merged = adapters.merge(folders.open_weights(base), adapters.open_adapter(saved[0], config))
     folders.export(merged, config, tmp_path / "merged")
     found = load(tmp_path / "merged").state_dict()
-    theirs = peft.PeftModel.from_pretrained(load(base), saved[0])
+    theirs = peft.PeftModel.from_pretrained(copy_of(base), saved[0])
     for name, expected in theirs.merge_and_unload().state_dict().items():
         assert_close(found[name], expected, 1e-6)
 
@@ -242,7 +267,7 @@ def test_modules_that_were_kept_whole_are_merged(base: Path, tmp_path: Path) -> 
     options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "post_attention_layernorm"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(load(base), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options)).eval()
+        theirs = peft.get_peft_model(copy_of(base), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options)).eval()
         randomize({name: p for name, p in theirs.named_parameters() if p.requires_grad})
         theirs.save_pretrained(tmp_path / "theirs")
     config = folders.read_config(base)
@@ -253,7 +278,7 @@ def test_modules_that_were_kept_whole_are_merged(base: Path, tmp_path: Path) -> 
     with pytest.raises(WeightsError, match=r"take the place of the base's.*head\.weight.*Merge it"):
         adapters.attach(folders.load(base), adapter)
     adapters.export(adapter, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(load(base), tmp_path / "ours").eval()
+    again = peft.PeftModel.from_pretrained(copy_of(base), tmp_path / "ours").eval()
     assert_same_logits(logits(load_model(config, tensors(merged))), again, base)
 
 
@@ -283,6 +308,6 @@ def test_other_kinds_of_adapters_are_refused(base: Path, tmp_path: Path) -> None
         )
     ):
         folder = tmp_path / str(number)
-        peft.get_peft_model(load(base), chosen).save_pretrained(folder)
+        peft.get_peft_model(copy_of(base), chosen).save_pretrained(folder)
         with pytest.raises(WeightsError, match=f"adapters of this kind cannot be read .got '{chosen.peft_type.value}'"):
             adapters.open_adapter(folder, config)

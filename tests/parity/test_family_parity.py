@@ -63,11 +63,20 @@ def train(model: Transformer, steps: int = 2) -> None:
         assert not torch.equal(parameter, before[name]), name
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_family_comes_in_is_trained_and_goes_out_with_the_same_logits(name: str, tmp_path: Path) -> None:
-    case = CASES[name]
+@pytest.fixture(scope="module", params=CASES)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Any, Path]:
+    """Return a case, its reference model, and the folder that this one was saved to."""
+    torch.manual_seed(0)
+    case = CASES[request.param]
     theirs = references.make(case)
-    ours = folders.load(references.save(theirs, case, tmp_path / "theirs"))
+    return case, theirs, references.save(theirs, case, tmp_path_factory.mktemp("saved") / "theirs")
+
+
+def test_a_family_comes_in_is_trained_and_goes_out_with_the_same_logits(
+    saved: tuple[Case, Any, Path], tmp_path: Path
+) -> None:
+    case, theirs, folder = saved
+    ours = folders.load(folder)
     assert_same_logits(ours, theirs)
     train(ours)
     out = export(ours, tmp_path / "out", case.family)
@@ -77,10 +86,9 @@ def test_a_family_comes_in_is_trained_and_goes_out_with_the_same_logits(name: st
     assert_same_logits(ours, again)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_in_and_out_twice_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
-    case = CASES[name]
-    source = references.save(references.make(case), case, tmp_path / "theirs")
+def test_in_and_out_twice_gives_the_same_bytes(saved: tuple[Case, Any, Path], tmp_path: Path) -> None:
+    case, _, folder = saved
+    source = folder
     written = []
     for target in ("first", "second"):
         config = folders.read_config(source)
@@ -90,18 +98,18 @@ def test_in_and_out_twice_gives_the_same_bytes(name: str, tmp_path: Path) -> Non
         written.append({p.name: p.read_bytes() for p in source.iterdir() if p.name != storage.MANIFEST})
     assert len(written[0]) > 3
     assert written[0] == written[1]
-    assert folders.read_config(tmp_path / "second") == folders.read_config(tmp_path / "theirs")
+    assert folders.read_config(tmp_path / "second") == folders.read_config(folder)
 
 
 def test_every_family_has_a_case() -> None:
     assert {case.family for case in CASES.values()} == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_what_is_written_by_default_is_loaded_without_the_familys_code(name: str, tmp_path: Path) -> None:
+def test_what_is_written_by_default_is_loaded_without_the_familys_code(
+    saved: tuple[Case, Any, Path], tmp_path: Path
+) -> None:
     """A folder of InternLM becomes a Llama, one of Qwen3 stays one."""
-    case = CASES[name]
-    ours = folders.load(references.save(references.make(case), case, tmp_path / "theirs"))
+    ours = folders.load(saved[2])
     if ours.config.experts is not None and ours.config.qkv_bias and not ours.config.qk_norm:
         pytest.skip("no family has experts and biases alone")
     theirs = reference.AutoModelForCausalLM.from_pretrained(export(ours, tmp_path / "out", None))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,7 +27,7 @@ from internlm.text.training import train_bpe
 from internlm.weights.talk import Talk
 from tests.infer import engines
 from tests.infer.engines import SlowEngine
-from tests.processes import until
+from tests.processes import Fork, until, wait_for
 
 TOKENIZER = train_bpe(["What is the sum? Say 4 now, 你好 the cat sat on the mat. END"] * 4, 320)
 SHAPE = ModelConfig(vocab_size=324, hidden_size=32, num_layers=2, num_heads=2, ffn_size=32, context_length=256)
@@ -131,3 +133,27 @@ def serving(
         server.should_exit = server.force_exit = True
         thread.join(10)
         worker.close()
+
+
+def tell_files(told: str, said: str) -> None:
+    """Let the two streams of this process go to files, which others read meanwhile."""
+    for number, path in enumerate((told, said), start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+
+
+def until_it_serves(child: Fork, said: Path) -> list[str]:
+    """Return what a server says in this file until it listens; the last line tells where."""
+    lines: list[str] = []
+
+    def serves() -> bool:
+        lines[:] = said.read_text().splitlines(keepends=True) if said.exists() else []
+        return any(line.startswith("serving ") and line.endswith("\n") for line in lines)
+
+    wait_for(child, serves)
+    last = next(number for number, line in enumerate(lines) if line.startswith("serving "))
+    return [line.rstrip("\n") for line in lines[: last + 1]]
+
+
+def address_in(line: str) -> str:
+    """Return the address that a line tells."""
+    return next(word for word in line.split() if word.startswith("http"))

@@ -58,7 +58,7 @@ def operations(server: Running) -> dict[str, Any]:
 
 @pytest.fixture
 def examples(pytestconfig: pytest.Config) -> int:
-    return 200 if pytestconfig.getoption("--proof") else 5
+    return 200 if pytestconfig.getoption("--proof") else 3
 
 
 def ask(operation: Any, mode: Any, most: int, check: Callable[[Any, random.Random], None]) -> None:

@@ -86,7 +86,7 @@ def leave(child: pexpect.spawn) -> None:
 
 
 def test_a_conversation_with_a_model_is_stopped_saved_and_gone_on_with(
-    start: Start, endless: Path, tmp_path: Path
+    start: Start, endless: Path, server: FakeServer, tmp_path: Path
 ) -> None:
     file = tmp_path / "talk.jsonl"
     child = start(str(endless), "--temperature", "0", "--max-tokens", "19000")
@@ -114,7 +114,7 @@ def test_a_conversation_with_a_model_is_stopped_saved_and_gone_on_with(
     assert texts[1].startswith(ENDLESS * 3)
     assert texts[2:] == ["你好", "Be 4你"]
 
-    child = start(str(endless), term="dumb")
+    child = start("--url", server.url, term="dumb")
     child.expect(PROMPT)
     child.sendline("/load talk.jsonl")
     child.expect("2 turns loaded")
@@ -123,7 +123,7 @@ def test_a_conversation_with_a_model_is_stopped_saved_and_gone_on_with(
     child.sendline("/set")
     child.expect(r"max_tokens         6\r\n")
     child.sendline("/retry")
-    child.expect(r"Be 4你\r\n")
+    child.expect(r"<What\?>\r\n")
     child.sendline("/save")
     child.expect("saved in")
     child.send(CTRL_C)
@@ -131,7 +131,8 @@ def test_a_conversation_with_a_model_is_stopped_saved_and_gone_on_with(
     child.expect(PROMPT)
     leave(child)
     record = json.loads(file.read_text(encoding="utf-8"))
-    assert [message["content"] for message in record["messages"]] == ["What?", "Be 4你"]
+    assert [message["content"] for message in record["messages"]] == ["What?", "<What?>"]
+    assert server.bodies[-1]["max_tokens"] == 6
 
 
 @pytest.mark.parametrize("way", ["toolkit", "readline", "dumb"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import shlex
 import signal
 import threading
@@ -16,10 +18,18 @@ from internlm.serve.api.gate import Access
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors
-from tests import processes
-from tests.processes import until
+from tests.processes import Fork, finish, until
 from tests.serve.chromium import chromium, opened
-from tests.serve.servers import SHAPE, TOKENIZER, random_model, serving, slow_engine
+from tests.serve.servers import (
+    SHAPE,
+    TOKENIZER,
+    address_in,
+    random_model,
+    serving,
+    slow_engine,
+    tell_files,
+    until_it_serves,
+)
 
 
 class Browser:
@@ -88,12 +98,17 @@ def test_the_verb_serves_a_model_and_opens_the_browser(tmp_path: Path) -> None:
     script = tmp_path / "browser"
     script.write_text(f'#!/bin/sh\nprintf %s "$1" > {shlex.quote(str(note))}.part && mv {note}.part {note}\n')
     script.chmod(0o755)
-    words = [tmp_path / "model", "--device", "cpu"]
-    with processes.serving(*words, program="internlm web", BROWSER=f"{script} %s &") as on:
+    hook = functools.partial(tell_files, str(tmp_path / "told"), str(tmp_path / "said"))
+    words = ["web", str(tmp_path / "model"), "--device", "cpu", "--port", "0"]
+    child = Fork(*words, hook=hook, BROWSER=f"{script} %s &")
+    try:
+        url = address_in(until_it_serves(child, tmp_path / "said")[-1])
         assert until(note.exists)
-        assert note.read_text() == on.url
-        with urllib.request.urlopen(on.url, timeout=30) as response:
+        assert note.read_text() == url
+        with urllib.request.urlopen(url, timeout=30) as response:
             assert b'<main id="main">' in response.read()
             assert response.headers["Content-Type"] == "text/html; charset=utf-8"
-        on.child.send_signal(signal.SIGTERM)
-        assert on.child.wait(30) == 0
+        os.kill(child.pid, signal.SIGTERM)
+        assert finish(child, 30)[0] == 0
+    finally:
+        child.kill()

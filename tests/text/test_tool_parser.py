@@ -10,7 +10,8 @@ from internlm.text.tool_formats import get_format
 from internlm.text.tool_json import MAX_DEPTH, is_object
 from internlm.text.tools import ArgumentsGrow, CallBegins, CallFails, Text, Thought, collect
 
-many = settings(max_examples=300, deadline=None)
+many = settings(max_examples=200, deadline=None)
+some = settings(max_examples=100, deadline=None)
 KNOWN = ("add", "get_weather", "天气")
 START = {"hermes": "<tool_call>\n", "internlm2": "<|action_start|><|plugin|>\n"}
 END = {"hermes": "\n</tool_call>", "internlm2": "<|action_end|>"}
@@ -331,7 +332,7 @@ def test_nesting_is_bounded():
         assert is_object(text) == (depth == MAX_DEPTH)
 
 
-@many
+@some
 @given(OBJECTS, st.text(), st.text(), st.sampled_from(TAGGED))
 def test_any_json_and_any_text_around_it_come_back(value, before, after, name):
     arguments = json.dumps(value, ensure_ascii=False)
@@ -343,16 +344,16 @@ def test_any_json_and_any_text_around_it_come_back(value, before, after, name):
 
 HOSTILE = {
     "hermes": [
-        "[" * 100_000, "<" * 50_000, "<tool_call>" * 5_000, "<tool_call>" + " " * 50_000,
-        '<tool_call>{"name": "add", "arguments": {"a":' + "[" * 100_000, '<tool_call>{"a": ' + "[" * 100_000,
-        '<tool_call>{"name": "' + "a" * 50_000, '<tool_call>{"name": "x", "arguments": {"a": "' + "\\\\" * 25_000,
-        '<tool_call>{"name": "add", "arguments": {"a": [' + "1," * 25_000,
-        '<tool_call>{"name": "add", "arguments": {"a": 1' + "0" * 50_000,
+        "[" * 40_000, "<" * 20_000, "<tool_call>" * 2_000, "<tool_call>" + " " * 20_000,
+        '<tool_call>{"name": "add", "arguments": {"a":' + "[" * 40_000, '<tool_call>{"a": ' + "[" * 40_000,
+        '<tool_call>{"name": "' + "a" * 20_000, '<tool_call>{"name": "x", "arguments": {"a": "' + "\\\\" * 10_000,
+        '<tool_call>{"name": "add", "arguments": {"a": [' + "1," * 10_000,
+        '<tool_call>{"name": "add", "arguments": {"a": 1' + "0" * 20_000,
     ],
     "react": [
-        " " * 50_000, "\n" * 50_000, "Action:" * 7_000, "Action:\n" * 7_000, "Action:" + " " * 50_000,
-        "Thought:" + " " * 50_000, "Action:add\nActionInput:" + '{"a":' + "[" * 100_000, "Action:add\n" + "\n" * 50_000,
-        "Action:add\nActionInput:{" + '"' * 50_000, "Action:add\nActionInput:\n" * 2_000,
+        " " * 20_000, "\n" * 20_000, "Action:" * 3_000, "Action:\n" * 3_000, "Action:" + " " * 20_000,
+        "Thought:" + " " * 20_000, "Action:add\nActionInput:" + '{"a":' + "[" * 40_000, "Action:add\n" + "\n" * 20_000,
+        "Action:add\nActionInput:{" + '"' * 20_000, "Action:add\nActionInput:\n" * 1_000,
     ],
 }  # fmt: skip
 
@@ -365,4 +366,4 @@ def test_hostile_answers_cost_no_more_than_their_length(name, number):
     seconds = time.process_time() - begun
     assert whole == by_characters
     assert collect(whole).calls == ()
-    assert seconds / len(text) < 1e-4, f"{seconds:.1f} s for {len(text)} characters; usual are 5 µs each"
+    assert seconds / len(text) < 4e-5, f"{seconds:.1f} s for {len(text)} characters; usual are 5 µs each"

@@ -106,12 +106,12 @@ def test_what_is_no_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "goodput.json", WARNINGS, "alive/rank-00000.json"])
-@pytest.mark.parametrize("text", [b"", b"\xff\x00{", b"[1, 2]\n", b'{"step": "x", "train": 3}\n', b'"text"\n' * 3])
-def test_damaged_files_are_passed_over(done: Path, name: str, text: bytes) -> None:
-    (done / name).write_bytes(text)
-    shown = picture(done)
-    assert "step 12/" in shown or name == "metrics.jsonl"
-    assert "complete" in shown
+def test_damaged_files_are_passed_over(done: Path, name: str) -> None:
+    for text in (b"", b"\xff\x00{", b"[1, 2]\n", b'{"step": "x", "train": 3}\n', b'"text"\n' * 3):
+        (done / name).write_bytes(text)
+        shown = picture(done)
+        assert "step 12/" in shown or name == "metrics.jsonl", text
+        assert "complete" in shown, text
 
 
 def test_damaged_checkpoints_are_shown_as_such(done: Path) -> None:
@@ -256,7 +256,7 @@ def test_skipped_steps_spikes_and_rollbacks_are_counted(recipe: Make, tmp_path: 
 
 def test_a_picture_can_be_taken_at_any_moment_of_a_run(recipe: Make, tmp_path: Path) -> None:
     trainer = recipes.prepare(
-        recipe(train__tokens=40 * 256, checkpoint={"every_steps": 3}, evaluate={"every_steps": 5})
+        recipe(train__tokens=16 * 256, checkpoint={"every_steps": 3}, evaluate={"every_steps": 5})
     )
     training = threading.Thread(target=trainer.fit)
     training.start()

@@ -7,7 +7,6 @@ import gzip
 import json
 import logging
 import math
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from internlm import recipe as recipes
 from internlm.compat import profiling
@@ -26,7 +24,7 @@ from internlm.errors import ConfigError, TrainingError
 from internlm.recipe import Recipe
 from internlm.train.metrics import read_metrics
 from internlm.train.profile import windows
-from internlm.train.profile.modules import ModuleTable, row_of
+from internlm.train.profile.modules import ModuleTable
 from internlm.train.profile.operators import STEP, Event, family, length, outside, self_times, table
 from internlm.train.profile.resident import Resident, resident_bytes
 from internlm.train.profile.windows import ProfileConfig, Trace, Windows, spans
@@ -240,7 +238,6 @@ def test_a_window_leaves_its_files_and_no_other_step_is_touched(
 @pytest.mark.parametrize(
     "change",
     [
-        {"parallel__recompute": {"kind": "full"}, "model__tie_embeddings": True},
         {
             "model__experts": {"count": 4, "per_token": 2},
             "parallel__recompute": {"kind": "operators"},
@@ -251,15 +248,16 @@ def test_a_window_leaves_its_files_and_no_other_step_is_touched(
             "parallel__recompute": {"kind": "offload", "ratio": 0.5},
             "profile__depth": 0,
         },
+        pytest.param({"parallel__recompute": {"kind": "full"}, "model__tie_embeddings": True}, marks=pytest.mark.proof),
     ],
-    ids=["full, tied", "operators, experts", "offload, int8"],
+    ids=["operators, experts", "offload, int8", "full, tied"],
 )
 def test_looking_changes_no_number(recipe: Make, tmp_path: Path, change: dict[str, Any]) -> None:
     def losses(**more: Any) -> list[float]:
-        made = recipe(run=str(tmp_path / str(len(more))), train__tokens=6 * 256, train__micro_batch_rows=4, **more)
+        made = recipe(run=str(tmp_path / str(len(more))), train__tokens=4 * 256, train__micro_batch_rows=4, **more)
         return [line["train/step_loss"] for line in train(made) if "train/step_loss" in line]
 
-    window = {"start": 2, "steps": 2, "memory": True, "modules": True, "depth": change.pop("profile__depth", 1)}
+    window = {"start": 1, "steps": 1, "memory": True, "modules": True, "depth": change.pop("profile__depth", 1)}
     plain = losses(**change)
     assert losses(**change, profile=window) == plain
     assert (tmp_path / str(len(change) + 1) / "profile" / "modules.txt").exists()
@@ -310,8 +308,9 @@ def test_a_profiler_that_fails_is_a_warning(
     else:
         monkeypatch.setattr(ModuleTable, "_places" if fails == "table" else "_keep", fail)
     with caplog.at_level(logging.WARNING, "internlm"):
-        lines = train(recipe(train__tokens=8 * 256, profile={**WINDOW, "modules": True, "every": 5}))
-    assert len([line for line in lines if "train/loss" in line]) == 8
+        window = {"start": 1, "steps": 1, "modules": True, "every": 4}
+        lines = train(recipe(train__tokens=5 * 256, profile=window))
+    assert len([line for line in lines if "train/loss" in line]) == 5
     warnings = [record.message for record in caplog.records if "profile" in record.message or "table" in record.message]
     assert len(warnings) == 1, "one warning, and then no more windows"
     if fails in ("full disk", "table", "sizes"):
@@ -322,158 +321,15 @@ def test_what_opening_and_writing_takes_is_not_in_the_time_of_steps(
     recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack = windows._pack
-    monkeypatch.setattr(windows, "_pack", lambda *a: windows.time.sleep(3) or pack(*a))
-    lines = train(recipe(train__tokens=6 * 256, profile=WINDOW))
-    assert max(line["perf/step_s"] for line in lines if "perf/step_s" in line) < 3
+    monkeypatch.setattr(windows, "_pack", lambda *a: windows.time.sleep(1.5) or pack(*a))
+    lines = train(recipe(train__tokens=3 * 256, profile={"start": 2, "steps": 1}))
+    assert max(line["perf/step_s"] for line in lines if "perf/step_s" in line) < 1.5
 
 
 def test_ranks_that_are_not_there_are_a_warning(recipe: Make, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "internlm"):
         recipes.prepare(recipe(profile={"start": 2, "ranks": [0, 77]}))
     assert "profile.ranks [77]: there are 1 ranks" in caplog.text
-
-
-# The table of modules.
-
-
-def modules(run: Path) -> dict[str, Any]:
-    return json.loads((run / "profile" / "modules.json").read_text())
-
-
-@pytest.mark.parametrize("is_tied", [False, True])
-def test_the_table_adds_up(recipe: Make, tmp_path: Path, is_tied: bool) -> None:
-    made = recipe(
-        train__tokens=5 * 256,
-        train__micro_batch_rows=2,
-        model__tie_embeddings=is_tied,
-        profile={"start": 3, "steps": 1, "modules": True},
-    )
-    trainer = recipes.prepare(made)
-    trainer.fit()
-    found = modules(tmp_path / "run")
-    shape = trainer.parallel.shape
-    tensors = len(list(trainer.parallel.named_parameters()))
-    assert found["sum"]["parameters"] == found["sum"]["gradients"] == 4 * shape.num_parameters
-    assert found["sum"]["optimizer"] == 8 * shape.num_parameters + 4 * tensors  # AdamW counts its steps
-    rows = {row["name"]: row for row in found["rows"]}
-    table_bytes = 4 * 280 * 32
-    assert rows["embedding"]["parameters"] == table_bytes
-    assert rows["head"]["parameters"] == (0 if is_tied else table_bytes)
-    assert rows["blocks.*.feed_forward"]["parameters"] == 2 * 4 * 3 * 32 * 64
-    assert (rows["blocks.*"]["modules"], rows["blocks.*.attention"]["modules"]) == (2, 2)
-    assert found["micro_batches"] == 4
-    times = [row[key] for row in found["rows"] for key in ("forward_s", "backward_s")]
-    assert min(times) >= 0
-    assert sum(times) == pytest.approx(found["step_s"])
-    for name in ("embedding", "blocks.*.attention", "blocks.*.feed_forward", "norm", "head"):
-        assert rows[name]["forward_s"] > 0, name
-        assert rows[name]["backward_s"] > 0, name
-    assert rows["(data)"]["forward_s"] > 0
-    assert rows["(update)"]["forward_s"] > 0
-    measured = next(line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["step"] == 5)
-    assert 0.5 * measured["perf/step_s"] < found["step_s"] < measured["perf/step_s"]
-
-
-class Ledger(TorchDispatchMode):
-    """Bytes of the storages that operators made and that are alive, parameters' left out."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
-        super().__init__()
-        self.parameters = {p.untyped_storage()._cdata for p in parameters}
-        self.held: dict[int, int] = {}
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = operator(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, list | tuple) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.held and key not in self.parameters:
-                    self.held[key] = storage.nbytes()
-                    weakref.finalize(storage, self.held.pop, key, None)
-        return out
-
-
-@pytest.mark.parametrize("kind", ["none", "full", "operators"])
-def test_what_is_kept_is_what_is_alive_when_backward_begins(recipe: Make, tmp_path: Path, kind: str) -> None:
-    size = {"vocab_size": 280, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "ffn_size": 256}
-    change: dict[str, Any] = {"model": size, "parallel__recompute": {"kind": kind}}
-    train(recipe(**change, train__tokens=3 * 256, profile={"start": 1, "steps": 1, "modules": True}))
-    found = modules(tmp_path / "run")
-    trainer = recipes.prepare(recipe(**change, run=str(tmp_path / "other")))
-    alive = []
-    score = trainer.stepper._loss
-
-    def loss(*arguments: Any) -> torch.Tensor:
-        value = score(*arguments)
-        alive.append(sum(ledger.held.values()))
-        return value
-
-    trainer.stepper._loss = loss  # type: ignore[method-assign]
-    with Ledger(trainer.stepper.parameters) as ledger:
-        trainer.stepper.step()
-    # Besides what backward needs there are the hidden states, and the batch: a few numbers per token.
-    assert 0 <= alive[0] - found["sum"]["kept"] - 256 * 64 * 4 < 256 * 64
-
-
-def test_recomputation_keeps_less_and_takes_longer_backward(recipe: Make, tmp_path: Path) -> None:
-    def rows(kind: str) -> dict[str, Any]:
-        run = tmp_path / kind
-        train(
-            recipe(
-                run=str(run),
-                train__tokens=3 * 256,
-                parallel__recompute={"kind": kind},
-                profile={"start": 1, "steps": 1, "modules": True},
-            )
-        )
-        return {row["name"]: row for row in modules(run)["rows"]}
-
-    none, operators, full = rows("none"), rows("operators"), rows("full")
-
-    def kept(found: dict[str, Any]) -> int:
-        return sum(row["kept"] for name, row in found.items() if name.startswith("blocks"))
-
-    assert kept(full) < kept(operators) < kept(none)
-    assert kept(full) < 0.2 * kept(none)
-    assert full["blocks.*.feed_forward"]["backward_s"] > 0
-
-
-@pytest.mark.parametrize(
-    ("path", "depth", "row"),
-    [
-        ("", 1, "model"),
-        ("blocks", 1, "model"),
-        ("embedding", 0, "embedding"),
-        ("blocks.11", 1, "blocks.*"),
-        ("blocks.11.attention.wq", 0, "blocks.*"),
-        ("blocks.11.attention.wq", 1, "blocks.*.attention"),
-        ("blocks.11.attention.wq", 2, "blocks.*.attention.wq"),
-    ],
-)
-def test_blocks_share_rows(path: str, depth: int, row: str) -> None:
-    assert row_of(path, depth) == row
-
-
-@pytest.mark.skipif(recipes.runtime.cpp_compiler() is None, reason="needs a C++ compiler")
-def test_compiled_blocks_are_looked_at_from_outside(recipe: Make, tmp_path: Path) -> None:
-    made = recipe(
-        train__tokens=5 * 256,
-        model__num_layers=1,
-        evaluate={"every_steps": None},
-        runtime__compile=True,
-        profile={"start": 3, "steps": 1, "modules": True},
-    )
-    trainer = recipes.prepare(made)
-    trainer.evaluator.evaluate = lambda *a, **k: {}  # type: ignore[method-assign]  # would compile again
-    trainer.fit()
-    rows = {row["name"]: row for row in modules(tmp_path / "run")["rows"]}
-    assert rows["blocks.*"]["forward_s"] > 0
-    assert rows["blocks.*"]["backward_s"] > 0
-    assert rows["blocks.*"]["kept"] > 8 * 32 * 32 * 4
-    assert rows["blocks.*"]["parameters"] == 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)
-    assert "blocks.*.attention" not in rows
-    assert "compiled" in (tmp_path / "run" / "profile" / "step-00000003-rank-0.txt").read_text()
 
 
 # Memory.
@@ -553,7 +409,7 @@ def test_on_a_gpu_kernels_snapshots_and_events_are_there(recipe: Make, tmp_path:
     folder = tmp_path / "run" / "profile"
     assert "by kernels" in (folder / "step-00000003-rank-0.txt").read_text().splitlines()[0]
     assert (folder / "step-00000003-rank-0.memory.pickle").stat().st_size > 1000
-    found = modules(tmp_path / "run")
+    found = json.loads((folder / "modules.json").read_text())
     rows = {row["name"]: row for row in found["rows"]}
     assert rows["blocks.*.attention"]["backward_s"] > 0
     assert sum(row[key] for row in found["rows"] for key in ("forward_s", "backward_s")) == pytest.approx(

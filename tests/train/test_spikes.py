@@ -33,9 +33,9 @@ def found(losses: list[float], **config: object) -> list[int]:
     return [step for step, loss in enumerate(losses) if spikes.add(loss) is not None]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_run_that_goes_well_has_no_spikes(seed: int) -> None:
-    assert found(falling(1000, seed)) == []
+def test_a_run_that_goes_well_has_no_spikes() -> None:
+    for seed in range(10):
+        assert found(falling(1000, seed)) == [], seed
 
 
 def test_a_jump_is_found_wherever_it_lies_after_the_first_steps() -> None:
@@ -70,6 +70,7 @@ def test_off_is_off() -> None:
     assert found(losses, policy="off") == []
 
 
+STEPS = 44
 POISONED = range(31 * 8, 33 * 8)
 """Rows of the run whose labels are noise: two steps."""
 
@@ -77,8 +78,8 @@ POISONED = range(31 * 8, 33 * 8)
 def trained(recipe: Make, run: Path, policy: str, rows: range = POISONED) -> Trainer:
     """Train with noise in these rows, wherever in the run they are drawn."""
     spikes = {"policy": policy, "least": 16, "window": 32}
-    checkpoint = {"every_steps": 5, "keep_last": 20}
-    changes = {"train__tokens": 60 * 256, "checkpoint": checkpoint, "spikes": spikes, "optim__lr": 1e-2}
+    checkpoint = {"every_steps": 10, "keep_last": 20}
+    changes = {"train__tokens": STEPS * 256, "checkpoint": checkpoint, "spikes": spikes, "optim__lr": 1e-2}
     trainer = recipes.prepare(recipe(run=str(run), **changes))
     draw = trainer.stepper.loader.next_batch
 
@@ -112,11 +113,11 @@ def test_after_poisoned_data_the_run_goes_back_passes_over_it_and_ends_where_the
     assert "spreads above the last" in caplog.text
     assert "back at step 30" in caplog.text
     checkpoint = store.open_checkpoint(tmp_path / "run")
-    assert checkpoint.step == 60
+    assert checkpoint.step == STEPS
     assert checkpoint.meta["passed_over"] == passed, "on record"
-    assert sum(checkpoint.meta["loader"]["taken"].values()) == 63 * 8
+    assert sum(checkpoint.meta["loader"]["taken"].values()) == (STEPS + 3) * 8
     steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
-    assert steps == list(range(1, 61)), "every step once"
+    assert steps == list(range(1, STEPS + 1)), "every step once"
     assert last_loss(tmp_path / "run") == pytest.approx(last_loss(tmp_path / "clean"), rel=0.05)
 
 
@@ -134,7 +135,7 @@ def test_other_policies_go_on_with_or_without_the_update(
     monkeypatch.setattr(Optimizer, "step", counted)
     trainer = trained(recipe, tmp_path / "run", policy)
     assert trainer.progress.spikes == 2
-    assert len(updates) == 60 - skipped
+    assert len(updates) == STEPS - skipped
     assert trainer.progress.passed_over == []
 
 

@@ -37,7 +37,10 @@ def losses(run: Path) -> list[float]:
 
 def test_training_learns_the_pattern_and_writes_everything(recipe: Make, tmp_path: Path, plots: None) -> None:
     value = recipe(
-        train__tokens=120 * 256, evaluate={"every_steps": 20}, checkpoint={"every_steps": 40, "keep_last": 2}
+        train__tokens=60 * 256,
+        optim__lr=1e-2,
+        evaluate={"every_steps": 20},
+        checkpoint={"every_steps": 20, "keep_last": 2},
     )
     final = recipes.prepare(value).fit()
     run = tmp_path / "run"
@@ -45,7 +48,7 @@ def test_training_learns_the_pattern_and_writes_everything(recipe: Make, tmp_pat
     assert found[0] == pytest.approx(math.log(280), abs=0.2)
     assert found[-1] < 2.0
     assert final["valid/loss/held"] < 2.0
-    assert [p.name for p in store.listed(run)] == ["step-00000080", "step-00000120"]
+    assert [p.name for p in store.listed(run)] == ["step-00000040", "step-00000060"]
     assert {p.name for p in run.iterdir()} >= {"metrics.jsonl", "recipe.yaml", "versions.json", "loss.png"}
     if importlib.util.find_spec("tensorboard"):
         assert any("tfevents" in p.name for p in (run / "tensorboard").iterdir())
@@ -56,10 +59,9 @@ def test_training_learns_the_pattern_and_writes_everything(recipe: Make, tmp_pat
 
 
 @pytest.mark.parametrize("pack", ["split", "whole"])
-@pytest.mark.parametrize("micro", [1, 2, 4])
-def test_loss_and_gradients_do_not_depend_on_micro_batching(recipe: Make, micro: int, pack: str) -> None:
-    gradients, sums = [], []
-    for rows in (8, micro):
+def test_loss_and_gradients_do_not_depend_on_micro_batching(recipe: Make, pack: str) -> None:
+    gradients, sums = {}, {}
+    for rows in (8, 4, 2, 1):
         trainer = recipes.prepare(recipe(train__micro_batch_rows=rows, train__max_grad_norm=0.0, data__pack=pack))
         kept: dict[str, torch.Tensor] = {}
 
@@ -68,10 +70,10 @@ def test_loss_and_gradients_do_not_depend_on_micro_batching(recipe: Make, micro:
 
         trainer.stepper.optimizer.step = keep  # type: ignore[method-assign]
         trainer.stepper.step()
-        gradients.append(torch.cat([g.flatten() for g in kept.values()]))
-        sums.append(trainer.meter.read()["train/loss"])
-    assert sums[0] == pytest.approx(sums[1], rel=1e-6)
-    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-6
+        gradients[rows] = torch.cat([g.flatten() for g in kept.values()])
+        sums[rows] = trainer.meter.read()["train/loss"]
+        assert sums[rows] == pytest.approx(sums[8], rel=1e-6), rows
+        assert (gradients[rows] - gradients[8]).norm() / gradients[8].norm() < 1e-6, rows
 
 
 def test_the_loss_is_the_mean_over_all_trained_tokens_of_the_step(recipe: Make) -> None:
@@ -455,22 +457,6 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_built(recipe: Make) -
     shape = {"model__vocab_size": 10**9, "model__hidden_size": 10**5, "model__num_heads": 1000, "model__head_dim": 100}
     with pytest.raises(ConfigError, match=r"model: training 200T parameters takes more than .* GiB and cpu has"):
         recipes.prepare(recipe(**shape))
-
-
-def test_compiling_without_a_compiler_is_refused(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "/nonexistent")
-    with pytest.raises(ConfigError, match=r"runtime\.compile: needs a C\+\+ compiler"):
-        recipes.prepare(recipe(runtime__compile=True))
-
-
-def test_compiled_blocks_take_the_same_steps(recipe: Make) -> None:
-    plain = recipes.prepare(recipe(run=str(Path(recipe().run).with_name("plain"))))
-    compiled = recipes.prepare(recipe(runtime__compile=True))
-    for trainer in (plain, compiled):
-        for _ in range(3):
-            trainer.stepper.step()
-    for name, value in weights(plain).items():
-        torch.testing.assert_close(value, weights(compiled)[name], atol=1e-5, rtol=1e-4)
 
 
 def test_describe_lists_every_value_with_its_origin_and_the_sizes(tmp_path: Path, corpus: Path) -> None:

@@ -188,6 +188,10 @@ def see(case: Seen) -> Seen:
         seen["saved"] = see_saved(model, tokenizer, case["ids"], case["texts"][0])
     if case.get("conversations"):
         seen |= see_chat(model, tokenizer, case["conversations"], case["options"])
+    if "readme" in case:
+        ids = tokenizer(case["readme"], return_tensors="pt")["input_ids"]
+        response, history = other.eval().chat(tokenizer, "hello", history=[], max_new_tokens=3)
+        seen["readme"] = (ids, other(ids).logits.detach(), history == [("hello", response)])
     if case.get("ends"):
         seen |= see_ends(model, tokenizer)
     return seen

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import functools
 import json
-import subprocess
-import sys
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from internlm.weights import transformers as folders
 from internlm.weights import weight as lazy
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import Weight, Weights, of_tensors
+from tests.processes import CONTEXT
 
 SHAPE = ModelConfig(vocab_size=50, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=24)
 SMALL_FILES = ExportOptions(max_shard_bytes=4000, resume="the same source")
@@ -117,21 +118,18 @@ def test_what_lies_there_already_needs_no_room_a_second_time(tmp_path: Path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def export_and_die(out: Path) -> None:
+    weights, name = weights_of(), list(weights_of())[20]
+    weights[name] = replace(weights[name], read=lambda: os.kill(os.getpid(), signal.SIGKILL))  # type: ignore[arg-type,return-value]
+    folders.export(weights, SHAPE, out, options=SMALL_FILES)
+
+
 def test_an_export_that_was_killed_goes_on(tmp_path: Path) -> None:
     """The process dies as by `kill -9` while it reads its twentieth tensor."""
-    script = f"""
-import os, signal
-from dataclasses import replace
-from pathlib import Path
-from internlm.weights import transformers as folders
-from tests.weights.test_files import SHAPE, SMALL_FILES, weights_of
-weights, name = weights_of(), list(weights_of())[20]
-weights[name] = replace(weights[name], read=lambda: os.kill(os.getpid(), signal.SIGKILL))
-folders.export(weights, SHAPE, Path({str(tmp_path / "out")!r}), options=SMALL_FILES)
-"""
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, timeout=120, check=False, capture_output=True)
-    assert done.returncode == -9, done.stderr
+    killed = CONTEXT.Process(target=export_and_die, args=(tmp_path / "out",))
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     second = Interrupted(10**6, KeyboardInterrupt())
     folders.export(second.weights, SHAPE, tmp_path / "out", options=SMALL_FILES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,9 +44,22 @@ def compare(path: Path, states: States, **overrides: object) -> None:
             assert torch.equal(of_kind[name], tensor), f"{kind} {name}"
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["least loaded", "block by block"])
+SLICE = {(1, False), (2, True), (4, False)}
+"""Numbers of parts, and whether they are cut block by block, that are tried always; the long proofs try all."""
+
+
+@pytest.mark.parametrize(
+    ("zero", "overlap"),
+    [
+        pytest.param(
+            *(zero, overlap),
+            marks=[pytest.mark.proof] * ((zero, overlap) not in SLICE),
+            id=f"{zero}-{'block by block' if overlap else 'least loaded'}",
+        )
+        for zero, overlap in itertools.product([1, 2, 4], [False, True])
+    ],
+)
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 3), (2, 2)])
-@pytest.mark.parametrize("zero", [1, 2, 4])
 def test_every_layout_gives_the_state_that_was_cut(
     zero: int, tensor: int, pipeline: int, overlap: bool, tmp_path: Path
 ) -> None:
