@@ -260,24 +260,19 @@ def gone(pids: list[int], within_s: float = 20) -> bool:
 
 
 class Serving:
-    """A server in a process of its own, with what it says.
+    """A server in a process of its own.
 
     Args:
         words: of `internlm serve`, behind the port.
-        program: what is started instead, by its name as a module.
     """
 
-    def __init__(self, *words: str, program: str = "internlm serve", **variables: str) -> None:
-        command = [sys.executable, "-m", *program.split(), *words, "--port", "0"]
-        pipe = subprocess.PIPE
-        self.child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(**variables))
-        self.told: queue.Queue[str] = queue.Queue()
-        """Lines of its output."""
+    def __init__(self, *words: str, **variables: str) -> None:
+        command = [*INTERNLM, "serve", *words, "--port", "0"]
+        self.child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(**variables))
         self.said: list[str] = []
-        """Lines on its other stream until it listened."""
+        """Its lines until it listened."""
         remarks: queue.Queue[str] = queue.Queue()
-        for stream, lines in ((self.child.stdout, self.told), (self.child.stderr, remarks)):
-            threading.Thread(target=_tell, args=(stream, lines), daemon=True).start()
+        threading.Thread(target=_tell, args=(self.child.stderr, remarks), daemon=True).start()
         while not any(line.startswith("serving ") for line in self.said):
             self.said.append(remarks.get(timeout=170))
             assert self.said[-1], self.said

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -28,17 +26,15 @@ from internlm.serve.api.run import Address, bind
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors
-from tests.processes import Fork, finish, until
+from tests import processes
+from tests.processes import until
 from tests.serve.servers import (
     SHAPE,
     TOKENIZER,
     Running,
-    address_in,
     random_model,
     serving,
     slow_engine,
-    tell_files,
-    until_it_serves,
 )
 
 LONG: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": 240, "ignore_eos": True}
@@ -190,24 +186,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_sigterm_lets_answers_end_and_the_process_ends_with_code_0(folder: Path, tmp_path: Path) -> None:
-    words = ["serve", "api_server", str(folder), "--server-port", "0", "--model-name", "mine", "--max-batch-size", "2"]
-    hook = functools.partial(tell_files, str(tmp_path / "told"), str(tmp_path / "said"))
-    child = Fork(*words, hook=hook, INTERNLM_API_KEY="secret")
-    try:
-        said = until_it_serves(child, tmp_path / "said")
-        assert any("internlm serve" in line and "note" in line for line in said)
-        assert "serving mine at http://127.0.0.1:" in said[-1]
-        client = openai.OpenAI(base_url=address_in(said[-1]) + "/v1", api_key="secret", max_retries=0)
+def test_sigterm_lets_answers_end_and_the_process_ends_with_code_0(folder: Path) -> None:
+    """Of a server that is started as a user does; the others are threads or forks."""
+    words = ["api_server", str(folder), "--server-port", "0", "--model-name", "mine", "--max-batch-size", "2"]
+    with processes.serving(*words, INTERNLM_API_KEY="secret") as on:
+        assert any("internlm serve" in line and "note" in line for line in on.said)
+        assert "serving mine at http://127.0.0.1:" in on.said[-1]
+        client = openai.OpenAI(base_url=on.url + "/v1", api_key="secret", max_retries=0)
         options: dict[str, Any] = {"model": "mine", "prompt": [5, 6, 7], "max_tokens": 200, "stream": True}
         stream = client.completions.create(**options, extra_body={"ignore_eos": True})
         next(stream)
-        os.kill(child.pid, signal.SIGTERM)
+        on.child.send_signal(signal.SIGTERM)
         rest = list(stream)
         assert rest[-1].choices[0].finish_reason == "length"
-        assert finish(child, 20)[0] == 0
-    finally:
-        child.kill()
+        assert on.child.wait(20) == 0
 
 
 def test_a_second_signal_ends_at_once() -> None:
