@@ -43,6 +43,7 @@ def test_a_table_that_has_rotted_is_told(tmp_path: Path) -> None:
     assert told("x = 1", "x = 2", "a.py b.py -k c") == ["there is no b.py"]
 
 
+@pytest.mark.proof
 def test_survivors_are_told_and_a_test_that_does_not_end_has_caught_its_mutant(tmp_path: Path) -> None:
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "mutants.py").write_text(

@@ -30,14 +30,17 @@ def ranks_of(process: subprocess.Popen[str] | Fork, path: Path) -> list[int]:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("launcher", [[*INTERNLM, *LAUNCH], TORCHRUN], ids=["internlm-launch", "torchrun"])
-def test_two_ranks_give_the_loss_of_one_process(launcher: list[str], path: Path, alone: list[float]) -> None:
+@pytest.mark.parametrize("launcher", ["internlm-launch", "torchrun"])
+def test_two_ranks_give_the_loss_of_one_process(launcher: str, path: Path, alone: list[float]) -> None:
     """With `internlm launch` whatever options of torchrun are in the environment."""
     folder = path.parent / "two"
-    options = {} if launcher == TORCHRUN else {"PET_NNODES": "2", "PET_MAX_RESTARTS": "3"}
-    code, output = finish(start(*launcher, "train", str(path), f"run={folder}", **options))
+    words = ["train", str(path), f"run={folder}"]
+    if launcher == "torchrun":
+        code, output = finish(start(*TORCHRUN, *words))
+    else:
+        code, output = finish(Fork(*LAUNCH, *words, PET_NNODES="2", PET_MAX_RESTARTS="3"))
     assert code == 0, output
-    assert ("PET_MAX_RESTARTS, PET_NNODES have no effect" in output) == (launcher != TORCHRUN)
+    assert ("PET_MAX_RESTARTS, PET_NNODES have no effect" in output) == (launcher != "torchrun")
     assert "2 ranks: shard 2" in output
     assert output.count("step 1/2 ") == 1  # rank 0 alone speaks, and as if it were alone
     assert any(line.startswith("step 1/2 ") for line in output.splitlines())
@@ -66,6 +69,7 @@ ip -n $name link set $end up; ip -n $name link set lo up; done"""
         subprocess.run(["ip", "link", "del", ends[0]], capture_output=True)
 
 
+@pytest.mark.proof
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(not Path("/proc/self/ns/net").exists(), reason="needs Linux")
 def test_two_nodes_find_each_other_and_train(nodes: list[str], path: Path, alone: list[float]) -> None:

@@ -132,6 +132,7 @@ def test_impossible_experts_are_refused(experts: dict[str, float], message: str)
         shape(**experts)
 
 
+@pytest.mark.proof
 def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(shape(), 1)
     tokens = torch.randint(64, (2, 8))

@@ -329,6 +329,7 @@ print(json.dumps(changes))
 """
 
 
+@pytest.mark.proof  # of a model that is read, `tests/weights` always asks it
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_a_packed_model_takes_the_memory_of_its_packed_weights() -> None:
     # Large blocks then go back to the system at once, and what is held is what is used.

@@ -49,7 +49,6 @@ SLICE: list[Case] = [
     ({"replicate": 16, "shard": 64, "optimizer": "all"}, 1, ODD, (1023,)),  # the last parts are short
     ({"replicate": 64, "shard": 4, "tensor": 4, "zero": "1"}, 2, MODEL, (0,)),
     ({"replicate": 64, "shard": 4, "tensor": 4, "sequence": False, "zero": "3", "recompute": FULL}, 1, HEADS, (0,)),
-    ({"replicate": 64, "shard": 4, "tensor": 4, "zero": "2", "recompute": FULL}, 1, HEADS, (1023,)),
     ({"replicate": 128, "shard": 1, "context": 8, "recompute": FULL}, 1, MODEL, (7,)),
     ({"shard": 64, "context": 16, "recompute": FULL}, 1, MODEL, (0,)),  # heads do not divide: keys and values travel
     ({"pipeline": 4, "replicate": 32, "shard": 8, "zero": "3"}, 4, FOUR, (256,)),  # a stage in the middle
@@ -58,6 +57,7 @@ SLICE: list[Case] = [
 PROOF: list[Case] = [
     ({"replicate": 128, "shard": 8, "zero": "2-gather"}, 2, MODEL, (0,)),
     ({"replicate": 128, "shard": 8, "zero": "3"}, 2, TIED, (5,)),
+    ({"replicate": 64, "shard": 4, "tensor": 4, "zero": "2", "recompute": FULL}, 1, HEADS, (1023,)),
     ({"replicate": 16, "shard": 64, "optimizer": "all"}, 1, ODD, (0,)),
     *[({"replicate": 2, "shard": 512, "zero": zero}, 3, MODEL, (0,)) for zero in ("1", "2", "2-gather", "3")],
     (FLAT, 1, ODD, (1023,)),

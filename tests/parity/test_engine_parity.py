@@ -26,7 +26,7 @@ SHAPES = {
 BASE = {"vocab_size": 97, "hidden_size": 48, "num_layers": 2, "ffn_size": 80, "context_length": 128}
 NEW = 12
 PROMPTS = 200
-FEW = 25
+FEW = 16
 SLOW = {"one at a time": 8, "chunks of one": 6}
 """Settings with the most steps, and the number of prompts for each outside of the long proofs."""
 WHOLE = "all at once"
