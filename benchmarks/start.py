@@ -75,6 +75,8 @@ def starts(folder: Path) -> dict[str, Start]:
         "import internlm": Start([python, "-c", "import internlm"]),
         "internlm --help": Start([*internlm, "--help"]),
         "internlm serve --help": Start([*internlm, "serve", "--help"]),
+        "internlm monitor --once": Start([*internlm, "monitor", str(folder / "made"), "--once"]),
+        "internlm checkpoints": Start([*internlm, "checkpoints", str(folder / "made")]),
         "import torch": Start([python, "-c", "import torch"]),
         "internlm train": Start([*internlm, "train", str(recipe), f"run={folder / 'run-TURN'}"], "step 1"),
         "internlm chat": Start([*internlm, "chat", str(folder / "model"), "-p", "A recipe is", "--max-tokens", "1"]),

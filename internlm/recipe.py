@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from internlm import config, ranks, runtime, storage, version
-from internlm.checkpoint.store import CheckpointConfig
+from internlm.checkpoint.listing import CheckpointConfig
 from internlm.config import Loaded, Origins, Tree, section
 from internlm.cost import hardware
 from internlm.cost.flops import causal_pairs, training_flops

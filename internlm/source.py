@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from internlm import hub, storage
-from internlm.checkpoint import place, store
+from internlm.checkpoint import listing, place, store
 from internlm.checkpoint.place import Place
 from internlm.errors import StorageError, UsageError, WeightsError
 from internlm.model.config import ModelConfig
@@ -133,7 +133,7 @@ def open_source(path: str | Place, hints: Hints = Hints()) -> Source:
 
 def _open(path: Place, hints: Hints, above: tuple[Path, ...] = ()) -> Source:
     """Open what a path holds; `above`: the adapters that it is the base of."""
-    if store.is_checkpoint(path) or store.newest(path) is not None:
+    if listing.is_checkpoint(path) or listing.newest(path) is not None:
         return _checkpoint(path)
     if not isinstance(path, Path):
         raise StorageError(

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from internlm.checkpoint.store import Found
+    from internlm.checkpoint.listing import Found
 
 DESCRIPTION = """\
 List the checkpoints of a run: step, tokens, loss, size, layout, and whether they are complete.
@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the list."""
-    from internlm.checkpoint import store
+    from internlm.checkpoint import listing
     from internlm.errors import StorageError
 
-    found = store.survey(arguments.run, verify=arguments.verify)
+    found = listing.survey(arguments.run, verify=arguments.verify)
     if not found:
         raise StorageError(
             "no checkpoints here", where=arguments.run, do="Give the folder of a run of `internlm train`."

@@ -59,7 +59,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _fit(trainer: Trainer, recipe: Recipe) -> int:
     from internlm import ranks
-    from internlm.checkpoint import store
+    from internlm.checkpoint import listing
     from internlm.compat import groups
     from internlm.train.stop import EXIT_CODES, Stopped
 
@@ -82,7 +82,7 @@ def _fit(trainer: Trainer, recipe: Recipe) -> int:
             ranks.ignore_ends()
         return EXIT_CODES[stopped.reason]
     except KeyboardInterrupt:
-        newest = store.newest(trainer.run)
+        newest = listing.newest(trainer.run)
         goes_on = "starts over: no checkpoint yet" if newest is None else f"goes on from {newest}"
         logger.info("stopped at step %d; the same command %s", trainer.progress.step, goes_on)
         raise

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from internlm import config, hub, runtime
-from internlm.checkpoint import store
-from internlm.checkpoint.store import Checkpoint, CheckpointConfig
+from internlm.checkpoint import listing, store
+from internlm.checkpoint.listing import CheckpointConfig
+from internlm.checkpoint.store import Checkpoint
 from internlm.config import Tree
 from internlm.cost import memory
 from internlm.data.loader import Loader
@@ -35,7 +36,7 @@ def newest(run: Path, checkpoints: CheckpointConfig) -> Checkpoint | None:
         ConfigError: there is one, and the recipe does not want to go on.
     """
     folder = checkpoints.of(run)
-    begun, damaged = store.newest(folder), store.damaged(folder)
+    begun, damaged = listing.newest(folder), listing.damaged(folder)
     if begun is None and damaged:
         raise StorageError(
             "the run's checkpoints are damaged, all of them",

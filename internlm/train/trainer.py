@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from internlm import plot, ranks, runtime
-from internlm.checkpoint import store
+from internlm.checkpoint import listing, store
+from internlm.checkpoint.listing import CheckpointConfig
+from internlm.checkpoint.place import Place
 from internlm.checkpoint.saver import Beside, Saved, Saver
-from internlm.checkpoint.store import Checkpoint, CheckpointConfig
+from internlm.checkpoint.store import Checkpoint
 from internlm.errors import StorageError, TrainingError, first_line
 from internlm.log import duration, size
 from internlm.model.transformer import Transformer
@@ -190,7 +192,7 @@ class Trainer:
             self.alerts.tell("straggler", warning)
         return metrics | found
 
-    def save(self, *, wait: bool = True) -> store.Place:
+    def save(self, *, wait: bool = True) -> Place:
         """Write a checkpoint of the present state, then drop those that need not be kept; return its folder.
 
         Args:
@@ -199,7 +201,7 @@ class Trainer:
         Raises:
             StorageError: it was waited for, and no try succeeded.
         """
-        path = self.saver.folder / store.name_of(self.progress.step)
+        path = self.saver.folder / listing.name_of(self.progress.step)
         meta = {
             **self.facts,
             **self.stepper.meta(),
@@ -234,7 +236,7 @@ class Trainer:
         """Drop checkpoints that need not be kept; a failure is a warning."""
         if self.parallel.rank == 0:
             try:
-                store.retain(self.checkpoints.of(self.run), self.checkpoints)
+                listing.retain(self.checkpoints.of(self.run), self.checkpoints)
             except (OSError, StorageError) as error:
                 logger.warning("warning: old checkpoints could not be removed: %s", error)
 
@@ -263,7 +265,7 @@ class Trainer:
         """Go back to the newest checkpoint, and on with the data that comes next; return whether there was one."""
         with self.watch.phase("load"):
             self.saver.finish()
-            newest = ranks.gather(store.newest(self.saver.folder) if self.parallel.rank == 0 else None)[0]
+            newest = ranks.gather(listing.newest(self.saver.folder) if self.parallel.rank == 0 else None)[0]
         stepper, progress = self.stepper, self.progress
         if newest is None or len(progress.passed_over) >= stepper.spikes.config.most_rollbacks:
             why = "there is no checkpoint yet" if newest is None else f"{len(progress.passed_over)} times is enough"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from internlm import recipe as recipes
 from internlm import storage
-from internlm.checkpoint import saver, store
+from internlm.checkpoint import listing, saver, store
 from internlm.cli import main
 from internlm.errors import InternLMError, StorageError
 from internlm.recipe import Recipe
@@ -64,7 +64,7 @@ def require_refused(folder: Path, message: str = "") -> None:
         with pytest.raises(StorageError):
             use()
     assert all(bool((tensor == -1).all()) for tensor in into.values())
-    (found,) = store.survey(folder.parent, verify=True)
+    (found,) = listing.survey(folder.parent, verify=True)
     assert found.problem
     assert message in found.problem
 
@@ -226,7 +226,7 @@ def test_a_run_refuses_a_damaged_checkpoint_and_leaves_its_files_alone(
     """Of a file with a flipped bit the run says which one; it neither starts over nor goes on from an older one."""
     value = recipe(train__tokens=2 * 256, checkpoint={"every_steps": 1})
     recipes.prepare(value).fit()
-    newest = store.newest(tmp_path / "run")
+    newest = listing.newest(tmp_path / "run")
     assert newest is not None
     path = victim(newest, name)
     flip(path, path.stat().st_size * 4)

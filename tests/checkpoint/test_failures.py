@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from internlm import storage
-from internlm.checkpoint import place, saver, store
+from internlm.checkpoint import listing, place, saver, store
+from internlm.checkpoint.listing import CheckpointConfig
 from internlm.checkpoint.place import Place
 from internlm.checkpoint.remote import Unreachable
 from internlm.checkpoint.saver import Beside, Saver
-from internlm.checkpoint.store import CheckpointConfig
 from internlm.errors import StorageError
 from internlm.model.config import ModelConfig
 from tests.faults.runs import OPERATIONS
@@ -85,12 +85,12 @@ def test_whichever_file_operation_fails_the_one_before_stays_and_the_next_is_wri
         else:
             failures += 1
             assert "the disk does not want to" in second.problem
-            assert store.newest(folder) == folder / "step-00000001"
+            assert listing.newest(folder) == folder / "step-00000001"
         writer.save("step-00000003", tensors, Beside(SHAPE, beside.tokenizer, {"step": 3}))
         third = writer.finish()
         assert third is not None
         assert third.problem is None
-        store.retain(folder, CheckpointConfig(keep_last=1))
+        listing.retain(folder, CheckpointConfig(keep_last=1))
         assert [path.name for path in folder.iterdir()] == ["step-00000003"], number
         number += 1
     assert failures >= 15
@@ -100,9 +100,9 @@ def test_a_manifest_that_the_disk_does_not_give_is_a_damaged_checkpoint(disk: Di
     for step in (1, 2):
         saver.save(tmp_path / f"step-{step:08d}", {"x": torch.ones(3)}, SHAPE, None, {"step": step})
     disk.fail(tmp_path / "step-00000002" / storage.MANIFEST, 0, errno.EIO)
-    assert store.newest(tmp_path) == tmp_path / "step-00000001"
+    assert listing.newest(tmp_path) == tmp_path / "step-00000001"
     disk.fail(tmp_path / "step-00000002" / storage.MANIFEST, 0, errno.EIO)
-    assert [found.problem is None for found in store.survey(tmp_path)] == [True, False]
+    assert [found.problem is None for found in listing.survey(tmp_path)] == [True, False]
     disk.fail(tmp_path / "step-00000002" / "tensors", 0, errno.EIO)
     with pytest.raises(StorageError, match="the disk does not want to"):
         store.open_checkpoint(tmp_path).weights("")
@@ -114,12 +114,12 @@ def test_a_checkpoint_that_may_not_be_read_is_not_gone_back_behind(
     for step in (1, 2):
         saver.save(tmp_path / f"step-{step:08d}", {"x": torch.ones(3)}, SHAPE, None, {"step": step})
     newest = tmp_path / "step-00000002"
-    for look in (store.newest, store.damaged, lambda run: store.retain(run, CheckpointConfig(keep_last=1))):
+    for look in (listing.newest, listing.damaged, lambda run: listing.retain(run, CheckpointConfig(keep_last=1))):
         disk.fail(newest / storage.MANIFEST, 0, errno.EACCES)
         with pytest.raises(Unreachable, match=r"step-00000002: may not be read\. Permission is missing"):
             look(tmp_path)
     disk.fail(newest / storage.MANIFEST, 0, errno.EACCES)
-    first, second = store.survey(tmp_path)
+    first, second = listing.survey(tmp_path)
     assert (first.problem, second.bytes) == (None, first.bytes)
     assert "Permission is missing" in str(second.problem)
 
@@ -128,7 +128,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_gone_back_behind(
 
     monkeypatch.setattr(place, "names", locked)
     with pytest.raises(StorageError, match=r"looking for checkpoints in .* Permission is missing"):
-        store.newest(tmp_path)
+        listing.newest(tmp_path)
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_looked_at_is_not_listed(
@@ -143,7 +143,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_looked_at_is_not_listed(
         return sizes(folder)
 
     monkeypatch.setattr(place, "sizes", after_a_removal)
-    assert [(found.step, found.problem) for found in store.survey(tmp_path)] == [(2, None)]
+    assert [(found.step, found.problem) for found in listing.survey(tmp_path)] == [(2, None)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
@@ -158,7 +158,7 @@ def test_fifty_saves_in_the_background_leave_memory_where_it_was(
     def save(step: int) -> None:
         writer.save(f"step-{step:08d}", tensors, Beside(SHAPE, None, {"step": step}))
         writer.finish()
-        store.retain(tmp_path, CheckpointConfig(keep_last=2))
+        listing.retain(tmp_path, CheckpointConfig(keep_last=2))
 
     def held_bytes() -> int:
         gc.collect()
@@ -171,7 +171,7 @@ def test_fifty_saves_in_the_background_leave_memory_where_it_was(
         save(step)
     grown = held_bytes() - before
     assert grown < 4 * 2**20, f"{grown / 2**20:.1f} MiB more after 50 saves of 8 MiB"
-    assert len(store.listed(tmp_path)) == 2
+    assert len(listing.listed(tmp_path)) == 2
 
 
 def test_a_file_that_could_not_be_written_leaves_nothing_beside_it(tmp_path: Path) -> None:

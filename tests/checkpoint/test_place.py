@@ -15,10 +15,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from internlm import config, storage
 from internlm import recipe as recipes
-from internlm.checkpoint import pieces, place, remote, store
+from internlm.checkpoint import listing, pieces, place, remote, store
+from internlm.checkpoint.listing import CheckpointConfig
 from internlm.checkpoint.remote import Remote, Unreachable
 from internlm.checkpoint.saver import Beside, Saved, Saver, save
-from internlm.checkpoint.store import CheckpointConfig
 from internlm.cli import main
 from internlm.errors import ConfigError, StorageError
 from internlm.model.config import ModelConfig
@@ -71,7 +71,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def put(folder: place.Place, step: int, value: float = 1.0, **facts: Any) -> place.Place:
     """Write a checkpoint of one tensor; return it."""
-    path = folder / store.name_of(step)
+    path = folder / listing.name_of(step)
     save(path, {"model.x": torch.full((4, 3), value)}, SHAPE, None, {"step": step, **facts})
     return path
 
@@ -105,7 +105,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_saved_to_a_store_is_read_from_it(folder: Remote) -> None:
     tensors = {"model.x": torch.randn(5, 3), "optim.x.step": torch.tensor(7), "random.cpu": torch.get_rng_state()}
-    save(folder / store.name_of(3), tensors, SHAPE, None, {"step": 3, "tokens": 12})
+    save(folder / listing.name_of(3), tensors, SHAPE, None, {"step": 3, "tokens": 12})
     found = store.open_checkpoint(folder)
     assert (found.step, found.meta["tokens"], found.config, found.tokenizer_path) == (3, 12, SHAPE, None)
     into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
@@ -119,14 +119,14 @@ def test_nothing_is_written_after_the_manifest(folder: Remote, monkeypatch: pyte
     write = Remote.write
 
     def spy(self: Remote, buffers: Any) -> str:
-        assert not store.is_checkpoint(folder / store.name_of(1))
+        assert not listing.is_checkpoint(folder / listing.name_of(1))
         written.append(self.name)
         return write(self, buffers)
 
     monkeypatch.setattr(Remote, "write", spy)
     put(folder, 1)
     assert written[-1] == storage.MANIFEST
-    assert store.is_checkpoint(folder / store.name_of(1))
+    assert listing.is_checkpoint(folder / listing.name_of(1))
 
 
 def test_a_file_that_the_store_lost_is_missed_before_the_manifest_is_written(
@@ -143,7 +143,7 @@ def test_a_file_that_the_store_lost_is_missed_before_the_manifest_is_written(
     monkeypatch.setattr(Remote, "write", lose)
     with pytest.raises(StorageError, match=r"safetensors is missing"):
         put(folder, 1)
-    assert storage.MANIFEST not in (folder / store.name_of(1)).names()
+    assert storage.MANIFEST not in (folder / listing.name_of(1)).names()
 
 
 def test_an_interrupted_upload_is_passed_over_and_removed_by_the_next_run(folder: Remote) -> None:
@@ -151,11 +151,11 @@ def test_an_interrupted_upload_is_passed_over_and_removed_by_the_next_run(folder
     half = put(folder, 2)
     assert isinstance(half, Remote)
     (half / storage.MANIFEST).unlink()
-    assert store.newest(folder) == folder / store.name_of(1)
-    assert not store.damaged(folder), "it never was a checkpoint"
-    assert [found.problem is None for found in store.survey(folder)] == [True, False]
+    assert listing.newest(folder) == folder / listing.name_of(1)
+    assert not listing.damaged(folder), "it never was a checkpoint"
+    assert [found.problem is None for found in listing.survey(folder)] == [True, False]
     Saver(folder)
-    assert folder.names() == [store.name_of(1)]
+    assert folder.names() == [listing.name_of(1)]
 
 
 @pytest.mark.parametrize("change", ["cut", "gone", "flipped"])
@@ -170,7 +170,7 @@ def test_damage_in_a_store_is_found_before_a_tensor_is_touched(folder: Remote, c
         (path / name).unlink()
     else:
         (path / name).write([bytes(content)[: -1 if change == "cut" else None]])
-    assert store.is_checkpoint(path) == (change == "flipped")
+    assert listing.is_checkpoint(path) == (change == "flipped")
     into = {"model.x": torch.zeros(4, 3)}
     with pytest.raises(StorageError):
         store.open_checkpoint(path).load(into)
@@ -179,16 +179,16 @@ def test_damage_in_a_store_is_found_before_a_tensor_is_touched(folder: Remote, c
 
 def test_a_step_that_is_written_again_holds_nothing_of_the_old_one(folder: Remote) -> None:
     put(folder, 1, 1.0)
-    before = set((folder / store.name_of(1)).sizes())
+    before = set((folder / listing.name_of(1)).sizes())
     put(folder, 1, 2.0)
     assert value_of(folder) == [2.0]
-    after = set((folder / store.name_of(1)).sizes())
+    after = set((folder / listing.name_of(1)).sizes())
     assert len(after) == len(before)
     assert {name for name in before & after if "/" in name} == set(), "a file of tensors is never overwritten"
 
 
 def begin(writer: Saver, step: int, value: float) -> Saved:
-    writer.save(store.name_of(step), {"model.x": torch.full((4, 3), value)}, Beside(SHAPE, None, {"step": step}))
+    writer.save(listing.name_of(step), {"model.x": torch.full((4, 3), value)}, Beside(SHAPE, None, {"step": step}))
     saved = writer.finish()
     assert saved is not None
     return saved
@@ -222,7 +222,7 @@ def test_a_store_that_fails_for_a_moment_is_asked_again(
     with caplog.at_level(logging.WARNING):
         put(folder, 1)
     assert "uploading failed (by peer); try 2 of 5" in caplog.text
-    assert store.is_checkpoint(folder / store.name_of(1))
+    assert listing.is_checkpoint(folder / listing.name_of(1))
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -273,7 +273,7 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
 ) -> None:
     put(folder, 1)
     failing[method] = ConnectionError("no route")
-    for ask in (store.newest, store.listed, store.damaged, store.survey, store.open_checkpoint):
+    for ask in (listing.newest, listing.listed, listing.damaged, listing.survey, store.open_checkpoint):
         with pytest.raises(Unreachable, match="no route"):
             ask(folder)
 
@@ -281,8 +281,8 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
 def test_retention_removes_in_a_store_too(folder: Remote) -> None:
     for step in range(1, 6):
         put(folder, step, tokens=30 * step)
-        store.retain(folder, CheckpointConfig(keep_last=2, keep_every_tokens=60))
-    assert folder.names() == [store.name_of(step) for step in (2, 4, 5)]
+        listing.retain(folder, CheckpointConfig(keep_last=2, keep_every_tokens=60))
+    assert folder.names() == [listing.name_of(step) for step in (2, 4, 5)]
 
 
 def test_many_parts_are_the_same_file(folder: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,5 +363,5 @@ def test_weights_of_others_are_not_looked_for_in_a_store(url: str) -> None:
 def test_a_local_folder_may_be_named_too(recipe: Make, tmp_path: Path) -> None:
     value = recipe(train__tokens=2 * 256, checkpoint__folder=f"file://{tmp_path}/fast")
     recipes.prepare(value).fit()
-    assert store.newest(tmp_path / "run") == tmp_path / "fast" / store.name_of(2)
-    assert (tmp_path / "fast" / store.name_of(2) / pieces.FOLDER).is_dir()
+    assert listing.newest(tmp_path / "run") == tmp_path / "fast" / listing.name_of(2)
+    assert (tmp_path / "fast" / listing.name_of(2) / pieces.FOLDER).is_dir()

@@ -16,7 +16,7 @@ import torch
 
 from internlm import config
 from internlm import recipe as recipes
-from internlm.checkpoint import remote, store
+from internlm.checkpoint import listing, remote, store
 from internlm.checkpoint.remote import Remote, Unreachable
 from internlm.checkpoint.saver import Beside, Saver
 from internlm.cli import main
@@ -54,7 +54,7 @@ def folder(server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 def begin(writer: Saver, step: int, value: float, size: int = 12) -> str | None:
     """Save a checkpoint in the background; return what went wrong."""
-    writer.save(store.name_of(step), {"model.x": torch.full((size,), value)}, Beside(SHAPE, None, {"step": step}))
+    writer.save(listing.name_of(step), {"model.x": torch.full((size,), value)}, Beside(SHAPE, None, {"step": step}))
     saved = writer.finish()
     assert saved is not None
     return saved.problem
@@ -95,11 +95,11 @@ def test_a_failure_is_said_and_the_next_save_works(
         server.rule = first(-1, what, "safetensors")
         problem = begin(writer, 2, 2.0, LARGE if what == "reset" else 12)
         assert said in str(problem)
-        assert store.newest(folder) == folder / store.name_of(1)
+        assert listing.newest(folder) == folder / listing.name_of(1)
     assert "try 5 of 5" in caplog.text
     server.rule = lambda method, path, size: None
     assert not server.uploads()
-    assert not server.keys(f"{folder.name}/{store.name_of(2)}"), "what was half written is gone"
+    assert not server.keys(f"{folder.name}/{listing.name_of(2)}"), "what was half written is gone"
     assert begin(writer, 3, 3.0) is None
     assert store.open_checkpoint(folder).step == 3
     assert SECRET not in caplog.text
@@ -154,7 +154,7 @@ def test_a_run_that_is_killed_in_an_upload_goes_on_from_the_one_before(
     hit: list[str] = []
 
     def rule(method: str, path: str, size: int) -> Any:
-        if method == "PUT" and store.name_of(6) in path and "model.yaml" in path:
+        if method == "PUT" and listing.name_of(6) in path and "model.yaml" in path:
             hit.append(path)
             os.kill(run[0].pid, signal.SIGKILL)
             return "reset"
@@ -164,13 +164,13 @@ def test_a_run_that_is_killed_in_an_upload_goes_on_from_the_one_before(
     run = train(path, server)
     assert finish(run[0])[0] == -signal.SIGKILL
     assert hit
-    assert server.keys(f"{folder.name}/{store.name_of(6)}"), "half of it is there"
-    assert store.newest(folder) == folder / store.name_of(3)
+    assert server.keys(f"{folder.name}/{listing.name_of(6)}"), "half of it is there"
+    assert listing.newest(folder) == folder / listing.name_of(3)
     server.rule = lambda method, path, size: None
     assert main(["train", str(path)]) == 0
     said = "".join(capsys.readouterr())
-    assert f"removed what an interrupted save left: {store.name_of(6)}" in said
-    assert f"resuming {folder}/{store.name_of(3)} at step 3 of 9" in said
+    assert f"removed what an interrupted save left: {listing.name_of(6)}" in said
+    assert f"resuming {folder}/{listing.name_of(3)} at step 3 of 9" in said
 
     straight = recipe_file(tmp_path, recipe(run=str(tmp_path / "straight"), **changes))
     assert main(["train", str(straight)]) == 0
@@ -188,13 +188,13 @@ def test_a_run_goes_on_while_the_store_is_down_and_two_ranks_write_what_one_read
 ) -> None:
     there = {"checkpoint": {"folder": str(folder), "every_steps": 2, "keep_last": 9}, "parallel": {"shard": 2}}
     value = recipe(train__tokens=6 * 256, train__trace_every_steps=None, **there)
-    server.rule = lambda method, path, size: 403 if method == "PUT" and store.name_of(4) in path else None
+    server.rule = lambda method, path, size: 403 if method == "PUT" and listing.name_of(4) in path else None
     ends = [finish(rank) for rank in train(recipe_file(tmp_path, value), server, 2)]
     said = "\n".join(output for _, output in ends)
     assert [code for code, _ in ends] == [0, 0], said
-    assert re.search(f"warning: {store.name_of(4)} could not be written.*May these credentials", said)
+    assert re.search(f"warning: {listing.name_of(4)} could not be written.*May these credentials", said)
     assert SECRET not in said
-    assert [path.name for path in store.listed(folder)] == [store.name_of(step) for step in (2, 6)]
+    assert [path.name for path in listing.listed(folder)] == [listing.name_of(step) for step in (2, 6)]
     two = store.open_checkpoint(folder)
     assert len({piece.file for entry in two.index.values() for piece in entry.pieces}) == 4  # model and state, of two
 
@@ -208,15 +208,15 @@ def test_a_run_goes_on_while_the_store_is_down_and_two_ranks_write_what_one_read
 
 UPLOAD = """
 import resource, sys, torch
-from internlm.checkpoint import place, remote, saver, store
+from internlm.checkpoint import listing, place, remote, saver, store
 from internlm.model.config import ModelConfig
 remote.BLOCK = 5 << 20
 shape = ModelConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=1, ffn_size=8)
 folder = place.at(sys.argv[1])
 state = {"model.x": torch.ones(int(sys.argv[2]) << 18)}
-saver.save(folder / store.name_of(1), {"model.x": torch.ones(9)}, shape, None, {"step": 1})  # all is imported
+saver.save(folder / listing.name_of(1), {"model.x": torch.ones(9)}, shape, None, {"step": 1})  # all is imported
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-saver.save(folder / store.name_of(2), state, shape, None, {"step": 2})
+saver.save(folder / listing.name_of(2), state, shape, None, {"step": 2})
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 
@@ -228,4 +228,4 @@ def test_memory_holds_some_parts_of_an_upload(server: Store, folder: Remote) -> 
     assert code == 0, said
     grown = int(said.splitlines()[-1])
     assert grown < 50, f"{grown} MiB for {size} MiB"
-    assert store.is_checkpoint(folder / store.name_of(2))
+    assert listing.is_checkpoint(folder / listing.name_of(2))

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from internlm import runtime, storage
-from internlm.checkpoint import pieces, place, saver, store
+from internlm.checkpoint import listing, pieces, place, saver, store
+from internlm.checkpoint.listing import CheckpointConfig
 from internlm.checkpoint.saver import Beside, Saved, Saver
-from internlm.checkpoint.store import CheckpointConfig
 from internlm.errors import ConfigError, StorageError
 from internlm.hashed_file import HashedFile
 from internlm.model.config import ModelConfig
@@ -51,7 +51,7 @@ def test_tensors_may_change_while_a_checkpoint_is_written(tmp_path: Path, held: 
     writer = Saver(tmp_path)
     facts = {"losses": [1.0], "scale": {"value": 2.0}}
     begin(writer, 1, {"model.x": tensor}, **facts)
-    assert store.newest(tmp_path) is None
+    assert listing.newest(tmp_path) is None
     writer.copied()
     tensor.zero_()
     facts["losses"].append(3.0)  # type: ignore[attr-defined]
@@ -87,7 +87,7 @@ def test_the_next_save_waits_for_the_one_before(tmp_path: Path, held: threading.
     waited = writer.save("step-00000002", {"model.x": torch.full((3,), 2.0)}, beside(2))
     assert waited > 0.2
     writer.finish()
-    assert [path.name for path in store.listed(tmp_path)] == ["step-00000001", "step-00000002"]
+    assert [path.name for path in listing.listed(tmp_path)] == ["step-00000001", "step-00000002"]
     assert store.open_checkpoint(tmp_path).weights()["x"].read().tolist() == [2, 2, 2]
 
 
@@ -134,7 +134,7 @@ def test_without_memory_for_a_copy_the_run_waits_and_says_so(
     monkeypatch.setattr(runtime, "available_memory", lambda: 100)
     writer = Saver(tmp_path)
     begin(writer, 1, {"model.x": torch.ones(1000)})
-    assert store.newest(tmp_path) is not None
+    assert listing.newest(tmp_path) is not None
     assert "no memory for a copy" in caplog.text
 
 
@@ -165,7 +165,7 @@ def test_leftovers_of_killed_runs_are_cleared_and_what_was_moved_aside_comes_bac
     (tmp_path / "step-00000002.partial-77.1" / "tensors").mkdir(parents=True)
     Saver(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert store.is_checkpoint(tmp_path / "step-00000001")
+    assert listing.is_checkpoint(tmp_path / "step-00000001")
 
 
 def test_a_checkpoint_is_visible_only_with_all_of_it(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_checkpoint_is_visible_only_with_all_of_it(tmp_path: Path) -> None:
         done.set()
         watcher.join()
     assert not wrong
-    assert len(store.listed(tmp_path)) == 7
+    assert len(listing.listed(tmp_path)) == 7
 
 
 def test_a_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(
@@ -213,7 +213,7 @@ def test_a_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(os, "rename", look)
     saver.save(tmp_path / "step-00000001", {"model.x": torch.ones(3)}, SHAPE, None, {"step": 1})
-    assert store.newest(tmp_path) is not None
+    assert listing.newest(tmp_path) is not None
     assert not missing
     assert tmp_path.stat().st_ino in synced, "and its name too"
 
@@ -238,8 +238,8 @@ def kept(folder: Path, facts: list[dict[str, Any]], **config: Any) -> list[int]:
     """Return the steps that are left of checkpoints with these facts."""
     for step, more in enumerate(facts, 1):
         saver.save(folder / f"step-{step:08d}", {"x": torch.ones(1)}, SHAPE, None, {"step": step, **more})
-        store.retain(folder, CheckpointConfig(**config))
-    return [int(path.name[5:]) for path in store.listed(folder)]
+        listing.retain(folder, CheckpointConfig(**config))
+    return [int(path.name[5:]) for path in listing.listed(folder)]
 
 
 def test_the_newest_and_the_first_of_every_so_many_tokens_are_kept(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_damaged_ones_go_with_the_old_ones_but_not_what_is_newer(tmp_path: Path)
         saver.save(tmp_path / f"step-{step:08d}", {"x": torch.ones(1)}, SHAPE, None, {"step": step})
     for step in (1, 4):
         (tmp_path / f"step-{step:08d}" / storage.MANIFEST).unlink()
-    store.retain(tmp_path, CheckpointConfig(keep_last=1))
+    listing.retain(tmp_path, CheckpointConfig(keep_last=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
@@ -309,4 +309,4 @@ def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_whole(
     monkeypatch.setattr(place.shutil, "rmtree", lambda *_, **__: None)
     place.remove(tmp_path / "step-00000001")
     assert (tmp_path / "step-00000001").exists()
-    assert store.newest(tmp_path) is None
+    assert listing.newest(tmp_path) is None

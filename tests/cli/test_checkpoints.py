@@ -11,9 +11,10 @@ import torch
 
 from internlm import recipe as recipes
 from internlm import storage
-from internlm.checkpoint import saver, store
+from internlm.checkpoint import listing, saver, store
 from internlm.cli import main
 from tests.conftest import recipe_over
+from tests.processes import internlm
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 def damage(run: Path, step: int) -> None:
-    path = store.path_of(run, step) / "tensors" / "state-00000.safetensors"
+    path = listing.path_of(run, step) / "tensors" / "state-00000.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -53,12 +54,21 @@ def test_each_checkpoint_has_a_line_with_what_it_is(run: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.splitlines() == [head, *lines]
 
 
+def test_what_reads_a_run_starts_without_torch(run: Path) -> None:
+    for words in (["checkpoints", str(run), "--verify"], ["monitor", str(run), "--once"]):
+        done = internlm(*words, PYTHONPROFILEIMPORTTIME="1")
+        assert done.returncode == 0, done.stderr
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "internlm.checkpoint.listing" in imported, "imports are told"
+        assert not imported & {"torch", "numpy", "pydantic"}
+
+
 def test_a_checkpoint_of_a_run_may_be_named_itself(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(run, 4)
     for step, code in ((2, 0), (4, 1)):
-        assert main(["checkpoints", str(store.path_of(run, step)), "--verify"]) == code
+        assert main(["checkpoints", str(listing.path_of(run, step)), "--verify"]) == code
         assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", str(step)]
-    assert main(["checkpoints", str(store.path_of(run, 2) / "tensors")]) == 1
+    assert main(["checkpoints", str(listing.path_of(run, 2) / "tensors")]) == 1
 
 
 def test_damage_is_found_when_asked_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,8 +86,8 @@ def test_damage_is_found_when_asked_for(run: Path, capsys: pytest.CaptureFixture
 
 
 def test_what_is_not_complete_is_listed_and_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (store.path_of(run, 2) / storage.MANIFEST).unlink()
-    (store.path_of(run, 4) / "model.yaml").unlink()
+    (listing.path_of(run, 2) / storage.MANIFEST).unlink()
+    (listing.path_of(run, 4) / "model.yaml").unlink()
     assert main(["checkpoints", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "has no manifest.json" in lines[1]

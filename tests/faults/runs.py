@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from internlm import config, plot, runtime
-from internlm.checkpoint import store
+from internlm.checkpoint import listing, store
 from internlm.checkpoint.store import Checkpoint
 from internlm.cli import main
 from internlm.hashed_file import HashedFile
@@ -188,7 +188,7 @@ def content(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def contents(run: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, Any]]]:
     """Return what the complete checkpoints of a run hold, by step."""
-    opened = [store.open_checkpoint(path) for path in store.listed(run)]
+    opened = [store.open_checkpoint(path) for path in listing.listed(run)]
     return {checkpoint.step: content(checkpoint) for checkpoint in opened}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from internlm import config
-from internlm.checkpoint import store
+from internlm.checkpoint import listing, store
 from internlm.cli import main
 from internlm.recipe import Recipe
 from internlm.train.metrics import read_metrics
@@ -63,7 +63,7 @@ def check(run: Path, wanted: dict[int, Any], before: int, said: str) -> int:
         before: step of the newest checkpoint before this start.
         said: its output.
     """
-    newest = store.newest(run)
+    newest = listing.newest(run)
     step = 0 if newest is None else store.open_checkpoint(newest).step
     told = [int(found) for found in re.findall(r"checkpoint \S*step-(\d+) \|", said)]
     assert step >= max([before, *told]), "what was there, or was said to be, is there"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from internlm.checkpoint import store
+from internlm.checkpoint import listing, store
 from tests.launch.conftest import LAUNCH, ROOT, slow, wait_for_step
 from tests.processes import Fork, children, finish, gone, start
 
@@ -93,7 +93,7 @@ def test_ranks_have_as_long_as_the_launcher_is_told_to_finish_the_step_and_save(
         process.kill()
     assert gone(ranks)
     assert found == code, output
-    assert len(store.listed(path.parent / "run")) == (code == 75)
+    assert len(listing.listed(path.parent / "run")) == (code == 75)
 
 
 @pytest.mark.proof
@@ -111,4 +111,4 @@ def test_a_second_signal_ends_all_at_once_and_nothing_is_started_again(path: Pat
     assert gone(ranks)
     assert code == 75, output
     assert "start again" not in output
-    assert store.listed(path.parent / "run") == []
+    assert listing.listed(path.parent / "run") == []

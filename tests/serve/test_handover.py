@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm.checkpoint import place, saver, store
+from internlm.checkpoint import listing, place, saver
 from internlm.cli import main
 from internlm.errors import InternLMError, UsageError, WeightsError
 from internlm.model.config import DynamicScaling, ExpertsConfig, ModelConfig, RopeConfig
@@ -175,7 +175,7 @@ def test_a_run_is_converted_first(
     tokenizer.save(tmp_path / "tokenizer")
     tensors = {f"model.{name}": p.detach() for name, p in build(SHAPE, 0).named_parameters()}
     meta = {"step": 3, "template": "internlm"}
-    saver.save(store.path_of(tmp_path / "runs" / "a", 3), tensors, SHAPE, tmp_path / "tokenizer", meta)
+    saver.save(listing.path_of(tmp_path / "runs" / "a", 3), tensors, SHAPE, tmp_path / "tokenizer", meta)
     monkeypatch.chdir(tmp_path)
     plan = handover.plan_for("runs/a", Wish(engine=engine))
     assert plan.before is not None

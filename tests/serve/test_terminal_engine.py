@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm.checkpoint import saver, store
+from internlm.checkpoint import listing, saver
 from internlm.cli import main
 from internlm.errors import EngineError, InternLMError, TokenizerError, UsageError
 from internlm.infer.engine import Engine, Limits
@@ -283,7 +283,7 @@ def test_a_checkpoint_of_a_run_answers_too(tmp_path: Path, capsys: pytest.Captur
     tensors = {f"model.{name}": p.detach() for name, p in build(SHAPE, 0).named_parameters()}
     for template in ("internlm", None):
         run = tmp_path / str(template)
-        saver.save(store.path_of(run, 3), tensors, SHAPE, tmp_path / "tokenizer", {"step": 3, "template": template})
+        saver.save(listing.path_of(run, 3), tensors, SHAPE, tmp_path / "tokenizer", {"step": 3, "template": template})
         assert main(["chat", str(run), "-p", "What?", *OPTIONS]) == 0
         said = capsys.readouterr()
         assert said.out

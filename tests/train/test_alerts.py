@@ -23,8 +23,8 @@ import yaml
 
 from internlm import config, storage
 from internlm import recipe as recipes
-from internlm.checkpoint import store
-from internlm.checkpoint.store import CheckpointConfig
+from internlm.checkpoint import listing
+from internlm.checkpoint.listing import CheckpointConfig
 from internlm.cli import main
 from internlm.errors import ConfigError, InternLMError, StorageError, TrainingError
 from internlm.recipe import Recipe
@@ -345,7 +345,7 @@ def test_a_run_that_fails_says_why_before_it_ends(recipe: Make, server: Server) 
 
 def test_a_run_that_fails_before_it_trains_says_why(recipe: Make, server: Server, corpus: Path, tmp_path: Path) -> None:
     watched(recipe, server, train__tokens=256).fit()
-    newest = store.newest(tmp_path / "run")
+    newest = listing.newest(tmp_path / "run")
     assert newest is not None
     (newest / storage.MANIFEST).write_text("{")
     for changes, said in (

@@ -18,7 +18,7 @@ import torch
 
 from internlm import config, storage, version
 from internlm import recipe as recipes
-from internlm.checkpoint import place, saver, store
+from internlm.checkpoint import listing, place, saver, store
 from internlm.cli import main, train
 from internlm.data.shards import KIND, Shards, ShardWriter
 from internlm.errors import ConfigError, DataError, InternLMError, StorageError, WeightsError
@@ -69,7 +69,7 @@ def test_checkpoints_that_are_all_kept_for_ever_are_told(
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(recipe: Make, tmp_path: Path) -> None:
     value = recipe(train__tokens=2 * 256)
     recipes.prepare(value).fit()
-    newest = store.newest(tmp_path / "run")
+    newest = listing.newest(tmp_path / "run")
     assert newest is not None
     (newest / storage.MANIFEST).write_text("{")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -81,7 +81,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(recipe: Mak
 def test_flipped_bits_are_not_trained_on(recipe: Make, tmp_path: Path) -> None:
     value = recipe(train__tokens=2 * 256)
     recipes.prepare(value).fit()
-    newest = store.newest(tmp_path / "run")
+    newest = listing.newest(tmp_path / "run")
     assert newest is not None
     (victim,) = (newest / "tensors").glob("model-*")
     content = bytearray(victim.read_bytes())
@@ -147,12 +147,12 @@ def test_the_last_checkpoint_is_tried_again(recipe: Make, tmp_path: Path, monkey
     monkeypatch.setattr(place._Folder, "write", fails_once)
     monkeypatch.setattr("internlm.train.trainer.SAVE_AGAIN_AFTER_S", (0.0,))
     recipes.prepare(recipe(train__tokens=2 * 256)).fit()
-    assert [path.name for path in store.listed(tmp_path / "run")] == ["step-00000002"]
+    assert [path.name for path in listing.listed(tmp_path / "run")] == ["step-00000002"]
 
 
 def test_a_removal_that_was_cut_short_is_finished(recipe: Make, tmp_path: Path) -> None:
     trainer = recipes.prepare(recipe(train__tokens=4 * 256, checkpoint={"every_steps": 2, "keep_last": 1}))
-    left = store.path_of(tmp_path / "run", 1)
+    left = listing.path_of(tmp_path / "run", 1)
     left.mkdir(parents=True)
     (left / "model.yaml").write_text("x")
     trainer.fit()
@@ -165,9 +165,9 @@ def test_a_finished_run_that_was_killed_before_old_checkpoints_went_drops_them_w
     value = recipe(train__tokens=4 * 256, checkpoint={"every_steps": 1, "keep_last": 1, "background": False})
     (tmp_path / "r.yaml").write_text(config.dump(value))
     with monkeypatch.context() as killed:
-        killed.setattr(store, "retain", lambda *_: None)
+        killed.setattr(listing, "retain", lambda *_: None)
         assert main(["train", str(tmp_path / "r.yaml")]) == 0
-    assert len(store.listed(tmp_path / "run")) == 4
+    assert len(listing.listed(tmp_path / "run")) == 4
     assert main(["train", str(tmp_path / "r.yaml")]) == 0
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
 
@@ -259,12 +259,12 @@ def test_a_start_that_is_not_there_is_never_replaced_by_chance(recipe: Make, tmp
         place.mkdir()
     if what == "unfinished":
         recipes.prepare(recipe(run=str(place), train__tokens=256)).fit()
-        newest = store.newest(place)
+        newest = listing.newest(place)
         assert newest is not None
         (newest / storage.MANIFEST).unlink()
     with pytest.raises(InternLMError, match=re.escape(str(place))):
         recipes.prepare(recipe(init_from=str(place)))
-    assert store.listed(tmp_path / "run") == []
+    assert listing.listed(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_weights_that_are_missing_or_left_over_are_named_and_refused(
     names = [name for name in state if lost is None or not name.startswith(f"model.{lost}")]
     assert (len(names) < len(state)) == (lost is not None)
     state = {name: state[name] for name in names} | ({} if added is None else {f"model.{added}": torch.ones(2)})
-    path = store.path_of(tmp_path / "first", 1)
+    path = listing.path_of(tmp_path / "first", 1)
     saver.save(path, state, first.model.config, first.stepper.loader.tokenizer_path, {"step": 1, "tokens": 256})
     with pytest.raises(WeightsError, match=re.escape(said)):
         recipes.prepare(recipe(init_from=str(path)))
@@ -312,7 +312,7 @@ def test_weights_of_another_tokenizer_are_refused(recipe: Make, tmp_path: Path, 
     other = tmp_path / "other"
     other.mkdir()
     train_bpe(["another text than that of the corpus"] * 9, 270).save(other)
-    source = store.path_of(tmp_path / "first", 1)
+    source = listing.path_of(tmp_path / "first", 1)
     state = {f"model.{name}": p.detach() for name, p in trainer.model.named_parameters()}
     saver.save(source, state, trainer.model.config, other, {"step": 1})
     with pytest.raises(ConfigError, match="trained with another tokenizer"):

@@ -14,7 +14,7 @@ import torch
 
 from internlm import config
 from internlm import recipe as recipes
-from internlm.checkpoint import store
+from internlm.checkpoint import listing, store
 from internlm.recipe import Recipe
 from internlm.train.metrics import Metrics, read_metrics
 from internlm.train.step import Stepper
@@ -137,7 +137,7 @@ def test_the_exit_code_says_why(recipe: Make, tmp_path: Path, name: str, code: i
     assert f"{name}: the run saves at the end of this step" in said
     assert "the same command goes on from there" in said
     assert "Traceback" not in said
-    assert store.newest(tmp_path / "run") is not None
+    assert listing.newest(tmp_path / "run") is not None
     assert set(EXIT_CODES.values()) == {0, 75, 130}
 
 
@@ -149,4 +149,4 @@ def test_a_second_signal_ends_at_once(recipe: Make, tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGTERM)
     assert finish(process)[0] == -signal.SIGTERM
     assert time.monotonic() - begun < 30
-    assert store.newest(tmp_path / "run") is None
+    assert listing.newest(tmp_path / "run") is None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from internlm.checkpoint import saver, store
+from internlm.checkpoint import listing, saver
 from internlm.cli import main
 from internlm.cli.convert import QUANTIZED_TOLERANCE, TOLERANCE, size_in_bytes, verify
 from internlm.errors import UsageError, WeightsError
@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Path:
     for step in (5, 10):
         tensors = {f"model.{name}": p.detach() for name, p in build(SHAPE, step).named_parameters()}
         meta = {"step": step, "template": "internlm"}
-        saver.save(store.path_of(tmp_path / "run", step), tensors, SHAPE, tmp_path / "tokenizer", meta)
+        saver.save(listing.path_of(tmp_path / "run", step), tensors, SHAPE, tmp_path / "tokenizer", meta)
     return tmp_path / "run"
 
 
@@ -55,7 +55,7 @@ def test_a_run_becomes_a_verified_transformers_folder(
 
 def test_a_folder_is_converted_again_with_another_dtype(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    assert main(["convert", str(store.path_of(run, 5)), str(tmp_path / "a")]) == 0
+    assert main(["convert", str(listing.path_of(run, 5)), str(tmp_path / "a")]) == 0
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--dtype", "bfloat16", "--verify"]) == 0
     written = load_file(tmp_path / "b" / "model.safetensors")
     assert torch.equal(written["lm_head.weight"], build(SHAPE, 5).head.weight.to(torch.bfloat16))

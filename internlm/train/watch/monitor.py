@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from internlm.checkpoint import store
+from internlm.checkpoint import listing
 from internlm.errors import StorageError
 from internlm.log import duration, quantity, size
 from internlm.train.watch import goodput
@@ -169,7 +169,7 @@ class Monitor:
         if time.monotonic() - self._surveyed > _SURVEY_EVERY_S:
             # one that is being removed, or is no checkpoint of ours, may fail in many ways: the list before stays
             with contextlib.suppress(OSError, StorageError, ValueError, KeyError, TypeError, AttributeError):
-                self._checkpoints = [_checkpoint(one) for one in store.survey(self.run)]
+                self._checkpoints = [_checkpoint(one) for one in listing.survey(self.run)]
             self._surveyed = time.monotonic()
 
     def _take(self, line: dict[str, Any]) -> None:
@@ -273,7 +273,7 @@ def _state(members: list[dict[str, Any]], step: int, total: int | None, limit_s:
     return "running" if age_s < 10 * limit_s else "silent"
 
 
-def _checkpoint(found: store.Found) -> dict[str, Any]:
+def _checkpoint(found: listing.Found) -> dict[str, Any]:
     """Return what is shown of a checkpoint."""
     metrics = found.meta.get("metrics", {})
     loss = metrics.get("train/loss") if isinstance(metrics, dict) else None
