@@ -12,35 +12,40 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed import run
 
-from internlm.checkpoint import store
+from internlm.checkpoint import listing
 from tests.launch.conftest import LAUNCH, STEPS, losses
 from tests.processes import INTERNLM, Fork, children, finish, free_port, gone, listened_to, start, wait_for
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "internlm"]
+TORCHRUN = [run.__file__, "--standalone", "--nproc-per-node", "2", "-m", "internlm"]
 LONG = ["train.tokens=1e9", "checkpoint.every_steps=5"]
 
 
 def ranks_of(process: subprocess.Popen[str] | Fork, path: Path) -> list[int]:
     """Return the ranks of a launcher when there is a checkpoint."""
-    wait_for(process, lambda: store.newest(path.parent / "run"))
+    wait_for(process, lambda: listing.newest(path.parent / "run"))
     ranks = children(process.pid)
     assert len(ranks) == 2
     return ranks
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("launcher", ["internlm-launch", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher", ["internlm-launch", "torchrun", pytest.param("torchrun-from-nothing", marks=pytest.mark.proof)]
+)
 def test_two_ranks_give_the_loss_of_one_process(launcher: str, path: Path, alone: list[float]) -> None:
     """With `internlm launch` whatever options of torchrun are in the environment."""
     folder = path.parent / "two"
     words = ["train", str(path), f"run={folder}"]
     if launcher == "torchrun":
-        code, output = finish(start(*TORCHRUN, *words))
+        code, output = finish(Fork(*TORCHRUN, *words))
+    elif launcher == "torchrun-from-nothing":
+        code, output = finish(start(sys.executable, *TORCHRUN, *words))
     else:
         code, output = finish(Fork(*LAUNCH, *words, PET_NNODES="2", PET_MAX_RESTARTS="3"))
     assert code == 0, output
-    assert ("PET_MAX_RESTARTS, PET_NNODES have no effect" in output) == (launcher != "torchrun")
+    assert ("PET_MAX_RESTARTS, PET_NNODES have no effect" in output) == (launcher == "internlm-launch")
     assert "2 ranks: shard 2" in output
     assert output.count("step 1/2 ") == 1  # rank 0 alone speaks, and as if it were alone
     assert any(line.startswith("step 1/2 ") for line in output.splitlines())
