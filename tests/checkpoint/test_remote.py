@@ -144,6 +144,7 @@ def recipe_file(folder: Path, recipe: Recipe) -> Path:
     return path
 
 
+@PROOF
 @pytest.mark.timeout(400)
 def test_a_run_that_is_killed_in_an_upload_goes_on_from_the_one_before(
     server: Store, folder: Remote, recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -182,6 +183,7 @@ def test_a_run_that_is_killed_in_an_upload_goes_on_from_the_one_before(
     assert [(one["step"], one["complete"]) for one in found] == [(3, True), (6, True), (9, True)]
 
 
+@PROOF
 @pytest.mark.timeout(400)
 def test_a_run_goes_on_while_the_store_is_down_and_two_ranks_write_what_one_reads(
     server: Store, folder: Remote, recipe: Make, tmp_path: Path
@@ -221,6 +223,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 
 
+@PROOF
 def test_memory_holds_some_parts_of_an_upload(server: Store, folder: Remote) -> None:
     size = 100
     words = [sys.executable, "-c", UPLOAD, str(folder), str(size)]

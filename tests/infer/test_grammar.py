@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -41,6 +42,7 @@ SHAPE = ModelConfig(
     vocab_size=SIZE, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=48, context_length=900
 )
 MODEL = random_model(SHAPE)
+PROOF = pytest.mark.proof
 
 
 def request(kind: str, text: str, tokenizer: Tokenizer = BPE, **settings: Any) -> Request:
@@ -91,7 +93,7 @@ def random_schema(draw: random.Random, depth: int = 3) -> dict[str, Any]:
 def test_answers_follow_random_schemas(name: str) -> None:
     tokenizer = TOKENIZERS[name]
     draw = random.Random(5)
-    schemas = [random_schema(draw) for _ in range(10)]
+    schemas = [random_schema(draw) for _ in range(6)]
     requests = [request("json_schema", json.dumps(s), tokenizer, seed=i) for i, s in enumerate(schemas)]
     whole = 0
     for schema, answer in zip(schemas, Engine(MODEL, tokenizer).generate(requests), strict=True):
@@ -99,7 +101,7 @@ def test_answers_follow_random_schemas(name: str) -> None:
         if answer.finished == "stop":
             whole += 1
             jsonschema.Draft202012Validator(schema).validate(json.loads(answer.text))
-    assert whole >= 8
+    assert whole >= 4
 
 
 def test_a_json_object_is_one() -> None:
@@ -109,10 +111,21 @@ def test_a_json_object_is_one() -> None:
     assert all(isinstance(json.loads(answer.text), dict) for answer in found)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+TWICE = (r"^(yes|no|maybe)$", r"你好|再见|👋{2}", "👩‍👩‍👧🏽 end")
+"""What both vocabularies write always; the rest the second one writes in the long proofs."""
+
+
+def both_of(texts: list[str]) -> list[Any]:
+    """Return every text with every tokenizer."""
+    return [
+        pytest.param(text, name, marks=[PROOF] * (name != "bpe" and text not in TWICE))
+        for text, name in itertools.product(texts, TOKENIZERS)
+    ]
+
+
 @pytest.mark.parametrize(
-    "pattern",
-    [
+    ("pattern", "name"),
+    both_of([
         r"[0-9]{3}-[a-f]+/\"'\\",
         r"^(yes|no|maybe)$",
         r"(a|b)*abb?",
@@ -121,9 +134,9 @@ def test_a_json_object_is_one() -> None:
         r"(?i)cat\n+",
         r"-?(0|[1-9][0-9]{0,4})(\.[0-9]{1,3})?",
         r"(.|\n){20,4000}",
-    ],
-)
-def test_answers_match_the_regular_expression(name: str, pattern: str) -> None:
+    ]),
+)  # fmt: skip
+def test_answers_match_the_regular_expression(pattern: str, name: str) -> None:
     found = answers("regex", pattern, TOKENIZERS[name], max_tokens=150, n=4)
     stopped = [answer.text for answer in found if answer.finished == "stop"]
     assert {answer.finished for answer in found} <= {"stop", "length"}
@@ -149,9 +162,8 @@ def test_answers_follow_a_grammar_in_lark_and_in_gbnf(text: str) -> None:
         assert digit in list("0123456789")
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("text", ["王小明 é ß", "👩‍👩‍👧🏽 end", "\u0000\u001f\u2028", "a" * 50])
-def test_any_character_can_be_in_a_string(name: str, text: str) -> None:
+@pytest.mark.parametrize(("text", "name"), both_of(["王小明 é ß", "👩‍👩‍👧🏽 end", "\u0000\u001f\u2028", "a" * 50]))
+def test_any_character_can_be_in_a_string(text: str, name: str) -> None:
     schema = json.dumps({"const": text})
     assert [json.loads(a.text) for a in answers("json_schema", schema, TOKENIZERS[name], n=2)] == [text] * 2
 
@@ -269,7 +281,7 @@ def test_the_answers_of_one_request_do_not_know_of_each_other() -> None:
 
 def test_preempted_answers_are_the_ones_they_give_alone() -> None:
     schema = json.dumps({"type": "array", "items": {"enum": ["red", "你好", 17]}, "minItems": 4, "maxItems": 6})
-    requests = [request("json_schema", schema, tokens=list(range(10, 30)), max_tokens=70, seed=i) for i in range(6)]
+    requests = [request("json_schema", schema, tokens=list(range(10, 30)), max_tokens=70, seed=i) for i in range(4)]
     alone = [Engine(MODEL, BPE).generate([one])[0] for one in requests]
     engine = Engine(MODEL, BPE, Limits(cache_tokens=112, length=96, block=4, batch=4))
     assert [a.tokens for a in engine.generate(requests)] == [a.tokens for a in alone]
@@ -290,9 +302,6 @@ def test_neighbours_without_a_grammar_and_with_one_that_fails_are_left_alone() -
     assert broken.problem is not None
     assert "no text that this vocabulary can write matches" in broken.problem
     assert (whole.text, whole.finished) == ("cat", "stop")
-
-
-PROOF = pytest.mark.proof
 
 
 def nested(depth: int) -> str:
@@ -377,10 +386,10 @@ def test_catastrophic_texts_compile_and_step_in_bounded_time(kind: str, text: st
 
 
 def test_what_would_compile_for_ever_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MOST_SECONDS", 1.0)
+    monkeypatch.setattr(grammar, "MOST_SECONDS", 0.5)
     patterns = [{"type": "string", "pattern": f"w{i}"} for i in range(40)]
     start = time.monotonic()
-    with pytest.raises(EngineError, match="response_format: takes over 1 s to compile"):
+    with pytest.raises(EngineError, match=r"response_format: takes over 0\.5 s to compile"):
         grammar.compile("json_schema", json.dumps({"allOf": patterns}), BPE, SIZE, STOPS)
     assert time.monotonic() - start < 10
 

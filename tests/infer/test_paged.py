@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ import torch.nn.functional as F
 
 from internlm.infer import paged
 from tests.infer.paged_cases import CASES, Case, slots_of
-from tests.processes import CONTEXT
+from tests.processes import CONTEXT, forked
 
-ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
 
@@ -63,19 +61,24 @@ def test_attention_over_keys_and_values_in_8_bits_is_close() -> None:
     assert 0 < (got - wanted).abs().max() < 0.03
 
 
-def ask(*words: str, **variables: str) -> Any:
+def ask(*words: str, hook: Callable[[], None] | None = None, **variables: str) -> Any:
     """Return what the script of the cases prints."""
-    command = [sys.executable, "-m", "tests.infer.paged_cases", *words]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment | variables)
+    done = forked(str(Path(__file__).with_name("paged_cases.py")), *words, hook=hook, **variables)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def interpret() -> None:
+    """In a process that has imported torch, and Triton with it: what Triton compiles itself it interprets from now."""
+    for name in ("triton.language.standard", "triton.language"):
+        if name in sys.modules:
+            importlib.reload(sys.modules[name])
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, float]:
     """The kernel's errors in Triton's interpreter."""
-    return ask(TRITON_INTERPRET="1")
+    return ask(hook=interpret, TRITON_INTERPRET="1")
 
 
 @needs_triton
@@ -86,7 +89,7 @@ def test_the_kernel_interpreted_is_the_reference(name: str, interpreted: dict[st
 
 @needs_triton
 def test_the_kernel_compiles_for_gpus_and_reads_16_bytes_at_a_time(tmp_path: Path) -> None:
-    for ptx in ask("compile", TRITON_CACHE_DIR=str(tmp_path)):
+    for ptx in ask("compile", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0"):
         assert "mma.sync" in ptx
         assert "cp.async.cg.shared.global" in ptx  # asynchronous copies that pass by the small cache: 16 bytes each
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import Replicate
 
 from internlm import config
 from internlm import recipe as recipes
+from internlm.errors import ConfigError
 from internlm.model.moe import grouped_product
 from internlm.parallel import collectives, tensor
 from internlm.parallel.expert import Dispatch
@@ -27,6 +28,9 @@ from tests.parallel.optimizer_cases import whole
 from tests.parallel.resume_cases import *  # noqa: F403
 from tests.parallel.traffic_cases import *  # noqa: F403
 from tests.parallel.watch_cases import *  # noqa: F403
+
+with contextlib.suppress(ConfigError):
+    config.decode(Recipe, {})  # the reader of recipes is made once, and not in each fork
 
 
 def each(*calls: tuple[Any, ...]) -> list[Any]:

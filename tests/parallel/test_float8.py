@@ -60,14 +60,14 @@ def test_recomputing_eight_bit_products_changes_nothing(kind: Literal["full", "o
 
 
 def test_a_model_learns_in_eight_bits_as_in_thirty_two() -> None:
-    ids = torch.arange(64).repeat(4).view(4, 64)
+    ids = torch.arange(64).view(1, 64)
     losses = {}
     for eight in (False, True):
         model = build(SHAPE, 0)
         if eight:
             float8.convert(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for _ in range(90):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(45):
             loss = -model.head(model(ids[:, :-1]), ids[:, 1:]).logp.mean()
             loss.backward()
             optimizer.step()

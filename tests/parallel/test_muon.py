@@ -92,7 +92,7 @@ def test_muon_does_not_depend_on_the_layout(
     runs.require_equal("train", world, parallel, model)
 
 
-@pytest.mark.parametrize("model", [ODD, ODD_EXPERTS], ids=name_of)
+@pytest.mark.parametrize("model", [ODD_EXPERTS, *of_proof([(ODD,)])], ids=name_of)
 def test_muon_on_parts_of_few_matrices_at_once_is_the_same(model: dict[str, Any], runs: Runs) -> None:
     runs.require_equal("train_one_matrix_at_once", 2, {"shard": 2}, model)
 

@@ -100,23 +100,29 @@ def test_sliced_states_give_the_same_run(
 
 
 def test_a_checkpoint_goes_on_bit_by_bit_and_in_any_other_layout(ranks: Ranks, recipe: Make, tmp_path: Path) -> None:
-    def run(world: int, name: str, steps: int, begun: str | None = None, **parallel: Any) -> dict[str, Any]:
-        if begun is not None:
-            shutil.copytree(tmp_path / begun, tmp_path / name)
-        value = tree(recipe, ODD, parallel=parallel, run=str(tmp_path / name), train__micro_batch_rows=2)
-        results = ranks.run(world, "train_and_save", value, steps)
-        for result in results[1:]:
-            require_equal(result["weights"], results[0]["weights"], 0.0)
-        return results[0]
+    def runs(world: int, *named: tuple[str, int], **parallel: Any) -> list[dict[str, Any]]:
+        """Each name with steps to take; one after the other in one process group, in which torch plans once."""
+        trees = [
+            tree(recipe, ODD, parallel=parallel, run=str(tmp_path / n), train__micro_batch_rows=2) for n, _ in named
+        ]
+        calls = [("train_and_save", value, steps) for value, (_, steps) in zip(trees, named, strict=True)]
+        first, *others = ranks.run(world, "each", *calls)
+        for other in others:
+            for own, result in zip(first, other, strict=True):
+                require_equal(result["weights"], own["weights"], 0.0)
+        return first
 
-    whole = run(4, "whole", 3, replicate=2, optimizer="all")
-    run(4, "begun", 1, replicate=2, optimizer="all")
-    rest = run(4, "rest", 2, "begun", replicate=2, optimizer="all")
+    def run(world: int, name: str, begun: str, steps: int, **parallel: Any) -> dict[str, Any]:
+        shutil.copytree(tmp_path / begun, tmp_path / name)
+        return runs(world, (name, steps), **parallel)[0]
+
+    whole, _ = runs(4, ("whole", 3), ("begun", 1), replicate=2, optimizer="all")
+    rest = run(4, "rest", "begun", 2, replicate=2, optimizer="all")
     assert rest["loss"] == whole["loss"][1:]
     require_equal(rest["weights"], whole["weights"], 0.0)
     require_equal(rest["states"], whole["states"], 0.0)
-    third = run(2, "third", 1, "begun", shard=2)
-    fourth = run(2, "fourth", 1, "third", replicate=2, optimizer="all")
+    third = run(2, "third", "begun", 1, shard=2)
+    fourth = run(2, "fourth", "third", 1, replicate=2, optimizer="all")
     assert [*third["loss"], *fourth["loss"]] == pytest.approx(whole["loss"][1:], rel=1e-5)
     require_equal(fourth["weights"], whole["weights"], 1e-5)
     require_equal(fourth["states"], whole["states"], 1e-5)

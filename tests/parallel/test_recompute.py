@@ -24,8 +24,7 @@ EXPERTS = ExpertsConfig(count=4)
         ("full", None),
         ("operators", None),
         ("full", EXPERTS),
-        ("operators", EXPERTS),
-        *of_proof([("none", EXPERTS)]),
+        *of_proof([("none", EXPERTS), ("operators", EXPERTS)]),
     ],
     ids=lambda value: value if isinstance(value, str) else "experts" if value else "dense",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,7 @@ SLICE: list[Case] = [
     ({"pipeline": 2, "replicate": 16, "shard": 8, "context": 2, "tensor": 2, "recompute": HALF}, 2, THREE, (0,)),
 ]
 PROOF: list[Case] = [
+    (FLAT, 4, MODEL, (0, 1023)),
     ({"replicate": 128, "shard": 8, "zero": "2-gather"}, 2, MODEL, (0,)),
     ({"replicate": 128, "shard": 8, "zero": "3"}, 2, TIED, (5,)),
     ({"replicate": 64, "shard": 4, "tensor": 4, "zero": "2", "recompute": FULL}, 1, HEADS, (1023,)),
@@ -67,7 +69,6 @@ PROOF: list[Case] = [
     ({"pipeline": 2, "replicate": 16, "shard": 8, "context": 2, "tensor": 2, "recompute": HALF}, 2, FIVE, (0, 1023)),
     ({"pipeline": 4, "replicate": 32, "shard": 8, "zero": "3"}, 4, FOUR, (0, 1023)),
     *[({"replicate": 128, "shard": 8, "zero": zero}, 1, ODD, (0, 1023)) for zero in ("1", "2-gather", "3")],
-    (FLAT, 4, MODEL, (0, 1023)),
     ({"replicate": 1024, "shard": 1, "offload": True}, 1, MODEL, (0,)),
     ({"replicate": 16, "shard": 64, "optimizer": "all"}, 1, HEADS, (0, 1023)),
     ({"pipeline": 2, "replicate": 16, "shard": 8, "context": 2, "tensor": 2}, 2, FIVE | {"qk_norm": True}, (0, 1023)),
@@ -97,6 +98,12 @@ def recipe_of(parallel: dict[str, Any], micro_batches: int, model: dict[str, Any
     )
 
 
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the tensors of dry runs memory: for small models, a quarter of the time of tensors that know their shape."""
+    monkeypatch.setattr(simulated, "fake_tensors", contextlib.nullcontext)
+
+
 def counted_and_computed(recipe: Recipe, rank: int, world: int) -> tuple[traffic.Exchanges, traffic.Exchanges]:
     computed = traffic.by_group(traffic.step_traffic(dryrun.run_of(recipe, world), rank))
     return dryrun.dry_run(recipe, rank, world).exchanges, computed
@@ -121,7 +128,11 @@ def test_the_formula_gives_every_collective_of_the_real_step(
     micro_batches: int,
     model: dict[str, Any],
     ranks: tuple[int, ...],
+    request: pytest.FixtureRequest,
 ) -> None:
+    """By default only tensor ranks, and every recipe below, have tensors without memory, as plans do."""
+    if "tensor" not in parallel and not request.config.getoption("--proof"):
+        request.getfixturevalue("memory")
     recipe = recipe_of(parallel, micro_batches, model)
     for rank in ranks:
         counted, computed = counted_and_computed(recipe, rank, 1024)
@@ -175,6 +186,7 @@ def test_the_groups_of_a_rank_lie_where_the_formula_says(rank: int) -> None:
         simulated.leave_fake_group()
 
 
+@pytest.mark.usefixtures("memory")
 def test_experts_are_counted() -> None:
     """Their numbers of rows, and the rows, forward and backward: to the experts and back."""
     model = MODEL | {"experts": {"count": 8, "per_token": 2}}
@@ -184,6 +196,7 @@ def test_experts_are_counted() -> None:
     assert size == 2 * (4 * 8 + 4 * 2 * 64 * 64 * 2)  # 4 bytes an expert; in bf16, each of 64 tokens twice, 64 wide
 
 
+@pytest.mark.usefixtures("memory")
 def test_a_wrong_policy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of({"replicate": 128, "shard": 8, "zero": "2"}, 2, MODEL)
     monkeypatch.setattr("internlm.parallel.shard.begin_backward", lambda *_, **__: None)  # as without micro-batches
@@ -193,7 +206,7 @@ def test_a_wrong_policy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_moments_of_any_type_can_be_planned() -> None:
-    recipe = recipe_of({"replicate": 2, "shard": 4}, 1, ONE, world=8)
+    recipe = recipe_of({"replicate": 2, "shard": 4}, 1, ONE | {"qkv_bias": False, "output_bias": False}, world=8)
     found = [
         dryrun.dry_run(replace(recipe, optim=replace(recipe.optim, state_dtype=name)), 0, 8)
         for name in ("float32", "bfloat16", "int8")
@@ -201,6 +214,7 @@ def test_moments_of_any_type_can_be_planned() -> None:
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.usefixtures("memory")
 def test_gradients_of_copies_fill_buckets_as_the_formula_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic, "BUCKET_BYTES", 20_000)
     for model in (ONE, TIED | {"num_layers": 1}):
@@ -235,14 +249,18 @@ def published(parallel: dict[str, Any], micro_batches: int, layers: int = 32) ->
 
 @pytest.mark.parametrize(("micro_batches", "most"), [(1, 1 / 7), (4, 1 / 30)])
 def test_hybrid_zero_keeps_its_traffic_inside_machines(
-    micro_batches: int, most: float, monkeypatch: pytest.MonkeyPatch
+    micro_batches: int, most: float, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Per GPU: what it sends in groups that span machines. One layer counted; all 32 computed."""
+    """Per GPU: what it sends in groups that span machines. One layer counted; all 32 computed.
+
+    To count four micro-batches of this width is left to the proof: above, three of a small model are counted.
+    """
     monkeypatch.setattr(heads, "CHUNK_LOGITS", 1 << 34)  # the head in one piece: fewer operators, the same exchanges
     totals = {}
     for name, parallel in (("flat", FLAT), ("hybrid", HYBRID)):
-        counted, computed = counted_and_computed(published(parallel, micro_batches, layers=1), 0, 1024)
-        assert counted == computed
+        if micro_batches == 1 or request.config.getoption("--proof"):
+            counted, computed = counted_and_computed(published(parallel, micro_batches, layers=1), 0, 1024)
+            assert counted == computed
         whole = dryrun.run_of(published(parallel, micro_batches), 1024)
         totals[name] = traffic.total(traffic.step_traffic(whole), gpus_per_node=8)
     assert totals["hybrid"].spanning_bytes <= most * totals["flat"].spanning_bytes
@@ -250,6 +268,10 @@ def test_hybrid_zero_keeps_its_traffic_inside_machines(
     # Rings that visit the ranks of a machine one after the other leave no difference at one micro-batch.
     ratio = totals["flat"].crossing_bytes / totals["hybrid"].crossing_bytes
     assert ratio == pytest.approx(micro_batches, rel=0.03)
+
+
+ALIKE = [f"pretrain/internlm-{name}" for name in ("7b", "7b-32k", "7b-64gpus", "20b", "20b-8gpus", "20b-1024gpus")]
+"""Recipes whose step another one takes too, but for sizes and the stage of ZeRO."""
 
 
 def ranks_of(recipe: Recipe) -> int:
@@ -265,7 +287,8 @@ def test_every_recipe_takes_a_step_on_its_first_and_last_rank(
 ) -> None:
     """Its own values but for depth and the number of micro-batches; where it takes all ranks there are, 8.
 
-    Without a pipeline the last rank does what the first one does: it is left to the proof, as are two micro-batches.
+    Without a pipeline the last rank does what the first one does: it is left to the proof, as are two micro-batches,
+    and the steps of recipes that are much like others: those are computed only.
     """
     monkeypatch.setattr(heads, "CHUNK_LOGITS", 1 << 34)
     recipe = recipes.load(path).value
@@ -277,7 +300,11 @@ def test_every_recipe_takes_a_step_on_its_first_and_last_rank(
     data, length = Layout.of(recipe.parallel, world).data, recipe.data.seq_len
     micro = recipe.train.micro_rows(length, data) * data * length
     stages = recipe.parallel.pipeline * recipe.parallel.stages_per_rank
-    both = stages > 1 or request.config.getoption("--proof")
+    proof = request.config.getoption("--proof")
+    if str(path.relative_to(ROOT / "recipes").with_suffix("")) in ALIKE and not proof:
+        assert traffic.step_traffic(dryrun.run_of(recipe, world))
+        return
+    both = stages > 1 or proof
     for rank, most in ({0: 2, world - 1: 1} if both else {0: 1}).items():
         tokens = min(recipe.train.batch_tokens, max(most, stages) * micro)
         shallow = replace(recipe.model, num_layers=stages)

@@ -31,8 +31,8 @@ def rows_of(table: dict[str, Any]) -> dict[str, Any]:
     "parallel",
     [
         {"shard": 2, "zero": "3"},
-        {"replicate": 2},
         {"pipeline": 2, "schedule": "zero-bubble"},
+        pytest.param({"replicate": 2}, marks=pytest.mark.proof),
         pytest.param({"replicate": 2, "optimizer": "all"}, marks=pytest.mark.proof),
         pytest.param({"shard": 2, "recompute": {"kind": "full"}}, marks=pytest.mark.proof),
     ],

@@ -26,7 +26,7 @@ SHAPES = {
 BASE = {"vocab_size": 97, "hidden_size": 48, "num_layers": 2, "ffn_size": 80, "context_length": 128}
 NEW = 12
 PROMPTS = 200
-FEW = 16
+FEW, SOME = 16, 10
 SLOW = {"one at a time": 8, "chunks of one": 6}
 """Settings with the most steps, and the number of prompts for each outside of the long proofs."""
 WHOLE = "all at once"
@@ -41,6 +41,16 @@ STRESS = {
     "a cache for one text": Limits(block=4, length=80, cache_tokens=80, batch=8, step_tokens=32),
     "nothing shared": Limits(block=2, share=False, batch=8),
 }
+DEALT = {"odd heads": ("all at once", "blocks of one"), "one key head": ("chunks of one", "nothing shared")}
+"""Shapes that have some settings only outside of the long proofs: what an engine plans knows nothing of the heads."""
+
+
+def is_proof(shape: str, stress: str, paged: bool) -> bool:
+    """Return whether a case is one of the long proofs."""
+    # A GPU's way looks at the size of a block and at the heads, and not at who waits.
+    return stress not in DEALT.get(shape, STRESS) or (
+        paged and stress in ("one at a time", "blocks of 16, chunks of 64")
+    )
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -75,6 +85,8 @@ def test_greedy_ids_are_those_of_generate(
 ) -> None:
     proof = request.config.getoption("--proof")
     model, prompts, wanted = case
+    if not proof and is_proof(request.node.callspec.params["case"], stress, paged):
+        pytest.skip("a long proof: --proof")
     if paged or not (proof or stress == WHOLE):
         count = FEW if proof else SLOW.get(stress, FEW)
         prompts, wanted = prompts[:count], wanted[:count]
@@ -125,9 +137,9 @@ def test_prompts_that_arrive_while_others_are_answered_get_the_same_ids(
 def test_several_answers_to_one_prompt_are_those_of_generate(case: tuple, paged: bool) -> None:
     model, prompts, wanted = case
     engine = Engine(model, limits=Limits(block=3, batch=8, step_tokens=40, paged=paged))
-    requests = [Request(tokens=p, max_tokens=NEW, temperature=0, n=3) for p in prompts[:20]]
+    requests = [Request(tokens=p, max_tokens=NEW, temperature=0, n=3) for p in prompts[:SOME]]
     got = [result.tokens for result in engine.generate(requests)]
-    assert got == [tokens for tokens in wanted[:20] for _ in range(3)]
+    assert got == [tokens for tokens in wanted[:SOME] for _ in range(3)]
 
 
 @way
@@ -135,7 +147,7 @@ def test_probabilities_of_a_given_text_are_those_of_the_reference(case: tuple, t
     model, prompts, wanted = case
     theirs = exported(model, tmp_path / "out")
     engine = Engine(model, limits=Limits(block=3, step_tokens=11, paged=paged))
-    for prompt, answer in list(zip(prompts, wanted, strict=True))[:20]:
+    for prompt, answer in list(zip(prompts, wanted, strict=True))[:SOME]:
         text = [*prompt, *answer]
         with torch.no_grad():
             rows = theirs(torch.tensor([text])).logits[0].log_softmax(-1)

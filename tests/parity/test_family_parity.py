@@ -63,7 +63,13 @@ def train(model: Transformer, steps: int = 2) -> None:
         assert not torch.equal(parameter, before[name]), name
 
 
-@pytest.fixture(scope="module", params=CASES)
+# What they have others of their family have too, or the other families; `test_llama_parity` has the plain Llama.
+OF_PROOF = (
+    "llama", "mistral, a window as long as the context", "qwen2, tied", "qwen3_moe", "internlm, plain", "internlm2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.proof] * (n in OF_PROOF)) for n in CASES])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Any, Path]:
     """Return a case, its reference model, and the folder that this one was saved to."""
     torch.manual_seed(0)

@@ -179,7 +179,7 @@ def test_relatives_of_llama_are_read(family: str, tmp_path: Path) -> None:
     assert_same_logits(folders.load(tmp_path / "theirs"), theirs)
 
 
-WRITTEN_ALIKE = ("plain", *LOADED_ALIKE[1:3], "biases", "large eps", "linear", "yarn, all options")
+WRITTEN_ALIKE = ("plain", *LOADED_ALIKE[1:3], "biases", "one key head", "large eps", "linear", "yarn, all options")
 
 
 @pytest.mark.parametrize("name", of_proof((name for name in CONFIGS if "dynamic" not in name), *WRITTEN_ALIKE))

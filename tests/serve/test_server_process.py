@@ -22,6 +22,7 @@ from internlm import runtime
 from internlm.cli import KEY_VARIABLE, main, serve
 from internlm.errors import UsageError
 from internlm.model.config import DynamicScaling
+from internlm.serve.api import run
 from internlm.serve.api.run import Address, bind
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk
@@ -131,7 +132,9 @@ def test_of_several_prompts_none_runs_when_one_finds_no_place() -> None:
         assert until(lambda: idle(server))
 
 
-def test_an_engine_that_dies_ends_streams_properly_and_the_server_says_so() -> None:
+def test_an_engine_that_dies_ends_streams_properly_and_the_server_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_ALIVE_SECONDS", 0.2)
+    monkeypatch.setattr(run, "_DEAD_SECONDS", 1.5)
     with serving(slow_engine(0.02)) as server:
         with httpx.stream("POST", server.url + "/v1/completions", json={**LONG, "stream": True}, timeout=20) as stream:
             lines = stream.iter_lines()

@@ -52,6 +52,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
             timeout=60,
             dimensions=(24, 40),
         )
+        # The prompt is waited for, so that keys need not be held back; each pause of these is 0.05 or 0.1 s else.
+        child.delaybeforesend = child.ptyproc.delayafterclose = 0.01
         running.append(child)
         return child
 

@@ -10,8 +10,8 @@ from internlm.text.tool_formats import get_format
 from internlm.text.tool_json import MAX_DEPTH, is_object
 from internlm.text.tools import ArgumentsGrow, CallBegins, CallFails, Text, Thought, collect
 
-many = settings(max_examples=200, deadline=None)
-some = settings(max_examples=100, deadline=None)
+many = settings(max_examples=120, deadline=None)
+some = settings(max_examples=60, deadline=None)
 KNOWN = ("add", "get_weather", "天气")
 START = {"hermes": "<tool_call>\n", "internlm2": "<|action_start|><|plugin|>\n"}
 END = {"hermes": "\n</tool_call>", "internlm2": "<|action_end|>"}

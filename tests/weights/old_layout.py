@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import itertools
 import math
 import sys
 import types
@@ -19,10 +20,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 Named = dict[str, Tensor]
+SLICE = {(1, 1, True), (1, 3, False), (2, 2, True), (4, 2, False), (4, 3, True)}
+"""Layouts that are tried always; the long proofs try all."""
+
+every_layout = pytest.mark.parametrize(
+    ("tensor", "pipeline", "split_hidden"),
+    [
+        pytest.param(
+            *(tensor, pipeline, by_hidden),
+            marks=[pytest.mark.proof] * ((tensor, pipeline, by_hidden) not in SLICE),
+            id=f"{tensor}-{pipeline}-{'by hidden' if by_hidden else 'by vocabulary'}",
+        )
+        for tensor, pipeline, by_hidden in itertools.product([1, 2, 4], [1, 2, 3], [True, False])
+    ],
+)
+"""For a test that takes ranks side by side and one after the other, and whether they cut the embedding by hidden."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from internlm.source import open_source
 from internlm.weights.load import load_model, shapes
 from internlm.weights.native import read as native
 from internlm.weights.weight import table, tensors
-from tests.weights.old_layout import Old, write
+from tests.weights.old_layout import Old, every_layout, write
 
 SHAPE = ModelConfig(
     vocab_size=80, hidden_size=64, num_layers=7, num_heads=8, ffn_size=96, context_length=4096,
@@ -45,22 +45,8 @@ def compare(path: Path, weights: dict[str, Tensor], config: ModelConfig, **overr
         assert torch.equal(found[name], tensor), name
 
 
-SLICE = {(1, 1, True), (1, 3, False), (2, 2, True), (4, 2, False), (4, 3, True)}
-"""Layouts that are tried always; the long proofs try all."""
-
-
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "plain"])
-@pytest.mark.parametrize(
-    ("tensor", "pipeline", "split_hidden"),
-    [
-        pytest.param(
-            *(tensor, pipeline, by_hidden),
-            marks=[pytest.mark.proof] * ((tensor, pipeline, by_hidden) not in SLICE),
-            id=f"{tensor}-{pipeline}-{'by hidden' if by_hidden else 'by vocabulary'}",
-        )
-        for tensor, pipeline, by_hidden in itertools.product([1, 2, 4], [1, 2, 3], [True, False])
-    ],
-)
+@every_layout
 def test_every_layout_gives_the_model_that_was_cut(
     tensor: int, pipeline: int, split_hidden: bool, has_bias: bool, tmp_path: Path
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import zipfile
 from dataclasses import replace
@@ -25,7 +24,7 @@ from internlm.weights.native.write import Layout
 from internlm.weights.talk import Talk
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import Weight, of_tensor, of_tensors, table, tensors
-from tests.weights.old_layout import Old, write
+from tests.weights.old_layout import Old, every_layout, write
 
 BIASED = ModelConfig(
     vocab_size=64, hidden_size=32, num_layers=7, num_heads=8, ffn_size=256, qkv_bias=True, output_bias=True
@@ -58,22 +57,10 @@ def equal(ours: object, theirs: object) -> bool:
 
 
 DIALECTS = {"INTERNLM": BIASED, "LLAMA2": PLAIN, "grouped": GROUPED}
-SLICE = {(1, 1, True), (1, 3, False), (2, 2, True), (4, 2, False), (4, 3, True)}
-"""Layouts that are tried always; the long proofs try all."""
 
 
 @pytest.mark.parametrize("config", DIALECTS.values(), ids=DIALECTS)
-@pytest.mark.parametrize(
-    ("tensor", "pipeline", "split_hidden"),
-    [
-        pytest.param(
-            *(tensor, pipeline, by_hidden),
-            marks=[pytest.mark.proof] * ((tensor, pipeline, by_hidden) not in SLICE),
-            id=f"{tensor}-{pipeline}-{'by hidden' if by_hidden else 'by vocabulary'}",
-        )
-        for tensor, pipeline, by_hidden in itertools.product([1, 2, 4], [1, 2, 3], [True, False])
-    ],
-)
+@every_layout
 def test_files_equal_those_of_the_old_framework(
     tensor: int, pipeline: int, split_hidden: bool, config: ModelConfig, tmp_path: Path
 ) -> None:

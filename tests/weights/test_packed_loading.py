@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -139,8 +140,15 @@ def test_packed_while_it_is_read_every_source_gives_what_packing_the_whole_model
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        pytest.param(
+            dtype, name, marks=[pytest.mark.proof] * (dtype == torch.bfloat16 and name in ("norms", "experts"))
+        )
+        for dtype, name in itertools.product([torch.float32, torch.bfloat16], SHAPES)
+    ],
+)
 def test_a_stream_in_any_order_is_packed_to_the_same_model(name: str, kind: Kind, dtype: torch.dtype) -> None:
     whole = model_of(SHAPES[name]).to(dtype)
     stream = [(key, tensor.detach().clone()) for key, tensor in whole.named_parameters()]
