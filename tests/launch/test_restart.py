@@ -12,7 +12,7 @@ import torch
 from internlm.checkpoint import store
 from internlm.weights.weight import tensors
 from tests.launch.conftest import losses, slow, wait_for_step
-from tests.processes import Fork, children, finish, free_port, gone, places
+from tests.processes import INTERNLM, Fork, children, finish, free_port, gone, places, start
 
 pytestmark = [
     pytest.mark.timeout(900),
@@ -100,9 +100,13 @@ def test_two_machines_start_again_together(nodes: str, path: Path) -> None:
 
 @pytest.mark.proof
 def test_a_machine_that_is_lost_is_done_without(path: Path) -> None:
-    """The layout follows: `parallel.shard` is left at 0, whatever ranks there are."""
+    """The layout follows: `parallel.shard` is left at 0, whatever ranks there are.
+
+    Started from nothing: a rank that is a fork outlives its launcher long enough to save, and all stop with it.
+    """
     train_straight(path)
-    first, second = [Fork(*words, **slow(path.parent, 0.5)) for words in machines(path, "fewer", "1:2", 3)]
+    commands = machines(path, "fewer", "1:2", 3)
+    first, second = [start(*INTERNLM, *words, **slow(path.parent, 0.5)) for words in commands]
     try:
         wait_for_step(path.parent / "fewer", 4, first)
         second.kill()
