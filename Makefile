@@ -41,5 +41,5 @@ proof: .venv/.dev  ## the long proofs: hundreds of kills and resumes, every layo
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot,hf,track,serve,dev]'
 	touch $@ .venv/.quickstart
 
-clean:
-	rm -rf .venv runs build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
+clean:  ## what was installed or built; models in runs/ stay
+	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
