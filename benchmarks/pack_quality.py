@@ -68,7 +68,7 @@ def batches_of(source: Source, text: Path | None, length: int, rows: int | None)
         tokenize([text], folder / "held-out", Options(str(folder / "tokenizer")), workers=1)
         held_out = {"held-out": SourceConfig(path=str(folder / "held-out"))}
         config = DataConfig(train=held_out, validation=held_out, seq_len=length)
-        return list(loader.validation_batches(config, "held-out", _ROWS, rows))
+        return list(loader.Loader(config).validation_batches("held-out", _ROWS, rows))
 
 
 class Comparison:

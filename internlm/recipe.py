@@ -11,13 +11,16 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from internlm import config, ranks, runtime, storage, version
+from internlm.checkpoint import listing, store
 from internlm.checkpoint.listing import CheckpointConfig
+from internlm.checkpoint.store import Checkpoint
 from internlm.config import Loaded, Origins, Tree, section
 from internlm.cost import hardware
 from internlm.cost.flops import causal_pairs, training_flops
@@ -32,7 +35,6 @@ from internlm.parallel.apply import Parallel, Setting
 from internlm.parallel.mesh import Layout, ParallelConfig
 from internlm.runtime import RuntimeConfig
 from internlm.source import Source
-from internlm.text.tokenizer import Tokenizer
 from internlm.train import start
 from internlm.train.budget import TrainConfig
 from internlm.train.evaluate import EvaluateConfig, Evaluator
@@ -116,7 +118,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Loaded[Recipe]:
 def describe(loaded: Loaded[Recipe]) -> str:
     """Return what `--dry-run` prints: every value with its origin, and the sizes that follow from them."""
     recipe = loaded.value
-    shape = recipe.model or start.source(recipe.init_from).config
+    shape = _shape(recipe)
     train = recipe.train
     per_token = training_flops(shape, 1, causal_pairs(recipe.data.seq_len) / recipe.data.seq_len)
     lines = [
@@ -130,21 +132,49 @@ def describe(loaded: Loaded[Recipe]) -> str:
         f"operations        {per_token * train.total_steps * train.batch_tokens:.3g} "
         f"({per_token:.3g} per token, full rows)",
     ]
-    trouble = _trouble(recipe, shape)
-    return "\n".join(lines + ([] if trouble is None else ["", f"would not start here: {trouble}"]))
-
-
-def _trouble(recipe: Recipe, shape: ModelConfig) -> str | None:
-    """Return why a run would not start here, as far as that can be told without a model."""
     try:
         device = runtime.resolve_device(recipe.runtime)
-        layout = Layout.of(recipe.parallel, ranks.world_size())
-        loader = Loader(recipe.data, 0, layout.data)
-        start.check_fit(shape, loader, None if recipe.init_from is None else start.source(recipe.init_from))
-        setting_of(recipe, shape, layout, device)
+        _check(recipe, Loader(recipe.data), device)
     except InternLMError as error:
-        return str(error)
-    return None
+        lines += ["", f"would not start here: {error}"]
+    return "\n".join(lines)
+
+
+def _shape(recipe: Recipe) -> ModelConfig:
+    """Return the shape of the model; of a run that was begun it is there when `init_from` is gone."""
+    if recipe.model is not None:
+        return recipe.model
+    begun = listing.newest(recipe.checkpoint.of(Path(recipe.run)))
+    return (start.source(recipe.init_from) if begun is None else store.open_checkpoint(begun)).config
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What a run that was checked begins with."""
+
+    begun: Checkpoint | None
+    weights: Source | None
+    shape: ModelConfig
+    setting: Setting
+
+
+def _check(recipe: Recipe, loader: Loader, device: torch.device) -> _Checked:
+    """Check all that can be checked before a model is built. A dry run and a real one call it, on every rank.
+
+    Raises:
+        InternLMError: a path is missing, or recipe, data, weights, run folder and machine do not belong together.
+    """
+    layout = Layout.of(recipe.parallel, ranks.world_size())
+    run = Path(recipe.run)
+    begun = start.newest(run, recipe.checkpoint)
+    if begun is not None:
+        start.check_begun(begun, run, recipe.model, recipe.optim)
+    weights = start.source(recipe.init_from) if begun is None and recipe.init_from is not None else None
+    shape = recipe.model or (begun or weights or start.source(recipe.init_from)).config
+    start.check_fit(shape, loader, weights)
+    setting = setting_of(recipe, shape, layout, device)
+    start.check_memory(shape, recipe.parallel, layout, recipe.optim, setting)
+    return _Checked(begun, weights, shape, setting)
 
 
 def prepare(recipe: Recipe) -> Trainer:
@@ -175,21 +205,15 @@ def _prepare(recipe: Recipe, alerts: Alerts) -> Trainer:
         if recipe.checkpoint.folder is not None and isinstance(folder := recipe.checkpoint.of(run), Path):
             storage.hold(folder)  # another run may name the same
     goodput = Goodput(run if rank == 0 else None)
-    begun = start.newest(run, recipe.checkpoint)
-    if begun is not None:
-        start.check_begun(begun, run, recipe.model, recipe.optim)
-    weights = start.source(recipe.init_from) if begun is None and recipe.init_from is not None else None
-    shape = recipe.model or (begun or weights or start.source(recipe.init_from)).config
-    start.check_fit(shape, loader, weights)
-    setting = setting_of(recipe, shape, layout, device)
-    start.check_memory(shape, recipe.parallel, layout, recipe.optim, setting)
-    parallel = _model(recipe, shape, setting, weights, begun is not None)
-    peak = hardware.peak_flops(runtime.device_name(device), runtime.dtype_name(setting.dtype))
-    meter = Meter(parallel, loader.sources, peak or runtime.measure_peak(device, setting.dtype))
+    checked = _check(recipe, loader, device)
+    begun, dtype = checked.begun, checked.setting.dtype
+    parallel = _model(recipe, checked)
+    peak = hardware.peak_flops(runtime.device_name(device), runtime.dtype_name(dtype))
+    meter = Meter(parallel, loader.sources, peak or runtime.measure_peak(device, dtype))
     trainer = Trainer(
         run=run,
-        stepper=_stepper(recipe, parallel, loader, meter, LossScale.of(setting.dtype), goodput),
-        evaluator=Evaluator(recipe.evaluate, recipe.data, Tokenizer.load(loader.tokenizer_path)),
+        stepper=_stepper(recipe, parallel, loader, meter, LossScale.of(dtype), goodput),
+        evaluator=Evaluator(recipe.evaluate, loader),
         checkpoints=recipe.checkpoint,
         watching=recipe.watch,
         profile=recipe.profile,
@@ -209,7 +233,7 @@ def _prepare(recipe: Recipe, alerts: Alerts) -> Trainer:
             storage.write_text(run / "recipe.yaml", config.dump(recipe))
         storage.write_json(run / "versions.json", found)
         trainer.trackers += open_trackers(run, trainer.progress.step, recipe.track, trainer.facts)
-    _announce(trainer, setting.dtype, "measured" if peak is None else "data sheet")
+    _announce(trainer, dtype, "measured" if peak is None else "data sheet")
     return trainer
 
 
@@ -230,13 +254,13 @@ def _stepper(
     )
 
 
-def _model(recipe: Recipe, shape: ModelConfig, setting: Setting, weights: Source | None, is_begun: bool) -> Parallel:
+def _model(recipe: Recipe, checked: _Checked) -> Parallel:
     """Return the model, with the given weights or random ones; of a run that was begun, to be filled by it."""
-    parallel = Parallel(shape, recipe.parallel, setting)
-    if weights is not None:
-        parallel.load(weights.tensors())
-        logger.info("weights from %s", weights.path)
-    elif not is_begun:
+    parallel = Parallel(checked.shape, recipe.parallel, checked.setting)
+    if checked.weights is not None:
+        parallel.load(checked.weights.tensors())
+        logger.info("weights from %s", checked.weights.path)
+    elif checked.begun is None:
         parallel.initialize(recipe.seed)
     return parallel
 

@@ -133,7 +133,7 @@ def open_source(path: str | Place, hints: Hints = Hints()) -> Source:
 
 def _open(path: Place, hints: Hints, above: tuple[Path, ...] = ()) -> Source:
     """Open what a path holds; `above`: the adapters that it is the base of."""
-    if listing.is_checkpoint(path) or listing.newest(path) is not None:
+    if listing.is_checkpoint(path) or listing.newest(listing.folder_of(path)) is not None:
         return _checkpoint(path)
     if not isinstance(path, Path):
         raise StorageError(

@@ -221,6 +221,15 @@ def hashes(path: str | Path) -> dict[str, str]:
     return {name: facts["sha256"] for name, facts in _load_manifest(Path(path))["files"].items()}
 
 
+def stamp(path: str | Path) -> tuple[int, int, int] | None:
+    """Return what differs when another complete folder has taken the name of this one; None: there is none."""
+    try:
+        found = os.stat(Path(path) / MANIFEST)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
 def is_complete(path: str | Path, kind: str) -> bool:
     """Return whether `path` is a complete folder of this kind."""
     try:

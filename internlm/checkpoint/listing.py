@@ -2,7 +2,8 @@
 
     RUN/checkpoints/step-00001200/     `store` says what is in one
 
-`checkpoint.folder` names another place for them, such as `s3://bucket/run`: whoever asks for the run finds it there.
+`checkpoint.folder` names another place for them, such as `s3://bucket/run`. A run looks in that very folder; what
+people name, a run, its folder of checkpoints or one of them, goes through `folder_of` first, once.
 Nothing here reads a tensor, or needs torch: `internlm monitor` and `internlm checkpoints` start at once.
 """
 
@@ -43,7 +44,8 @@ class CheckpointConfig:
     keep_every_tokens: int | None = None
     """Of every so many tokens, the first checkpoint is kept for ever. None: of none."""
     keep_best: str | None = None
-    """Name of a metric, such as `valid/loss/held_out`: the checkpoint where it is lowest is kept. None: none."""
+    """Name of a metric, such as `valid/loss/held_out`, that is measured at steps of checkpoints: the one where it is
+    lowest is kept. None: none."""
     background: bool = True
     """Whether the run goes on while a checkpoint is written; a copy of the state is then held in memory."""
     resume: bool = True
@@ -71,23 +73,38 @@ def is_checkpoint(path: str | Place) -> bool:
     return place.is_complete(place.at(path))
 
 
-def newest(run: str | Place) -> Place | None:
-    """Return the newest complete checkpoint of a run folder (or of its `checkpoints` folder), or None."""
-    return next((path for path in reversed(_steps(run)) if is_checkpoint(path)), None)
+def folder_of(named: str | Place) -> Place:
+    """Return the folder of checkpoints that a user means: that of a run, by its recipe or in it, or the one named."""
+    run = place.at(named)
+    with storage.explained(f"looking for checkpoints in {run}"):
+        if isinstance(run, Remote):
+            return run / "checkpoints" if "checkpoints" in run.names() else run
+        try:
+            folder = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["checkpoint"]["folder"]
+        except (OSError, ValueError, yaml.YAMLError, TypeError, LookupError):
+            folder = None  # no run of ours, or one from before there was such a key
+        if folder is not None:
+            return place.at(str(folder))
+        return run / "checkpoints" if (run / "checkpoints").is_dir() else run
 
 
-def listed(run: str | Place) -> list[Place]:
-    """Return the complete checkpoints of a run, oldest first."""
-    return [path for path in _steps(run) if is_checkpoint(path)]
+def newest(folder: Place) -> Place | None:
+    """Return the newest complete checkpoint in a folder of them, or None."""
+    return next((path for path in reversed(_steps(folder)) if is_checkpoint(path)), None)
 
 
-def damaged(run: str | Place) -> list[Place]:
-    """Return the checkpoints of a run that are newer than the newest complete one, oldest first.
+def listed(folder: Place) -> list[Place]:
+    """Return the complete checkpoints in a folder of them, oldest first."""
+    return [path for path in _steps(folder) if is_checkpoint(path)]
+
+
+def damaged(folder: Place) -> list[Place]:
+    """Return the checkpoints in a folder of them that are newer than the newest complete one, oldest first.
 
     What an interrupted upload left is not damaged: it never was a checkpoint.
     """
     damaged: list[Place] = []
-    for path in reversed(_steps(run)):
+    for path in reversed(_steps(folder)):
         if is_checkpoint(path):
             break
         damaged += [] if place.is_unfinished(path) else [path]
@@ -107,19 +124,19 @@ class Found:
     """What is wrong with it."""
 
 
-def survey(run: str | Place, *, verify: bool = False) -> list[Found]:
+def survey(named: str | Place, *, verify: bool = False) -> list[Found]:
     """Return all checkpoint folders of a run, oldest first.
 
     Args:
-        run: a run, its `checkpoints` folder, or one of them; a path or a URL.
+        named: a run, its folder of checkpoints, or one of them; a path or a URL.
         verify: whether every file is read and compared with its checksum.
 
     Raises:
         Unreachable: they lie in a store that does not answer.
     """
     found = []
-    one = place.at(run)
-    for path in _steps(run) or ([one] if _STEP.fullmatch(one.name) and place.names(one) else []):
+    one = place.at(named)
+    for path in _steps(folder_of(one)) or ([one] if _STEP.fullmatch(one.name) and place.names(one) else []):
         meta: dict[str, Any] = {}
         problem, size = None, 0
         try:
@@ -138,30 +155,11 @@ def survey(run: str | Place, *, verify: bool = False) -> list[Found]:
     return found
 
 
-def _steps(run: str | Place) -> list[Place]:
-    """Return the checkpoint folders of a run, complete or not, oldest first."""
-    with storage.explained(f"looking for checkpoints in {run}"):
-        folder = _folder(place.at(run))
+def _steps(folder: Place) -> list[Place]:
+    """Return the checkpoints in a folder of them, complete or not, oldest first."""
+    with storage.explained(f"looking for checkpoints in {folder}"):
         found = {int(match[1]): folder / name for name in place.names(folder) if (match := _STEP.fullmatch(name))}
     return [found[step] for step in sorted(found)]
-
-
-def _folder(run: Place) -> Place:
-    """Return the folder of checkpoints that a run means: named by its recipe, in it, or itself."""
-    if isinstance(run, Remote):
-        return run / "checkpoints" if "checkpoints" in run.names() else run
-    try:
-        named = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["checkpoint"]["folder"]
-    except (OSError, ValueError, yaml.YAMLError, TypeError, LookupError):
-        named = None  # no run of ours, or one from before there was such a key
-    if named is not None:
-        return place.at(str(named))
-    return run / "checkpoints" if (run / "checkpoints").is_dir() else run
-
-
-def path_of(run: Path, step: int) -> Path:
-    """Return where the checkpoint of a step lies."""
-    return run / "checkpoints" / name_of(step)
 
 
 def name_of(step: int) -> str:
@@ -169,9 +167,9 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def retain(run: Place, config: CheckpointConfig) -> None:
-    """Remove the checkpoints that a run need not keep; what is newer than its newest complete one is not touched."""
-    complete = [(path, place.read_manifest(path)) for path in listed(run)]
+def retain(folder: Place, config: CheckpointConfig) -> None:
+    """Remove the checkpoints that need not be kept; what is newer than the newest complete one is not touched."""
+    complete = [(path, place.read_manifest(path)) for path in listed(folder)]
     if not complete:
         return
     last = [path for path, _ in complete[-max(1, config.keep_last) :]]
@@ -181,12 +179,12 @@ def retain(run: Place, config: CheckpointConfig) -> None:
         firsts.setdefault(meta.get("tokens", 0) // (config.keep_every_tokens or 1), path)
     kept |= {path for number, path in firsts.items() if number}
     if config.keep_best is not None:
-        values = {path: meta.get("metrics", {}).get(config.keep_best) for path, meta in complete}
-        rated = {path: value for path, value in values.items() if value is not None and math.isfinite(value)}
+        values = {path: _measured(meta, config.keep_best) for path, meta in complete}
+        rated = {path: value for path, value in values.items() if math.isfinite(value)}
         kept |= {min(rated, key=lambda path: rated[path])} if rated else set()
         if not rated:
-            _tell_unknown(config.keep_best, complete[-1][1].get("metrics", {}))
-    for path in _steps(run):
+            _tell_unrated(config.keep_best, complete[-1][1].get("metrics", {}))
+    for path in _steps(folder):
         if path == last[0]:
             return
         if path in kept:
@@ -194,10 +192,22 @@ def retain(run: Place, config: CheckpointConfig) -> None:
         place.remove(path)
 
 
-def _tell_unknown(name: str, known: dict[str, float]) -> None:
+def _measured(meta: dict[str, Any], name: str) -> float:
+    """Return a metric of a checkpoint's own weights; NaN where it was measured at other steps only."""
+    is_own = meta.get("measured_at", {}).get(name) == meta.get("step")
+    return float(meta["metrics"][name]) if is_own and name in meta.get("metrics", {}) else math.nan
+
+
+def _tell_unrated(name: str, known: dict[str, float]) -> None:
     """Warn of a metric by which nothing is kept; of one of a validation, when there was one."""
     kind = name.partition("/")[0]
-    if known and name not in known and (kind != "valid" or any(other.startswith("valid/") for other in known)):
+    if math.isfinite(known.get(name, math.nan)):
+        warn_once(
+            logger,
+            f"checkpoint.keep_best keeps nothing so far: {name} was measured at steps without a checkpoint. "
+            "Let both come at the same steps: checkpoint.every_steps, evaluate.every_steps, train.log_every_steps.",
+        )
+    elif known and name not in known and (kind != "valid" or any(other.startswith("valid/") for other in known)):
         alike = [other for other in known if other.startswith(f"{kind}/")] or list(known)
         advice = did_you_mean(name, alike) or f"There are: {', '.join(sorted(alike))}"
         warn_once(logger, f"checkpoint.keep_best has no effect: nothing is measured as {name}. {advice}")

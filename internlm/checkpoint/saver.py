@@ -32,7 +32,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,8 +64,8 @@ class Beside:
     """What a checkpoint holds beside tensors."""
 
     model: ModelConfig
-    tokenizer: Path | None
-    """Folder of the tokenizer's files, copied in."""
+    tokenizer: Tokenizer | None
+    """What the model's ids mean; its files are written."""
     meta: dict[str, Any]
     """JSON-able facts; must have `step`."""
 
@@ -256,7 +255,7 @@ class Saver:
 
 
 def save(
-    path: Place, tensors: dict[str, Tensor], model: ModelConfig, tokenizer: Path | None, meta: dict[str, Any]
+    path: Place, tensors: dict[str, Tensor], model: ModelConfig, tokenizer: Tokenizer | None, meta: dict[str, Any]
 ) -> None:
     """Write one checkpoint folder, and return when it is there. Every rank must call it.
 
@@ -353,7 +352,7 @@ class _Job:
             (folder / "model.yaml").write_text(recipes.dump(self.beside.model), encoding="utf-8")
             if self.beside.tokenizer is not None:
                 (folder / "tokenizer").mkdir()
-                Tokenizer.load(self.beside.tokenizer).save(folder / "tokenizer")
+                self.beside.tokenizer.save(folder / "tokenizer")
             self.draft.commit(folder, dict(self.beside.meta), files)
 
 

@@ -16,6 +16,8 @@ Limits: the folder must be one that all ranks see.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +28,10 @@ import yaml
 from torch import Tensor
 
 from internlm import config as recipes
-from internlm import ranks
+from internlm import ranks, version
 from internlm.checkpoint import listing, pieces, place
 from internlm.checkpoint.place import Place
-from internlm.errors import StorageError
+from internlm.errors import ConfigError, StorageError
 from internlm.model.config import ModelConfig
 from internlm.weights.weight import Weight, Weights
 
@@ -50,8 +52,38 @@ class Checkpoint:
 
     @property
     def config(self) -> ModelConfig:
-        """Shape of the model."""
-        return recipes.decode(ModelConfig, yaml.safe_load((self.path / "model.yaml").read_text(encoding="utf-8")))
+        """Shape of the model.
+
+        Raises:
+            StorageError: it is written as another version writes it.
+        """
+        text = (self.path / "model.yaml").read_text(encoding="utf-8")
+        try:
+            return recipes.decode(ModelConfig, yaml.safe_load(text))
+        except (ConfigError, yaml.YAMLError) as error:
+            raise self._unknown(f"model.yaml cannot be understood: {error}") from error
+
+    def fact(self, *names: str) -> Any:
+        """Return a fact of `meta` that a run cannot go on without.
+
+        Args:
+            names: of the fact, and of what is looked up in it.
+
+        Raises:
+            StorageError: there is none.
+        """
+        found: Any = self.meta
+        for name in names:
+            if not isinstance(found, dict) or name not in found:
+                raise self._unknown(f"its manifest.json says nothing of {'.'.join(names)}")
+            found = found[name]
+        return found
+
+    def _unknown(self, problem: str) -> StorageError:
+        """Return the error of a checkpoint that is whole, but not as this version writes them."""
+        writer = self.meta.get("versions", {}).get("internlm", "another version")
+        do = f"It was written by internlm {writer}, this is {version.__version__}: use that version."
+        return StorageError(problem, where=self.path, do=do)
 
     @functools.cached_property
     def tokenizer_path(self) -> Path | None:
@@ -136,12 +168,41 @@ def open_checkpoint(path: str | Place) -> Checkpoint:
     """
     path = place.at(path)
     if not listing.is_checkpoint(path):
-        found = listing.newest(path)
+        found = listing.newest(listing.folder_of(path))
         if found is None:
             raise StorageError("no complete checkpoint here", where=path, do="Was the run stopped before the first?")
         path = found
     place.verify(path, of=lambda name: not pieces.is_tensors(name))
     return Checkpoint(path, place.read_manifest(path))
+
+
+def open_newest(folder: Place) -> Checkpoint | None:
+    """Open the newest complete checkpoint in a folder of them, or return None where there is none.
+
+    Every rank must call it. Rank 0 looks: the listing of a network folder may be older on another machine, and ranks
+    that went on from different checkpoints would train different models.
+
+    Raises:
+        StorageError: the newest one is damaged, or a rank does not see it, or sees another of its name.
+    """
+    found = ranks.together(lambda: listing.newest(folder) if ranks.rank() == 0 else None)
+    name = ranks.gather(None if found is None else found.name)[0]
+    if name is None:
+        return None
+    advice = "Let all ranks see one folder."
+
+    def opened() -> Checkpoint:
+        if not listing.is_checkpoint(folder / name):
+            raise StorageError("rank 0 sees a checkpoint here, this rank does not", where=folder / name, do=advice)
+        return open_checkpoint(folder / name)
+
+    checkpoint = ranks.together(opened)
+    digest = hashlib.sha256(json.dumps(checkpoint.meta, sort_keys=True).encode()).hexdigest()
+    digests = ranks.gather(digest)
+    for rank, other in enumerate(digests):
+        if other != digests[0]:
+            raise StorageError(f"rank {rank} sees another checkpoint here than rank 0", where=folder / name, do=advice)
+    return checkpoint
 
 
 class _quiet(warnings.catch_warnings):

@@ -82,7 +82,7 @@ def _fit(trainer: Trainer, recipe: Recipe) -> int:
             ranks.ignore_ends()
         return EXIT_CODES[stopped.reason]
     except KeyboardInterrupt:
-        newest = listing.newest(trainer.run)
+        newest = listing.newest(recipe.checkpoint.of(trainer.run))
         goes_on = "starts over: no checkpoint yet" if newest is None else f"goes on from {newest}"
         logger.info("stopped at step %d; the same command %s", trainer.progress.step, goes_on)
         raise

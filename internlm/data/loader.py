@@ -6,10 +6,10 @@ holds the row. Rank r of D takes rows r, r + D, r + 2D … of each step: any num
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,6 @@ class Source:
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
         self.name, self.data = name, data
         self.shards = Shards.open(config.path)
-        self.digest = self.shards.digest  # now: the folder may be gone, or another, when a checkpoint is written
         self.rewind()
         _tell_truncated(name, self.packing)
 
@@ -100,10 +99,9 @@ class Loader:
         self.config, self.rank, self.world_size = config, rank, world_size
         self._sources = [Source(name, source, config) for name, source in config.train.items()]
         self.sources = tuple(config.train)
+        self._validation = {name: Shards.open(source.path) for name, source in config.validation.items()}
         first = self._sources[0]
-        others = [(source.name, source.shards) for source in self._sources]
-        others += [(name, Shards.open(source.path)) for name, source in config.validation.items()]
-        for name, shards in others:
+        for name, shards in [*((source.name, source.shards) for source in self._sources), *self._validation.items()]:
             if shards.fingerprint != first.shards.fingerprint:
                 raise DataError(
                     f"sources {first.name!r} and {name!r} were tokenized with different tokenizers",
@@ -115,20 +113,27 @@ class Loader:
             logger.warning("warning: chat templates differ between sources: %s; the first is kept", templates)
         self._mixture = self._fresh_mixture()
 
-    @property
-    def tokenizer_path(self) -> Path:
-        """Folder of the tokenizer."""
-        return self._sources[0].shards.tokenizer_path
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What the ids mean. It is read once: the folder may be gone, or another, when a checkpoint is written.
+
+        Raises:
+            DataError: it is not the one that the ids were made with. TokenizerError: it is missing or damaged.
+        """
+        path = self._sources[0].shards.tokenizer_path
+        found = Tokenizer.load(path)
+        if found.fingerprint != self.fingerprint:
+            raise DataError(
+                f"is not the tokenizer of the ids beside it ({found.fingerprint[:12]}, not {self.fingerprint[:12]})",
+                where=path,
+                do="Tokenize the data again.",
+            )
+        return found
 
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the tokenizer."""
         return self._sources[0].shards.fingerprint
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids of the tokenizer."""
-        return self._sources[0].shards.vocab_size
 
     @property
     def template(self) -> str | None:
@@ -146,6 +151,31 @@ class Loader:
         mine = drawn[self.rank :: self.world_size]
         return stack([(source, self._sources[source].row(number)) for source, number in mine], self.sources)
 
+    def validation_batches(
+        self, name: str, rows: int, limit_rows: int | None = None, share: tuple[int, int] | None = None
+    ) -> Iterator[Batch]:
+        """Yield one rank's part of a validation source: every token is scored once, by one of the ranks.
+
+        Args:
+            name: of the validation source.
+            rows: per batch.
+            limit_rows: so many rows, spread over the source; None: all.
+            share: (rank, ranks): all ranks get equally many batches of equally many rows, of which those that are too
+                many have nothing to score. None: everything, and the last batch may have fewer rows.
+        """
+        rank, ranks = share or (0, 1)
+        shards = self._validation[name]
+        packing = Packing(shards, self.config.seq_len, self.config.pack, np.arange(shards.num_documents))
+        _tell_truncated(name, packing)
+        count = min(packing.num_rows, limit_rows or packing.num_rows)
+        chosen = [i * packing.num_rows // count for i in range(count)]
+        for first in range(0, count, rows * ranks):
+            mine = chosen[first : first + rows * ranks][rank::ranks]
+            extra = 0 if share is None else rows - len(mine)
+            batch = stack([(0, packing.row(i)) for i in (*mine, *[chosen[0]] * extra)], (name,))
+            batch.weights[len(mine) :] = 0
+            yield batch
+
     def state_dict(self) -> dict[str, Any]:
         """Return where the data is, as plain values that fit any number of ranks."""
         return {
@@ -156,7 +186,7 @@ class Loader:
             "seq_len": self.config.seq_len,
             "pack": self.config.pack,
             "sources": {s.name: [s.shards.num_documents, s.shards.num_tokens] for s in self._sources},
-            "shards_sha256": {s.name: s.digest for s in self._sources},
+            "shards_sha256": {s.name: s.shards.digest for s in self._sources},
             "tokenizer": self.fingerprint,
         }
 
@@ -199,33 +229,6 @@ def stack(rows: list[tuple[int, PackedRow]], sources: tuple[str, ...]) -> Batch:
     tokens, labels, positions, documents, weights = columns
     source = torch.tensor([source for source, _ in rows])
     return Batch(tokens, labels, positions, documents, weights, source, sources)
-
-
-def validation_batches(
-    config: DataConfig, name: str, rows: int, limit_rows: int | None = None, share: tuple[int, int] | None = None
-) -> Iterator[Batch]:
-    """Yield one rank's part of a validation source: every token is scored once, by one of the ranks.
-
-    Args:
-        config: the recipe's data section.
-        name: of the validation source.
-        rows: per batch.
-        limit_rows: so many rows, spread over the source; None: all.
-        share: (rank, ranks): all ranks get equally many batches of equally many rows, of which those that are too
-            many have nothing to score. None: everything, and the last batch may have fewer rows.
-    """
-    rank, ranks = share or (0, 1)
-    shards = Shards.open(config.validation[name].path)
-    packing = Packing(shards, config.seq_len, config.pack, np.arange(shards.num_documents))
-    _tell_truncated(name, packing)
-    count = min(packing.num_rows, limit_rows or packing.num_rows)
-    chosen = [i * packing.num_rows // count for i in range(count)]
-    for first in range(0, count, rows * ranks):
-        mine = chosen[first : first + rows * ranks][rank::ranks]
-        extra = 0 if share is None else rows - len(mine)
-        batch = stack([(0, packing.row(i)) for i in (*mine, *[chosen[0]] * extra)], (name,))
-        batch.weights[len(mine) :] = 0
-        yield batch
 
 
 def _tell_truncated(name: str, packing: Packing) -> None:

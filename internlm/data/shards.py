@@ -6,7 +6,9 @@
         tokenizer/        the vocabulary the ids belong to
         manifest.json     meta: format, vocabulary, and per shard tokens, documents, bytes of text
 
-How documents are spread over shard files is of no consequence to readers: `document(i)` counts through.
+How documents are spread over shard files is of no consequence to readers: `document(i)` counts through. A folder that
+takes the name of the one that was opened is not read: a run would go on with other data, and its checkpoints would say
+that it was the old.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -141,14 +145,19 @@ def meta(
 class Shards:
     """A folder of shards, read through memory maps."""
 
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        self.path, self.facts = path, facts
+    def __init__(self, path: Path, facts: dict[str, Any], stamp: tuple[int, int, int] | None) -> None:
+        self.path, self.facts, self._stamp = path, facts, stamp
         self.shards = [ShardFacts(**shard) for shard in facts["shards"]]
         self.dtype = np.dtype(facts["dtype"])
         ends = np.cumsum([0] + [shard.documents for shard in self.shards])
         self._first_document = ends
         # A map keeps its file open, and a process may open 1,024: a corpus of more shards is opened as it is needed.
         self._files = lru_cache(_MAX_OPEN_SHARDS)(self._open_files)
+        self.digest = self._read_digest()
+        """16 hexadecimal digits that are others where tokens, masks or documents are; from the manifest.
+
+        The same documents in shards of other sizes have another digest.
+        """
 
     @classmethod
     def open(cls, path: str | Path) -> Shards:
@@ -158,16 +167,17 @@ class Shards:
             StorageError: it is missing, unfinished or damaged. DataError: it is of another format, or empty.
         """
         path = Path(path)
+        stamp = storage.stamp(path)
         facts = storage.read_manifest(path, KIND)
         if facts.get("format") != FORMAT:
             raise DataError("is of another shard format", where=path, got=facts.get("format"), allowed=[FORMAT])
-        shards = cls(path, facts)
+        shards = cls(path, facts, stamp)
         for shard in shards.shards:
             if not shard.are_whole(path, shards.dtype):
                 raise DataError(f"shard {shard.name} has not the files of {shard.tokens} tokens", where=path)
         if not shards.num_tokens:
             raise DataError("holds no tokens", where=path)
-        return shards
+        return shards if storage.stamp(path) == stamp else cls.open(path)  # replaced just now
 
     @property
     def vocab_size(self) -> int:
@@ -204,14 +214,9 @@ class Shards:
         """UTF-8 bytes of all texts."""
         return sum(shard.bytes for shard in self.shards)
 
-    @property
-    def digest(self) -> str:
-        """16 hexadecimal digits that are others where tokens, masks or documents are; from the manifest, not the files.
-
-        The same documents in shards of other sizes have another digest.
-        """
+    def _read_digest(self) -> str:
         found = storage.hashes(self.path)
-        files = [found[name] for shard in self.shards for name in shard.files(self.dtype)]
+        files = [found.get(name, "") for shard in self.shards for name in shard.files(self.dtype)]
         return hashlib.sha256(" ".join(files).encode()).hexdigest()[:16]
 
     @cached_property
@@ -228,12 +233,38 @@ class Shards:
 
     @cached_property
     def _offsets(self) -> list[np.ndarray]:
-        return [np.fromfile(self.path / f"{shard.name}.offsets", dtype="<i8") for shard in self.shards]
+        with self._same():
+            return [np.fromfile(self.path / f"{shard.name}.offsets", dtype="<i8") for shard in self.shards]
 
     def _open_files(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         shard = self.shards[index]
         if not shard.tokens:
             return np.zeros(0, self.dtype), None  # numpy refuses to map an empty file
-        tokens = np.memmap(self.path / f"{shard.name}.tokens", self.dtype, "r")
-        is_masked = shard.trained_tokens != shard.tokens
-        return tokens, np.memmap(self.path / f"{shard.name}.mask", np.uint8, "r") if is_masked else None
+        with self._same():
+            tokens = np.memmap(self.path / f"{shard.name}.tokens", self.dtype, "r")
+            is_masked = shard.trained_tokens != shard.tokens
+            return tokens, np.memmap(self.path / f"{shard.name}.mask", np.uint8, "r") if is_masked else None
+
+    @contextmanager
+    def _same(self) -> Iterator[None]:
+        """Check, when the block has opened files, that they are of the folder that was opened once.
+
+        Raises:
+            DataError: they are gone, or of another that has taken its name.
+        """
+        try:
+            yield
+            stamp = storage.stamp(self.path)  # afterwards: a folder that is the old one now was so before
+            if stamp != self._stamp and self._read_digest() != self.digest:
+                raise DataError(
+                    "holds other data than when this process opened it",
+                    where=self.path,
+                    do="Put the old data back, or start another run: this one's checkpoints are of the old.",
+                )
+            self._stamp = stamp
+        except OSError as error:
+            raise DataError(
+                f"cannot be read any more: {error.strerror or error}",
+                where=error.filename or self.path,
+                do="Put the data back; the same command goes on from the newest checkpoint.",
+            ) from error

@@ -84,8 +84,8 @@ class MuonConfig(AdamWConfig):
 
     @property
     def moment_bytes(self) -> int:
-        """As for AdamW; of matrices, which are nearly all, one moment in float32."""
-        return min(super().moment_bytes, 4)
+        """As for AdamW; of matrices, which are nearly all, one moment in float32, whatever `state_dtype` is."""
+        return 4
 
 
 OptimConfig = Annotated[AdamWConfig | MuonConfig, pydantic.Field(discriminator="kind"), default_kind("adamw")]

@@ -14,12 +14,10 @@ from collections.abc import Iterator
 import torch
 
 from internlm.config import require_positive, section
-from internlm.data import loader as data
 from internlm.data.batch import Batch
-from internlm.data.loader import DataConfig
+from internlm.data.loader import Loader, label_bytes
 from internlm.log import duration
 from internlm.parallel.apply import Parallel
-from internlm.text.tokenizer import Tokenizer
 from internlm.train.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -43,9 +41,9 @@ class EvaluateConfig:
 class Evaluator:
     """Scores the validation sources of a run, with matrix products in `dtype`."""
 
-    def __init__(self, config: EvaluateConfig, source: DataConfig, tokenizer: Tokenizer) -> None:
-        self.config, self.data = config, source
-        self.label_bytes = torch.from_numpy(data.label_bytes(tokenizer))
+    def __init__(self, config: EvaluateConfig, loader: Loader) -> None:
+        self.config, self.loader = config, loader
+        self.label_bytes = torch.from_numpy(label_bytes(loader.tokenizer))
 
     def evaluate(self, parallel: Parallel, *, final: bool) -> Metrics:
         """Return loss and bits per byte of every validation source; the last validation of a run takes all rows.
@@ -54,11 +52,11 @@ class Evaluator:
         """
         metrics: Metrics = {}
         limit = None if final else self.config.limit_rows
-        for name in self.data.validation:
+        for name in self.loader.config.validation:
             started = time.monotonic()
             rows = parallel.run.micro_rows or self.config.rows
             share = None if parallel.mesh is None else (parallel.data_rank, parallel.layout.data)
-            batches = data.validation_batches(self.data, name, rows, limit, share)
+            batches = self.loader.validation_batches(name, rows, limit, share)
             loss, bits = score(parallel, batches, self.label_bytes)
             metrics |= {f"valid/loss/{name}": loss, f"valid/bits_per_byte/{name}": bits}
             spent = duration(time.monotonic() - started)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from internlm import config, hub, runtime
+from internlm import config, hub, ranks, runtime
 from internlm.checkpoint import listing, store
 from internlm.checkpoint.listing import CheckpointConfig
 from internlm.checkpoint.store import Checkpoint
@@ -29,14 +29,15 @@ LOSSES = ("experts.balance_loss", "experts.z_loss")
 
 
 def newest(run: Path, checkpoints: CheckpointConfig) -> Checkpoint | None:
-    """Return the checkpoint that a run goes on from, or None for a fresh folder.
+    """Return the checkpoint that a run goes on from, the same on all ranks, or None for a fresh folder.
 
     Raises:
-        StorageError: there are checkpoints, and all are damaged.
+        StorageError: there are checkpoints, and all are damaged; or the ranks see different ones.
         ConfigError: there is one, and the recipe does not want to go on.
     """
     folder = checkpoints.of(run)
-    begun, damaged = listing.newest(folder), listing.damaged(folder)
+    begun = store.open_newest(folder)
+    damaged = ranks.together(lambda: listing.damaged(folder) if ranks.rank() == 0 else [])
     if begun is None and damaged:
         raise StorageError(
             "the run's checkpoints are damaged, all of them",
@@ -51,7 +52,7 @@ def newest(run: Path, checkpoints: CheckpointConfig) -> Checkpoint | None:
         raise ConfigError(
             "the run folder holds a run and checkpoint.resume is false", where=run, do="Choose another `run`."
         )
-    return store.open_checkpoint(begun)
+    return begun
 
 
 def check_begun(begun: Checkpoint, run: Path, shape: ModelConfig | None, optim: OptimConfig) -> None:
@@ -101,10 +102,9 @@ def check_fit(shape: ModelConfig, loader: Loader, start: Source | None) -> None:
     Raises:
         ConfigError: naming the numbers or the tokenizers that differ.
     """
-    if loader.vocab_size > shape.vocab_size:
-        raise ConfigError(
-            f"the data's tokenizer has {loader.vocab_size} ids", where="model.vocab_size", got=shape.vocab_size
-        )
+    ids = loader.tokenizer.vocab_size
+    if ids > shape.vocab_size:
+        raise ConfigError(f"the data's tokenizer has {ids} ids", where="model.vocab_size", got=shape.vocab_size)
     length = loader.config.seq_len
     if length > shape.context_length and shape.rope.scaling is None:
         raise ConfigError(

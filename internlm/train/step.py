@@ -78,9 +78,11 @@ class Stepper:
     """Says, on this rank, why the run is to end after this step (`Stop.wish`); 0: it is not."""
     before_update: Callable[[], object] = _nothing
     """Is called when weights are about to change."""
+    way_back: Callable[[], Checkpoint | str] = lambda: "there is no checkpoint yet"
+    """Says, at a spike, which checkpoint the run can go back to, or why it cannot. Every rank calls it."""
     progress: Progress = field(default_factory=Progress, init=False)
-    is_to_go_back: bool = field(default=False, init=False)
-    """Whether the loss of the last step was a spike, and the recipe wants a return to the last checkpoint."""
+    back: Checkpoint | None = field(default=None, init=False)
+    """Where to go back to, if the loss of the last step was a spike and the recipe wants it."""
     ending: Reason | None = field(default=None, init=False)
     """Why the run ends after this step; the same on all ranks."""
 
@@ -126,6 +128,7 @@ class Stepper:
         lr_share = rate(self.schedule, self.progress.step, self.config.total_steps)
         self.progress.step += 1
         self.progress.tokens += self.config.batch_tokens
+        self.back = None
         updated = self._update(loss, norm, count, lr_share)
         self.parallel.zero_grad()
 
@@ -171,7 +174,8 @@ class Stepper:
             StorageError: tensors are missing, damaged or of another shape. DataError: the data is another.
             ConfigError: steps had another size.
         """
-        step, tokens = checkpoint.meta["step"], checkpoint.meta["tokens"]
+        meta = checkpoint.fact
+        step, tokens = meta("step"), meta("tokens")
         if tokens != step * self.config.batch_tokens:
             raise ConfigError(
                 f"the run was begun with {tokens // step} tokens a step",
@@ -179,6 +183,9 @@ class Stepper:
                 got=self.config.batch_tokens,
                 do="Choose another `run`, or give the old value back.",
             )
+        version, words, gauss = meta("random", "python")
+        progress = Progress(**{name: meta(name) for name in vars(self.progress)})
+        position, losses, scale = meta("loader"), meta("losses"), meta("loss_scale")
         state = self.state()
         if not checkpoint.holds("random.cuda"):  # it was made on a CPU: the GPU's stream starts at the seed
             state.pop("random.cuda", None)
@@ -187,22 +194,18 @@ class Stepper:
         torch.set_rng_state(state["random.cpu"])
         if "random.cuda" in state:
             torch.cuda.set_rng_state(state["random.cuda"], self.parallel.device)
-        version, words, gauss = checkpoint.meta["random"]["python"]
         random.setstate((version, tuple(words), gauss))
-        self.loader.load_state_dict(checkpoint.meta["loader"])
-        self.progress = Progress(**{name: checkpoint.meta[name] for name in vars(self.progress)})
+        self.loader.load_state_dict(position)
+        self.progress, saved = progress, LossScale(**scale)
         self.spikes.losses.clear()
-        self.spikes.losses.extend(checkpoint.meta["losses"])
-        saved = LossScale(**checkpoint.meta["loss_scale"])
+        self.spikes.losses.extend(losses)
         self.scale = saved if saved.is_dynamic == self.scale.is_dynamic else self.scale  # begun in another dtype
 
     def _update(self, loss: Tensor, norm: Tensor, count: Tensor, lr_share: float) -> bool:
         """Update the weights, if this step's numbers are fit for it; return whether they were."""
         is_good = bool(count > 0) and is_finite(norm + loss)
         spike = self.spikes.add(float(loss)) if is_good else None
-        if spike is not None:
-            self._warn_of_spike(float(loss), spike)
-        updates = is_good and (spike is None or self.spikes.config.policy == "warn")
+        updates = is_good if spike is None else self._answer(float(loss), spike)
         if updates:
             scale_to_norm(self.parameters, norm, self.config.max_grad_norm, self.scale.value)
             self.before_update()
@@ -213,7 +216,6 @@ class Stepper:
             logger.info("step %d skipped: loss scale lowered to %g", self.progress.step, self.scale.value)
         elif not is_good:
             self._skip(loss, norm, count)
-        self.is_to_go_back = spike is not None and self.spikes.config.policy == "rollback"
         return updates
 
     def _loss(self, hidden: Tensor, batch: Batch, count: Tensor) -> Tensor:
@@ -228,12 +230,21 @@ class Stepper:
         loss, squares = self.parallel.total(torch.stack([mine, squares.to(mine.device)]), counted=True).unbind()
         return loss / self.scale.value, squares.sqrt() / self.scale.value
 
-    def _warn_of_spike(self, loss: float, z: float) -> None:
+    def _answer(self, loss: float, z: float) -> bool:
+        """Do what the recipe wants at a spike, and tell of it; return whether the step's update is made."""
         self.progress.spikes += 1
-        done = {"warn": "", "skip_data": "; no update is made", "rollback": "; going back"}[self.spikes.config.policy]
+        policy, done = self.spikes.config.policy, ""
+        if policy == "skip_data":
+            self.progress.skipped_steps += 1
+            done = "; no update is made"
+        elif policy == "rollback":
+            way = self.way_back()
+            self.back = None if isinstance(way, str) else way
+            done = f"; not going back: {way}" if isinstance(way, str) else "; going back"
         what = f"loss {loss:.4g} lies {z:.1f} spreads above the last {len(self.spikes.losses) - 1}{done}"
         logger.warning("warning: step %d: %s", self.progress.step, what)
         self.tell("spike", what)
+        return policy == "warn" or (policy == "rollback" and self.back is None)
 
     def _skip(self, loss: Tensor, norm: Tensor, count: Tensor) -> None:
         self.progress.skipped_steps += 1

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from internlm import plot, ranks, runtime
+from internlm import plot, runtime
 from internlm.checkpoint import listing, store
 from internlm.checkpoint.listing import CheckpointConfig
 from internlm.checkpoint.place import Place
@@ -62,6 +62,8 @@ class Trainer:
     trackers: list[Tracker] = field(default_factory=list, init=False)
     metrics: Metrics = field(default_factory=dict, init=False)
     """What was measured last, by name: saved with every checkpoint."""
+    measured_at: dict[str, int] = field(default_factory=dict, init=False)
+    """The step of each: a checkpoint is the best by what was measured of its own weights."""
 
     def __post_init__(self) -> None:
         stepper, parallel = self.stepper, self.parallel
@@ -73,6 +75,7 @@ class Trainer:
         self.stop = Stop(self.run if parallel.rank == 0 else None)
         self.watch = Watchdog(self.run, self.watching, parallel.rank, parallel.layout.world_size, told=self._stalled)
         stepper.tell, stepper.wish, stepper.before_update = self.alerts.tell, self.stop.wish, self._before_update
+        stepper.way_back = self._way_back
 
     @property
     def parallel(self) -> Parallel:
@@ -107,19 +110,22 @@ class Trainer:
             TrainingError: too many steps in a row were not finite, or the device's memory is full.
             StorageError: a checkpoint could not be written; earlier ones are untouched.
         """
+        with self.stop:  # first: one rank that a signal ends before it listens would be a failure of all
+            return self._fit()
+
+    def _fit(self) -> Metrics:
         path = self.run / "metrics.jsonl"
         saver = self.saver  # the ranks make it together: not when one has failed
         file = MetricsFile(path, self.progress.step) if self.parallel.rank == 0 else None
         try:
             with (
                 noted(self.run if file is not None else None),
-                self.stop,
                 self.watch,
                 self.goodput.kept(),
                 self.alerts.around(self.config.total_steps),
                 self.windows,
             ):
-                final = self._fit(file)
+                final = self._steps(file)
         except RuntimeError as error:
             saver.join(SAVE_PATIENCE_S / 12)  # of torch: another rank may be gone, and with it its part
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -139,7 +145,7 @@ class Trainer:
             plot.loss_curve(read_metrics(path), self.run / "loss.png", str(self.run))
         return final
 
-    def _fit(self, file: MetricsFile | None) -> Metrics:
+    def _steps(self, file: MetricsFile | None) -> Metrics:
         total = self.config.total_steps
         self.meter.clear()
         paces: list[float] = []
@@ -148,7 +154,8 @@ class Trainer:
             with self.windows.step(self.progress.step + 1) as is_traced:
                 metrics = self._step_and_trace() if is_traced else self.stepper.step()
             self.meter.started += self.windows.spent_s
-            if self.stepper.is_to_go_back and self._roll_back(metrics["train/step_loss"]):
+            if self.stepper.back is not None:
+                self._roll_back(self.stepper.back, metrics["train/step_loss"])
                 if file is not None:
                     file.cut(self.progress.step)
                 self.meter.clear()
@@ -207,9 +214,10 @@ class Trainer:
             **self.stepper.meta(),
             "useful_s": self.goodput.seconds["useful"],
             "metrics": self.metrics,
+            "measured_at": self.measured_at,
             "template": self.stepper.loader.template,
         }
-        beside = Beside(self.parallel.shape, self.stepper.loader.tokenizer_path, meta)
+        beside = Beside(self.parallel.shape, self.stepper.loader.tokenizer, meta)
         waited = self.saver.save(path.name, self.stepper.state(), beside)
         self.goodput.write(at_once=True)
         if waited > 1:
@@ -261,19 +269,20 @@ class Trainer:
         self.stepper.restore(checkpoint)
         self.goodput.go_back(checkpoint.meta.get("useful_s"))
 
-    def _roll_back(self, loss: float) -> bool:
-        """Go back to the newest checkpoint, and on with the data that comes next; return whether there was one."""
+    def _way_back(self) -> Checkpoint | str:
+        """Return the newest checkpoint, if the run may go back to it; else why not."""
+        if (times := len(self.progress.passed_over)) >= self.stepper.spikes.config.most_rollbacks:
+            return f"{times} times is enough"
         with self.watch.phase("load"):
             self.saver.finish()
-            newest = ranks.gather(listing.newest(self.saver.folder) if self.parallel.rank == 0 else None)[0]
+            return store.open_newest(self.saver.folder) or "there is no checkpoint yet"
+
+    def _roll_back(self, checkpoint: Checkpoint, loss: float) -> None:
+        """Go back to a checkpoint, and on with the data that comes next."""
         stepper, progress = self.stepper, self.progress
-        if newest is None or len(progress.passed_over) >= stepper.spikes.config.most_rollbacks:
-            why = "there is no checkpoint yet" if newest is None else f"{len(progress.passed_over)} times is enough"
-            logger.warning("warning: step %d: not going back: %s", progress.step, why)
-            return False
         data, losses = stepper.loader.state_dict(), list(stepper.spikes.losses)[:-1]
         with self.watch.phase("load"):
-            self.resume(store.open_checkpoint(newest))
+            self.resume(checkpoint)
         passed = {
             "spike": progress.step,
             "loss": loss,
@@ -285,13 +294,13 @@ class Trainer:
         self.progress.spikes = progress.spikes
         self.progress.passed_over = [*progress.passed_over, passed]
         logger.warning("back at step %d; rows passed over: %s → %s", self.progress.step, passed["from"], passed["to"])
-        return True
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0
 
     def _record(self, file: MetricsFile | None, metrics: Metrics) -> None:
         self.metrics |= metrics
+        self.measured_at |= dict.fromkeys(metrics, self.progress.step)
         if file is None:
             return
         file.write(self.progress.step, metrics)

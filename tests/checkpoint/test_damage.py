@@ -32,10 +32,11 @@ def make(recipe: Make, corpus: Path) -> Callable[[Path, float], Path]:
     """Return a function that writes a checkpoint whose tensors are multiplied by a number."""
     shape = recipe().model
     assert shape is not None
+    tokenizer = Tokenizer.load(corpus / "a" / "tokenizer")
 
     def write(path: Path, factor: float) -> Path:
         tensors = {name: tensor * factor for name, tensor in TENSORS.items()}
-        saver.save(path, tensors, shape, corpus / "a" / "tokenizer", {"step": 7, "factor": factor})
+        saver.save(path, tensors, shape, tokenizer, {"step": 7, "factor": factor})
         return path
 
     return write
@@ -226,7 +227,7 @@ def test_a_run_refuses_a_damaged_checkpoint_and_leaves_its_files_alone(
     """Of a file with a flipped bit the run says which one; it neither starts over nor goes on from an older one."""
     value = recipe(train__tokens=2 * 256, checkpoint={"every_steps": 1})
     recipes.prepare(value).fit()
-    newest = listing.newest(tmp_path / "run")
+    newest = listing.newest(tmp_path / "run" / "checkpoints")
     assert newest is not None
     path = victim(newest, name)
     flip(path, path.stat().st_size * 4)

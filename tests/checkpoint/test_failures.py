@@ -21,6 +21,7 @@ from internlm.checkpoint.remote import Unreachable
 from internlm.checkpoint.saver import Beside, Saver
 from internlm.errors import StorageError
 from internlm.model.config import ModelConfig
+from internlm.text.tokenizer import Tokenizer
 from tests.faults.runs import OPERATIONS
 
 SHAPE = ModelConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=1, ffn_size=8)
@@ -65,7 +66,7 @@ def test_whichever_file_operation_fails_the_one_before_stays_and_the_next_is_wri
     code: int, disk: Disk, tmp_path: Path, corpus: Path
 ) -> None:
     tensors = {"model.x": torch.arange(10.0)}
-    beside = Beside(SHAPE, corpus / "a" / "tokenizer", {"step": 1})
+    beside = Beside(SHAPE, Tokenizer.load(corpus / "a" / "tokenizer"), {"step": 1})
     number = failures = 0
     while True:
         folder = tmp_path / str(number)

@@ -363,5 +363,5 @@ def test_weights_of_others_are_not_looked_for_in_a_store(url: str) -> None:
 def test_a_local_folder_may_be_named_too(recipe: Make, tmp_path: Path) -> None:
     value = recipe(train__tokens=2 * 256, checkpoint__folder=f"file://{tmp_path}/fast")
     recipes.prepare(value).fit()
-    assert listing.newest(tmp_path / "run") == tmp_path / "fast" / listing.name_of(2)
+    assert listing.newest(listing.folder_of(tmp_path / "run")) == tmp_path / "fast" / listing.name_of(2)
     assert (tmp_path / "fast" / listing.name_of(2) / pieces.FOLDER).is_dir()

@@ -249,8 +249,23 @@ def test_the_newest_and_the_first_of_every_so_many_tokens_are_kept(tmp_path: Pat
 
 def test_the_best_by_a_metric_is_kept(tmp_path: Path) -> None:
     losses = [5.0, 3.0, 4.0, 3.5, 6.0]
-    facts: list[dict[str, Any]] = [{"metrics": {"valid/loss/a": loss}} for loss in losses]
+    facts: list[dict[str, Any]] = [measured("valid/loss/a", loss, step) for step, loss in enumerate(losses, start=1)]
     assert kept(tmp_path, facts, keep_last=1, keep_best="valid/loss/a") == [2, 5]
+
+
+def measured(name: str, value: float, step: int) -> dict[str, Any]:
+    """Return what a checkpoint says of a metric that was measured at some step."""
+    return {"metrics": {name: value}, "measured_at": {name: step}}
+
+
+def test_a_checkpoint_is_not_the_best_by_what_was_measured_of_other_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Validated at steps 2 and 4 only: what 1, 3 and 5 say is of the weights before, or of none."""
+    facts = [measured("loss", loss, at) for loss, at in ((1.0, 0), (3.0, 2), (3.0, 2), (2.0, 4), (2.0, 4))]
+    assert kept(tmp_path, facts, keep_last=1, keep_best="loss") == [4, 5]
+    assert kept(tmp_path / "never", [measured("loss", 1.0, 7)] * 3, keep_last=1, keep_best="loss") == [3]
+    assert "keeps nothing so far: loss was measured at steps without a checkpoint" in caplog.text
 
 
 def test_a_metric_that_was_never_measured_keeps_nothing(tmp_path: Path) -> None:

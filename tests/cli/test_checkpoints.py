@@ -32,7 +32,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 def damage(run: Path, step: int) -> None:
-    path = listing.path_of(run, step) / "tensors" / "state-00000.safetensors"
+    path = run / "checkpoints" / listing.name_of(step) / "tensors" / "state-00000.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -66,9 +66,9 @@ def test_what_reads_a_run_starts_without_torch(run: Path) -> None:
 def test_a_checkpoint_of_a_run_may_be_named_itself(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(run, 4)
     for step, code in ((2, 0), (4, 1)):
-        assert main(["checkpoints", str(listing.path_of(run, step)), "--verify"]) == code
+        assert main(["checkpoints", str(run / "checkpoints" / listing.name_of(step)), "--verify"]) == code
         assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", str(step)]
-    assert main(["checkpoints", str(listing.path_of(run, 2) / "tensors")]) == 1
+    assert main(["checkpoints", str(run / "checkpoints" / listing.name_of(2) / "tensors")]) == 1
 
 
 def test_damage_is_found_when_asked_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,8 +86,8 @@ def test_damage_is_found_when_asked_for(run: Path, capsys: pytest.CaptureFixture
 
 
 def test_what_is_not_complete_is_listed_and_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (listing.path_of(run, 2) / storage.MANIFEST).unlink()
-    (listing.path_of(run, 4) / "model.yaml").unlink()
+    (run / "checkpoints" / listing.name_of(2) / storage.MANIFEST).unlink()
+    (run / "checkpoints" / listing.name_of(4) / "model.yaml").unlink()
     assert main(["checkpoints", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "has no manifest.json" in lines[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,31 @@ def test_a_dry_run_says_why_the_run_would_not_start_here(recipe: Make, tmp_path:
         told = recipes.describe(recipes.load(path, [override]))
         assert "\nwould not start here: " in told
         assert why in told.rpartition("would not start here: ")[2]
+
+
+def test_a_dry_run_says_what_a_real_one_would_of_memory_and_of_a_run_that_was_begun(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = recipe(train__tokens=256)
+    recipes.prepare(value).fit()
+    path = write(tmp_path / "r.yaml", value)
+    assert "would not start" not in recipes.describe(recipes.load(path))
+    for override, why in (
+        ("model.num_layers=3", "holds a run of another model (num_layers: 2 there, 3 here)"),
+        ("optim.kind=muon", "optim.kind: the run was begun with adamw"),
+        ("checkpoint.resume=false", "holds a run and checkpoint.resume is false"),
+    ):
+        assert why in recipes.describe(recipes.load(path, [override])).rpartition("would not start here: ")[2]
+    monkeypatch.setattr(start.runtime, "peak_memory_bytes", lambda device: (0, 1000))
+    assert "takes more than" in recipes.describe(recipes.load(path)).rpartition("would not start here: ")[2]
+
+
+def test_weights_that_are_gone_are_not_needed_for_a_dry_run_of_what_was_begun(recipe: Make, tmp_path: Path) -> None:
+    recipes.prepare(recipe(run=str(tmp_path / "first"), train__tokens=256)).fit()
+    value = recipe(init_from=str(tmp_path / "first"), model=None, train__tokens=256)
+    recipes.prepare(value).fit()
+    shutil.rmtree(tmp_path / "first")
+    assert "would not start" not in recipes.describe(recipes.load(write(tmp_path / "r.yaml", value)))
 
 
 def test_what_nothing_is_done_for_is_refused(recipe: Make) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from internlm import storage
 from internlm.data.batch import Batch
-from internlm.data.loader import DataConfig, Loader, validation_batches
+from internlm.data.loader import DataConfig, Loader
 from internlm.data.mixture import Mixture, SourceConfig
 from internlm.data.pack import PackedRow, Packing, best_fit, shuffled
 from internlm.data.shards import Shards, ShardWriter
@@ -275,7 +275,7 @@ def test_sources_of_different_templates_are_told(two: Any, caplog: pytest.LogCap
 def test_what_validation_cuts_off_is_told(make_shards: Any, caplog: pytest.LogCaptureFixture) -> None:
     shards = make_shards(numbered([7, 30]))
     source = {"cut_off": SourceConfig(path=str(shards.path))}
-    list(validation_batches(config({"a": (shards, 1.0)}, validation=source, pack="whole"), "cut_off", rows=2))
+    list(Loader(config({"a": (shards, 1.0)}, validation=source, pack="whole")).validation_batches("cut_off", rows=2))
     assert "source cut_off: 21 tokens beyond data.seq_len 8 are cut off" in caplog.text
 
 
@@ -293,11 +293,11 @@ def test_weights_default_to_the_number_of_tokens(two: Any) -> None:
 def test_validation_scores_every_token_once_in_order(make_shards: Any) -> None:
     documents = numbered([7, 9, 16, 3, 5])
     shards = make_shards(documents)
-    data = config({"a": (shards, 1.0)}, validation={"v": SourceConfig(path=str(shards.path))})
-    batches = list(validation_batches(data, "v", rows=2))
+    data = Loader(config({"a": (shards, 1.0)}, validation={"v": SourceConfig(path=str(shards.path))}))
+    batches = list(data.validation_batches("v", rows=2))
     labels = [int(t) for b in batches for t in b.labels[b.weights > 0]]
     assert labels == [t for d in documents for t in d[1:]]
-    limited = list(validation_batches(data, "v", rows=2, limit_rows=3))
+    limited = list(data.validation_batches("v", rows=2, limit_rows=3))
     assert sum(len(b.tokens) for b in limited) == 3
     spread = torch.cat([b.tokens for b in batches])[[0, 1, 3]]  # of five rows
     assert torch.equal(torch.cat([b.tokens for b in limited]), spread)
@@ -306,8 +306,8 @@ def test_validation_scores_every_token_once_in_order(make_shards: Any) -> None:
 def test_ranks_share_a_validation_and_score_every_token_once(make_shards: Any) -> None:
     documents = numbered([7, 9, 16, 3, 5])
     shards = make_shards(documents)
-    data = config({"a": (shards, 1.0)}, validation={"v": SourceConfig(path=str(shards.path))})
-    batches = [list(validation_batches(data, "v", rows=2, share=(rank, 2))) for rank in range(2)]
+    data = Loader(config({"a": (shards, 1.0)}, validation={"v": SourceConfig(path=str(shards.path))}))
+    batches = [list(data.validation_batches("v", rows=2, share=(rank, 2))) for rank in range(2)]
     assert [[len(batch.tokens) for batch in part] for part in batches] == [[2, 2], [2, 2]]
     labels = [int(t) for part in batches for batch in part for t in batch.labels[batch.weights > 0]]
     assert sorted(labels) == [t for d in documents for t in d[1:]]

@@ -188,7 +188,7 @@ def content(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def contents(run: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, Any]]]:
     """Return what the complete checkpoints of a run hold, by step."""
-    opened = [store.open_checkpoint(path) for path in listing.listed(run)]
+    opened = [store.open_checkpoint(path) for path in listing.listed(run / "checkpoints")]
     return {checkpoint.step: content(checkpoint) for checkpoint in opened}
 
 

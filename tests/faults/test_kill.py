@@ -63,7 +63,7 @@ def check(run: Path, wanted: dict[int, Any], before: int, said: str) -> int:
         before: step of the newest checkpoint before this start.
         said: its output.
     """
-    newest = listing.newest(run)
+    newest = listing.newest(run / "checkpoints")
     step = 0 if newest is None else store.open_checkpoint(newest).step
     told = [int(found) for found in re.findall(r"checkpoint \S*step-(\d+) \|", said)]
     assert step >= max([before, *told]), "what was there, or was said to be, is there"

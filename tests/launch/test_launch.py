@@ -24,7 +24,7 @@ LONG = ["train.tokens=1e9", "checkpoint.every_steps=5"]
 
 def ranks_of(process: subprocess.Popen[str] | Fork, path: Path) -> list[int]:
     """Return the ranks of a launcher when there is a checkpoint."""
-    wait_for(process, lambda: listing.newest(path.parent / "run"))
+    wait_for(process, lambda: listing.newest(path.parent / "run" / "checkpoints"))
     ranks = children(process.pid)
     assert len(ranks) == 2
     return ranks

@@ -93,7 +93,7 @@ def test_ranks_have_as_long_as_the_launcher_is_told_to_finish_the_step_and_save(
         process.kill()
     assert gone(ranks)
     assert found == code, output
-    assert len(listing.listed(path.parent / "run")) == (code == 75)
+    assert len(listing.listed(path.parent / "run" / "checkpoints")) == (code == 75)
 
 
 @pytest.mark.proof
@@ -111,4 +111,4 @@ def test_a_second_signal_ends_all_at_once_and_nothing_is_started_again(path: Pat
     assert gone(ranks)
     assert code == 75, output
     assert "start again" not in output
-    assert listing.listed(path.parent / "run") == []
+    assert listing.listed(path.parent / "run" / "checkpoints") == []

@@ -252,3 +252,16 @@ def test_large_parameters_are_updated_in_slabs(state_dtype: StateDtype, monkeypa
         assert torch.equal(results[-1][2], saved["blocks.0.w.weight.exp_avg_sq"])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("config", [AdamWConfig, MuonConfig])
+@pytest.mark.parametrize("state_dtype", ["float32", *COMPACT])
+def test_a_matrix_takes_the_bytes_that_a_run_is_refused_by(config: type[AdamWConfig], state_dtype: StateDtype) -> None:
+    weight = nn.Parameter(torch.zeros(256, 256))
+    made = config(state_dtype=state_dtype)
+    optimizer = Optimizer(made, [("blocks.0.w.weight", weight)])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step(1.0)
+    (part,) = optimizer.parts
+    held = sum(value.numel() * value.element_size() for value in part.state[weight].values())
+    assert held / weight.numel() == pytest.approx(made.moment_bytes, rel=0.05), "int8 has scales besides"

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from internlm import config
 from internlm import recipe as recipes
-from internlm.checkpoint import saver
+from internlm.checkpoint import listing, saver, store
+from internlm.checkpoint.place import Place
 from internlm.data.batch import Batch
+from internlm.errors import InternLMError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
 from internlm.recipe import Recipe
+from internlm.text.tokenizer import Tokenizer
 from internlm.train.trainer import Trainer
 from tests.parallel.optimizer_cases import whole
 
-__all__ = ["go_on", "save_and_go_on", "save_around_a_validation", "save_parts"]
+__all__ = ["go_on", "newest_seen", "save_and_go_on", "save_around_a_validation", "save_parts"]
 
 
 def save_and_go_on(tree: dict[str, Any], before: int, after: int) -> dict[str, Any]:
@@ -42,6 +47,33 @@ def go_on(tree: dict[str, Any], steps: int) -> dict[str, Any]:
         the weights.
     """
     return _steps(recipes.prepare(config.decode(Recipe, tree)), steps)
+
+
+def newest_seen(tree: dict[str, Any]) -> tuple[int, str, str]:
+    """Train a run with two checkpoints, then let rank 1 see an older listing, no such checkpoint, and another one.
+
+    Returns:
+        The step from which the run goes on; the errors of the other two.
+    """
+    recipe = config.decode(Recipe, tree)
+    recipes.prepare(recipe).fit()
+    folder = recipe.checkpoint.of(Path(recipe.run))
+    older = store.open_checkpoint(folder / listing.name_of(1))
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(listing, "newest", lambda folder: older.path)
+        step = recipes.prepare(recipe).progress.step
+    return step, _refused(folder, listing, "is_checkpoint", False), _refused(folder, store, "open_checkpoint", older)
+
+
+def _refused(folder: Place, module: ModuleType, name: str, seen: object) -> str:
+    """Return the error where a function returns something else on rank 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(module, name, lambda path: seen)
+        with pytest.raises(InternLMError) as error:
+            store.open_newest(folder)
+    return str(error.value)
 
 
 def _steps(trainer: Trainer, steps: int) -> dict[str, Any]:
@@ -92,4 +124,4 @@ def save_parts(shape: dict[str, Any], path: str, folder: str) -> None:
         own = parameter.detach().chunk(dist.get_world_size())[dist.get_rank()]
         for slot in ("model.{}", "optim.{}.exp_avg", "optim.{}.exp_avg_sq"):
             state[slot.format(name)] = DTensor.from_local(own, mesh, [Shard(0)])
-    saver.save(Path(path), state, model, Path(folder) / "tokenizer", {"step": 7})
+    saver.save(Path(path), state, model, Tokenizer.load(Path(folder) / "tokenizer"), {"step": 7})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -136,3 +137,13 @@ def test_after_a_validation_each_rank_still_writes_its_part_only(ranks: Ranks, r
         sizes = [[(folder / pieces.file_of(name, r)).stat().st_size for r in range(2)] for folder in (first, second)]
         assert sizes[0] == sizes[1]
         assert max(sizes[0]) < 1.2 * min(sizes[0])
+
+
+def test_ranks_that_see_other_checkpoints_go_on_from_that_of_rank_0_or_not_at_all(ranks: Ranks, recipe: Make) -> None:
+    """The listing of a network folder may be older on one machine than on another; or the folder is not shared."""
+    value = recipe(train__tokens=2 * 256, parallel={"replicate": 2}, checkpoint={"every_steps": 1})
+    found = ranks.run(2, "newest_seen", config.encode(value))
+    for steps, gone, other in found:
+        assert steps == 2, "what rank 1 lists does not matter"
+        assert re.search(r"step-00000002: rank 0 sees a checkpoint here, this rank does not\. Let all ranks", gone)
+        assert re.search(r"step-00000002: rank 1 sees another checkpoint here than rank 0", other)

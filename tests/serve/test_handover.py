@@ -172,10 +172,9 @@ def test_a_run_is_converted_first(
     engine: str, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gguf")
-    tokenizer.save(tmp_path / "tokenizer")
     tensors = {f"model.{name}": p.detach() for name, p in build(SHAPE, 0).named_parameters()}
     meta = {"step": 3, "template": "internlm"}
-    saver.save(listing.path_of(tmp_path / "runs" / "a", 3), tensors, SHAPE, tmp_path / "tokenizer", meta)
+    saver.save(tmp_path / "runs" / "a" / "checkpoints" / listing.name_of(3), tensors, SHAPE, tokenizer, meta)
     monkeypatch.chdir(tmp_path)
     plan = handover.plan_for("runs/a", Wish(engine=engine))
     assert plan.before is not None

@@ -279,11 +279,11 @@ def test_a_piped_question_is_answered_like_one_given_with_p(
 
 
 def test_a_checkpoint_of_a_run_answers_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    TOKENIZER.save(tmp_path / "tokenizer")
     tensors = {f"model.{name}": p.detach() for name, p in build(SHAPE, 0).named_parameters()}
     for template in ("internlm", None):
         run = tmp_path / str(template)
-        saver.save(listing.path_of(run, 3), tensors, SHAPE, tmp_path / "tokenizer", {"step": 3, "template": template})
+        meta = {"step": 3, "template": template}
+        saver.save(run / "checkpoints" / listing.name_of(3), tensors, SHAPE, TOKENIZER, meta)
         assert main(["chat", str(run), "-p", "What?", *OPTIONS]) == 0
         said = capsys.readouterr()
         assert said.out

@@ -345,7 +345,7 @@ def test_a_run_that_fails_says_why_before_it_ends(recipe: Make, server: Server) 
 
 def test_a_run_that_fails_before_it_trains_says_why(recipe: Make, server: Server, corpus: Path, tmp_path: Path) -> None:
     watched(recipe, server, train__tokens=256).fit()
-    newest = listing.newest(tmp_path / "run")
+    newest = listing.newest(tmp_path / "run" / "checkpoints")
     assert newest is not None
     (newest / storage.MANIFEST).write_text("{")
     for changes, said in (
@@ -407,7 +407,7 @@ def test_a_hanging_server_does_not_slow_the_training_down(recipe: Make, server: 
     begun = time.monotonic()
     for _ in range(10):
         trainer.stepper.step()
-        trainer.stepper._warn_of_spike(9.0, 20.0)
+        trainer.stepper._answer(9.0, 20.0)
     assert time.monotonic() - begun < 20
     assert until(lambda: server.tries)
     assert server.tries == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -23,6 +24,7 @@ from internlm.cli import main, train
 from internlm.data.shards import KIND, Shards, ShardWriter
 from internlm.errors import ConfigError, DataError, InternLMError, StorageError, WeightsError
 from internlm.recipe import Recipe
+from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import train_bpe
 from internlm.train.metrics import Metrics
 from internlm.train.step import Stepper
@@ -69,7 +71,7 @@ def test_checkpoints_that_are_all_kept_for_ever_are_told(
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(recipe: Make, tmp_path: Path) -> None:
     value = recipe(train__tokens=2 * 256)
     recipes.prepare(value).fit()
-    newest = listing.newest(tmp_path / "run")
+    newest = listing.newest(tmp_path / "run" / "checkpoints")
     assert newest is not None
     (newest / storage.MANIFEST).write_text("{")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -81,7 +83,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(recipe: Mak
 def test_flipped_bits_are_not_trained_on(recipe: Make, tmp_path: Path) -> None:
     value = recipe(train__tokens=2 * 256)
     recipes.prepare(value).fit()
-    newest = listing.newest(tmp_path / "run")
+    newest = listing.newest(tmp_path / "run" / "checkpoints")
     assert newest is not None
     (victim,) = (newest / "tensors").glob("model-*")
     content = bytearray(victim.read_bytes())
@@ -147,12 +149,12 @@ def test_the_last_checkpoint_is_tried_again(recipe: Make, tmp_path: Path, monkey
     monkeypatch.setattr(place._Folder, "write", fails_once)
     monkeypatch.setattr("internlm.train.trainer.SAVE_AGAIN_AFTER_S", (0.0,))
     recipes.prepare(recipe(train__tokens=2 * 256)).fit()
-    assert [path.name for path in listing.listed(tmp_path / "run")] == ["step-00000002"]
+    assert [path.name for path in listing.listed(tmp_path / "run" / "checkpoints")] == ["step-00000002"]
 
 
 def test_a_removal_that_was_cut_short_is_finished(recipe: Make, tmp_path: Path) -> None:
     trainer = recipes.prepare(recipe(train__tokens=4 * 256, checkpoint={"every_steps": 2, "keep_last": 1}))
-    left = listing.path_of(tmp_path / "run", 1)
+    left = tmp_path / "run" / "checkpoints" / listing.name_of(1)
     left.mkdir(parents=True)
     (left / "model.yaml").write_text("x")
     trainer.fit()
@@ -167,7 +169,7 @@ def test_a_finished_run_that_was_killed_before_old_checkpoints_went_drops_them_w
     with monkeypatch.context() as killed:
         killed.setattr(listing, "retain", lambda *_: None)
         assert main(["train", str(tmp_path / "r.yaml")]) == 0
-    assert len(listing.listed(tmp_path / "run")) == 4
+    assert len(listing.listed(tmp_path / "run" / "checkpoints")) == 4
     assert main(["train", str(tmp_path / "r.yaml")]) == 0
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
 
@@ -177,6 +179,8 @@ def test_data_that_was_swapped_is_noticed_and_named(recipe: Make, corpus: Path, 
         shutil.copytree(corpus / name, tmp_path / name)
     sources = {name: {"path": str(tmp_path / name)} for name in ("a", "b")}
     trainer = recipes.prepare(recipe(data__train=sources, train__tokens=2 * 256))
+    late = recipes.prepare(recipe(data__train=sources, run=str(tmp_path / "late")))
+    trainer.stepper.loader._sources[1].row(0)  # its files are open now
     shutil.rmtree(tmp_path / "b")  # the same numbers of documents and tokens, in another order
     shards = Shards.open(corpus / "b")
     with storage.writing(tmp_path / "b", KIND) as out:
@@ -185,6 +189,8 @@ def test_data_that_was_swapped_is_noticed_and_named(recipe: Make, corpus: Path, 
             writer.add(shards.document(number)[0].tolist(), None, 1)
         shutil.copytree(corpus / "b" / "tokenizer", out.path / "tokenizer")
         out.meta.update(shards.facts | {"shards": [asdict(writer.close())]})
+    with pytest.raises(DataError, match=r"b: holds other data than when this process opened it\. Put the old data"):
+        late.fit()
     trainer.fit()  # the checkpoint says what it began with
     value = recipe(data__train=sources, train__tokens=4 * 256)
     with pytest.raises(DataError, match=r"of other data: shards_sha256\.b was '\w{16}', is '\w{16}'\. Give"):
@@ -259,12 +265,12 @@ def test_a_start_that_is_not_there_is_never_replaced_by_chance(recipe: Make, tmp
         place.mkdir()
     if what == "unfinished":
         recipes.prepare(recipe(run=str(place), train__tokens=256)).fit()
-        newest = listing.newest(place)
+        newest = listing.newest(place / "checkpoints")
         assert newest is not None
         (newest / storage.MANIFEST).unlink()
     with pytest.raises(InternLMError, match=re.escape(str(place))):
         recipes.prepare(recipe(init_from=str(place)))
-    assert listing.listed(tmp_path / "run") == []
+    assert listing.listed(tmp_path / "run" / "checkpoints") == []
 
 
 @pytest.mark.parametrize(
@@ -280,8 +286,9 @@ def test_weights_that_are_missing_or_left_over_are_named_and_refused(
     names = [name for name in state if lost is None or not name.startswith(f"model.{lost}")]
     assert (len(names) < len(state)) == (lost is not None)
     state = {name: state[name] for name in names} | ({} if added is None else {f"model.{added}": torch.ones(2)})
-    path = listing.path_of(tmp_path / "first", 1)
-    saver.save(path, state, first.model.config, first.stepper.loader.tokenizer_path, {"step": 1, "tokens": 256})
+    path = tmp_path / "first" / "checkpoints" / listing.name_of(1)
+    meta = first.stepper.meta() | {"step": 1, "tokens": 256}
+    saver.save(path, state, first.model.config, first.stepper.loader.tokenizer, meta)
     with pytest.raises(WeightsError, match=re.escape(said)):
         recipes.prepare(recipe(init_from=str(path)))
     if lost is not None:
@@ -309,10 +316,8 @@ def test_a_start_from_a_transformers_folder_has_the_shape_of_the_recipe_and_goes
 @pytest.mark.parametrize("step_folder", [False, True])
 def test_weights_of_another_tokenizer_are_refused(recipe: Make, tmp_path: Path, step_folder: bool) -> None:
     trainer = recipes.prepare(recipe(run=str(tmp_path / "first"), train__tokens=256))
-    other = tmp_path / "other"
-    other.mkdir()
-    train_bpe(["another text than that of the corpus"] * 9, 270).save(other)
-    source = listing.path_of(tmp_path / "first", 1)
+    other = train_bpe(["another text than that of the corpus"] * 9, 270)
+    source = tmp_path / "first" / "checkpoints" / listing.name_of(1)
     state = {f"model.{name}": p.detach() for name, p in trainer.model.named_parameters()}
     saver.save(source, state, trainer.model.config, other, {"step": 1})
     with pytest.raises(ConfigError, match="trained with another tokenizer"):
@@ -371,3 +376,70 @@ def test_the_runtime_section_may_be_wrong_too(recipe: Make, tmp_path: Path, caps
     (tmp_path / "r.yaml").write_text(json.dumps(config.encode(recipe())))
     assert main(["train", str(tmp_path / "r.yaml"), "runtime=3"]) == 1
     assert "runtime" in capsys.readouterr().err
+
+
+def test_what_is_beside_the_tensors_is_of_the_start_whatever_became_of_the_data(
+    recipe: Make, corpus: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "b", "held"):
+        shutil.copytree(corpus / name, tmp_path / name)
+    sources = {name: {"path": str(tmp_path / name)} for name in ("a", "b")}
+    held = {"held": {"path": str(tmp_path / "held")}}
+    trainer = recipes.prepare(recipe(data__train=sources, data__validation=held, train__tokens=2 * 256))
+    trainer.stepper.step()
+    trainer.evaluator.evaluate(trainer.parallel, final=True)  # all files are open
+    for name in ("a", "b", "held"):
+        shutil.rmtree(tmp_path / name)
+    trainer.fit()
+    saved = store.open_checkpoint(tmp_path / "run")
+    assert saved.tokenizer_path is not None
+    assert Tokenizer.load(saved.tokenizer_path) == Tokenizer.load(corpus / "a" / "tokenizer")
+
+
+def test_ids_beside_another_tokenizer_are_refused(recipe: Make, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus / "a", tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "tokenizer")
+    train_bpe(["another text than that of the corpus"] * 9, 270).save(tmp_path / "a" / "tokenizer")
+    manifest = json.loads((tmp_path / "a" / storage.MANIFEST).read_text())
+    manifest["files"] = {name: facts for name, facts in manifest["files"].items() if "tokenizer" not in name}
+    del manifest["digest"]
+    (tmp_path / "a" / storage.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"is not the tokenizer of the ids beside it .*Tokenize the data again"):
+        recipes.prepare(recipe(data__train={"a": {"path": str(tmp_path / "a")}}, data__validation={}))
+
+
+def test_a_folder_for_checkpoints_that_is_a_run_of_its_own_is_used_as_it_is_given(recipe: Make, tmp_path: Path) -> None:
+    """The other run's checkpoints lie one level further down; whoever asks for either run finds its own."""
+    other = recipes.prepare(recipe(run=str(tmp_path / "other"), train__tokens=256, model__init={"std": 0.5}))
+    other.fit()
+    value = recipe(
+        train__tokens=3 * 256, checkpoint={"folder": str(tmp_path / "other"), "every_steps": 1, "keep_last": 1}
+    )
+    recipes.prepare(value).fit()
+    assert [path.name for path in listing.listed(tmp_path / "other")] == ["step-00000003"]
+    assert [path.name for path in listing.listed(tmp_path / "other" / "checkpoints")] == ["step-00000001"]
+    assert store.open_checkpoint(tmp_path / "run").step == 3
+    assert store.open_checkpoint(tmp_path / "other").step == 1
+    assert recipes.prepare(value).progress.step == 3
+
+
+def test_a_checkpoint_of_another_version_is_named_with_both_versions(recipe: Make, tmp_path: Path) -> None:
+    """One field more in the model, one fact less in the manifest: neither is a mistake of the recipe."""
+    value = recipe(train__tokens=256)
+    recipes.prepare(value).fit()
+    path = tmp_path / "run" / "checkpoints" / listing.name_of(1)
+    manifest = json.loads((path / storage.MANIFEST).read_text())
+    manifest.pop("digest")
+    manifest["meta"]["versions"]["internlm"] = "9.9"
+    del manifest["meta"]["loss_scale"]
+    (path / storage.MANIFEST).write_text(json.dumps(manifest))
+    ours = re.escape(version.__version__)
+    do = rf"It was written by internlm 9\.9, this is {ours}: use that version"
+    with pytest.raises(StorageError, match=rf"says nothing of loss_scale\. {do}"):
+        recipes.prepare(recipe(train__tokens=2 * 256))
+    text = (path / "model.yaml").read_text() + "wings: 2\n"
+    (path / "model.yaml").write_text(text)
+    manifest["files"]["model.yaml"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (path / storage.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(StorageError, match=rf"(?s)step-00000001: model\.yaml cannot be .*wings.*{do}"):
+        recipes.prepare(recipe(train__tokens=2 * 256))

@@ -156,10 +156,16 @@ def test_a_run_does_not_go_back_for_ever(
     spikes = {"policy": "rollback", "most_rollbacks": 2}
     trainer = recipes.prepare(recipe(checkpoint={"every_steps": 2}, spikes=spikes))
     monkeypatch.setattr(Spikes, "add", lambda self, loss: 9.9)
+    updated: list[int] = []
+    update = trainer.stepper.optimizer.step
+    monkeypatch.setattr(
+        trainer.stepper.optimizer, "step", lambda rate: (updated.append(trainer.progress.step), update(rate))
+    )
     trainer.fit()
     assert trainer.progress.step == 20
     assert len(trainer.progress.passed_over) == 2
-    assert "2 times is enough" in caplog.text
+    assert "not going back: 2 times is enough" in caplog.text
+    assert updated == [1, 2, *range(3, 21)], "a warning only: every step is made, but those that were gone back from"
 
 
 def test_the_spike_that_a_run_went_back_from_is_none_of_the_losses_it_looks_back_on(recipe: Make) -> None:
@@ -169,5 +175,5 @@ def test_the_spike_that_a_run_went_back_from_is_none_of_the_losses_it_looks_back
     trainer.stepper.step()
     losses = list(trainer.stepper.spikes.losses)
     trainer.stepper.spikes.add(99.0)
-    assert trainer._roll_back(99.0)
+    trainer._roll_back(store.open_checkpoint(trainer.run), 99.0)
     assert list(trainer.stepper.spikes.losses) == losses

@@ -16,7 +16,7 @@ from internlm import config
 from internlm import recipe as recipes
 from internlm.checkpoint import listing, store
 from internlm.recipe import Recipe
-from internlm.train.metrics import Metrics, read_metrics
+from internlm.train.metrics import Metrics, MetricsFile, read_metrics
 from internlm.train.step import Stepper
 from internlm.train.stop import EXIT_CODES, FILE, Reason, Stop, Stopped
 from internlm.train.trainer import Trainer
@@ -137,7 +137,7 @@ def test_the_exit_code_says_why(recipe: Make, tmp_path: Path, name: str, code: i
     assert f"{name}: the run saves at the end of this step" in said
     assert "the same command goes on from there" in said
     assert "Traceback" not in said
-    assert listing.newest(tmp_path / "run") is not None
+    assert listing.newest(tmp_path / "run" / "checkpoints") is not None
     assert set(EXIT_CODES.values()) == {0, 75, 130}
 
 
@@ -149,4 +149,17 @@ def test_a_second_signal_ends_at_once(recipe: Make, tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGTERM)
     assert finish(process)[0] == -signal.SIGTERM
     assert time.monotonic() - begun < 30
-    assert listing.newest(tmp_path / "run") is None
+    assert listing.newest(tmp_path / "run" / "checkpoints") is None
+
+
+def test_a_signal_while_the_run_is_opened_counts(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are rewritten before the first step; a rank that the signal ended there would be a failure of all."""
+    trainer = recipes.prepare(recipe())
+    monkeypatch.setattr(
+        "internlm.train.trainer.MetricsFile",
+        lambda *given: (signal.raise_signal(signal.SIGTERM), MetricsFile(*given))[1],
+    )
+    with pytest.raises(Stopped) as stopped:
+        trainer.fit()
+    assert stopped.value.reason is Reason.PREEMPTED
+    assert store.open_checkpoint(tmp_path / "run").step == 1

@@ -48,7 +48,7 @@ def test_training_learns_the_pattern_and_writes_everything(recipe: Make, tmp_pat
     assert found[0] == pytest.approx(math.log(280), abs=0.2)
     assert found[-1] < 2.0
     assert final["valid/loss/held"] < 2.0
-    assert [p.name for p in listing.listed(run)] == ["step-00000040", "step-00000060"]
+    assert [p.name for p in listing.listed(run / "checkpoints")] == ["step-00000040", "step-00000060"]
     assert {p.name for p in run.iterdir()} >= {"metrics.jsonl", "recipe.yaml", "versions.json", "loss.png"}
     if importlib.util.find_spec("tensorboard"):
         assert any("tfevents" in p.name for p in (run / "tensorboard").iterdir())
@@ -357,7 +357,7 @@ def test_a_checkpoint_names_its_tensors_and_reads_them_one_by_one(recipe: Make, 
 def test_a_damaged_checkpoint_is_passed_over(recipe: Make, tmp_path: Path) -> None:
     value = recipe(train__tokens=4 * 256, checkpoint={"every_steps": 2})
     recipes.prepare(value).fit()
-    newest = listing.newest(tmp_path / "run")
+    newest = listing.newest(tmp_path / "run" / "checkpoints")
     assert newest is not None
     assert newest.name == "step-00000004"
     victim = max((newest / "tensors").iterdir(), key=lambda p: p.stat().st_size)
@@ -365,7 +365,7 @@ def test_a_damaged_checkpoint_is_passed_over(recipe: Make, tmp_path: Path) -> No
     again = recipes.prepare(value)
     assert again.progress.step == 2
     again.fit()  # and written again
-    assert listing.newest(tmp_path / "run") == newest
+    assert listing.newest(tmp_path / "run" / "checkpoints") == newest
     store.open_checkpoint(newest).load({"random.cpu": torch.get_rng_state()})
 
 
@@ -378,7 +378,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(StorageError, match="MiB left"):
         trainer.fit()
-    assert listing.listed(tmp_path / "run") == [kept]
+    assert listing.listed(tmp_path / "run" / "checkpoints") == [kept]
 
 
 def test_validation_computes_in_the_data_type_of_the_run(recipe: Make) -> None:

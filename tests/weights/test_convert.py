@@ -31,11 +31,10 @@ SHAPE = ModelConfig(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, f
 def run(tmp_path: Path) -> Path:
     """Return a run folder with two checkpoints."""
     tokenizer = train_bpe(["What is the sum of the numbers?"] * 3, 300)
-    tokenizer.save(tmp_path / "tokenizer")
     for step in (5, 10):
         tensors = {f"model.{name}": p.detach() for name, p in build(SHAPE, step).named_parameters()}
         meta = {"step": step, "template": "internlm"}
-        saver.save(listing.path_of(tmp_path / "run", step), tensors, SHAPE, tmp_path / "tokenizer", meta)
+        saver.save(tmp_path / "run" / "checkpoints" / listing.name_of(step), tensors, SHAPE, tokenizer, meta)
     return tmp_path / "run"
 
 
@@ -55,7 +54,7 @@ def test_a_run_becomes_a_verified_transformers_folder(
 
 def test_a_folder_is_converted_again_with_another_dtype(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    assert main(["convert", str(listing.path_of(run, 5)), str(tmp_path / "a")]) == 0
+    assert main(["convert", str(run / "checkpoints" / listing.name_of(5)), str(tmp_path / "a")]) == 0
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--dtype", "bfloat16", "--verify"]) == 0
     written = load_file(tmp_path / "b" / "model.safetensors")
     assert torch.equal(written["lm_head.weight"], build(SHAPE, 5).head.weight.to(torch.bfloat16))
