@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/quickstart
+# One that was cut short while it was made has a python, and no pip that works: it gets one. Nothing else in it goes.
+VENV := $(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv
 
 .PHONY: quickstart test lint types proof bench docs clean
 
@@ -32,12 +34,12 @@ proof: .venv/.dev  ## the long proofs: hundreds of kills and resumes, every layo
 	$(BIN)/python -m pytest --proof
 
 .venv/.quickstart: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot,hf]'
 	touch $@
 
 .venv/.dev: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot,hf,track,serve,dev]'
 	touch $@ .venv/.quickstart
 

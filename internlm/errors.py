@@ -90,7 +90,7 @@ def install_command(extra: str) -> str:
     """Return the command that installs what one of this package's extras names, as the package itself was installed."""
     root = Path(__file__).resolve().parents[1]
     if not (root / "pyproject.toml").is_file():
-        return f"pip install 'internlm[{extra}]'"
+        return f"in a checkout of internlm: pip install -c constraints.txt '.[{extra}]'"  # no index has it
     if root == Path.cwd():
         return f"pip install -c constraints.txt -e '.[{extra}]'"
     return f"pip install -c '{root}/constraints.txt' -e '{root}[{extra}]'"

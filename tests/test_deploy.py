@@ -24,7 +24,8 @@ from internlm.cli import KEY_VARIABLE, serve
 from internlm.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
-DOCKERFILES = sorted((ROOT / "deploy").rglob("Dockerfile"))
+SERVER = ROOT / "deploy" / "serve.Dockerfile"
+DOCKERFILES = sorted((ROOT / "deploy").rglob("*Dockerfile"))
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 UNIT = ROOT / "deploy" / "internlm.service"
 EXAMPLE = ROOT / "deploy" / "serve.env.example"
@@ -41,7 +42,7 @@ def instructions(text: str) -> Iterator[tuple[str, str]]:
 
 def server_file() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for name, rest in instructions((ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")):
+    for name, rest in instructions(SERVER.read_text(encoding="utf-8")):
         found.setdefault(name, []).append(rest)
     return found
 
@@ -64,7 +65,7 @@ def unit() -> configparser.ConfigParser:
     return parser
 
 
-@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.stem)
 def test_every_file_that_an_image_copies_is_there(file: Path) -> None:
     copied = [rest.split()[:-1] for name, rest in instructions(file.read_text(encoding="utf-8")) if name == "COPY"]
     assert copied
@@ -72,15 +73,32 @@ def test_every_file_that_an_image_copies_is_there(file: Path) -> None:
         assert (ROOT / source).exists(), source
 
 
-def test_the_server_image_is_sent_what_it_copies_and_nothing_else() -> None:
-    lines = (ROOT / "deploy" / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.stem)
+def test_an_image_is_sent_what_it_copies_and_nothing_else(file: Path) -> None:
+    """BuildKit reads the rules of a Dockerfile from the file beside it with this ending."""
+    lines = Path(f"{file}.dockerignore").read_text(encoding="utf-8").splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"
     kept = {rule[1:] for rule in rules if rule.startswith("!")}
-    assert kept == {source for rest in server_file()["COPY"] for source in rest.split()[:-1]}
+    copied = [rest for name, rest in instructions(file.read_text(encoding="utf-8")) if name == "COPY"]
+    assert kept == {source for rest in copied for source in rest.split()[:-1]}
 
 
-@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.stem)
+def test_an_image_has_what_triton_needs_on_a_gpu(file: Path) -> None:
+    """A C compiler with its library, which gcc alone does not depend on, and a place that its user can write to."""
+    text = file.read_text(encoding="utf-8")
+    installed = re.search(r"--no-install-recommends ([^&]+)&&", text)
+    assert installed is not None
+    packages = set(installed.group(1).split())
+    assert "gcc" in packages
+    assert packages & {"libc6-dev", "g++"}
+    if "\nUSER " in text:
+        assert "TRITON_CACHE_DIR=/tmp/" in text
+    assert re.search("docker run (--rm )?--gpus all", text)
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.stem)
 def test_an_image_installs_what_was_tested(file: Path) -> None:
     runs = [rest for name, rest in instructions(file.read_text(encoding="utf-8")) if name == "RUN"]
     installs = [run for run in runs if "pip install" in run]
@@ -169,6 +187,13 @@ def test_the_unit_starts_the_server_with_options_that_it_has_and_waits_for_its_e
     assert chosen.api_key_file.name == service["LoadCredential"].split(":")[0]
     assert float(service["TimeoutStopSec"]) > chosen.drain_seconds
     assert int(service["RestartPreventExitStatus"]) == UsageError.exit_code
+
+
+def test_the_unit_says_how_to_install_what_was_tested() -> None:
+    """From a checkout: what PyPI may have under this name is not this."""
+    installs = [line for line in UNIT.read_text(encoding="utf-8").splitlines() if "pip install" in line]
+    assert len(installs) == 1
+    assert installs[0].endswith("pip install -c constraints.txt '.[serve]'")
 
 
 def test_the_unit_passes_systemd_and_is_shut_in(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def test_an_extra_is_installed_as_the_package_was(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert errors.install_command("serve") == f"pip install -c '{ROOT}/constraints.txt' -e '{ROOT}[serve]'"
     monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages" / "internlm" / "errors.py"))
-    assert errors.install_command("serve") == "pip install 'internlm[serve]'"
+    assert errors.install_command("serve") == "in a checkout of internlm: pip install -c constraints.txt '.[serve]'"
 
 
 def test_every_extra_that_a_message_names_is_there() -> None:

@@ -86,7 +86,7 @@ def _run(words: list[str]) -> int:
         prog=f"internlm {verb}", description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    arguments = parse(parser, words[1:])
+    arguments = parse(parser, words[1:], getattr(module, "advise", None))
     from internlm import log, ranks
 
     if verb == "train":
@@ -109,12 +109,19 @@ def _speaker(words: Sequence[str]) -> str:
     return f"[rank {_rank(words)}] " if _rank(words) else ""
 
 
-def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
-    """Return the arguments; `key=value` may stand before and after options."""
+Advise = Callable[[list[str], list[str]], str]
+"""Says what to do about options that a verb does not have, given those and all words."""
+
+
+def parse(parser: argparse.ArgumentParser, words: list[str], advise: Advise | None = None) -> argparse.Namespace:
+    """Return the arguments; `key=value` may stand before and after options. What is wrong ends the process."""
     try:
-        return parser.parse_intermixed_args(words)
+        arguments, unknown = parser.parse_known_intermixed_args(words)
     except TypeError:  # argparse knows no mixture where there are verbs below the verb
-        return parser.parse_args(words)
+        arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{'. ' + advise(unknown, words) if advise else ''}")
+    return arguments
 
 
 def add_placement(add: Callable[..., object]) -> None:

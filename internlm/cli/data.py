@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export = verbs.add_parser("export", help="turn shards back into text")
     export.add_argument("shards", help="folder of shards")
     export.add_argument("--out", required=True, help=".jsonl file to write")
+    export.add_argument("--force", action="store_true", help="replace an existing file")
 
 
 def _positive(text: str) -> int:
@@ -137,15 +138,18 @@ def _marked(tokenizer: Tokenizer, ids: list[int], mask: Iterable[int] | None) ->
 def _export(arguments: argparse.Namespace) -> int:
     from internlm import storage
     from internlm.data.shards import Shards
+    from internlm.errors import StorageError
     from internlm.log import progress
     from internlm.text.tokenizer import Tokenizer
 
+    out = arguments.out
+    if Path(out).exists() and not arguments.force:
+        raise StorageError("exists already", where=out, do="Choose another name, or pass --force to replace it.")
     shards = Shards.open(arguments.shards)
     tokenizer = Tokenizer.load(shards.tokenizer_path)
     added = (0, 0)  # the ends that tokenisation put around documents
     if shards.template is None:
         added = (shards.facts["bos_id"] is not None, shards.facts["eos_id"] is not None)
-    out = arguments.out
     with storage.beside(out) as draft, open(draft, "w", encoding="utf-8") as file:
         for index in progress(range(shards.num_documents), "exporting", unit="documents"):
             ids = shards.document(index)[0].tolist()

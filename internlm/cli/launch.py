@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shlex
 
 from internlm.errors import UsageError
@@ -36,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command and its environment; stop")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="train RECIPE …", help="what every rank runs")
+
+
+def option_names() -> list[str]:
+    """Return the names of all options but --help."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return re.findall(r"--[a-z-]+", parser.format_usage())
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,7 +82,7 @@ def _parse_train(words: list[str]) -> argparse.Namespace:
         )
     parser = argparse.ArgumentParser(prog="internlm launch … train")
     train.add_arguments(parser)
-    trained = cli.parse(parser, words[1:])
+    trained = cli.parse(parser, words[1:], train.advise)
     if trained.dry_run:
         raise UsageError(
             "train --dry-run needs no ranks",

@@ -155,8 +155,11 @@ def _keys(arguments: argparse.Namespace) -> tuple[str, ...]:
         if not found:
             raise UsageError("holds no key", where=arguments.api_key_file)
         keys += found
-    if os.environ.get(KEY_VARIABLE):
-        keys.append(os.environ[KEY_VARIABLE].strip())
+    if (variable := os.environ.get(KEY_VARIABLE)) is not None:
+        if not variable.strip():  # a file of variables that nobody has filled in asks for a key, and would have none
+            do = f"Give it a key, such as `openssl rand -hex 32` makes, or `unset {KEY_VARIABLE}` to serve without."
+            raise UsageError("is set, and empty", where=KEY_VARIABLE, do=do)
+        keys.append(variable.strip())
     if not all(keys):
         raise UsageError("a key is empty", where="--api-key")
     return tuple(dict.fromkeys(keys))

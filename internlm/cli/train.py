@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted key and its value in YAML")
     parser.add_argument("--dry-run", action="store_true", help="print every value with its origin, and the sizes; stop")
+
+
+def advise(unknown: list[str], words: list[str]) -> str:
+    """Return how an option that `train` does not have is written here: it is one of `launch`, or a key of a recipe."""
+    from internlm.cli import launch
+
+    word = next((word for word in unknown if word.startswith("-")), unknown[0])
+    name, _, value = word.partition("=")
+    if not value:
+        following = words[words.index(word) + 1 :]
+        value = following[0] if following and not following[0].startswith("-") else "VALUE"
+    known = launch.option_names()
+    longer = [own for own in known if name.startswith(own)]  # torchrun's --nproc-per-node
+    meant = (longer or difflib.get_close_matches(name, known, n=1, cutoff=0.8) or [""])[0]
+    if meant == "--dry-run":
+        return f"Did you mean {meant!r}?"
+    if meant:
+        return f"{meant} belongs to launch and stands before train: internlm launch {meant} {value} train RECIPE …"
+    return f"Keys of a recipe are written without dashes: {name.lstrip('-')}={value}"
 
 
 def run(arguments: argparse.Namespace) -> int:

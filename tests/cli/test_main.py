@@ -88,3 +88,26 @@ def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["train", str(recipe), "--dry-run", "optim.lr=7e-3"]) == 0
     assert "0.007" in capsys.readouterr().out
     assert main(["train", "optim.lr=7e-3"]) != 0
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("train r.yaml --optim.lr=1e-3", "without dashes: optim.lr=1e-3"),
+        ("train --optim.lr 1e-3 r.yaml seed=1", "without dashes: optim.lr=1e-3"),
+        ("train r.yaml --run runs/a", "without dashes: run=runs/a"),
+        ("train r.yaml --seed", "without dashes: seed=VALUE"),
+        ("train r.yaml --dryrun", "Did you mean '--dry-run'?"),
+        ("train r.yaml --nproc=2", "internlm launch --nproc 2 train RECIPE"),
+        ("launch train r.yaml --nproc 2", "internlm launch --nproc 2 train RECIPE"),
+        ("launch train r.yaml --nproc_per_node 2", "internlm launch --nproc 2 train RECIPE"),
+        ("launch --nproc 2 train r.yaml --data.seq_len 8", "without dashes: data.seq_len=8"),
+    ],
+)
+def test_options_of_other_tools_and_in_other_places_are_answered_with_how_they_are_written_here(
+    words: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words.split())
+    assert left.value.code == 2
+    assert advice in capsys.readouterr().err

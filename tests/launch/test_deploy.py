@@ -17,13 +17,14 @@ import yaml
 
 from internlm.cli import launch
 from internlm.recipe import load
+from internlm.train import launcher
 from internlm.train.stop import EXIT_CODES, Reason
 from tests.launch.conftest import ROOT, losses
 from tests.processes import free_port, until
 
 SBATCH = ROOT / "deploy" / "slurm" / "train.sbatch"
 MANIFEST = ROOT / "deploy" / "kubernetes" / "pytorchjob.yaml"
-DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
+DOCKERFILE = ROOT / "deploy" / "train.Dockerfile"
 
 
 def directives() -> dict[str, str | None]:
@@ -164,7 +165,7 @@ VOLUME = {
 REPLICAS = {
     "replicas": int,
     "restartPolicy": "Always|OnFailure|Never|ExitCode",
-    "template": {"spec": {"containers": [CONTAINER], "volumes?": [VOLUME]}},
+    "template": {"spec": {"terminationGracePeriodSeconds": int, "containers": [CONTAINER], "volumes?": [VOLUME]}},
 }
 JOB = {
     "apiVersion": r"kubeflow\.org/v1",
@@ -242,6 +243,9 @@ def test_the_manifest_starts_as_many_ranks_as_it_has_gpus() -> None:
     assert arguments.command[0] == "train"
     copied = Path(arguments.command[1]).relative_to("/opt/internlm")  # where the image has the recipes
     assert load(ROOT / copied).value.run
+    for one in replicas.values():  # else Kubernetes kills the ranks that the launcher still lets save
+        patience = arguments.patience + launcher.CRASH_PATIENCE_S
+        assert one["template"]["spec"]["terminationGracePeriodSeconds"] >= patience
 
 
 def test_the_image_is_built_from_files_that_exist() -> None:

@@ -63,6 +63,14 @@ def typed(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return shell(command, folder)
 
 
+def shorter(script: str) -> str:
+    """Return the quickstart with less text and shorter answers."""
+    corpus, chat = '|| internlm data corpus --out "$DIR/corpus"\n', 'internlm chat "$DIR/model" '
+    assert corpus in script
+    assert chat in script
+    return script.replace(corpus, f"{corpus[:-1]} {FEW}\n{PART}").replace(chat, f"{chat}{BRIEF} ")
+
+
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder like a fresh clone in which the quickstart was run with short trainings."""
@@ -70,12 +78,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("recipes", "docs", "internlm", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
     script = (ROOT / "scripts" / "quickstart.sh").read_text()
-    corpus, chat = 'internlm data corpus --out "$DIR/corpus"\n', 'internlm chat "$DIR/model" '
-    assert corpus in script
-    assert chat in script
-    script = script.replace(corpus, f"{corpus[:-1]} {FEW}\n{PART}").replace(chat, f"{chat}{BRIEF} ")
     (folder / "scripts").mkdir()
-    (folder / "scripts" / "quickstart.sh").write_text(script)
+    (folder / "scripts" / "quickstart.sh").write_text(shorter(script))
     done = shell("bash scripts/quickstart.sh", folder)
     assert done.returncode == 0, done.stderr
     (folder / "quickstart.txt").write_text(done.stdout)
@@ -91,6 +95,8 @@ def test_the_quickstart_ends_with_a_model_a_plot_and_answers(house: Path) -> Non
     shown = (house / "quickstart.txt").read_text()
     assert shown.count("\n> ") + shown.startswith("> ") == 3
     run = house / "runs" / "quickstart"
+    finished = ["corpus", "tokenizer", *(f"data/{name.name}" for name in (run / "data").iterdir())]
+    assert all((run / step / "manifest.json").is_file() for step in finished), "by this a second run knows them"
     for line in ("model ", "loss plot ", "metrics ", "go on "):
         assert line in shown
     assert (run / "pretrain" / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -198,6 +198,9 @@ def see(case: Seen) -> Seen:
 
 
 def main() -> None:
+    # A fork of a process that has imported the package: the folders' code must not find it.
+    known = [name for name in sys.modules if name.partition(".")[0] == "internlm"]
+    sys.modules.update(dict.fromkeys(["internlm", *known]))  # type: ignore[arg-type]
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     cases = torch.load(sys.argv[1])

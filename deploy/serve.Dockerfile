@@ -1,22 +1,29 @@
 # The server. From the root of the repository:
 #
-#   docker build -f deploy/Dockerfile -t internlm-serve .
+#   docker build -f deploy/serve.Dockerfile -t internlm-serve .
+#   export INTERNLM_API_KEY=$(openssl rand -hex 32)
 #   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/out:/model:ro" -e INTERNLM_API_KEY internlm-serve
 #
-# For training on GPUs there is docker/Dockerfile.
+# In the container it listens for others, who need the key: without one it would answer any page that a browser shows.
+# Training has train.Dockerfile.
 FROM python:3.12-slim
 
 # PyPI's wheel of torch for Linux brings CUDA: gigabytes that a server on a CPU never opens. This index has the same
 # version without it, called …+cpu: that meets the pin of constraints.txt, and pip takes it before the plain one.
-# For a GPU: --build-arg TORCH_INDEX=https://pypi.org/simple
+# For a GPU: `docker build --build-arg TORCH_INDEX=https://pypi.org/simple …`, and `docker run --gpus all …`.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
-ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
+# The user below has no home for the kernels that Triton builds on a GPU.
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 TRITON_CACHE_DIR=/tmp/triton
 
 WORKDIR /opt/internlm
 COPY constraints.txt ./
 # Before the sources, so that a change of ours does not fetch torch again.
 RUN pip install --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple -c constraints.txt torch numpy
+# Triton comes with the torch for GPUs, and builds the launcher of each kernel with a C compiler.
+RUN if pip show --quiet triton; then \
+      apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
 COPY pyproject.toml README.md LICENSE ./
 COPY internlm internlm
 RUN pip install -c constraints.txt ".[serve]"
