@@ -180,13 +180,18 @@ def _adapter(path: Path, hints: Hints, above: tuple[Path, ...]) -> Source:
         raise WeightsError("names itself as its base", where=path, got=lies, do="Say where it lies: --base FOLDER.")
     base = _open(lies, Hints(), (*above, path))
     adapter = adapters.open_adapter(path, base.config)
-    own = read_talk(path)
+    own = read_talk(path)  # trainers save the tokenizer beside the adapter, seldom the rest
+    if own.tokenizer is None:
+        own = base.talk
+    elif own.jinja is None:
+        own = dataclasses.replace(own, template=base.talk.template, foreign=base.talk.foreign)
+    stops, generation = own.stops or base.talk.stops, own.generation or base.talk.generation
     return Source(
         path,
         "adapter",
         base.config,
         lambda: adapters.merge(base.weights(), adapter),
-        base.talk if own.tokenizer is None else own,
+        dataclasses.replace(own, stops=stops, generation=generation),
         base.facts,
         (base.path, *base.beside),
     )

@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +48,10 @@ class Backend(Protocol):
 
     def identity(self) -> bytes:
         """Return what decides ids: equal for files that give equal ids to every text."""
+
+    @property
+    def adds_around(self) -> bool:
+        """Whether the file says that special tokens are put around a text, which `encode` never does."""
 
     def to_json(self) -> str:
         """Return the content of an equivalent `tokenizer.json`, which adds no special tokens by itself."""
@@ -127,6 +131,11 @@ class SentencePieceBackend:
         """Return the file."""
         return self._data
 
+    @property
+    def adds_around(self) -> bool:
+        """Whether special tokens are put around a text: no."""
+        return False
+
     def to_json(self) -> str:
         """Return a BPE `tokenizer.json` that gives the same ids.
 
@@ -191,6 +200,43 @@ class SentencePieceBackend:
                 "normalises its text, which tokenizer.json cannot repeat exactly", where=self._path,
                 do="Keep the tokenizer.model.",
             )  # fmt: skip
+
+
+def with_added(model: bytes, added: Mapping[int, str], path: Path | None) -> bytes:
+    """Return a SentencePiece model in which ids have other names, and then are control pieces: tokens of structure.
+
+    Args:
+        model: the bytes of a `.model`.
+        added: id → name, beyond its pieces or over them; what the model has already is left as it is.
+        path: for messages.
+
+    Raises:
+        TokenizerError: a name is that of another piece; or the model is damaged.
+    """
+    kinds = SentencePieceBackend
+    try:
+        fields = list(_fields(model))
+        pieces = [value for number, value in fields if number == 1]
+        names = [next(text for number, text in _fields(piece) if number == 1).decode() for piece in pieces]
+        if not all(isinstance(value, bytes) for _, value in fields):
+            raise ValueError("a part of it is no message")
+    except (ValueError, IndexError, TypeError, StopIteration) as error:
+        raise TokenizerError(
+            "is no SentencePiece model, or is damaged", where=path, do="Copy the file again."
+        ) from error
+    known = {name: id_ for id_, name in enumerate(names)}
+    changed = {id_: name for id_, name in sorted(added.items()) if known.get(name) != id_}
+    if not changed:
+        return model
+    for id_, name in changed.items():
+        if name in known or list(changed.values()).count(name) > 1:
+            raise TokenizerError(f"gives the token {name!r} two ids, one of them {id_}", where=path)
+    for id_ in range(len(pieces), max(changed) + 1):
+        pieces.append(_piece(f"<unused_{id_}>", kinds.UNUSED))
+    for id_, name in changed.items():
+        pieces[id_] = _piece(name, kinds.CONTROL)
+    others = [(number, value) for number, value in fields if number != 1]
+    return b"".join(_field(number, value) for number, value in (*((1, piece) for piece in pieces), *others))
 
 
 class JsonBackend:
@@ -278,10 +324,16 @@ class JsonBackend:
             spec["model"] = {**spec["model"], "merges": [merge.split(" ") for merge in merges]}
         return json.dumps(spec, sort_keys=True).encode()
 
+    @property
+    def adds_around(self) -> bool:
+        """Whether the file says that special tokens are put around a text."""
+        return bool(self._library.encode("a").ids != self._library.encode("a", add_special_tokens=False).ids)
+
     def to_json(self) -> str:
         """Return the file, without a post-processor that puts special tokens around a text."""
-        adds = self._library.encode("a").ids != self._library.encode("a", add_special_tokens=False).ids
-        text = json.dumps({**self._spec, "post_processor": None}, ensure_ascii=False) if adds else self._text
+        text = (
+            json.dumps({**self._spec, "post_processor": None}, ensure_ascii=False) if self.adds_around else self._text
+        )
         return _with_plain_merges(text)
 
 
@@ -371,6 +423,25 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
                 raise ValueError("not a protobuf message")
         yield tag >> 3, message[at : at + size]
         at += size
+
+
+def _field(number: int, value: bytes) -> bytes:
+    """Return a field of a protobuf message that is text, or a message."""
+    return _as_varint(number << 3 | 2) + _as_varint(len(value)) + value
+
+
+def _piece(name: str, kind: int) -> bytes:
+    """Return a SentencePiece of a ModelProto: name, score 0, type."""
+    return _field(1, name.encode()) + b"\x15" + bytes(4) + b"\x18" + _as_varint(kind)
+
+
+def _as_varint(value: int) -> bytes:
+    """Return an integer as a variable-length one."""
+    written = bytearray()
+    while value > 0x7F:
+        written.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*written, value])
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ does not keep, and its unknown token can come from text. Added tokens that a tok
 (`<think>`, `<tool_call>` of some chat models) are text, typed and shown as such. Unpaired surrogates are no characters
 and become U+FFFD. Where the file puts a space before a text (Llama 1 and 2), `encode` does too and `decode` takes it
 off again, so the token bytes of a text begin with it. A special token of one character, or of white space only, is
-treated as text.
+treated as text. Tokens that files of Transformers add to a `.model`, or rename in it, are special, whatever they say.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import Any
 from internlm import hub, storage
 from internlm.errors import StorageError, TokenizerError, did_you_mean
 from internlm.log import warn_once
-from internlm.text.backends import SPACE_MARK, load_backend
+from internlm.text.backends import SPACE_MARK, load_backend, with_added
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +56,17 @@ class Tokenizer:
     Args:
         data: the bytes of the vocabulary file.
         is_json: whether they are a `tokenizer.json` (else a SentencePiece model).
-        roles: bos, eos, pad → name of the token, where the caller knows more than the file.
+        roles: bos, eos, pad → name of the token, None for none, where the caller knows more than the file.
         path: where the bytes came from, for messages.
     """
 
     def __init__(
-        self, data: bytes, *, is_json: bool, roles: Mapping[str, str] | None = None, path: str | Path | None = None
+        self,
+        data: bytes,
+        *,
+        is_json: bool,
+        roles: Mapping[str, str | None] | None = None,
+        path: str | Path | None = None,
     ) -> None:
         self.path = None if path is None else Path(path)
         self._data, self._is_json, self._given_roles = data, is_json, dict(roles or {})
@@ -96,6 +101,8 @@ class Tokenizer:
         file = _vocabulary_file(path, beside)
         with storage.explained(f"reading {file}"):
             data = file.read_bytes()
+        if file.suffix == ".model":
+            data = with_added(data, _added(file.parent, beside), file)
         return cls(data, is_json=file.suffix == ".json", roles=_roles(beside), path=file)
 
     @classmethod
@@ -105,7 +112,14 @@ class Tokenizer:
         Raises:
             TokenizerError: there is one, and it is damaged or of a kind that is not known.
         """
-        return cls.load(folder) if any((Path(folder) / name).is_file() for name in VOCABULARY_FILES) else None
+        folder = Path(folder)
+        if any((folder / name).is_file() for name in VOCABULARY_FILES):
+            return cls.load(folder)
+        if (folder / "vocab.json").is_file():  # of GPT-2 and others; what else is in it, only their code knows
+            save = f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')"
+            logger.warning("warning: %s has a vocab.json, and no tokenizer.json: it is opened without a tokenizer. "
+                           "Transformers writes one: %s", folder, save)  # fmt: skip
+        return None
 
     @classmethod
     def from_json(cls, text: str, roles: Mapping[str, str] | None = None) -> Tokenizer:
@@ -137,6 +151,11 @@ class Tokenizer:
         """Whether the vocabulary puts a space before every text (Llama 1 and 2)."""
         ids = self.encode("a")
         return bool(ids) and self.token_bytes(ids[0]).startswith(b" ")
+
+    @property
+    def adds_around(self) -> bool:
+        """Whether the vocabulary file has special tokens put around a text, by other programs."""
+        return self._backend.adds_around
 
     def special(self, name: str) -> int:
         """Return the id of a special token by its written form, such as `<eoa>`.
@@ -192,7 +211,8 @@ class Tokenizer:
 
     def config(self) -> dict[str, Any]:
         """Return the content of a `tokenizer_config.json`: what the vocabulary file does not say by itself."""
-        names = {f"{role}_token": name for role, (name, _) in self._roles.items()}
+        # Null where there is none: a name that is usual for the role must not be taken for it.
+        names = {f"{role}_token": self._roles[role][0] if role in self._roles else None for role in CONVENTIONAL}
         # The chat template writes bos; a tokenizer that added another would double it.
         own = {VOCABULARY_KEY: self._backend.file_name}
         return {**names, "add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False, **own}
@@ -243,8 +263,8 @@ class Tokenizer:
         given = {**self._backend.roles, **self._given_roles}
         found: dict[str, tuple[str, int]] = {}
         for role, usual in CONVENTIONAL.items():
-            candidates = (given[role],) if role in given else [name for name in usual if name in self._backend.specials]
-            for name in candidates:
+            named = given[role] if role in given else next((n for n in usual if n in self._backend.specials), None)
+            for name in [] if named is None else [named]:
                 id_ = self._backend.find(name)
                 if id_ is not None:
                     found.setdefault(role, (name, id_))
@@ -300,7 +320,7 @@ def well_formed(text: str) -> str:
     return text
 
 
-def _rebuild(data: bytes, is_json: bool, roles: dict[str, str], path: Path | None) -> Tokenizer:
+def _rebuild(data: bytes, is_json: bool, roles: dict[str, str | None], path: Path | None) -> Tokenizer:
     return Tokenizer(data, is_json=is_json, roles=roles, path=path)
 
 
@@ -325,13 +345,32 @@ def _read_configs(folder: Path) -> list[dict[str, Any]]:
     return [storage.read_json(folder / name, TokenizerError) for name in names if (folder / name).is_file()]
 
 
-def _roles(beside: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return bos, eos, pad → token name; the first file that says it counts."""
-    roles: dict[str, str] = {}
+def _roles(beside: Sequence[dict[str, Any]]) -> dict[str, str | None]:
+    """Return bos, eos, pad → token name, None where a file says that there is none; the first that says it counts."""
+    roles: dict[str, str | None] = {}
     for content in beside:
         for role in CONVENTIONAL:
-            value = content.get(f"{role}_token")
+            value = content.get(f"{role}_token", "")
             name = value.get("content") if isinstance(value, dict) else value
-            if isinstance(name, str):
+            if name is None or (isinstance(name, str) and name):
                 roles.setdefault(role, name)
     return roles
+
+
+def _added(folder: Path, beside: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """Return the tokens, by id, that files of Transformers say beside a `.model`.
+
+    Raises:
+        TokenizerError: a file is damaged.
+    """
+    try:
+        older = storage.read_json(folder / "added_tokens.json", TokenizerError)
+        added = {int(id_): str(name) for name, id_ in older.items()}
+        for content in beside:
+            newer = content.get("added_tokens_decoder") or {}
+            added |= {int(id_): str(token["content"]) for id_, token in newer.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TokenizerError(
+            f"the tokens that are added to its vocabulary cannot be read: {error}", where=folder
+        ) from error
+    return added

@@ -109,7 +109,8 @@ def _use(talk: Talk, remote_code: bool) -> list[str]:
     ]
     if talk.tokenizer is not None:
         lines.append(f'tokenizer = AutoTokenizer.from_pretrained("."{trust})')
-        start = "tokenizer.bos_token + " if talk.tokenizer.bos_id is not None else ""
+        puts_bos = talk.tokenizer.bos_id is not None and not talk.tokenizer.adds_around
+        start = "tokenizer.bos_token + " if puts_bos else ""
         ids = f'tokenizer({start}"Once", return_tensors="pt")'
         if talk.template is not None or talk.foreign is not None:
             question = '[{"role": "user", "content": "Hello"}]'

@@ -78,7 +78,11 @@ class Talk:
             TokenizerError, DataError: the template is not known, or needs tokens that the tokenizer lacks.
         """
         if self.tokenizer is not None and self.tokenizer.vocab_size > vocab_size:
-            raise WeightsError(f"the tokenizer has {self.tokenizer.vocab_size} ids, the model {vocab_size}")
+            raise WeightsError(
+                f"has {self.tokenizer.vocab_size} ids, the model {vocab_size}",
+                where=self.tokenizer.path or "tokenizer",
+                do="Give the tokenizer that the model was trained with (--tokenizer), without tokens added later.",
+            )
         if self.format is not None:
             if self.tokenizer is None:
                 raise WeightsError(f"the chat format {self.template!r} needs a tokenizer")
@@ -110,7 +114,7 @@ class Talk:
         storage.write_json(folder / CONFIG_FILE, described)
         # The same names again, where older programs look; said to take no white space from the text beside them.
         exact = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-        keys = [f"{role}_token" for role in ROLES if f"{role}_token" in described]
+        keys = [f"{role}_token" for role in ROLES if described.get(f"{role}_token") is not None]
         storage.write_json(folder / SPECIAL_FILE, {key: {"content": described[key], **exact} for key in keys})
 
 

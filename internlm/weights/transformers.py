@@ -16,8 +16,9 @@ Where the formats differ:
   others are written as zeros, which is exact.
 - Transformers measures dynamic NTK from `max_position_embeddings`, so that is our `original_length`; the context goes
   into `internlm_context_length`. Early 4.x measures YaRN from there too: exact only where both lengths are equal.
-- BOS is written by the chat template, and by nothing else: `tokenizer(text)` gives the ids of `Tokenizer.encode`, so no
-  path adds it twice. A base model is asked with `tokenizer(tokenizer.bos_token + text)`.
+- Where a chat template of ours writes BOS nothing else does: `tokenizer(text)` gives the ids of `Tokenizer.encode`, so
+  no path adds it twice. A base model is asked with `tokenizer(tokenizer.bos_token + text)`, one whose `tokenizer.json`
+  puts BOS before a text itself with `tokenizer(text)`: the card says which.
 """
 
 from __future__ import annotations

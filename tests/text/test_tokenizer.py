@@ -241,12 +241,12 @@ def test_tokenizers_of_different_files_or_roles_differ(small, wide):
 
 def test_roles_come_from_the_files_beside_the_vocabulary(small, tmp_path):
     small.save(tmp_path)
-    config = {"bos_token": None, "eos_token": {"content": "<|end|>"}}
+    config = {"eos_token": {"content": "<|end|>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|eos|>", "pad_token": "!"}))
     tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
     assert tokenizer.eos_id == small.special("<|end|>")
-    assert tokenizer.bos_id == small.bos_id  # by its usual name
+    assert tokenizer.bos_id == small.bos_id  # nothing is said: by its usual name
     assert tokenizer.pad_id == tokenizer.encode("!")[0]  # one character stays text
     assert tokenizer.pad_id not in tokenizer.special_ids
     assert tokenizer.config()["pad_token"] == "!"

@@ -166,7 +166,11 @@ def test_an_adapter_comes_back_with_the_same_bits(config: LoraConfig, tmp_path: 
         assert torch.equal(parameter, model.get_parameter(name))
         assert parameter.requires_grad == (".lora_" in name)
     ids = torch.arange(10)[None]
-    assert torch.equal(again.train()(ids), model.train()(ids)) or config.dropout
+    modes = []
+    for one in (again, model):
+        torch.manual_seed(0)  # of dropout
+        modes.append(one.train()(ids))
+    assert torch.equal(*modes)
     assert torch.equal(again.eval()(ids), model.eval()(ids))
     adapters.export(adapter, tmp_path / "b")
     for file in (adapters.WEIGHTS, adapters.FILE, "README.md"):

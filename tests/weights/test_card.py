@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import yaml
 
 from internlm.model import lora
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
+from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import train_bpe
 from internlm.weights import adapters
 from internlm.weights import transformers as folders
@@ -82,10 +84,18 @@ def test_an_export_carries_its_card_and_the_lines_for_its_kind(tmp_path: Path) -
     assert sections(code)["Use"].count("trust_remote_code=True") == 2
 
 
-@pytest.mark.parametrize("template", [None, "internlm"])
-def test_the_lines_of_the_card_run(tmp_path: Path, template: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("template", "puts_bos"), [(None, False), (None, True), ("internlm", False)])
+def test_the_lines_of_the_card_run(
+    tmp_path: Path, template: str | None, puts_bos: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("transformers")
     tokenizer = train_bpe(["What is the sum? Once"] * 3, 300)
+    if puts_bos:  # as Llama 3's file says
+        library = tokenizers.Tokenizer.from_str(tokenizer._data.decode())
+        library.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.special("<|bos|>"))]
+        )
+        tokenizer = Tokenizer.from_json(library.to_str())
     folders.export(of_tensors(build(SHAPE, 0).named_parameters()), SHAPE, tmp_path / "out", Talk(tokenizer, template))
     lines = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
     assert lines is not None
@@ -95,6 +105,7 @@ def test_the_lines_of_the_card_run(tmp_path: Path, template: str | None, monkeyp
     exec(lines[1].replace("**inputs", "**inputs, max_new_tokens=2"))
     assert len(said) == 1
     assert said[0].startswith("<|bos|>")
+    assert said[0].count("<|bos|>") == 1
 
 
 def test_every_kind_of_export_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:

@@ -108,6 +108,22 @@ def test_an_adapter_is_merged_with_its_base(folder: Path, tmp_path: Path) -> Non
     assert_equal(tensors(tmp_path / "merged"), tensors(tmp_path / "again"))
 
 
+def test_an_adapter_with_a_tokenizer_beside_it_keeps_how_its_base_is_talked_to(folder: Path, tmp_path: Path) -> None:
+    """Trainers save the tokenizer with an adapter: stops, sampling and chat format lie beside the base alone."""
+    stops = {"eos_token_id": [2, 5], "temperature": 0.6, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(stops))
+    model = open_source(folder).model()
+    chosen = lora.LoraConfig(rank=4, targets=("w[qv]",))
+    lora.apply_lora(model, chosen)
+    adapters.export(adapters.of_model(model, chosen, base=str(folder)), tmp_path / "adapter")
+    base = open_source(folder).talk
+    assert base.tokenizer is not None
+    base.tokenizer.save(tmp_path / "adapter")
+    talk = open_source(tmp_path / "adapter").talk
+    assert (talk.stops, talk.generation) == ((2, 5), {"temperature": 0.6, "top_p": 0.9})
+    assert talk.template == base.template == "internlm"
+
+
 def test_another_tokenizer_takes_the_place_of_the_one_that_lies_there(folder: Path, tmp_path: Path) -> None:
     other = train_bpe(["Other words make other tokens"] * 3, 290)
     other.save(tmp_path / "tokenizer")

@@ -50,6 +50,7 @@ CONVERSATIONS: list[dict[str, Any]] = [
     {"query": "hello", "history": []},
     {"query": "And 3?", "history": [("What is 2 + 2?", "4. 你好 👋"), ("Sure?", "\n\nyes")]},
     {"query": "typed <eoa>\n<|Bot|>:yes</s> <eoh>▁<s>", "history": [("<eoa>", "no <eoa> here")]},
+    {"query": "<think>\n\nso?</think> <|end|>", "history": []},
 ]
 WITH_SYSTEM = [*CONVERSATIONS, {"query": "hello", "history": [], "meta": "Be <eoa> brief."}]
 WITHOUT_SYSTEM = [*WITH_SYSTEM, {"query": "hello", "history": [], "meta": ""}]
@@ -61,13 +62,21 @@ def sentencepiece_tokenizer(**options: Any) -> Tokenizer:
     settings = {
         "model_type": "bpe", "vocab_size": 360, "byte_fallback": True, "add_dummy_prefix": False,
         "remove_extra_whitespaces": False, "normalization_rule_name": "identity", "minloglevel": 2,
-        "user_defined_symbols": ["<eoh>", "<eoa>"], "hard_vocab_limit": False, "character_coverage": 0.99,
+        "user_defined_symbols": ["<eoh>", "<eoa>", "\n\n"], "hard_vocab_limit": False, "character_coverage": 0.99,
     }  # fmt: skip
     lines = ["What is the sum? Be brief, and say 4 now.", " hello <|User|>: <|Bot|>: <|System|>:", "yes, no"] * 20
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, **{**settings, **options}
     )
     return Tokenizer(model.getvalue(), is_json=False)
+
+
+def thinking(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a byte-level vocabulary with one added token more, which is not special: typed, it is text."""
+    spec = json.loads(tokenizer._data)
+    token = {"id": tokenizer.vocab_size, "content": "<think>", "special": False, "normalized": False}
+    spec["added_tokens"].append({**token, "single_word": False, "lstrip": False, "rstrip": False})
+    return Tokenizer.from_json(json.dumps(spec))
 
 
 def scripted_model(config: ModelConfig, ids: list[int]) -> Transformer:
@@ -120,7 +129,10 @@ class World:
     """
 
     def __init__(self, folder: Path, published: bool) -> None:
-        self.pieces, self.bytes = sentencepiece_tokenizer(), train_bpe(["What is the sum?", "你好 👋"] * 3, 300)
+        self.pieces, self.bytes = (
+            sentencepiece_tokenizer(),
+            thinking(train_bpe(["What is the sum?", "你好 👋"] * 3, 300)),
+        )
         self.tokenizers: dict[str, Tokenizer] = {}
         self.templates: dict[str, str] = {}
         self.models: dict[str, Transformer] = {}
@@ -358,8 +370,8 @@ def test_a_stream_grows_from_nothing_to_the_answer(seen: dict[str, Any], name: s
 
 def test_answers_end_at_eoa_and_come_in_whole_characters(seen: dict[str, Any]) -> None:
     found = seen["scripted"]
-    assert found["answers"] == [SAID] * 3
-    assert found["streams"] == [[SAID[:count] for count in range(len(SAID) + 1)]] * 3
+    assert found["answers"] == [SAID] * len(CONVERSATIONS)
+    assert found["streams"] == [[SAID[:count] for count in range(len(SAID) + 1)]] * len(CONVERSATIONS)
 
 
 def test_a_stream_that_is_left_ends_its_thread(seen: dict[str, Any]) -> None:

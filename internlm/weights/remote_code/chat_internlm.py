@@ -212,6 +212,8 @@ def _text_ids(tokenizer, text):
     if hasattr(tokenizer, "text_ids"):
         return tokenizer.text_ids(text)
     added = {name: id_ for name, id_ in tokenizer.get_added_vocab().items() if len(name) > 1}
+    told = getattr(tokenizer, "added_tokens_decoder", {})  # since Transformers 4.34; what is not special is text
+    added = {name: id_ for name, id_ in added.items() if id_ not in told or told[id_].special}
     options = {"split_special_tokens": True} if hasattr(tokenizer, "split_special_tokens") else {}
     ids = tokenizer.encode(text, add_special_tokens=False, **options)
     if set(added.values()).isdisjoint(ids):

@@ -59,7 +59,7 @@ class InternLMTokenizer(PreTrainedTokenizer):
         self.structure = {
             piece.replace(SPACE, " "): self._ids[piece]
             for piece, kind in zip(self._pieces, kinds)
-            if kind in (UNKNOWN, CONTROL, USER_DEFINED) and len(piece) > 1
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED) and len(piece) > 1 and not piece.replace(SPACE, " ").isspace()
         }
         self._has_bytes = BYTE in kinds
         self._has_prefix = self.sp_model.encode("a") != self._inner.encode("a")
