@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,8 @@ KIND = "checkpoint"
 _PROBE = b"written to see whether checkpoints can be\n"
 _AT_ONCE = 2**28
 """Bytes of a read."""
+_DRAFT, _ASIDE = re.compile(r"step-\d+\.partial-[0-9a-f]+\.\d+"), re.compile(r"step-\d+\.replaced-\d+")
+"""Names that a save gives: people name folders like this too, and theirs are not cleared."""
 
 Place = Path | Remote
 """Both have `name`, `parent`, `/` and `read_text`."""
@@ -215,11 +218,11 @@ def clear(folder: Place, mark: str) -> list[str]:
 
 def _clear(folder: Path) -> list[str]:
     """Do so on a disk. A checkpoint that was moved aside comes back."""
-    left = [draft.name for draft in folder.glob("*.partial-*")]
+    left = [name for name in names(folder) if _DRAFT.fullmatch(name)]
     for name in left:
         shutil.rmtree(folder / name, ignore_errors=True)
-    for aside in folder.glob("*.replaced-*"):
-        target = aside.with_name(aside.name.rpartition(".replaced-")[0])
+    for name in filter(_ASIDE.fullmatch, names(folder)):
+        aside, target = folder / name, folder / name.rpartition(".replaced-")[0]
         if target.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:
@@ -304,7 +307,8 @@ class _Folder:
             if self.target.is_dir() and not storage.is_complete(self.target, KIND):
                 shutil.rmtree(self.target)  # damaged: the run went back to an earlier one and is here again
             hashes = {name: facts["sha256"] for name, facts in files.items()}
-            storage.commit(storage.Writing(beside, meta, hashes), self.target, KIND)
+            storage.finish(storage.Writing(beside, meta, hashes), KIND)
+            storage.put(beside, self.target)
 
     def discard(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

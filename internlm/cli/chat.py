@@ -13,7 +13,7 @@ from internlm.cli import KEY_VARIABLE, add_placement
 from internlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from internlm.serve.chat.answer import Answerer
+    from internlm.serve.chat.answer import Answerer, Settings
     from internlm.serve.chat.conversation import Chat
     from internlm.serve.chat.terminal import Screen
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_tokens=arguments.max_tokens,
         seed=arguments.seed,
     )
-    chat = Chat(_answerer(arguments, screen), settings, arguments.system, screen.note)
+    chat = Chat(_answerer(arguments, settings, screen), settings, arguments.system, screen.note)
     if question is None:
         return _converse(chat, screen, remembers=not arguments.no_history)
     if not arguments.json:
@@ -98,7 +98,7 @@ def _question(arguments: argparse.Namespace) -> str | None:
     return question
 
 
-def _answerer(arguments: argparse.Namespace, screen: Screen) -> Answerer:
+def _answerer(arguments: argparse.Namespace, settings: Settings, screen: Screen) -> Answerer:
     """Return who answers."""
     words = list(arguments.words)
     if len(words) == 2 and words[0] in _ENGINES:
@@ -116,7 +116,7 @@ def _answerer(arguments: argparse.Namespace, screen: Screen) -> Answerer:
         raise UsageError("means nothing without --url", where="--api-key")
     if arguments.model is not None:
         screen.note(f"--model {arguments.model} has no effect without --url; --template chooses a chat format")
-    return _engine(arguments, words[0], screen)
+    return _engine(arguments, words[0], settings, screen)
 
 
 def _server(arguments: argparse.Namespace) -> Answerer:
@@ -127,12 +127,12 @@ def _server(arguments: argparse.Namespace) -> Answerer:
     return FromServer(Client(arguments.url, arguments.model, key or None))
 
 
-def _engine(arguments: argparse.Namespace, path: str, screen: Screen) -> Answerer:
+def _engine(arguments: argparse.Namespace, path: str, settings: Settings, screen: Screen) -> Answerer:
     import secrets
 
     from internlm.infer.engine import Engine, Limits
     from internlm.infer.placement import Placement
-    from internlm.serve.chat.local import FromEngine
+    from internlm.serve.chat import local
     from internlm.source import Hints, open_source
     from internlm.text.templates import TEMPLATES
 
@@ -141,8 +141,10 @@ def _engine(arguments: argparse.Namespace, path: str, screen: Screen) -> Answere
     if source.talk.template is None and arguments.template is None:
         names = ", ".join(TEMPLATES)
         screen.note(f"no chat format is recorded: the model goes on with your text; --template chooses one of {names}")
+    source.talk.check(source.config.vocab_size)  # all this now, not after the weights were read
+    local.check(settings, arguments.system, source.talk.format)
     engine = Engine.of(source, place, Limits.on(place.device, batch=1), seed=secrets.randbits(30))
-    return FromEngine(engine, source.talk, path)
+    return local.FromEngine(engine, source.talk, path)
 
 
 def _facts(chat: Chat) -> dict[str, object]:

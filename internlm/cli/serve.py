@@ -130,6 +130,9 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < float("inf"):
             raise UsageError("must be over 0", where=f"--{name.replace('_', '-')}", got=value)
+    for name in arguments.model_name or ():
+        if not name.strip():
+            raise UsageError("is empty", where="--model-name")
     for option, file in (("--ssl-certfile", arguments.ssl_certfile), ("--ssl-keyfile", arguments.ssl_keyfile)):
         if file is not None and not Path(file).is_file():
             raise UsageError("no such file", where=option, got=file)
@@ -185,6 +188,7 @@ def _open(arguments: argparse.Namespace) -> Served:
         place.device, batch=arguments.max_batch, length=arguments.max_length, cache=arguments.kv,
         cache_bytes=None if arguments.cache_gib is None else int(min(arguments.cache_gib * 2**30, 2**63)),
     )  # fmt: skip
+    source.talk.check(source.config.vocab_size)  # now, not after the weights were read
     try:
         engine = Engine.of(source, place, limits, seed=secrets.randbits(30))
     except EngineError as error:

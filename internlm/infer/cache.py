@@ -271,6 +271,17 @@ class Cache:
                 self._scales[index, 0].index_copy_(1, slots, scales)
             self._stored[index, 0].index_copy_(1, slots, x)
 
+    def _as_read(self, x: Tensor) -> Tensor:
+        """Return keys or values [1, N, K, E] as the cache gives them back.
+
+        What a text begins with is attended as it is found later, by its own next piece or by another text: else the
+        same request and seed would give another answer once its beginning is in the cache.
+        """
+        if self._scales is None:
+            return x
+        codes, scales = paged.round_rows(x)
+        return (codes * scales[..., None]).to(x.dtype)
+
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """Return the attention output [1, N, H, E] of a step."""
         step = self._step
@@ -282,7 +293,8 @@ class Cache:
         for span in step.spans:
             here = slice(span.start, span.stop)
             if not span.past:
-                rows.append(attention.attend(q[:, here], k[:, here], v[:, here], documents)[0])
+                keys, values = (self._as_read(x[:, here]) for x in (k, v))
+                rows.append(attention.attend(q[:, here], keys, values, documents)[0])
                 continue
             if span.mask is None:
                 shape = (span.stop - span.start, span.past + span.stop - span.start)

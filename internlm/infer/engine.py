@@ -39,6 +39,7 @@ from internlm.infer.sample import History
 from internlm.infer.schedule import Counters, Scheduler, Text
 from internlm.infer.stream import TextStream
 from internlm.model import quant
+from internlm.model.config import DynamicScaling
 from internlm.model.quant import Kind
 from internlm.model.transformer import Transformer, empty
 from internlm.text.tokenizer import Tokenizer
@@ -134,6 +135,8 @@ class Engine:
             WeightsError, StorageError: the weights do not fit, or are damaged.
             EngineError: as of the class.
         """
+        limits = limits or Limits.on(place.device)
+        limits.check_on(torch.device(place.device))  # now, not after the weights were read
         model = source.model(place.dtype, place.device, place.pack)
         return cls(model, source.talk.tokenizer, limits, pack=place.pack, seed=seed)
 
@@ -303,6 +306,19 @@ class Engine:
         limit = min(request.max_tokens, self.length - len(tokens))
         return Checked(**{**vars(request), "tokens": tokens}, limit=limit)
 
+    def room(self, prompt: int) -> int:
+        """Return how many tokens an answer may have for which nobody gives a limit.
+
+        With dynamic scaling that is up to the trained length, where the prompt leaves room there: all keys of a text
+        are turned for the length it may come to, and one that might become longer is another from its first token on.
+
+        Args:
+            prompt: its tokens.
+        """
+        scaling = self.model.config.rope.scaling
+        trained = scaling.original_length if isinstance(scaling, DynamicScaling) else self.length
+        return max(1, (min(trained, self.length) if prompt < trained else self.length) - prompt)
+
     def _advance(self) -> None:
         """Take one step; when it fails, only who makes it fail pays."""
         now = time.monotonic()
@@ -451,12 +467,12 @@ class Engine:
                 f"the cache has room for {fitting} tokens of {per_token} bytes each, and a text may have {context}"
             )
             if limits.length is not None or not fitting:
-                raise EngineError(problem, do="Give it more memory (cache_tokens), or a smaller length.")
+                raise EngineError(problem, where="length", do="Give the cache more memory, or texts a smaller length.")
             logger.warning("warning: %s: longer ones are refused", problem)
             self.length = fitting
-        self.blocks = Blocks(fitting // limits.block, limits.block, share=limits.share)
-        self.scheduler = Scheduler(self.blocks, limits.batch, limits.step_tokens, self._admit)
         paged = works_on(self.device) if limits.paged is None else limits.paged
+        self.blocks = Blocks(fitting // limits.block, limits.block, share=limits.share, grow=not paged)
+        self.scheduler = Scheduler(self.blocks, limits.batch, limits.step_tokens, self._admit)
         self.cache = Cache(self.model, self.blocks, paged=paged, rounded=limits.cache == "int8")
         words = None if self.tokenizer is None else self.tokenizer.vocab_size
         self.runner = Runner(self.model, self.cache, self.blocks, words)

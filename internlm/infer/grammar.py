@@ -63,6 +63,7 @@ _TRIALS = threading.BoundedSemaphore(2)  # processes at once: each may take a co
 _TRIAL = Path(__file__).with_name("grammar_trial.py")
 _WHITE_SPACE = r"[ \n\r\t]{0,32}"  # between the parts of JSON; without a bound, weak models write white space for ever
 _OPTIONS = '\n%llguidance {"no_forcing": true}\n'  # else only the tokenizer's own split of a text is allowed
+_NO_TEXT = "no text that this vocabulary can write matches"
 _PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 
 
@@ -89,7 +90,7 @@ def compile(kind: str, text: str, tokenizer: Tokenizer, vocab_size: int, stop_id
     size = min(vocab_size, tokenizer.vocab_size)
     stops = frozenset(id_ for id_ in stop_ids if 0 <= id_ < size)
     _library()
-    found = _compile(kind, "" if kind == "json_object" else text, tokenizer, size, stops)
+    found = _with_stops(kind, "" if kind == "json_object" else text, tokenizer, size, stops)
     if isinstance(found, EngineError):
         raise copy.copy(found)
     return found
@@ -137,7 +138,9 @@ class _Running:
             allowed &= self._begins
         forbidden = np.ones(logits.shape[0], np.bool_)
         np.logical_not(allowed, out=forbidden[:size])
-        forbidden[self._stops] = not self._matcher.is_accepting()
+        forbidden[self._stops] = not self._matcher.is_accepting()  # whatever text they would be
+        if forbidden.all():
+            raise EngineError("only a token that ends the answer could go on with it", where="grammar")
         logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), float("-inf"))
 
     def accept(self, token: int) -> None:
@@ -162,15 +165,14 @@ class _Vocabulary:
     Args:
         tokenizer: gives the bytes.
         size: ids that count.
-        stops: ids that are no text here, whatever their bytes.
     """
 
     is_tokenizer_wrapper = True
     bos_token_id = None
     special_token_ids: tuple[int, ...] = ()
 
-    def __init__(self, tokenizer: Tokenizer, size: int, stops: frozenset[int]) -> None:
-        entries = [b"" if id_ in stops else tokenizer.token_bytes(id_) for id_ in range(size)]
+    def __init__(self, tokenizer: Tokenizer, size: int) -> None:
+        entries = [tokenizer.token_bytes(id_) for id_ in range(size)]
         self.tokens = [*entries, b""]
         self.eos_token_id = size
 
@@ -180,8 +182,8 @@ class _Vocabulary:
 
 
 @functools.lru_cache(maxsize=4)
-def _vocabulary(tokenizer: Tokenizer, size: int, stops: frozenset[int]) -> llguidance.LLTokenizer:
-    wrapper: Any = _Vocabulary(tokenizer, size, stops)
+def _vocabulary(tokenizer: Tokenizer, size: int) -> llguidance.LLTokenizer:
+    wrapper: Any = _Vocabulary(tokenizer, size)
     return _library().LLTokenizer(wrapper, n_vocab=size + 1)
 
 
@@ -194,18 +196,34 @@ def _beginnings(tokenizer: Tokenizer, size: int) -> _Flags:
 
 
 @functools.lru_cache(maxsize=64)
-def _compile(kind: str, text: str, tokenizer: Tokenizer, size: int, stops: frozenset[int]) -> _Compiled | EngineError:
-    """Return a grammar, or what is wrong with its text."""
+def _with_stops(
+    kind: str, text: str, tokenizer: Tokenizer, size: int, stops: frozenset[int]
+) -> _Compiled | EngineError:
+    """Return a grammar whose answers end with these ids, or what is wrong with its text."""
+    matcher = _compile(kind, text, tokenizer, size)
+    if isinstance(matcher, EngineError):
+        return matcher
+    found = _Compiled(matcher, stops, _beginnings(tokenizer, size))
     try:
-        return _compile_now(kind, text, tokenizer, size, stops)
+        found.start().mask(torch.zeros(size))
+    except EngineError:  # what it could begin with ends an answer
+        return EngineError(_NO_TEXT, where=_place(kind))
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _compile(kind: str, text: str, tokenizer: Tokenizer, size: int) -> llguidance.LLMatcher | EngineError:
+    """Return a grammar's matcher, or what is wrong with its text."""
+    try:
+        return _compile_now(kind, text, tokenizer, size)
     except _TooHard:
         raise
     except EngineError as error:
         return error.with_traceback(None)
 
 
-def _compile_now(kind: str, text: str, tokenizer: Tokenizer, size: int, stops: frozenset[int]) -> _Compiled:
-    where = "response_format" if kind.startswith("json") else kind
+def _compile_now(kind: str, text: str, tokenizer: Tokenizer, size: int) -> llguidance.LLMatcher:
+    where = _place(kind)
     library = _library()
     if len(text) > MOST_SIZE:
         raise EngineError("is too long", where=where, got=f"{len(text)} characters", allowed=[f"up to {MOST_SIZE}"])
@@ -218,12 +236,12 @@ def _compile_now(kind: str, text: str, tokenizer: Tokenizer, size: int, stops: f
     except UnicodeEncodeError as error:
         raise EngineError("has unpaired surrogates, which are no characters", where=where) from error
     limits = library.LLParserLimits(verbose_errors=False)
-    matcher = library.LLMatcher(_vocabulary(tokenizer, size, stops), grammar, log_level=0, limits=limits)
+    matcher = library.LLMatcher(_vocabulary(tokenizer, size), grammar, log_level=0, limits=limits)
     if not matcher.is_error():
         matcher.compute_bitmask()  # what nothing matches has no first token
     if matcher.is_error():
         raise EngineError(_explain(matcher.get_error(), kind), where=where)
-    return _Compiled(matcher, stops, _beginnings(tokenizer, size))
+    return matcher
 
 
 def _try_out(lark: str, kind: str, where: str) -> str:
@@ -308,10 +326,15 @@ def _parse(text: str, where: str) -> Any:
     return value
 
 
+def _place(kind: str) -> str:
+    """Return the name of what a request gives a grammar by."""
+    return "response_format" if kind.startswith("json") else kind
+
+
 def _explain(message: str, kind: str) -> str:
     """Return a message of the library without the pictures that follow."""
     if message.startswith("NoExtension"):
-        return "no text that this vocabulary can write matches"
+        return _NO_TEXT
     if message.startswith("panic:"):
         return "is too large or deep for the compiler"
     # Places are those of the Lark text, which only its author has seen.

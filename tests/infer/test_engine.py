@@ -457,3 +457,17 @@ def test_a_request_whose_numbers_are_not_finite_ends_alone_and_leaves_nothing_be
         if temperature == 0:
             assert [r.tokens for r in results[::2]] == wanted
     assert [r.tokens for r in engine.generate(healthy, max_tokens=4, temperature=0.0)] == wanted
+
+
+def test_with_rounded_keys_an_answer_does_not_depend_on_what_the_cache_holds() -> None:
+    """The first piece of a prompt sees its keys as they are found later: by a second request, or by its own chunks."""
+    engines = [Engine(MODEL, TOKENIZER, Limits(cache="int8", step_tokens=size)) for size in (256, 32)]
+    for seed in range(8):
+        asked = Request(tokens=prompt(100, seed), max_tokens=12, temperature=1.0, seed=seed, logprobs=0)
+        first, again, chunked = (engine.generate([asked])[0] for engine in (engines[0], *engines))
+        assert engines[0].stats.counters.cached_tokens > 0
+        for other in (again, chunked):
+            assert other.tokens == first.tokens
+            assert [c.logprob for c in other.logprobs or ()] == pytest.approx(
+                [c.logprob for c in first.logprobs or ()], abs=1e-4
+            )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from internlm import runtime
@@ -9,7 +11,7 @@ from internlm.errors import EngineError
 from internlm.infer import limits as limits_module
 from internlm.infer.cache import Cache
 from internlm.infer.engine import Engine, Limits
-from internlm.model.config import ModelConfig
+from internlm.model.config import DynamicScaling, ModelConfig, RopeConfig
 from tests.models import random_model
 
 MODEL = random_model(
@@ -54,3 +56,24 @@ def test_bytes_are_as_many_tokens_as_they_have_room_for() -> None:
 def test_the_cache_is_given_in_tokens_or_in_bytes() -> None:
     with pytest.raises(EngineError, match="cache_bytes: cannot be given together with cache_tokens"):
         Engine(MODEL, limits=Limits(cache_bytes=2**20, cache_tokens=100))
+
+
+def test_memory_that_is_not_there_is_refused_before_weights_are_read() -> None:
+    class Unread:
+        def model(self, *place: object) -> None:
+            raise AssertionError("weights are read")
+
+    with pytest.raises(EngineError, match=r"cache_bytes: .*are asked for, and only"):
+        Engine.of(Unread(), limits=Limits(cache_bytes=2**60))  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="batch: must be at least 1"):
+        Engine.of(Unread(), limits=Limits(batch=0))  # type: ignore[arg-type]
+
+
+def test_an_answer_without_a_limit_goes_to_the_end_or_to_the_trained_length() -> None:
+    """Beyond that, dynamic scaling would turn all keys for a length which such an answer seldom comes to."""
+    assert Engine(MODEL, limits=Limits(length=100)).room(60) == 40
+    rope = RopeConfig(scaling=DynamicScaling(original_length=64))
+    engine = Engine(random_model(replace(MODEL.config, rope=rope)), limits=Limits(length=100))
+    assert [engine.room(prompt) for prompt in (11, 63, 64, 99, 100, 200)] == [53, 1, 36, 1, 1, 1]
+    short = Engine(engine.model, limits=Limits(length=50))
+    assert short.room(11) == 39

@@ -60,6 +60,21 @@ def test_of_two_stop_strings_in_one_token_the_one_that_is_complete_first_counts(
 
 
 @settings(max_examples=200, deadline=None)
+@given(st.text("ab", max_size=60), st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3))
+def test_what_is_held_back_is_the_longest_ending_that_a_stop_string_begins_with(text: str, stops: list[str]) -> None:
+    stream, shown = TextStream(TOKENIZER, stops), ""
+    for end, id_ in enumerate(one_token_per_byte(text), start=1):
+        shown += stream.add(id_)
+        whole = [stop for stop in stops if text[:end].endswith(stop)]
+        if whole:
+            assert stream.stopped
+            assert shown == text[: end - max(map(len, whole))]
+            break
+        begun = [n for stop in stops for n in range(len(stop)) if text[:end].endswith(stop[:n])]
+        assert shown == text[: end - max(begun)]
+
+
+@settings(max_examples=200, deadline=None)
 @given(st.text(max_size=40), st.lists(st.text(min_size=1, max_size=4), max_size=3), st.data())
 def test_the_pieces_are_the_text_up_to_the_first_stop(text: str, stops: list[str], data: st.DataObject) -> None:
     ids = one_token_per_byte(text) if data.draw(st.booleans()) else TOKENIZER.encode(text)

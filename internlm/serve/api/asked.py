@@ -130,7 +130,7 @@ def ask_chat(served: Served, body: ChatRequest) -> Asked:
     """
     model = _admit(served, body)
     tokens, use = _render(served, body)
-    room = served.engine.length - len(tokens)
+    room = served.engine.room(len(tokens))
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if isinstance(body, LegacyChatRequest) and body.max_length is not None:
         if body.max_length <= len(tokens):
@@ -143,7 +143,7 @@ def ask_chat(served: Served, body: ChatRequest) -> Asked:
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
         "continuation": bool(body.continue_final_message),
     }
-    request = _request(served, body, tokens, max(1, room) if most is None else most, extra)
+    request = _request(served, body, tokens, room if most is None else most, extra)
     if use is not None and use.tools:
         request = _with_tools(served, request, use)
     checked = _check(served, request, "messages")

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 
 from internlm.errors import EngineError, UsageError
 from internlm.infer.engine import Engine
 from internlm.infer.request import RULES, Finished, Request, TooLong
 from internlm.serve.chat.answer import Facts, Settings
 from internlm.text.chat import Message, render_prompt
+from internlm.text.templates import Template
 from internlm.weights.talk import Talk
+
+
+def check(settings: Settings, system: str | None, template: Template | None) -> None:
+    """Check the ranges, and that a system message has a place, as far as that can be told without a model's weights.
+
+    Raises:
+        EngineError: a value is out of its range.
+        UsageError: the template, or going on with a text, knows no system message.
+    """
+    if system is not None and (template is None or template.system is None):
+        name = "plain continuation" if template is None else f"template {template.name}"
+        raise UsageError(f"{name} has no place for a system message")
+    _request(settings).check()
+
+
+def _request(settings: Settings) -> Request:
+    """Return what settings ask for, still without a prompt."""
+    rules = {name: getattr(settings, name) for name in RULES}
+    return Request(tokens=(), max_tokens=settings.max_tokens, seed=settings.seed, stop_strings=settings.stop, **rules)
 
 
 class FromEngine:
@@ -38,10 +59,7 @@ class FromEngine:
 
     def check(self, settings: Settings, system: str | None) -> None:
         """Check the ranges, and that a system message has a place; see `Answerer`."""
-        if system is not None and (self.template is None or self.template.system is None):
-            name = "plain continuation" if self.template is None else f"template {self.template.name}"
-            raise UsageError(f"{name} has no place for a system message")
-        self.engine.check(self._request([0], settings))
+        check(settings, system, self.template)
 
     def answer(self, messages: Sequence[Message], settings: Settings) -> Generator[str]:
         """Yield the pieces of an answer; see `Answerer`."""
@@ -74,15 +92,8 @@ class FromEngine:
         self._interrupted = True
 
     def _request(self, prompt: Sequence[int], settings: Settings) -> Request:
-        return Request(
-            tokens=prompt,
-            max_tokens=settings.max_tokens,
-            seed=settings.seed,
-            stop_ids=self._stops,
-            stop_strings=settings.stop,
-            continuation=self.template is None,
-            **{name: getattr(settings, name) for name in RULES},
-        )
+        continues = self.template is None
+        return replace(_request(settings), tokens=prompt, stop_ids=self._stops, continuation=continues)
 
     def _prompt(self, messages: Sequence[Message], settings: Settings) -> list[int]:
         """Return the ids to go on from.
