@@ -8,6 +8,7 @@ absent:
     #  fsync every file → manifest.json (sizes, SHA-256) → fsync folder → rename → fsync parent
 
 A crash before the rename leaves a `.partial-*` folder that nobody reads and the next writer of the same name removes.
+What took the name meanwhile stays: the writer fails then, and leaves what it wrote complete under `.finished-*`.
 Readers call `read_manifest`, which refuses a folder without a manifest or with a file of another size.
 
 A folder that one process works in for long (a run) is claimed by `hold` until that process ends.
@@ -25,8 +26,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +43,8 @@ MANIFEST = "manifest.json"
 UNFINISHED = "has no manifest.json: it was not finished, or is something else"
 LOCK = "lock"
 FORMAT_VERSION = 1
+_MARK = re.compile(r"[0-9]{1,7}|r[0-9a-f]{16}")
+"""What follows there: a process (7 digits at most), or what the content depends on. Other such names are people's."""
 
 _held: dict[Path, IO[str]] = {}
 """Lock files of the folders this process holds."""
@@ -69,7 +74,7 @@ def writing(target: str | Path, kind: str, *, replace: bool = False, resume: str
         resume: says everything that the content depends on; None: always from the beginning.
 
     Raises:
-        StorageError: the target exists, or the disk is full (nothing complete was touched then).
+        StorageError: the target exists, or does so at the end, or the disk is full. Nothing complete was touched then.
     """
     target = Path(os.path.realpath(target))  # `.` has a name then, and a link stays one
     check_free(target, kind, replace=replace)
@@ -83,7 +88,8 @@ def writing(target: str | Path, kind: str, *, replace: bool = False, resume: str
         with explained(f"writing {target}"):
             folder = Writing(partial)
             yield folder
-            commit(folder, target, kind)
+            finish(folder, kind)
+            put_if_free(partial, target, kind, replace=replace)
     except BaseException as error:
         if resume is None or not isinstance(error, KeyboardInterrupt | StorageError):
             shutil.rmtree(partial, ignore_errors=True)
@@ -97,7 +103,7 @@ def check_free(target: str | Path, kind: str, *, replace: bool = False) -> None:
     """Check that `target` may be written.
 
     Raises:
-        StorageError: it exists and is not a complete folder of this kind that `replace` allows to go.
+        StorageError: it exists; with `replace`, it is no complete folder of this kind, or holds more than was written.
     """
     target = Path(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -106,10 +112,14 @@ def check_free(target: str | Path, kind: str, *, replace: bool = False) -> None:
         raise StorageError("exists and was not written by this step", where=target, do="Choose another name.")
     if not replace:
         raise StorageError("exists already", where=target, do="Choose another name, or pass --force to replace it.")
+    files = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+    if others := sorted(files - {MANIFEST, *hashes(target)}):
+        what = f"holds files that were added to it, and would be lost: {', '.join(others[:5])}"
+        raise StorageError(what, where=target, do="Move them elsewhere, or choose another name.")
 
 
-def commit(folder: Writing, target: Path, kind: str) -> None:
-    """Make a written folder visible as `target`: fsync, manifest, rename."""
+def finish(folder: Writing, kind: str) -> None:
+    """Bring a written folder to the disk, and its manifest."""
     partial = folder.path
     files = {}
     for path in sorted(p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST):
@@ -120,7 +130,21 @@ def commit(folder: Writing, target: Path, kind: str) -> None:
     _fsync(partial / MANIFEST)
     for path in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
         _fsync(path)
-    put(partial, target)
+
+
+def put_if_free(folder: Path, target: Path, kind: str, *, replace: bool) -> None:
+    """Give a folder with a manifest its final name, unless something took that while it was written.
+
+    Raises:
+        StorageError: as `check_free`. The folder is kept then, under a name that nothing cleans up.
+    """
+    try:
+        check_free(target, kind, replace=replace)
+    except StorageError as error:
+        kept = tempfile.mkdtemp(prefix=f"{target.name}.finished-", dir=target.parent)
+        os.rename(folder, kept)
+        raise StorageError(f"{error} What was written is complete: {kept}") from error
+    put(folder, target)
 
 
 def put(folder: Path, target: Path) -> None:
@@ -351,14 +375,11 @@ def require_space(path: str | Path, needed_bytes: int, what: str) -> None:
 
 def remove_leftovers(target: Path, kept: Path | None = None) -> None:
     """Delete what crashed writers of `target` left beside it, but not `kept`."""
-    for state in ("partial", "replaced"):
-        for path in target.parent.glob(f"{glob.escape(target.name)}.{state}-*"):
-            mark = path.name.rpartition("-")[2]
-            if (target.exists() or state == "partial") and path != kept:
-                if mark.isdigit() and int(mark) != os.getpid() and _is_alive(int(mark)):
-                    continue  # another process is writing the same name right now; the later rename will lose
-                if mark.startswith("r") and _is_locked(path):
-                    continue  # as above
+    for state in ("partial", "replaced") if target.exists() else ("partial",):
+        start = f"{target.name}.{state}-"
+        for path in target.parent.glob(f"{glob.escape(start)}*"):
+            mark = path.name.removeprefix(start)
+            if path != kept and _MARK.fullmatch(mark) and not _is_in_use(path, mark):
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -381,7 +402,10 @@ def _lock(partial: Path, target: Path) -> int:
     return descriptor
 
 
-def _is_locked(partial: Path) -> bool:
+def _is_in_use(partial: Path, mark: str) -> bool:
+    """Return whether another process writes the same name right now: who ends last is refused, or replaces."""
+    if mark.isdigit():
+        return int(mark) != os.getpid() and _is_alive(int(mark))
     try:
         os.close(_lock(partial, partial))
     except StorageError:
@@ -470,8 +494,6 @@ def _fsync(path: Path) -> None:
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True

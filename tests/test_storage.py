@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from internlm import storage
+from internlm.checkpoint import place
 from internlm.errors import StorageError, WeightsError
 
 
@@ -84,10 +86,76 @@ def test_the_present_folder_can_be_written(tmp_path: Path, monkeypatch: pytest.M
     assert storage.is_complete(tmp_path / "x", "thing")
 
 
-def test_leftovers_are_found_whatever_the_name(tmp_path: Path) -> None:
-    (tmp_path / "run[1].partial-999999999").mkdir()
-    make(tmp_path / "run[1]")
+@pytest.mark.parametrize("mark", ["partial-9999999", "replaced-9999999", "partial-r0123456789abcdef"])
+def test_leftovers_are_found_whatever_the_name(mark: str, tmp_path: Path) -> None:
+    make(tmp_path / "run[1]", "old")
+    (tmp_path / f"run[1].{mark}").mkdir()
+    make(tmp_path / "run[1]", replace=True)
     assert [p.name for p in tmp_path.iterdir()] == ["run[1]"]
+
+
+def test_folders_that_people_name_like_leftovers_stay(tmp_path: Path) -> None:
+    make(tmp_path / "x", "old")
+    names = ["x.partial-results", "x.partial-20260101", "x.partial-part-9999999", "x.partial-rest", "x.replaced-notes"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years")
+    make(tmp_path / "x", replace=True)
+    for name in names:
+        assert (tmp_path / name / "thesis.txt").read_text() == "years"
+
+
+def test_beside_checkpoints_too_only_leftovers_are_cleared(tmp_path: Path) -> None:
+    ours = ["step-00000010.partial-0123abcd.7", "step-00000005.replaced-9999999"]
+    theirs = ["mine.partial-results", "step-00000010.partial-notes", "step-00000010.replaced-notes"]
+    for name in ("step-00000005", *ours, *theirs):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("a")
+    assert place.clear(tmp_path, "0123abcd") == ours[:1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["step-00000005", *theirs])
+
+
+@pytest.mark.parametrize("resume", [None, "the same"])
+@pytest.mark.parametrize("replace", [False, True])
+def test_what_took_the_name_meanwhile_stays_and_what_was_written_is_kept(
+    replace: bool, resume: str | None, tmp_path: Path
+) -> None:
+    def late() -> None:
+        with storage.writing(tmp_path / "x", "thing", replace=replace, resume=resume) as folder:
+            (folder.path / "a.txt").write_text("hours of work")
+            (tmp_path / "x").mkdir()
+            (tmp_path / "x" / "thesis.txt").write_text("years")
+
+    with pytest.raises(StorageError, match=r"x: exists and was not written .* What was written is complete: ") as said:
+        late()
+    assert (tmp_path / "x" / "thesis.txt").read_text() == "years"
+    kept = Path(str(said.value).rpartition("complete: ")[2])
+    assert set(tmp_path.iterdir()) == {kept, tmp_path / "x"}
+    storage.verify(kept)
+    assert (kept / "a.txt").read_text() == "hours of work"
+
+
+def test_of_two_writers_of_a_name_the_later_one_replaces_only_when_asked(tmp_path: Path) -> None:
+    for replace in (False, True):
+        target = tmp_path / str(replace)
+        refused = contextlib.nullcontext() if replace else pytest.raises(StorageError, match="exists already")
+        with refused, storage.writing(target, "thing", replace=replace, resume="late") as folder:
+            (folder.path / "a.txt").write_text("late")
+            make(target, "early")
+        assert (target / "a.txt").read_text() == ("late" if replace else "early")
+
+
+def test_files_that_were_added_to_a_folder_are_not_replaced_with_it(tmp_path: Path) -> None:
+    make(tmp_path / "x", "old")
+    (tmp_path / "x" / "sub" / "mine.txt").write_text("years")
+    (tmp_path / "x" / "link").symlink_to("nowhere")
+    with pytest.raises(StorageError, match=r"x: holds files that were added to it.*: link, sub/mine\.txt\. Move them"):
+        make(tmp_path / "x", "new", replace=True)
+    assert (tmp_path / "x" / "sub" / "mine.txt").read_text() == "years"
+    (tmp_path / "x" / "sub" / "mine.txt").unlink()
+    (tmp_path / "x" / "link").unlink()
+    make(tmp_path / "x", "new", replace=True)
+    assert (tmp_path / "x" / "a.txt").read_text() == "new"
 
 
 def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,22 +89,20 @@ def run(arguments: argparse.Namespace) -> int:
     hints = Hints(arguments.tokenizer, arguments.base, _settings(arguments.set), arguments.template)
     source = open_source(arguments.source, hints)
     _check_source(arguments, source)
-    # What was to be verified has its name only when it was; until then it lies beside.
-    out = target.with_name(f"{target.name}.unverified") / target.name if arguments.verify else target
     weights = source.weights()
     total = sum(weight.to(dtype_of(arguments.dtype)).nbytes for weight in weights.values())
-    with Progress("converting", total, "bytes") as shown:
-        written = _write(arguments, source, weights, out, _options(arguments, source, shown.advance))
-    print(*table(written), sep="\n")
-    written_bytes = sum(file.stat().st_size for file in out.iterdir())
+    with _unverified(target) if arguments.verify else contextlib.nullcontext(target) as out:
+        with Progress("converting", total, "bytes") as shown:
+            written = _write(arguments, source, weights, out, _options(arguments, source, shown.advance))
+        print(*table(written), sep="\n")
+        written_bytes = sum(file.stat().st_size for file in out.iterdir())
+        if arguments.verify:
+            verify(source, out, QUANTIZED_TOLERANCE if arguments.quantize else TOLERANCE)
+            storage.put_if_free(out, target, KIND, replace=arguments.force)
     talk = source.talk
-    chat = f"chat format {talk.template}"
-    if talk.template is None:
-        chat = "no chat format" if talk.foreign is None else "its own chat format, carried along"
-    if arguments.verify:
-        verify(source, out, QUANTIZED_TOLERANCE if arguments.quantize else TOLERANCE)
-        storage.put(out, target)
-        out.parent.rmdir()
+    chat = "its own chat format, carried along" if talk.template is None else f"chat format {talk.template}"
+    if talk.jinja is None or talk.tokenizer is None:  # none is written without a tokenizer
+        chat = "no chat format"
     parameters = quantity(source.config.num_parameters)
     print(f"{arguments.target}: {parameters} parameters, {size(written_bytes)}, {chat}")
     if talk.tokenizer is None:
@@ -111,6 +110,20 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(f"talk to it:   internlm chat {arguments.target}")
     return 0
+
+
+@contextlib.contextmanager
+def _unverified(target: Path) -> Iterator[Path]:
+    """Yield where that is written which has the name `target` only when it was verified.
+
+    What was not is left there, for who looks for the cause.
+    """
+    beside = target.with_name(f"{target.name}.unverified")
+    try:
+        yield beside / target.name
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            beside.rmdir()
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -137,29 +150,36 @@ def _check_source(arguments: argparse.Namespace, source: Source) -> None:
     """Check that replacing the target does not delete what it is made of, and that it can be verified.
 
     Raises:
-        UsageError: the source is the target, or lies in it; or Transformers is needed and is not there.
+        UsageError: the source or a file of it is the target, or lies in it; or Transformers is needed and not there.
     """
     by_transformers = source.kind == "transformers" or arguments.to not in ("gguf", "internlm-v0.2")
     if arguments.verify and by_transformers and importlib.util.find_spec("transformers") is None:
         raise UsageError("needs transformers", where="--verify", do=install_command("hf"))
     target = Path(arguments.target).resolve()
     for path in (Path(arguments.source), source.path, *source.beside):
-        if not isinstance(path, Path):
-            continue  # in a store
-        if target.exists() and target in (path.resolve(), *path.resolve().parents):
+        if not isinstance(path, Path) or not target.exists():
+            continue  # in a store; nothing is replaced
+        lie = [file.resolve() for file in (path, *path.rglob("*"))]  # a folder of links is as good as one of files
+        if any(place.is_relative_to(target) for place in lie):
             raise UsageError(
                 "would be replaced, and SRC with it", where="DST", got=arguments.target, do="Choose another name."
             )
 
 
 def _options(arguments: argparse.Namespace, source: Source, progress: Callable[[int], None]) -> ExportOptions:
+    from internlm.checkpoint import place
+    from internlm.weights import card
     from internlm.weights.transformers import ExportOptions
 
-    notes = {"source": str(source.path), **source.facts}
-    if arguments.licence:
-        notes["licence"] = arguments.licence
-    tokenizer = source.talk.tokenizer
-    depends_on = [source.state(), source.config, source.talk.template, tokenizer and tokenizer.fingerprint]
+    given = place.at(arguments.source)
+    # Its name alone: folders that are published say nothing of the machine that they were made on.
+    name = Path(os.path.abspath(given)).name if isinstance(given, Path) else given.name
+    notes = {"source": name, **source.facts}
+    if licence := arguments.licence or next(filter(None, map(card.licence_of, _folders(source))), None):
+        notes["licence"] = licence
+    talk, tokenizer = source.talk, source.talk.tokenizer
+    depends_on = [source.state(), source.config, talk.template, talk.foreign, talk.stops, talk.generation]
+    depends_on += [tokenizer and (tokenizer.fingerprint, tokenizer.config())]
     depends_on += [getattr(arguments, name) for name in ("to", "dtype", "set", *OPTIONS_OF)]
     return ExportOptions(
         dtype=dtype_of(arguments.dtype),
@@ -169,6 +189,7 @@ def _options(arguments: argparse.Namespace, source: Source, progress: Callable[[
         resume=repr(depends_on),
         family=None if arguments.to in FORMATS else arguments.to,
         remote_code=arguments.remote_code,
+        licences=_licences(source),
         progress=progress,
     )
 
@@ -193,6 +214,18 @@ def _write(
     from internlm.weights import transformers
 
     return transformers.export(weights, source.config, out, source.talk, options)
+
+
+def _folders(source: Source) -> list[Path]:
+    """Return the folders here that a source is made of."""
+    return [path for path in (source.path, *source.beside) if isinstance(path, Path) and path.is_dir()]
+
+
+def _licences(source: Source) -> tuple[Path, ...]:
+    """Return the licence files of a source, an adapter's before its base's: most licences ask to go along."""
+    lying = [file for folder in reversed(_folders(source)) for file in sorted(folder.iterdir()) if file.is_file()]
+    names = ("LICENSE", "LICENCE", "NOTICE")
+    return tuple({file.name: file for file in lying if file.name.upper().startswith(names)}.values())
 
 
 def verify(source: Source, target: Path, tolerance: float = TOLERANCE) -> float:

@@ -8,12 +8,36 @@ One decoder serves every family: the differences are switches here, never a bran
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
-from internlm.config import section
+from internlm.config import require_positive, section
 from internlm.errors import ConfigError
+
+
+def _require_over(section: Any, place: str, least: int, *names: str) -> None:
+    """Check that the named fields of a section are finite and over `least`, where they are given at all.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
+    for name in names:
+        number = getattr(section, name)
+        if number is not None and not least < number < math.inf:
+            raise ConfigError(f"must be finite and over {least}", where=f"{place}.{name}", got=number)
+
+
+def _require_not_negative(section: Any, place: str, *names: str) -> None:
+    """Check that the named fields of a section are finite and not negative, where they are given at all.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
+    for name in names:
+        number = getattr(section, name)
+        if number is not None and not 0 <= number < math.inf:
+            raise ConfigError("must be finite and not negative", where=f"{place}.{name}", got=number)
 
 
 @section
@@ -23,6 +47,9 @@ class LinearScaling:
     kind: Literal["linear"] = "linear"
     factor: float
     """How many times longer than trained a text may be."""
+
+    def __post_init__(self) -> None:
+        _require_over(self, "model.rope.scaling", 0, "factor")
 
 
 @section
@@ -34,6 +61,10 @@ class DynamicScaling:
     """Further stretch; 1.0 is InternLM's."""
     original_length: int
     """Trained context in tokens; shorter texts are rotated with the plain base."""
+
+    def __post_init__(self) -> None:
+        _require_over(self, "model.rope.scaling", 0, "factor")
+        require_positive(self, "model.rope.scaling", "original_length")
 
 
 @section
@@ -52,6 +83,13 @@ class YarnScaling:
     attention_factor: float | None = None
     """Scale on cos and sin; None: 0.1 ln(factor) + 1."""
 
+    def __post_init__(self) -> None:
+        _require_over(self, "model.rope.scaling", 0, "factor", "beta_fast", "beta_slow", "attention_factor")
+        require_positive(self, "model.rope.scaling", "original_length")
+        if self.beta_fast < self.beta_slow:
+            problem = f"must not be under beta_slow {self.beta_slow}"
+            raise ConfigError(problem, where="model.rope.scaling.beta_fast", got=self.beta_fast)
+
 
 @section
 class Llama3Scaling:
@@ -67,6 +105,15 @@ class Llama3Scaling:
     high_frequency_factor: float = 4.0
     """Wavelengths under original_length / this stay."""
 
+    def __post_init__(self) -> None:
+        names = ("factor", "low_frequency_factor", "high_frequency_factor")
+        _require_over(self, "model.rope.scaling", 0, *names)
+        require_positive(self, "model.rope.scaling", "original_length")
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            problem = f"must be over low_frequency_factor {self.low_frequency_factor}"
+            where = "model.rope.scaling.high_frequency_factor"
+            raise ConfigError(problem, where=where, got=self.high_frequency_factor)
+
 
 Scaling = Annotated[LinearScaling | DynamicScaling | YarnScaling | Llama3Scaling, pydantic.Field(discriminator="kind")]
 
@@ -80,6 +127,9 @@ class RopeConfig:
     scaling: Scaling | None = None
     """How to read texts longer than trained; None: not at all."""
 
+    def __post_init__(self) -> None:
+        _require_over(self, "model.rope", 1, "base")
+
 
 @section
 class InitConfig:
@@ -92,6 +142,9 @@ class InitConfig:
     residual: Literal["none", "total", "layer"] = "total"
     """What divides the two matrices that write into the residual stream (wo, w_down): nothing, sqrt(2 num_layers)
     (GPT-2), or sqrt(2 (layer + 1)) (InternLM)."""
+
+    def __post_init__(self) -> None:
+        _require_not_negative(self, "model.init", "std", "embedding_std")
 
 
 @section
@@ -118,11 +171,7 @@ class ExpertsConfig:
                 where="model.experts.per_token",
                 got=self.per_token,
             )
-        for name in ("balance_loss", "z_loss"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(
-                    "must be finite and not negative", where=f"model.experts.{name}", got=getattr(self, name)
-                )
+        _require_not_negative(self, "model.experts", "balance_loss", "z_loss")
 
 
 @section
@@ -163,9 +212,10 @@ class ModelConfig:
     """Random start."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "context_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError("must be at least 1", where=f"model.{name}", got=getattr(self, name))
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "context_length")
+        require_positive(self, "model", *sizes)
+        _require_not_negative(self, "model", "num_kv_heads", "head_dim")
+        _require_over(self, "model", 0, "norm_eps")
         if not self.head_dim:
             if self.hidden_size % self.num_heads:
                 raise ConfigError(
@@ -182,6 +232,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError("must be even: rotary positions turn pairs", where="model.head_dim", got=self.head_dim)
+        if isinstance(self.rope.scaling, DynamicScaling) and self.head_dim == 2:
+            raise ConfigError("must be over 2 for dynamic scaling", where="model.head_dim", got=self.head_dim)
 
     @property
     def attention_parameters(self) -> int:

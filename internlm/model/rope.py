@@ -48,6 +48,11 @@ def frequencies(config: RopeConfig, head_dim: int, length: int = 0) -> tuple[Ten
     return plain, 1.0
 
 
+def yarn_attention(factor: float, mscale: float = 1.0) -> float:
+    """Return YaRN's scale on cos and sin (Peng et al. 2023, section 3.4), with DeepSeek's weight `mscale` on it."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
 def _yarn(plain: Tensor, scaling: YarnScaling, base: float, head_dim: int) -> tuple[Tensor, float]:
     """Peng et al. 2023, eq. 17–25: a ramp between interpolated (slow) and kept (fast) pairs."""
 
@@ -58,9 +63,7 @@ def _yarn(plain: Tensor, scaling: YarnScaling, base: float, head_dim: int) -> tu
     high = min(math.ceil(pair_with_turns(scaling.beta_slow)), head_dim - 1)
     ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
     keep = 1 - ramp.clamp(0, 1)
-    factor = scaling.attention_factor
-    if factor is None:
-        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    factor = yarn_attention(scaling.factor) if scaling.attention_factor is None else scaling.attention_factor
     return plain / scaling.factor * (1 - keep) + plain * keep, factor
 
 

@@ -70,7 +70,8 @@ def open_bins(paths: list[Path]) -> dict[Path, Weights]:
         base = mapped_at(path, tensors)
         found[path] = {}
         for name, tensor in tensors.items():
-            place = None if base is None or not tensor.is_contiguous() else (path, tensor.data_ptr() - base)
+            is_plain = tensor.is_contiguous() and tensor.numel() > 0
+            place = (path, tensor.data_ptr() - base) if base is not None and is_plain else None
             reader = _Reader(shelf, path, name)
             found[path][name] = Weight(tuple(tensor.shape), tensor.dtype, reader, name, place)
     return found
@@ -146,10 +147,11 @@ def check_archive(path: Path) -> None:
 def mapped_at(path: Path, tensors: Mapping[str, Tensor]) -> int | None:
     """Return the address that a zip file is mapped at, None where it is not.
 
-    Torch does not tell, but the distance of its storages to each other is that of the records in the file: where every
-    storage lies at a record's offset from one address, that address is it.
+    Torch does not tell, but the distance of its storages to each other is that of the records in the file: where they
+    lie at the records' offsets from one address, that address is it. Fewer storages than records might fit elsewhere.
     """
-    addresses = sorted({t.untyped_storage().data_ptr() for t in tensors.values() if t.numel()})
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]  # a view of no elements has one too
+    addresses = sorted({storage.data_ptr() for storage in storages if storage.nbytes()})
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             records = [entry for entry in archive.infolist() if "/data/" in entry.filename and entry.file_size]
@@ -165,7 +167,7 @@ def mapped_at(path: Path, tensors: Mapping[str, Tensor]) -> int | None:
     if not addresses or not starts:
         return None
     base = addresses[0] - min(starts)
-    return base if {address - base for address in addresses} <= set(starts) else None
+    return base if {address - base for address in addresses} == set(starts) else None
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,9 @@ recorded is said to be not recorded, so that a reader can tell it from what is n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -39,6 +41,16 @@ def card(config: ModelConfig, model: str, dtype: str, talk: Talk, notes: Mapping
     about = [_summary(config, model, talk), "", *shape(config, dtype)]
     use = _use(talk, bool(notes.get("remote_code")))
     return page("transformers", about, use, notes, window(config))
+
+
+def licence_of(folder: Path) -> str | None:
+    """Return the `license` in the front matter of a folder's README.md; None: it says none that can be read."""
+    try:
+        head = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", (folder / "README.md").read_text("utf-8"), re.DOTALL)
+        found = yaml.safe_load(head[1])["license"] if head else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def page(library: str | None, about: list[str], use: list[str], notes: Mapping[str, Any], window: str = "") -> str:

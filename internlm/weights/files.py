@@ -268,6 +268,11 @@ def _open_indexed(folder: Path, index: Path) -> Weights:
     for file, path in files.items():
         found = opened[path]
         for name in found:  # those that the index leaves out too: whoever reads them says what they are
+            if name not in where and name in weights:
+                first = next(other for other in files if name in opened[files[other]])
+                raise WeightsError(
+                    f"does not say which {name} counts: {first} and {file} have one", where=index, do="Copy it again."
+                )
             if where.get(name, file) == file:
                 weights[name] = found[name]
     for name, file in where.items():

@@ -20,7 +20,7 @@ from internlm import storage
 from internlm.errors import TokenizerError, WeightsError
 from internlm.text.chat import Message, render, stop_ids
 from internlm.text.templates import TEMPLATES, Template, get_template
-from internlm.text.tokenizer import CONFIG_FILE, Tokenizer
+from internlm.text.tokenizer import CONFIG_FILE, VOCABULARY_FILES, Tokenizer
 from internlm.text.tool_jinja import chat_template, name_of
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,8 @@ class Talk:
         stops = self.stop_ids()
         generation = self.generation | self.role_ids() | {"eos_token_id": stops or None}
         storage.write_json(folder / GENERATION_FILE, generation)
+        for name in VOCABULARY_FILES:  # of an interrupted export: a tokenizer goes over no other
+            (folder / name).unlink(missing_ok=True)
         if self.tokenizer is None:
             return
         self.tokenizer.save(folder)
@@ -129,7 +131,7 @@ def read_talk(folder: str | Path) -> Talk:
     described = storage.read_json(folder / CONFIG_FILE, WeightsError)
     found, where = read_template(folder)
     name = described.get(TEMPLATE_KEY)
-    if name not in TEMPLATES:
+    if not isinstance(name, str) or name not in TEMPLATES:
         name = name_of(found) if isinstance(found, str) else None
     elif found is not None and not is_written_by(name, found):
         what = f"does not hold the chat format {name}, which {TEMPLATE_KEY} of {CONFIG_FILE} records"

@@ -23,6 +23,7 @@ Where the formats differ:
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,8 +70,16 @@ class ExportOptions:
     """`model_type` to write; None: the plainest that fits and that Transformers loads without further code."""
     remote_code: bool = False
     """Whether the folder carries the code that gives it `model.chat`; its family is then `internlm`."""
+    licences: tuple[Path, ...] = ()
+    """Files that say how the weights may be used, copied in."""
     progress: Callable[[int], None] = _nobody
     """Told the bytes of each tensor that was written."""
+
+    def copy_licences(self, folder: Path) -> None:
+        """Put the files of the licence into a folder that is being written."""
+        for file in self.licences:
+            with storage.explained(f"copying {file}"):
+                shutil.copyfile(file, folder / file.name)
 
 
 def export(
@@ -115,6 +124,7 @@ def export(
         talk.write(folder.path)
         if options.remote_code:
             carried.write(folder.path, talk)
+        options.copy_licences(folder.path)
         notes = {"remote_code": options.remote_code, **options.notes}
         storage.write_text(folder.path / "README.md", card(config, described["architectures"][0], stored, talk, notes))
         folder.meta.update({"internlm_template": talk.template, "dtype": stored, **options.notes})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -82,12 +83,56 @@ def test_counts_follow_the_switches(changes: dict[str, object]) -> None:
         ({"num_heads": 5}, "not divisible by num_heads 5"),
         ({"num_kv_heads": 3}, "not divisible by num_kv_heads 3"),
         ({"head_dim": 7}, "must be even"),
-        ({"num_layers": 0}, "at least 1"),
+        ({"num_layers": 0}, r"model\.num_layers: must be at least 1 \(got 0\)"),
+        ({"num_kv_heads": -2}, r"model\.num_kv_heads: must be finite and not negative \(got -2\)"),
+        ({"head_dim": -4}, r"model\.head_dim: must be finite and not negative \(got -4\)"),
+        ({"norm_eps": -1.0}, r"model\.norm_eps: must be finite and over 0 \(got -1\.0\)"),
+        ({"norm_eps": math.nan}, r"model\.norm_eps: must be finite and over 0"),
+        (
+            {"head_dim": 2, "rope": {"scaling": {"kind": "dynamic", "original_length": 8}}},
+            r"model\.head_dim: must be over 2 for dynamic scaling \(got 2\)",
+        ),
     ],
 )
 def test_impossible_shapes_are_errors(changes: dict[str, object], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         toy(**changes)
+
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0, "original_length": 8},
+    "yarn": {"factor": 2.0, "original_length": 8, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.1},
+    "llama3": {"factor": 2.0, "original_length": 8, "low_frequency_factor": 1.0, "high_frequency_factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("value", [0, -3.0, math.inf, math.nan])
+def test_numbers_of_rotary_positions_that_make_no_sense_are_errors_of_the_recipe(value: float) -> None:
+    """Each by the name of its field, on the way that a recipe and a config.json go."""
+    for kind, numbers in SCALINGS.items():
+        assert toy(rope={"scaling": {"kind": kind, **numbers}}).rope.scaling is not None
+        for name in numbers:
+            scaling = {"kind": kind, **numbers, name: value}
+            with pytest.raises(ConfigError, match=rf"rope\.scaling\.({kind}\.)?{name}\b"):
+                toy(rope={"scaling": scaling})
+    for part, name in (("rope", "base"), ("init", "std"), ("init", "embedding_std")):
+        if part == "rope" or value != 0:
+            with pytest.raises(ConfigError, match=rf"model\.{part}\.{name}: must be finite"):
+                toy(**{part: {name: value}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "match"),
+    [
+        ("yarn", {"beta_fast": 0.5}, r"scaling\.beta_fast: must not be under beta_slow 1\.0 \(got 0\.5\)"),
+        ("llama3", {"low_frequency_factor": 4.0}, r"high_frequency_factor: must be over low_frequency_factor 4\.0"),
+        ("llama3", {"low_frequency_factor": 5.0}, r"high_frequency_factor: must be over low_frequency_factor 5\.0"),
+    ],
+)
+def test_limits_of_a_scaling_that_are_crossed_are_errors(kind: str, changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        toy(rope={"scaling": {"kind": kind, **SCALINGS[kind], **changes}})
 
 
 def test_the_start_depends_on_name_and_seed_alone() -> None:

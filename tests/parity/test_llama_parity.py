@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,37 @@ def test_an_export_has_our_logits_in_transformers(name: str, tmp_path: Path) -> 
     theirs = exported(model, tmp_path / "out")
     assert type(theirs).__name__ == "LlamaForCausalLM"
     assert_same_logits(model, theirs)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 48}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+EDITS: dict[str, dict[str, Any]] = {
+    "rope_scaling beside the plain parameters": {
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
+    },
+    "yarn, mscale of 1": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    "yarn, mscale": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.4}},
+    "yarn, mscale of 0": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0}},
+    "yarn, mscale and a factor": {
+        "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.4, "attention_factor": 1.2}
+    },
+    "yarn, a length outside": {"rope_parameters": YARN, "original_max_position_embeddings": 12},
+    "llama3, a length outside": {"rope_parameters": LLAMA3, "original_max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_a_scaling_that_is_written_into_an_export_means_what_it_means_in_transformers(
+    edit: dict[str, Any], tmp_path: Path
+) -> None:
+    model = random_model(ModelConfig(**BASE | rope()))
+    exported(model, tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | edit))
+    ours = folders.load(tmp_path / "out")
+    assert_same_logits(ours, reference.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval())
+    ids = random_ids(96)
+    assert (logits(ours, ids) - logits(model, ids)).abs().max() > 0.1, "a scaling that is not seen proves nothing"
 
 
 def of_proof(names: Iterable[str], *left: str) -> list[Any]:

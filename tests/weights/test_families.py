@@ -49,6 +49,12 @@ HELD: dict[str, ModelConfig] = {
 TABLES = {name: table for name, table in vars(names).items() if name.isupper() and isinstance(table, dict)}
 
 
+def rope_edit(**changes: Any) -> dict[str, Any]:
+    """Return changes of a config.json which make it YaRN, with some parameters changed."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+    return {"rope_scaling": None, "rope_parameters": yarn | changes}
+
+
 def described(config: ModelConfig, family: str) -> dict[str, Any]:
     return families.write(unread(config), config, family)[0]
 
@@ -278,6 +284,17 @@ def test_experts_that_are_not_all_there_once_are_named(change: Any, match: str, 
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["chunked"]}, "layer_types"),
         ("mistral", {"sliding_window": "wide"}, "sliding_window is no number"),
         ("internlm2", {"rope_scaling": {"type": "su", "factor": 2.0}}, "scaling cannot be read.*su"),
+        ("qwen2", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention is not supported"),
+        ("llama", {"rope_theta": 5e5}, r"two values of rope_theta.*500000\.0"),
+        ("llama", rope_edit(truncate=False), "truncate is not supported"),
+        ("llama", rope_edit(rope_type="linear", mscale=1.0), "mscale is not supported"),
+        ("llama", rope_edit(mscale=0.7), "mscale and mscale_all_dim count together"),
+        ("llama", rope_edit(mscale="large", mscale_all_dim=1.0), "mscale and mscale_all_dim give no factor"),
+        ("llama", rope_edit(mscale=10**400, mscale_all_dim=1.0), "mscale and mscale_all_dim give no factor"),
+        ("llama", rope_edit(factor=0), r"model\.rope\.scaling\.factor: must be finite and over 0 \(got 0"),
+        ("llama", rope_edit(beta_fast=1.0, beta_slow=2.0), r"scaling\.beta_fast: must not be under beta_slow 2\.0"),
+        ("llama", {"num_key_value_heads": -2}, r"model\.num_kv_heads: must be finite and not negative"),
+        ("llama", {"rms_norm_eps": -1.0}, r"model\.norm_eps: must be finite and over 0"),
     ],
 )
 def test_what_this_decoder_does_not_have_is_refused_by_name(family: str, change: dict[str, Any], match: str) -> None:
@@ -285,6 +302,34 @@ def test_what_this_decoder_does_not_have_is_refused_by_name(family: str, change:
     families.read_config(fields, Path("config.json"))
     with pytest.raises(WeightsError, match=rf"config\.json: .*{match}"):
         families.read_config(fields | change, Path("config.json"))
+
+
+def test_yarn_beside_the_plain_parameters_that_an_export_has_is_yarn() -> None:
+    """As Qwen's model cards say: an export of ours, to which only rope_scaling is added."""
+    fields = described(HELD["qwen2"], "qwen2")
+    assert fields["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    read = families.read_config(fields | {"rope_scaling": yarn}, Path("config.json"))
+    assert read.rope.scaling == YarnScaling(factor=4.0, original_length=64)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "parameters"),
+    [
+        ({"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}),
+        ({"type": "yarn", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}),
+        ({"rope_type": "default"}, {"rope_type": "yarn", "factor": 4.0}),
+        ({"type": "yarn", "factor": 4.0}, {"rope_type": "default", "rope_theta": 1e6}),
+    ],
+)
+def test_two_rotary_scalings_that_differ_are_refused_by_both_names(
+    scaling: dict[str, Any], parameters: dict[str, Any]
+) -> None:
+    """The last is a folder of Transformers 5 with a rope_scaling added: Transformers would forget its base."""
+    fields = {key: value for key, value in described(SHAPE, "llama").items() if key != "rope_theta"}
+    fields |= {"rope_scaling": scaling, "rope_parameters": parameters}
+    with pytest.raises(WeightsError, match=r"config\.json: rope_scaling and rope_parameters say different things"):
+        families.read_config(fields, Path("config.json"))
 
 
 def test_what_a_config_lacks_is_what_the_family_means() -> None:

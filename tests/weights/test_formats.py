@@ -138,7 +138,7 @@ def test_the_card_says_what_the_run_was(folder: Path, tmp_path: Path) -> None:
     assert convert(folder, tmp_path / "out", "--licence", "apache-2.0") == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: apache-2.0" in card
-    assert str(folder) in card
+    assert f"Converted from `{folder.name}`." in card
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,8 @@ def test_a_source_is_never_replaced_by_what_is_made_of_it(
     assert convert(folder, tmp_path / "out") == 0
     inner = tmp_path / "out" / "inner"
     folder.rename(inner)
-    assert convert(inner, tmp_path / "out", "--force") == 2
+    assert convert(inner, tmp_path / "out", "--force") == 1
+    assert "files that were added to it, and would be lost: inner/" in capsys.readouterr().err
     assert open_source(inner).config == SHAPE
     assert convert(tmp_path / "out", inner / "deeper") == 0, "beside or below it there is room"
 

@@ -6,7 +6,6 @@ import logging
 import os
 import struct
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ SHAPE = ModelConfig(
 )  # fmt: skip
 EXPERTS = ExpertsConfig(count=3, per_token=2)
 LLAMA3 = RopeConfig(base=5e5, scaling=Llama3Scaling(factor=8.0, original_length=32))
+YARN_TABLE = RopeConfig(scaling=YarnScaling(factor=4.0, original_length=16, beta_fast=2.0, attention_factor=1.25))
 
 
 def export(model: Transformer, out: Path, talk: Talk = Talk(), **options: Any) -> Path:  # noqa: B008
@@ -187,6 +187,8 @@ def test_the_file_computes_our_logits_in_llama_cpps_form(changes: dict[str, Any]
         {"rope": LLAMA3},
         {"rope": RopeConfig(base=1.5e6, scaling=LinearScaling(factor=2.5))},
         {"rope": RopeConfig(scaling=YarnScaling(factor=4.0, original_length=16))},
+        {"rope": YARN_TABLE},
+        {"rope": RopeConfig(scaling=Llama3Scaling(factor=8.0, original_length=32, low_frequency_factor=2.0))},
         {"qk_norm": True, "qkv_bias": False, "output_bias": False},
         {"qk_norm": True, "qkv_bias": False, "output_bias": False, "experts": EXPERTS},
     ],
@@ -354,68 +356,6 @@ def test_an_interrupted_export_begins_again_and_a_complete_one_is_kept(tmp_path:
     with pytest.raises(StorageError, match="--force"):
         export(model, tmp_path / "out")
     export(model, tmp_path / "out", replace=True)
-
-
-def written(path: Path, architecture: str, change: Callable[[Any], None], skipped: str = "") -> Path:
-    """Return a file of another's making: a tiny model without biases of its own."""
-    writer = library.GGUFWriter(path, architecture)
-    writer.add_context_length(64)
-    writer.add_embedding_length(8)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(12)
-    writer.add_head_count(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    change(writer)
-    generator = np.random.default_rng(0)
-    rows = {"attn_norm": (8,), "ffn_norm": (8,), "ffn_gate": (12, 8), "ffn_up": (12, 8), "ffn_down": (8, 12)}
-    rows |= {f"attn_{part}": (8, 8) for part in ("q", "k", "v", "output")}
-    shapes_there = {f"blk.0.{name}.weight": shape for name, shape in rows.items()}
-    shapes_there |= {"token_embd.weight": (20, 8), "output_norm.weight": (8,), "output.weight": (20, 8)}
-    if architecture == "qwen2":
-        shapes_there |= {f"blk.0.attn_{part}.bias": (8,) for part in ("q", "k", "v")}
-    for name, shape in shapes_there.items():
-        if name != skipped:
-            writer.add_tensor(name, generator.standard_normal(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_a_qwen2_of_others_is_read_without_moving_rows(tmp_path: Path) -> None:
-    file = written(tmp_path / "a.gguf", "qwen2", lambda writer: None)
-    config = gguf.read_config(file)
-    assert (config.qkv_bias, config.output_bias, config.head_dim, config.num_kv_heads) == (True, False, 4, 2)
-    weights, there = gguf.open_weights(file), stored(file)
-    assert torch.equal(weights["blocks.0.attention.wq.weight"].read(), there["blk.0.attn_q.weight"])
-    assert torch.equal(weights["blocks.0.attention.wk.bias"].read(), there["blk.0.attn_k.bias"])
-    assert gguf.read_talk(file) == Talk()
-
-
-def test_files_that_this_decoder_cannot_read_are_refused_by_name(tmp_path: Path) -> None:
-    table = np.full(2, 3.0, np.float32)
-    for number, (architecture, change, message) in enumerate(
-        [
-            ("gemma", lambda writer: None, "gemma.*allowed: llama, qwen2"),
-            ("llama", lambda writer: writer.add_sliding_window(512), r"attention\.sliding_window is not supported"),
-            ("llama", lambda writer: writer.add_uint16("split.count", 2), "one part of several"),
-            ("llama", lambda writer: (writer.add_key_length(4), writer.add_value_length(6)), "value_length"),
-            ("llama", lambda writer: (writer.add_key_length(4), writer.add_rope_dimension_count(2)), "dimension_count"),
-            ("llama", lambda writer: writer.add_tensor("rope_freqs.weight", table), "not that of Llama 3.1"),
-            ("llama", lambda writer: writer.add_tensor("blk.0.extra.weight", table), r"blk\.0\.extra\.weight: no such"),
-            ("llama", lambda writer: writer.add_head_count_kv([1, 2]), "num_kv_heads.*a list of 2"),
-            ("llama", lambda writer: writer.add_string("llama.rope.scaling.factor", "x"), "describes no model"),
-            ("llama", lambda writer: writer.add_block_count(10**9), "another number of blocks than the 1 it holds"),
-            ("llama", lambda writer: writer.add_string("llama.rope.scaling.type", "longrope"), "longrope"),
-        ]
-    ):
-        with pytest.raises(WeightsError, match=message):
-            gguf.open_weights(written(tmp_path / f"{number}.gguf", architecture, change))
-    with pytest.raises(WeightsError, match="no table of embeddings"):
-        gguf.read_config(written(tmp_path / "b.gguf", "llama", lambda writer: None, "token_embd.weight"))
-    with pytest.raises(WeightsError, match="holds 12 GGUF files"):
-        gguf.read_config(tmp_path)
 
 
 def test_a_damaged_file_is_explained_wherever_it_is_cut_or_changed(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ scaling, whose `max_position_embeddings` is the trained length, and the weights 
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -104,31 +103,10 @@ def understand(fields: Any, path: Path) -> ModelConfig:
     except KeyError as error:
         raise WeightsError(f"lacks {error}", where=path) from None
     try:
-        config = decode(ModelConfig, tree)
+        return decode(ModelConfig, tree)
     except ConfigError as error:
         problems = "; ".join(line.strip() for line in str(error).splitlines()[1:])
         raise WeightsError(f"describes no model: {problems}", where=path) from None
-    _check_numbers(config, path)
-    return config
-
-
-def _check_numbers(config: ModelConfig, path: Path) -> None:
-    """Check what is to be over 0, and finite.
-
-    Raises:
-        WeightsError: it is not.
-    """
-    scaling = config.rope.scaling
-    numbers = {
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope.base,
-        "factor of the rotary scaling": 1.0 if scaling is None else scaling.factor,
-    }
-    for name, value in numbers.items():
-        if not 0 < value < math.inf:
-            raise WeightsError(f"{name} must be finite and over 0", where=path, got=value)
 
 
 def _check_fields(fields: dict[str, Any], family: Family, path: Path) -> None:

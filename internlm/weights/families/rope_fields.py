@@ -12,6 +12,7 @@ from typing import Any
 
 from internlm.errors import WeightsError
 from internlm.model.config import DynamicScaling, Llama3Scaling, RopeConfig, Scaling, YarnScaling
+from internlm.model.rope import yarn_attention
 from internlm.weights.families.table import Family, default_of
 
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -93,15 +94,28 @@ def _read_rotary(rotary: Any, fields: dict[str, Any], family: Family, path: Path
 
 def _read(fields: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
     """Return what `rope_theta` and `rope_scaling`, or `rope_parameters`, describe, as a tree."""
-    found: dict[str, Any] = {}
-    for name in ("rope_parameters", "rope_scaling"):
-        part = fields.get(name) or {}
-        if not isinstance(part, dict):
-            raise WeightsError(f"{name} is no JSON object", where=path, got=part)
-        found |= part
-    base = found.get("rope_theta") or fields.get("rope_theta") or default_of(family, "rope_theta")
+    parts = {name: fields.get(name) or {} for name in ("rope_scaling", "rope_parameters")}
+    for name in (name for name, part in parts.items() if not isinstance(part, dict)):
+        raise WeightsError(f"{name} is no JSON object", where=path, got=parts[name])
+    found = [_read_one(part, fields, family, path) for part in parts.values() if part]
+    # Transformers takes rope_scaling alone where it is there: no matter, if all that the other says is the same base.
+    if len(found) == 2 and found[1] not in (found[0], {"base": found[0]["base"]}):
+        problem, advice = "rope_scaling and rope_parameters say different things", "Write all into rope_parameters."
+        raise WeightsError(problem, where=path, got=parts, do=f"{advice} Then take rope_scaling out.")
+    return found[0] if found else _read_one({}, fields, family, path)
+
+
+def _read_one(found: dict[str, Any], fields: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
+    """Return what one of `rope_scaling` and `rope_parameters` describes, with what stands beside them, as a tree."""
+    usual, beside = default_of(family, "rope_theta"), fields.get("rope_theta")
+    base = found.get("rope_theta") or beside or usual
+    if beside not in (None, base, usual):
+        raise WeightsError("there are two values of rope_theta", where=path, got=(base, beside), do="Take one out.")
     kind = found.get("rope_type", found.get("type", "default"))
-    changed = [name for name in ("mscale", "mscale_all_dim", "truncate") if found.get(name) not in (None, True)]
+    changed = [name for name, value in found.items() if isinstance(value, dict)]  # one for each kind of layer
+    changed += [name for name in ("mscale", "mscale_all_dim") if kind != "yarn" and found.get(name) is not None]
+    if found.get("truncate") not in (None, True):
+        changed.append("truncate")
     if found.get("partial_rotary_factor", fields.get("partial_rotary_factor")) not in (None, 1.0):
         changed.append("partial_rotary_factor")
     if changed:
@@ -111,20 +125,22 @@ def _read(fields: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
     if kind not in KINDS:
         raise WeightsError("this rotary scaling cannot be read", where=path, got=kind, allowed=KINDS)
     positions = fields.get("max_position_embeddings", default_of(family, "max_position_embeddings"))
-    return {"base": base, "scaling": {"kind": kind, "factor": found["factor"], **_options(kind, found, positions)}}
-
-
-def _options(kind: str, found: dict[str, Any], positions: Any) -> dict[str, Any]:
-    """Return what belongs to one kind of scaling."""
-    original = found.get("original_max_position_embeddings") or positions
+    scaling = {"kind": kind, "factor": found["factor"]}
     if kind == "dynamic":
-        return {"original_length": positions}
+        return {"base": base, "scaling": scaling | {"original_length": positions}}
+    name = "original_max_position_embeddings"
+    original = fields.get(name) or found.get(name) or positions  # Transformers prefers the one outside too
+    return {"base": base, "scaling": scaling | _options(kind, found, original, path)}
+
+
+def _options(kind: str, found: dict[str, Any], original: Any, path: Path) -> dict[str, Any]:
+    """Return what belongs to one kind of scaling."""
     if kind == "yarn":
         return {
             "original_length": original,
             "beta_fast": found.get("beta_fast") or 32.0,
             "beta_slow": found.get("beta_slow") or 1.0,
-            "attention_factor": found.get("attention_factor"),
+            "attention_factor": _attention_factor(found, path),
         }
     if kind == "llama3":
         return {
@@ -133,3 +149,22 @@ def _options(kind: str, found: dict[str, Any], positions: Any) -> dict[str, Any]
             "high_frequency_factor": found["high_freq_factor"],
         }
     return {}
+
+
+def _attention_factor(found: dict[str, Any], path: Path) -> Any:
+    """Return YaRN's scale on cos and sin where it is not the usual one: as it stands, or DeepSeek's ratio of two.
+
+    Raises:
+        WeightsError: only one of the two is there, or they have no ratio.
+    """
+    given, above, below = (found.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    if given is not None or (above is None and below is None):
+        return given
+    if above is None or below is None:
+        raise WeightsError("mscale and mscale_all_dim count together only", where=path, do="Give both or neither.")
+    try:
+        factor = found["factor"]
+        return yarn_attention(factor, above) / yarn_attention(factor, below) if above and below else None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        problem = f"mscale and mscale_all_dim give no factor: {error}"
+        raise WeightsError(problem, where=path, got=(above, below)) from None

@@ -6,22 +6,27 @@
 
 Fields are float32 there; they are read as the shortest number that becomes the same
 float32: 0.00001, not 0.0000099999997.
+
+Where a rotary scaling goes as a table, a field of ours beside it says which one it is: a table alone is read as that of
+Llama 3.1. Either way the table must be the one of what is read.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from internlm.config import decode
+from internlm.config import decode, encode
 from internlm.errors import ConfigError, WeightsError
 from internlm.model.config import DynamicScaling, LinearScaling, Llama3Scaling, ModelConfig, RopeConfig, YarnScaling
-from internlm.model.rope import frequencies
+from internlm.model.rope import frequencies, yarn_attention
 from internlm.weights.gguf.header import Header, library
 
 logger = logging.getLogger(__name__)
@@ -30,6 +35,35 @@ READABLE = ("llama", "qwen2", "qwen3", "qwen3moe")
 """llama.cpp's names of the architectures that can be read."""
 ROPE_TABLE = "rope_freqs.weight"
 """The tensor of factors on the wavelengths of all pairs."""
+SCALING = "internlm.rope.scaling"
+"""The field of ours that says in JSON which scaling a table is of."""
+NEUTRAL: Mapping[str, tuple[float, ...]] = {
+    ".attention.causal": (True,),
+    ".attention.clamp_kqv": (0,),
+    ".attention.max_alibi_bias": (0,),
+    ".attention.output_scale": (0, 1),
+    ".attention.scale": (0,),
+    ".attention.sliding_window": (0,),
+    ".attention.temperature_length": (0,),
+    ".attention.temperature_scale": (0,),
+    ".attn_logit_softcapping": (0,),
+    ".embedding_scale": (0, 1),
+    ".expert_gating_func": (0, 1),  # softmax
+    ".expert_group_count": (0, 1),
+    ".expert_weights_norm": (True,),
+    ".expert_weights_scale": (0, 1),
+    ".final_logit_softcapping": (0,),
+    ".logit_scale": (0, 1),
+    ".residual_scale": (0, 1),
+    ".rope.dimension_sections": (),
+    ".rope.scale_linear": (0, 1),
+    ".rope.scaling.alpha": (0, 1),
+    ".rope.scaling.yarn_attn_factor": (1,),
+    ".rope.scaling.yarn_log_multiplier": (0,),
+    ".router_logit_softcapping": (0,),
+    ".use_parallel_residual": (False,),
+}
+"""Fields of what this decoder does not have, and the values with which a model computes as if they were not there."""
 
 
 def architecture(config: ModelConfig) -> str:
@@ -97,9 +131,11 @@ def _describe_rope(writer: Any, config: ModelConfig) -> None:
         if not needs_table(config.rope):
             writer.add_rope_scaling_type(types.YARN)
             writer.add_rope_scaling_factor(scaling.factor)
-            attention_factor /= _yarn_factor(scaling.factor)  # llama.cpp multiplies by it
+            attention_factor /= yarn_attention(scaling.factor)  # llama.cpp multiplies by it
         if attention_factor != 1:
             writer.add_rope_scaling_attn_factors(attention_factor)
+    if needs_table(config.rope):
+        writer.add_string(SCALING, json.dumps(encode(scaling)))
 
 
 def needs_table(rope: RopeConfig) -> bool:
@@ -116,11 +152,6 @@ def table(config: ModelConfig) -> Tensor:
     return plain / scaled
 
 
-def _yarn_factor(factor: float) -> float:
-    """Return YaRN's usual scale on cos and sin."""
-    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-
-
 def read_config(header: Header) -> ModelConfig:
     """Return the shape that the fields of a file describe.
 
@@ -129,7 +160,7 @@ def read_config(header: Header) -> ModelConfig:
     """
     try:
         return _Fields(header).config()
-    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:  # a text where a number belongs
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:  # a text where a number belongs
         raise WeightsError(f"describes no model: {error}", where=header.path) from error
 
 
@@ -182,19 +213,19 @@ class _Fields:
         except ConfigError as error:
             problems = "; ".join(line.strip() for line in str(error).splitlines()[1:]) or error
             raise WeightsError(f"describes no model: {problems}", where=self.path) from None
-        self._check_table(config)
+        for key in (".attention.value_length", ".rope.dimension_count"):
+            if self.value(key, config.head_dim) != config.head_dim:
+                problem = f"{key[1:]} must be the width of a head, {config.head_dim}"
+                raise WeightsError(problem, where=self.path, got=self.value(key))
+        self._check_rope(config)
         return config
 
     def _check(self) -> None:
         """Refuse what this decoder does not have."""
-        for key in (".attention.sliding_window", ".attention.scale", ".rope.scale_linear", ".expert_weights_scale"):
-            if self.value(key):
+        mix = 1 if self.value(".rope.scaling.type") == "yarn" else 0
+        for key, neutral in {**NEUTRAL, ".rope.scaling.yarn_ext_factor": (-1, mix)}.items():
+            if self.value(key) not in (None, *neutral):
                 raise WeightsError(f"{key[1:]} is not supported", where=self.path, got=self.value(key))
-        width = self.value(".attention.key_length")
-        for key in (".attention.value_length", ".rope.dimension_count"):
-            if width is not None and self.value(key, width) != width:
-                problem = f"{key[1:]} must be attention.key_length {width}"
-                raise WeightsError(problem, where=self.path, got=self.value(key))
         blocks = len({name.split(".")[1] for name in self.tensors if name.startswith("blk.")})
         if self.value(".block_count") != blocks:
             problem = f"says another number of blocks than the {blocks} it holds"
@@ -203,27 +234,42 @@ class _Fields:
         if embedding is None or len(embedding.shape) != 2:
             raise WeightsError("has no table of embeddings", where=self.path)
 
-    def _scaling(self) -> dict[str, Any] | None:
+    def _scaling(self) -> Any:
         """Return the rotary scaling as a tree."""
         kind, factor = self.value(".rope.scaling.type", "linear"), self.value(".rope.scaling.factor", 1.0)
-        original, attention = (
-            self.value(".rope.scaling.original_context_length"),
-            self.value(".rope.scaling.attn_factor"),
-        )
+        is_plain = kind == "none" or (kind == "linear" and factor == 1)
+        original = self.value(".rope.scaling.original_context_length")
         if ROPE_TABLE in self.tensors:
+            if not is_plain:
+                raise WeightsError(f"{ROPE_TABLE} and a scaling are not supported at once", where=self.path, got=kind)
+            if SCALING in self.fields:
+                return json.loads(self.fields[SCALING])
             # The file has the table alone. Slow pairs are divided by the factor; the rest is as Llama 3.1 has it.
             factor = self.tensors[ROPE_TABLE].read().max().item()
             return {"kind": "llama3", "factor": factor, "original_length": original or 8192}
         if kind == "yarn":
-            scale = attention * _yarn_factor(factor) if attention else None
-            return {"kind": kind, "factor": factor, "original_length": original, "attention_factor": scale}
-        return None if kind == "none" or (kind == "linear" and factor == 1) else {"kind": kind, "factor": factor}
+            attention = self.value(".rope.scaling.attn_factor")
+            return {
+                "kind": kind,
+                "factor": factor,
+                "original_length": original or self.value(".context_length"),
+                "beta_fast": self.value(".rope.scaling.yarn_beta_fast", 32.0),
+                "beta_slow": self.value(".rope.scaling.yarn_beta_slow", 1.0),
+                "attention_factor": None if attention is None else attention * yarn_attention(factor),
+            }
+        return None if is_plain else {"kind": kind, "factor": factor}
 
-    def _check_table(self, config: ModelConfig) -> None:
-        """Refuse a table of rotary factors that is not the one which the config gives."""
+    def _check_rope(self, config: ModelConfig) -> None:
+        """Refuse a scale on cos and sin, or a table of rotary factors, that is not the one which the config gives."""
+        if self.value(".rope.scaling.type") != "yarn":
+            _, expected = frequencies(config.rope, config.head_dim)
+            attention = self.value(".rope.scaling.attn_factor", 1.0)
+            if not math.isclose(attention, expected, rel_tol=1e-5):
+                problem = f"rope.scaling.attn_factor must be {expected:g} for this rotary scaling"
+                raise WeightsError(problem, where=self.path, got=attention)
         if ROPE_TABLE not in self.tensors:
             return
-        found, expected = self.tensors[ROPE_TABLE].read(), table(config)
-        is_plain = self.value(".rope.scaling.attn_factor", 1.0) == 1 and found.shape == expected.shape
-        if not is_plain or not torch.allclose(found, expected, rtol=1e-3):
-            raise WeightsError(f"{ROPE_TABLE} is not that of Llama 3.1's scaling", where=self.path)
+        found, table_there = table(config), self.tensors[ROPE_TABLE].read()
+        if found.shape != table_there.shape or not torch.allclose(table_there, found, rtol=1e-3):
+            kind = "what the file says" if SCALING in self.fields else "Llama 3.1's"
+            raise WeightsError(f"{ROPE_TABLE} is not that of {kind} scaling", where=self.path)

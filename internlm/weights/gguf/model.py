@@ -131,6 +131,7 @@ def export(
                 with open(beside, "rb") as written:
                     os.fsync(written.fileno())  # its name says that it is complete, after a power cut too
                 os.replace(beside, path)
+        options.copy_licences(folder.path)
         storage.write_text(folder.path / "README.md", _card(config, path.name, talk, tag, options.notes))
         folder.meta.update({"internlm_template": talk.template, "dtype": tag, **options.notes})
     return theirs
@@ -179,6 +180,7 @@ def open_weights(path: str | Path) -> Weights:
     """
     opened = header.read_header(_file(Path(path)))
     config = fields.read_config(opened)
+    expected = {name: tuple(shape) for name, shape in shapes(config).items()}
     found: Weights = {}
     for tensor in opened.tensors.values():
         if tensor.name == fields.ROPE_TABLE:
@@ -186,10 +188,13 @@ def open_weights(path: str | Path) -> Weights:
         name = _translated(tensor.name, _BACK)
         if name is None:
             raise WeightsError("no such tensor in a model of this kind", where=f"{opened.path}: {tensor.name}")
-        heads = _turned_heads(name, config, opened.fields["general.architecture"])
+        shape = expected.get(name, tensor.shape)
+        if tensor.shape != shape:
+            raise WeightsError(f"is {tensor.shape}, not {shape}", where=f"{opened.path}: {tensor.name}")
+        heads = _turned_heads(name, config, opened.fields["general.architecture"]) if name in expected else None
         weight = Weight(tensor.shape, tensor.dtype, tensor.read, tensor.name)
         found[name] = weight if heads is None else _pairs_apart(weight, heads)
-    order = [name for name in shapes(config) if name in found]
+    order = [name for name in expected if name in found]
     order += [name for name in found if name not in set(order)]
     dtype = lazy.main_dtype(found)
     others = {name: weight for name, weight in found.items() if torch.promote_types(weight.dtype, dtype) != dtype}

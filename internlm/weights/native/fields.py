@@ -128,11 +128,11 @@ def describe(
     }
     _compare(tree, known, folder)
     trained = known.get("max_position_embeddings", 2048)
-    scaling = DynamicScaling(original_length=trained) if known.get("use_dynamic_ntk_rope") else None
-    rope = RopeConfig(base=float(said.get("rope_base", known.get("rope_base", 10000.0))), scaling=scaling)
     try:
+        scaling = DynamicScaling(original_length=trained) if known.get("use_dynamic_ntk_rope") else None
+        rope = RopeConfig(base=float(said.get("rope_base", known.get("rope_base", 10000.0))), scaling=scaling)
         config = ModelConfig(**tree, rope=rope, context_length=said.get("context_length", trained))
-    except (ConfigError, TypeError) as error:
+    except (ConfigError, TypeError, ValueError) as error:
         raise WeightsError(f"describes no model: {error}", where=folder) from None
     return config, reading
 

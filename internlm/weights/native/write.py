@@ -108,6 +108,7 @@ def export(
         torch.save({"step": layout.step}, folder.path / f"{layout.step}.step")
         if talk.tokenizer is not None:
             talk.write(folder.path)
+        options.copy_licences(folder.path)
         readme = _card(config, dialect, layout, dtype_name(dtype), options.notes)
         storage.write_text(folder.path / "README.md", readme)
         folder.meta.update({"internlm_template": talk.template, **options.notes})
