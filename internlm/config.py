@@ -7,7 +7,8 @@ A recipe is YAML whose keys are the fields of plain dataclasses. Three layers, e
     $ internlm train r.yaml optim.lr=1e-4      # 3. dotted overrides on the command line
 
 Mappings merge key by key, everything else replaces. Where a layer changes `kind` (the tag of a variant) the keys that
-earlier layers gave to the old variant go with it. Every leaf remembers where it came from (`file:line`, `default`,
+earlier layers gave to the old variant go with it, and where it names another `preset` all that they gave goes. Every leaf
+remembers where it came from (`file:line`, `default`,
 `command line`), which is what errors and `--dry-run` print. Decoding is pydantic's: unknown keys are errors, `1e-4`
 is a number although YAML 1.1 reads it as a string.
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import types
 import typing
@@ -38,8 +40,17 @@ T = TypeVar("T")
 Tree = dict[str, Any]
 Origins = dict[str, str]
 
-_DECIMAL = re.compile(r"[-+]?(0|[1-9]\d*)$")
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_SCALARS = {
+    "int": (re.compile(r"[-+]?(0|[1-9]\d*)$"), "-+0123456789"),
+    "float": (
+        re.compile(
+            r"[-+]?(\.\d+|\d+\.\d*)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+        ),
+        "-+.0123456789",
+    ),
+    "bool": (re.compile(r"(true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+}
+"""YAML 1.2's own (its core schema, https://yaml.org/spec/1.2.2/#103-core-schema), and the characters they begin with."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -57,8 +68,8 @@ def require_positive(value: Any, place: str, *names: str) -> None:
     """
     for name in names:
         number = getattr(value, name)
-        if number is not None and number < 1:
-            raise ConfigError("must be at least 1", where=f"{place}.{name}", got=number)
+        if number is not None and not 1 <= number < math.inf:
+            raise ConfigError("must be at least 1, and finite", where=f"{place}.{name}", got=number)
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ def load(
     Raises:
         ConfigError: everything that is wrong with it, all at once.
     """
-    tree, origins = _layers(path, overrides)
+    tree, origins = _layers(path, overrides, schema)
     if expand is not None:
         expand(tree, origins)
     return Loaded(decode(schema, tree, origins, elsewhere), origins)
@@ -110,7 +121,7 @@ def load(
 
 def read_tree(path: str | Path | None, overrides: Iterable[str] = ()) -> Tree:
     """Return the merged recipe as plain values, not validated: for a look at one key before heavy imports."""
-    return _layers(path, overrides)[0]
+    return _layers(path, overrides, None)[0]
 
 
 def decode(
@@ -176,7 +187,8 @@ def dump(value: Any) -> str:
     class Dumper(yaml.SafeDumper):
         """Quotes the text that our loader would take for a number too."""
 
-    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+    pattern, first = _SCALARS["float"]
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list(first))
     return yaml.dump(encode(value), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -207,17 +219,28 @@ def changes(old: Tree, new: Tree, prefix: str = "") -> list[tuple[str, Any, Any]
     return found
 
 
-def merge(tree: Tree, origins: Origins, layer: Tree, layer_origins: Origins, prefix: str = "") -> None:
-    """Lay `layer` over `tree`, in place; `origins` follow."""
+def merge(
+    tree: Tree, origins: Origins, layer: Tree, layer_origins: Origins, schema: Any = None, prefix: str = ""
+) -> None:
+    """Lay `layer` over `tree`, in place; `origins` follow.
+
+    Args:
+        tree, origins: changed.
+        layer, layer_origins: what is laid over them.
+        schema: of the tree: says where another `kind` is another variant, and another preset the end of what was there.
+            None: every key stays until it is replaced.
+        prefix: path of the tree, with a dot at its end.
+    """
     kind = layer.get("kind")
-    if kind is not None and tree.get("kind") not in (None, kind):
+    is_other = kind is not None and tree.get("kind") not in (None, kind) and len(_dataclasses(schema)) > 1
+    if is_other or (schema is not None and "preset" in layer and tree.get("preset") != layer["preset"]):
         for key in list(tree):
             del tree[key]
             _forget(origins, prefix + key)
     for key, value in layer.items():
         path = prefix + str(key)
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            merge(tree[key], origins, value, layer_origins, path + ".")
+            merge(tree[key], origins, value, layer_origins, _below(schema, str(key)), path + ".")
             continue
         _forget(origins, path)
         tree[key] = value
@@ -237,8 +260,9 @@ def parse_override(text: str) -> tuple[Tree, Origins]:
     if not equals or not all(parts):
         raise ConfigError("not an override", got=text, do="Write dotted.key=value.")
     try:
-        value = yaml.load(raw, Loader=_yaml_loader())
-    except (yaml.YAMLError, ValueError) as error:
+        node = yaml.compose(raw, Loader=_yaml_loader())
+        value = None if node is None else _construct(node, f"override {key}", "", {})
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"the value is not YAML: {error}", where=f"override {key}", got=raw) from error
     origins = {".".join(parts): "command line"}
     origins.update({f"{key}.{leaf}": "command line" for leaf, _ in leaves(value)} if isinstance(value, dict) else {})
@@ -248,20 +272,20 @@ def parse_override(text: str) -> tuple[Tree, Origins]:
     return tree, origins
 
 
-def _layers(path: str | Path | None, overrides: Iterable[str]) -> tuple[Tree, Origins]:
+def _layers(path: str | Path | None, overrides: Iterable[str], schema: Any) -> tuple[Tree, Origins]:
     tree: Tree = {}
     origins: Origins = {}
     if path is not None:
-        tree, origins = _read(Path(path), ())
+        tree, origins = _read(Path(path), (), schema)
     given: Tree = {}  # one layer, so that `optim.lr=1 optim.kind=muon` means the same in either order
     given_origins: Origins = {}
     for override in overrides:
         merge(given, given_origins, *parse_override(override))
-    merge(tree, origins, given, given_origins)
+    merge(tree, origins, given, given_origins, schema)
     return tree, origins
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> tuple[Tree, Origins]:
+def _read(path: Path, seen: tuple[Path, ...], schema: Any) -> tuple[Tree, Origins]:
     """Read one file and the bases under it."""
     import yaml
 
@@ -285,13 +309,12 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[Tree, Origins]:
     bases = [bases] if isinstance(bases, str) else bases
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
         raise ConfigError("is a path or a list of paths", where=origins.get("base", path), got=bases)
-    origins = {key: value for key, value in origins.items() if key != "base"}
     tree: Tree = {}
     merged: Origins = {}
     for base in bases:
-        below, below_origins = _read(path.parent / base, (*seen, path.resolve()))
-        merge(tree, merged, below, below_origins)
-    merge(tree, merged, own, origins)
+        below, below_origins = _read(path.parent / base, (*seen, path.resolve()), schema)
+        merge(tree, merged, below, below_origins, schema)
+    merge(tree, merged, own, origins, schema)
     return tree, merged
 
 
@@ -299,7 +322,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[Tree, Origins]:
 def _yaml_loader() -> Any:
     """Return YAML's safe loader with the scalars of YAML 1.2.
 
-    `1e9` and `3e-4` are numbers; `007`, `12:30`, `1_000` and `2024-01-01` stay text, so that a path may look like them.
+    `1e9` and `3e-4` are numbers, `off` and `no` words; `007`, `12:30`, `1_000` and `2024-01-01` stay text, so that a path
+    may look like them.
     """
     import yaml
 
@@ -307,11 +331,11 @@ def _yaml_loader() -> Any:
         pass
 
     Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "timestamp")]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in (*_SCALARS, "timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    for tag, pattern in (("int", _DECIMAL), ("float", _EXPONENT)):
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", pattern, list("-+0123456789"))
+    for tag, (pattern, characters) in _SCALARS.items():
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", pattern, list(characters))
     return Loader
 
 
@@ -413,6 +437,23 @@ def _misread(hint: Any, value: Any, path: str = "") -> Iterator[tuple[str, str]]
         inner = [typing.get_args(o)[0] for o in options if typing.get_origin(o) in (list, tuple)]
         for item in value if inner else ():
             yield from _misread(inner[0], item, path)
+
+
+def _dataclasses(hint: Any) -> list[Any]:
+    """Return the sections that a hint allows."""
+    return [option for option in _variants(hint) if dataclasses.is_dataclass(option)]
+
+
+def _below(hint: Any, key: str) -> Any:
+    """Return the hint of what stands under a key; None where nothing is said."""
+    for option in _variants(hint):
+        if dataclasses.is_dataclass(option):
+            hints = typing.get_type_hints(option, include_extras=True)
+            if key in hints:
+                return hints[key]
+        elif typing.get_origin(option) in (dict, Mapping):
+            return typing.get_args(option)[1]
+    return None
 
 
 def _variants(hint: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _facts(found: Found) -> dict[str, Any]:
         "path": str(found.path),
         "step": found.step,
         "tokens": meta.get("tokens"),
-        "metrics": meta.get("metrics", {}),
+        "metrics": {name: value if math.isfinite(value) else None for name, value in meta.get("metrics", {}).items()},
         "bytes": found.bytes,
         "complete": found.problem is None,
         "problem": found.problem,

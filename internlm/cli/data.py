@@ -147,13 +147,15 @@ def _export(arguments: argparse.Namespace) -> int:
         raise StorageError("exists already", where=out, do="Choose another name, or pass --force to replace it.")
     shards = Shards.open(arguments.shards)
     tokenizer = Tokenizer.load(shards.tokenizer_path)
-    added = (0, 0)  # the ends that tokenisation put around documents
-    if shards.template is None:
-        added = (shards.facts["bos_id"] is not None, shards.facts["eos_id"] is not None)
+    bos, eos = shards.facts["bos_id"], shards.facts["eos_id"]
     with storage.beside(out) as draft, open(draft, "w", encoding="utf-8") as file:
         for index in progress(range(shards.num_documents), "exporting", unit="documents"):
-            ids = shards.document(index)[0].tolist()
-            text = tokenizer.decode(ids[added[0] : len(ids) - added[1]])
+            tokens, mask = shards.document(index)
+            ids = tokens.tolist()
+            if mask is None or mask.all():  # a document, around which tokenisation put its ends; no conversation
+                ids = ids[ids[:1] == [bos] :]
+                ids = ids[: len(ids) - (ids[-1:] == [eos])]
+            text = tokenizer.decode(ids)
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     print(f"{out}: {shards.num_documents:,} documents")
     return 0

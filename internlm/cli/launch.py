@@ -150,7 +150,7 @@ def _nodes(text: str) -> tuple[int, int]:
         UsageError: it is neither.
     """
     parts = text.split(":")
-    if len(parts) > 2 or not all(part.lstrip("-").isdecimal() for part in parts) or int(parts[0]) > int(parts[-1]):
+    if len(parts) > 2 or not all(re.fullmatch(r"-?\d+", part) for part in parts) or int(parts[0]) > int(parts[-1]):
         raise UsageError("is a number of machines, or MIN:MAX", where="--nodes", got=text)
     return int(parts[0]), int(parts[-1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 DESCRIPTION = """\
 Train and look at tokenizers.
@@ -37,10 +38,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from internlm.data.formats import find_files
     from internlm.text import training
 
-    made = training.train_to_folder(_texts(arguments), arguments.out, arguments.vocab_size, replace=arguments.force)
-    facts = training.report(made, _texts(arguments))
+    files = find_files(arguments.input)  # each once, however often it is given
+    texts = _texts(files, arguments)
+    made = training.train_to_folder(texts, arguments.out, arguments.vocab_size, replace=arguments.force)
+    facts = training.report(made, _texts(files, arguments))
     print(
         f"{arguments.out}: {made.vocab_size:,} ids; {facts['bytes']:,} bytes of training text give "
         f"{facts['tokens']:,} tokens ({facts['bytes_per_token']:.2f} bytes per token, "
@@ -49,13 +53,13 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _texts(arguments: argparse.Namespace) -> Iterator[str]:
+def _texts(files: list[Path], arguments: argparse.Namespace) -> Iterator[str]:
     from internlm.data.formats import read_documents
     from internlm.log import Progress
 
     with Progress("reading", None, "documents") as shown:
-        for path in arguments.input:
-            for document in read_documents(path, None, arguments.text_key, arguments.on_error):
+        for file in files:
+            for document in read_documents(file, None, arguments.text_key, arguments.on_error):
                 yield document.text
                 shown.advance()
 

@@ -1,6 +1,7 @@
 """What devices can do at best: dense matrix products per second, by data type, from the makers' data sheets.
 
-MFU is useful arithmetic per second divided by these numbers. A CPU has no entry: its peak is measured (`runtime`).
+What is sold under a card's name and is not it (a part of one, another board, a laptop's) has no entry either, and is
+measured. MFU is useful arithmetic per second divided by these numbers. A CPU has no entry: its peak is measured (`runtime`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ _PEAKS: dict[str, dict[str, float]] = {
     "MI300X": {"bfloat16": 1307e12, "float16": 1307e12, "float32": 163.4e12},
 }
 
+_OTHERS = {"MIG", "NVL", "Laptop"}
+"""Words of names that are not of the card itself."""
+
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """Return the dense peak of a device in operations per second, or None when it is not in the table.
@@ -32,7 +36,8 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
         device_name: as the driver reports it, such as "NVIDIA H100 80GB HBM3".
         dtype: "bfloat16", "float16", "tf32" or "float32".
     """
+    words = device_name.replace("-", " ").split()
     for key in sorted(_PEAKS, key=len, reverse=True):
-        if all(word in device_name.replace("-", " ").split() for word in key.split()):
+        if all(word in words for word in key.split()) and _OTHERS.isdisjoint(words):
             return _PEAKS[key].get(dtype)
     return None

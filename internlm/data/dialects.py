@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 _SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}
-_LOST = ("chosen", "rejected", "label", "kto_tag", "images", "videos", "audios")
+LOST = ("chosen", "rejected", "label", "kto_tag", "images", "videos", "audios")
 """Keys that change what a record means: answers to compare, and what is not text."""
 
 
@@ -62,11 +62,14 @@ def _sharegpt(record: Record, where: str) -> Record:
         if speaker not in _SPEAKERS:
             do = "Calls of tools are read from 'messages' only."
             raise DataError("no such 'from'", where=place, got=speaker, allowed=_SPEAKERS, do=do)
-        for key in sorted(turn.keys() - {"from", "value"}):
+        for key in sorted(turn.keys() - {"from", "value", "weight"}):
             if turn[key] is not None:
                 warn_once(logger, f"{key!r} of a turn in ShareGPT's form has no effect")
         said.append((_SPEAKERS[speaker], _text(turn, "value", place)))
-    return _written(record, said, where)
+    written = _written(record, said, where)
+    for turn, message in zip(turns, written["messages"][-len(turns) :], strict=True):
+        message["weight"] = turn.get("weight")
+    return written
 
 
 def _alpaca(record: Record, where: str) -> Record:
@@ -85,13 +88,14 @@ def _alpaca(record: Record, where: str) -> Record:
 def _completion(record: Record, where: str) -> Record:
     prompt, completion = record["prompt"], record["completion"]
     if not isinstance(prompt, list) or not isinstance(completion, list):
-        _refuse(record, ("history",), where)
+        refuse(record, ("history",), where)
         said = _system(record, where)
         said += zip(_TURN, (_text(record, "prompt", where), _text(record, "completion", where)), strict=True)
         return _written(record, said, where)
-    _refuse(record, (*_LOST, "history", "system"), where)
+    refuse(record, (*LOST, "history", "system"), where)
     if any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in prompt):
-        warn_once(logger, "the assistant's messages of a 'prompt' are trained on as those of its 'completion' are")
+        told = "the assistant's messages of a 'prompt' are trained on as those of its 'completion' are"
+        warn_once(logger, f"{told}, but for those of weight 0")
     return record | {"messages": [*prompt, *completion]}
 
 
@@ -109,11 +113,16 @@ def _system(record: Record, where: str) -> list[tuple[str, str]]:
 
 
 def _written(record: Record, said: Iterable[tuple[str, str]], where: str) -> Record:
-    _refuse(record, (*_LOST, "tools"), where)
+    refuse(record, (*LOST, "tools"), where)
     return {"messages": [{"role": role, "content": text} for role, text in said]}
 
 
-def _refuse(record: Record, keys: Collection[str], where: str) -> None:
+def refuse(record: Record, keys: Collection[str], where: str) -> None:
+    """Check that a record has none of the keys, but without a value.
+
+    Raises:
+        DataError: it has one.
+    """
     for key in keys:
         if record.get(key) not in (None, "", []):
             do = "Take the key away where it means nothing."

@@ -14,21 +14,20 @@ a text.
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import io
 import json
 import logging
-import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from internlm.data.dialects import DIALECTS
-from internlm.data.messages import read_messages, read_parallel, read_tools
-from internlm.errors import DataError, install_command
+from internlm.data.dialects import DIALECTS, LOST, refuse
+from internlm.data.messages import read_context, read_messages, read_parallel, read_tools
+from internlm.data.packed import PACKED, opened
+from internlm.errors import DataError
 from internlm.hub import require_here
+from internlm.log import warn_once
 from internlm.text.chat import ROLES, Message
 from internlm.text.tools import Tool
 
@@ -36,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
 _LINES = (".jsonl", ".ndjson")
-_PACKED = (".gz", ".zst")
+_LINES_DO = "Name a file of one record a line .jsonl."
 _TABLES = {
     ".csv": "read_csv(FILE)",
     ".tsv": "read_csv(FILE, sep='\\t')",
@@ -67,7 +66,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, of which the assistant's are learned."""
+    """Messages, of which the assistant's are learned, but for those that are context."""
 
     messages: tuple[Message, ...]
     source: str = field(default="", compare=False)
@@ -76,6 +75,8 @@ class Conversation:
     """What the model is told that it may call."""
     parallel: bool = True
     """Whether it is told that an answer may hold several calls."""
+    context: frozenset[int] = frozenset()
+    """Numbers, from 1, of the answers that are not learned."""
 
     @property
     def texts(self) -> list[str]:
@@ -148,11 +149,13 @@ def _document(record: Record, text_key: str, where: str) -> Document:
 def _messages(record: Record, text_key: str, where: str) -> Conversation:
     if record.get("messages") == []:
         raise DataError("'messages' is empty", where=where, do="Drop the record.")
+    refuse(record, (*LOST, "history", "system"), where)
     messages = read_messages(record, where)
     for number, message in enumerate(messages, 1):
         if message.role not in ROLES:  # before anyone counts turns
             raise DataError("no such role", where=f"{where}, message {number}", got=message.role, allowed=ROLES)
-    return Conversation(messages, where, read_tools(record, messages, where), read_parallel(record, where))
+    tools, parallel = read_tools(record, messages, where), read_parallel(record, where)
+    return Conversation(messages, where, tools, parallel, read_context(record, where))
 
 
 def _dialect(name: str) -> Callable[[Record, str, str], Conversation]:
@@ -183,10 +186,13 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
             )
         given = Path(name)
         if given.is_dir():
-            found = sorted(p for p in given.rglob("*") if p.is_file())
+            found = _walk(given)
             readable = [p for p in found if _ending(p) in (*_LINES, ".json", *_TEXT)]
             if not readable:
                 raise DataError("holds no text or JSON files", where=given, do="Endings: .jsonl .json .txt .md .py …")
+            for file in readable:
+                if not file.exists():
+                    raise DataError("is a link to nothing", where=file, do="Put its file there, or take the link away.")
             others = sorted(set(found) - set(readable))
             if others:
                 logger.warning("warning: %d files of other kinds are left out, such as %s", len(others), others[0])
@@ -200,6 +206,30 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     if len(unique) < len(files):
         logger.warning("warning: %d files were given more than once; each is read once", len(files) - len(unique))
     return list(unique.values())
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Return the files under a folder in order of name; links are followed, and each folder is entered once.
+
+    What can be reached through a link and without has the name without. A link to nothing is in the list too.
+    """
+    found: list[Path] = []
+    waiting, seen = deque([folder]), set()
+    while waiting:
+        at = waiting.popleft()
+        if (real := at.resolve()) in seen:
+            continue
+        seen.add(real)
+        try:
+            entries = sorted(at.iterdir())
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror or error}", where=at) from error
+        for entry in entries:
+            if entry.is_dir():
+                (waiting.append if entry.is_symlink() else waiting.appendleft)(entry)
+            elif entry.is_file() or not entry.exists():
+                found.append(entry)
+    return sorted(found)
 
 
 def _refuse_binary(path: Path) -> None:
@@ -286,7 +316,7 @@ def read_piece(
 def cut(path: Path, format: str | None, target_bytes: int) -> list[Piece]:
     """Cut a file of JSON lines into pieces of about `target_bytes`, on line ends. Other and packed files stay whole."""
     size = path.stat().st_size
-    if _layout(path, format) != "lines" or path.suffix.lower() in _PACKED or size <= target_bytes:
+    if _layout(path, format) != "lines" or path.suffix.lower() in PACKED or size <= target_bytes:
         return [Piece(str(path))]
     pieces, start, line = [], 0, 1
     with open(path, "rb") as file:
@@ -302,7 +332,7 @@ def cut(path: Path, format: str | None, target_bytes: int) -> list[Piece]:
 
 def _ending(path: Path) -> str:
     """Return the ending that tells what a file holds, in lower case, whether it is packed or not."""
-    inner = path.with_suffix("") if path.suffix.lower() in _PACKED else path
+    inner = path.with_suffix("") if path.suffix.lower() in PACKED else path
     return inner.suffix.lower()
 
 
@@ -343,8 +373,10 @@ def _records(piece: Piece, format: str | None) -> Iterator[tuple[str, Any]]:
     """Yield (place, record); a record that cannot be parsed comes as the error it raises."""
     path = Path(piece.path)
     layout = _layout(path, format)
-    with _opened(path) as file:
+    with opened(path) as file:
         if layout == "lines":
+            if not path.stat().st_size:
+                warn_once(logger, f"{path}: is empty")
             yield from _lines(piece, file)
             return
         data = file.read()
@@ -355,13 +387,15 @@ def _records(piece: Piece, format: str | None) -> Iterator[tuple[str, Any]]:
     if layout == "text":
         yield str(path), _decode(data, str(path), lambda text: Document(text, str(path)))
         return
-    records = _decode(data, str(path), json.loads)
+    records = _decode(data, str(path), json.loads, "file")
     if isinstance(records, list):
         yield from ((f"{path}: record {i}", record) for i, record in enumerate(records, 1))
     elif isinstance(records, DataError):
-        yield str(path), records
+        first = _decode(data.lstrip().partition(b"\n")[0], str(path), json.loads)
+        is_lines = isinstance(first, dict)
+        yield str(path), DataError("holds one JSON object a line", where=path, do=_LINES_DO) if is_lines else records
     else:
-        yield str(path), DataError("a .json file holds a list of records", where=path, do="One a line goes in .jsonl.")
+        yield str(path), DataError("a .json file holds a list of records", where=path, do=_LINES_DO)
 
 
 def _lines(piece: Piece, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
@@ -377,88 +411,18 @@ def _lines(piece: Piece, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
             yield where, _decode(line, where, json.loads)
 
 
-def _decode(data: bytes, where: str, parse: Callable[[str], Any]) -> Any:
-    """Return what `parse` makes of the bytes, or the error that says why not."""
+def _decode(data: bytes, where: str, parse: Callable[[str], Any], part: str = "line") -> Any:
+    """Return what `parse` makes of the bytes, a line or a whole file, or the error that says why not."""
+    do = f"Mend the {part}, or pass --on-error skip, which leaves the {part} out."
     try:
         return parse(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        do = "Write it in UTF-8, such as with `iconv -f latin1 -t utf-8`."
-        return DataError(f"is not UTF-8: {error.reason} at byte {error.start}", where=where, do=do)
+        recode = "Write it in UTF-8, such as with `iconv -f latin1 -t utf-8`."
+        return DataError(f"is not UTF-8: {error.reason} at byte {error.start}", where=where, do=recode)
     except json.JSONDecodeError as error:
         at_end = error.pos >= len(error.doc.rstrip()) - 1 and not error.msg.startswith("Extra data")
         cut = at_end or "Unterminated" in error.msg
         what = "the JSON is cut short" if cut else f"is not JSON: {error.msg} at column {error.colno}"
-        return DataError(what, where=where, got=error.doc.strip()[-40:], do="Mend the line, or pass --on-error skip.")
+        return DataError(what, where=where, got=error.doc.strip()[-40:], do=do)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-        return DataError(f"is JSON that cannot be read: {error}", where=where, do="Mend it, or pass --on-error skip.")
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file, unpacking it by its ending; whatever is wrong with it names it.
-
-    Raises:
-        DataError: it cannot be read, or a packed file is damaged or ends too early.
-    """
-    try:
-        with _open(path) as file:
-            yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"is damaged: {error}", where=path, do="Copy or download it again.") from error
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}", where=path) from error
-
-
-def _open(path: Path) -> IO[bytes]:
-    packing = path.suffix.lower()
-    if packing == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if packing == ".zst":
-        return io.BufferedReader(_Zstandard(path), 1 << 17)
-    return open(path, "rb")
-
-
-class _Zstandard(io.RawIOBase):
-    """The unpacked bytes of a .zst file of any number of frames.
-
-    The library's own reader takes a file that ends inside a frame for a whole one.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115  closed by close()
-        try:
-            import zstandard
-        except ImportError:
-            raise DataError("zstandard is needed to read it", where=path, do=install_command("data")) from None
-        self._library = zstandard
-        self._frame: Any = None
-        self._packed, self._unpacked = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        """Return that it can be read."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer; return how many bytes went in, 0 at the end."""
-        while not self._unpacked:
-            self._packed = self._packed or self._file.read(1 << 14)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a frame")
-                return 0
-            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
-            try:
-                self._unpacked = memoryview(self._frame.decompress(self._packed))
-            except self._library.ZstdError as error:
-                raise EOFError(str(error)) from error
-            self._packed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        size = min(len(buffer), len(self._unpacked))
-        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
-        return size
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()
+        return DataError(f"is JSON that cannot be read: {error}", where=where, do=do)

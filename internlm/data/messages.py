@@ -9,7 +9,8 @@ r"""A record of messages, in OpenAI's form for fine-tuning → messages, calls a
      "parallel_tool_calls": false}
 
 Arguments that are a text are learned as they stand; an object is written as Python writes JSON, without escapes for
-letters. Whether calls and results belong together is said by the format that writes them, `internlm.text.tools`.
+letters. An answer with `"weight": 0` is context: it is not learned. Whether calls and results belong together is said
+by the format that writes them, `internlm.text.tools`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from internlm.text.tools import Tool
 
 logger = logging.getLogger(__name__)
 
-_KEYS = {"assistant": {"tool_calls", "reasoning_content"}, "tool": {"tool_call_id", "name"}}
+_KEYS = {"assistant": {"tool_calls", "reasoning_content", "weight"}, "tool": {"tool_call_id", "name"}}
 """Keys of a message beside role and content; the name of a result is that of its call, and not written again."""
 
 
@@ -79,6 +80,27 @@ def read_parallel(record: dict[str, Any], where: str) -> bool:
     return found is not False
 
 
+def read_context(record: dict[str, Any], where: str) -> frozenset[int]:
+    """Return the numbers, from 1, of the answers whose `weight` is 0: they are context, and not learned.
+
+    Raises:
+        DataError: a weight is neither 0 nor 1, or no answer is left to learn.
+    """
+    answers, context = 0, set()
+    for number, turn in enumerate(record["messages"], 1):
+        if turn["role"] != "assistant":
+            continue
+        answers += 1
+        weight = turn.get("weight")
+        if isinstance(weight, bool) or weight not in (None, 0, 1):
+            raise DataError("'weight' is neither 0 nor 1", where=f"{where}, message {number}", got=_shown(weight))
+        if weight == 0:
+            context.add(answers)
+    if context and len(context) == answers:
+        raise DataError("no answer is trained on: each has the weight 0", where=where, do="Drop the record.")
+    return frozenset(context)
+
+
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict) or "role" not in turn or not {"content", "tool_calls", "function_call"} & turn.keys():
         raise DataError("a message is an object with 'role' and 'content'", where=where, got=_shown(turn))
@@ -93,7 +115,7 @@ def _message(turn: Any, where: str) -> Message:
             raise DataError(f"{key!r} is {type(value).__name__}, not a string", where=where)
     for key in sorted(turn.keys() - {"role", "content"} - _KEYS.get(role, set())):
         if turn[key] is not None:
-            warn_once(logger, f"{where}: {key!r} of a message has no effect")
+            warn_once(logger, f"{key!r} of a message of role {role} has no effect")
     calls: tuple[ToolCall, ...] = ()
     if role == "assistant":
         if not isinstance(given, list):
@@ -135,7 +157,7 @@ def _tool(described: Any, where: str) -> Tool:
         if not isinstance(value, kind) and (key == "name" or value is not None):
             raise DataError(f"{key!r} of a tool is {type(value).__name__}, not {kind.__name__}", where=where)
     for key in sorted(function.keys() - {"type", "name", "description", "parameters"}):
-        warn_once(logger, f"{where}: {key!r} of a tool has no effect")
+        warn_once(logger, f"{key!r} of a tool has no effect")
     try:
         return Tool.of(str(name), description, parameters)
     except DataError as error:

@@ -22,12 +22,23 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from internlm import runtime, storage
 from internlm.data import shards
-from internlm.data.formats import BadRecords, Document, OnError, Piece, Sample, cut, find_files, read_piece
+from internlm.data.formats import (
+    BadRecords,
+    Conversation,
+    Document,
+    OnError,
+    Piece,
+    Sample,
+    cut,
+    find_files,
+    read_piece,
+)
 from internlm.data.shards import ShardFacts, ShardWriter
 from internlm.errors import DataError
 from internlm.log import Progress
@@ -136,11 +147,12 @@ class _Work:
 
 
 _Job = tuple[int, list[Piece], str]  # number of the unit, its input, its name card
+_Made = tuple[ShardFacts, int]  # its shard, and how many documents without text were left out
 
 
 def _run(units: list[list[Piece]], work: _Work, workers: int) -> list[ShardFacts]:
     """Tokenize what is not complete yet; return the facts of all units, in order."""
-    facts: dict[int, ShardFacts] = {}
+    made: dict[int, _Made] = {}
     todo: list[_Job] = []
     for index, unit in enumerate(units):
         card = work.card(unit)
@@ -148,18 +160,20 @@ def _run(units: list[list[Piece]], work: _Work, workers: int) -> list[ShardFacts
         if done is None:
             todo.append((index, unit, card))
         else:
-            facts[index] = done
-    if facts:
-        logger.info("going on: %d of %d units are complete", len(facts), len(units))
+            made[index] = done
+    if made:
+        logger.info("going on: %d of %d units are complete", len(made), len(units))
     total = sum(piece.num_bytes for _, unit, _ in todo for piece in unit) / 1e6
     with Progress("tokenising", total, "MB") as shown:
         for index, done in _map(todo, work, min(workers, len(todo))):
-            facts[index] = done
+            made[index] = done
             shown.advance(sum(piece.num_bytes for piece in units[index]) / 1e6)
-    return [facts[index] for index in range(len(units))]
+    if empty := sum(number for _, number in made.values()):
+        logger.warning("warning: %d documents without text left out", empty)
+    return [made[index][0] for index in range(len(units))]
 
 
-def _map(jobs: list[_Job], work: _Work, workers: int) -> Iterator[tuple[int, ShardFacts]]:
+def _map(jobs: list[_Job], work: _Work, workers: int) -> Iterator[tuple[int, _Made]]:
     """Run the jobs, in this process or in several; the first error ends them all."""
     if workers <= 1:
         yield from (_tokenize_unit(work, *job) for job in jobs)
@@ -189,20 +203,23 @@ def _start_worker(work: _Work) -> None:
     _work = work
 
 
-def _work_on(job: _Job) -> tuple[int, ShardFacts]:
+def _work_on(job: _Job) -> tuple[int, _Made]:
     assert _work is not None, "the pool starts every worker with its work"
     return _tokenize_unit(_work, *job)
 
 
-def _tokenize_unit(work: _Work, index: int, pieces: list[Piece], card: str) -> tuple[int, ShardFacts]:
+def _tokenize_unit(work: _Work, index: int, pieces: list[Piece], card: str) -> tuple[int, _Made]:
     """Write one unit's shard, then its card. Runs in a worker."""
-    name, options = f"{index:05d}", work.options
+    name, options, empty = f"{index:05d}", work.options, 0
     with storage.explained(f"writing {work.folder / name}"):
         writer = ShardWriter(work.folder, name, work.tokenizer.vocab_size)
         for piece in pieces:
             bad = BadRecords(piece.path, options.on_error)
             batch: list[Sample] = []
             for sample in read_piece(piece, options.format, options.text_key, bad):
+                if isinstance(sample, Document) and not sample.text.strip():
+                    empty += 1
+                    continue
                 batch.append(sample)
                 if len(batch) == _BATCH:
                     _encode(batch, work, writer, bad)
@@ -210,8 +227,8 @@ def _tokenize_unit(work: _Work, index: int, pieces: list[Piece], card: str) -> t
             _encode(batch, work, writer, bad)
             bad.report()
         facts = writer.close()
-        storage.write_json(work.folder / f"{name}.json", {"card": card, "facts": asdict(facts)})
-    return index, facts
+        storage.write_json(work.folder / f"{name}.json", {"card": card, "facts": asdict(facts), "empty": empty})
+    return index, (facts, empty)
 
 
 def _encode(batch: list[Sample], work: _Work, writer: ShardWriter, bad: BadRecords) -> None:
@@ -229,10 +246,29 @@ def _encode(batch: list[Sample], work: _Work, writer: ShardWriter, bad: BadRecor
                 tools = format_of(work.template.name)  # as the server writes them
                 written = tools.render(sample.messages, sample.tools, sample.parallel)
                 ids, mask = render(written, work.template, tokenizer)
+                mask = _without_context(mask, sample)
             except DataError as error:
                 bad.add(DataError(str(error), where=sample.source))
             else:
                 writer.add(ids, mask, sample.num_bytes)
+
+
+def _without_context(mask: list[bool], sample: Conversation) -> list[bool]:
+    """Return the mask without the answers that are not learned; each stretch of it is one answer.
+
+    Raises:
+        DataError: the template writes one message as several answers.
+    """
+    if not sample.context:
+        return mask
+    begins = [trained and not before for before, trained in pairwise([False, *mask])]
+    answers = list(accumulate(begins))  # of each token: the number of the answer it is in, or comes after
+    if answers[-1] != sum(message.role == "assistant" for message in sample.messages):
+        raise DataError(
+            "has an answer of weight 0, and several calls in one message, which this template writes as several",
+            do="Give the calls one by one, each with its result.",
+        )
+    return [trained and answer not in sample.context for trained, answer in zip(mask, answers, strict=True)]
 
 
 def _without_output(files: list[Path], out: Path) -> list[Path]:
@@ -259,15 +295,15 @@ def _cut(files: list[Path], format: str | None, unit_bytes: int | None) -> list[
     return units
 
 
-def _complete(work: _Work, index: int, card: str) -> ShardFacts | None:
-    """Return the facts of a unit that an earlier run completed with the same input and options."""
+def _complete(work: _Work, index: int, card: str) -> _Made | None:
+    """Return what a unit gave that an earlier run completed with the same input and options."""
     try:
         found = json.loads((work.folder / f"{index:05d}.json").read_text(encoding="utf-8"))
-        facts = ShardFacts(**found["facts"]) if found["card"] == card else None
+        facts, empty, is_same = ShardFacts(**found["facts"]), int(found["empty"]), found["card"] == card
     except (OSError, ValueError, KeyError, TypeError):
         return None
     dtype = shards.dtype_for(work.tokenizer.vocab_size)
-    return facts if facts is not None and facts.are_whole(work.folder, dtype) else None
+    return (facts, empty) if is_same and facts.are_whole(work.folder, dtype) else None
 
 
 def _link(source: Path, target: Path) -> None:

@@ -156,7 +156,7 @@ def _by_turns(parts: Tensor, cuts: list[Cut]) -> Tensor:
     """Return parts [N, r, c] of orthogonal factors: each of S ranks gets N / S whole matrices, and gives them back.
 
     Axis by axis, so that in the end no product is made twice; per axis two all-to-alls of what the rank holds. Parts of
-    unequal size are padded with zeros, which stay zeros; the order in which rows or columns are joined does not matter,
+    unequal size are padded with zeros, which stay zeros and add up from axis to axis; the order in which rows or columns are joined does not matter,
     as it only permutes the factor's.
 
     Args:
@@ -168,7 +168,7 @@ def _by_turns(parts: Tensor, cuts: list[Cut]) -> Tensor:
     cut, *later = cuts
     count, own = parts.shape[0], parts.shape[cut.dim]
     shape = list(parts.shape)
-    shape[0], shape[cut.dim] = -(-count // cut.ranks) * cut.ranks, cut.most
+    shape[0], shape[cut.dim] = -(-count // cut.ranks) * cut.ranks, max(cut.most, own)
     sent = parts.new_zeros(shape)
     sent[:count].narrow(cut.dim, 0, own).copy_(parts)
     joined = collectives.exchange(sent, cut.group, 0, cut.dim)

@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from internlm.config import or_number, section
 from internlm.errors import ConfigError
 from internlm.model.config import ModelConfig
+from internlm.parallel import float8
 from internlm.parallel.recompute import RecomputeConfig
 
 Zero = Annotated[Literal["1", "2", "2-gather", "3"], or_number()]
@@ -178,10 +179,25 @@ class Layout:
                 f"{rows} rows of a step do not divide over replicate {self.replicate} × shard {self.shard} ranks "
                 f"× train.micro_batch_rows {micro_rows}"
             )
+        if config.float8:
+            problems += self._float8_problems(model, micro_rows * (seq_len // self.context))
         problems += self._expert_problems(config, model)
         problems += self._pipeline_problems(config, model, rows // max(1, self.data * micro_rows))
         if problems:
             raise ConfigError("; ".join(problems), where="layout")
+
+    def _float8_problems(self, model: ModelConfig, tokens: int) -> list[str]:
+        """Return the dims of this rank's products, forward and backward, that an 8-bit one cannot have."""
+        heads = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.num_kv_heads}
+        dims = {f"{name} × model.head_dim / tensor": n * model.head_dim // self.tensor for name, n in heads.items()}
+        dims |= {"model.hidden_size": model.hidden_size, "model.ffn_size / tensor": model.ffn_size // self.tensor}
+        dims["the tokens of a micro-batch on a rank"] = tokens
+        multiple = float8.MULTIPLE
+        return [
+            f"parallel.float8 needs multiples of {multiple}, and {what} is {n}"
+            for what, n in dims.items()
+            if n % multiple
+        ]
 
     def _expert_problems(self, config: ParallelConfig, model: ModelConfig) -> list[str]:
         size, problems = config.expert, []
@@ -223,6 +239,10 @@ class Layout:
             )
         if config.schedule == "interleaved" and micro_batches % self.pipeline:
             problems.append(f"interleaved: {micro_batches} micro-batches are no multiple of pipeline {self.pipeline}")
+        rounds = max(1, micro_batches // self.pipeline)
+        if config.schedule == "zero-bubble" and micro_batches % rounds:
+            which = f"{rounds} rounds of pipeline {self.pipeline}"
+            problems.append(f"zero-bubble: {micro_batches} micro-batches do not divide over {which}")
         return problems
 
 

@@ -85,6 +85,7 @@ class Stop:
             self._looked = time.monotonic()
             if self._file.exists():
                 self._asked = Reason.FILE
+                logger.warning("%s is there: the run saves at the end of this step and ends", self._file)
                 with contextlib.suppress(OSError):
                     self._file.unlink()
         return 0.0 if self._asked is None else float(self._asked.value)

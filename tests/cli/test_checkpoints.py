@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -95,6 +96,17 @@ def test_what_is_not_complete_is_listed_and_said(run: Path, capsys: pytest.Captu
     assert "file model.yaml is missing" in lines[2]
     assert "complete" in lines[3]
     assert main(["checkpoints", str(run), "--verify"]) == 1
+
+
+def test_what_is_not_a_number_is_null_for_programs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = run / "checkpoints" / listing.name_of(2) / storage.MANIFEST
+    content = json.loads(manifest.read_text())
+    content["meta"]["metrics"]["train/loss"] = math.nan
+    del content["digest"]
+    manifest.write_text(json.dumps(content))
+    assert main(["checkpoints", str(run), "--json"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert json.loads(first, parse_constant=pytest.fail)["metrics"]["train/loss"] is None
 
 
 def test_programs_read_one_object_a_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

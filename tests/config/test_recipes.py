@@ -17,6 +17,7 @@ import yaml
 from internlm import config, runtime
 from internlm import recipe as recipes
 from internlm.errors import ConfigError
+from internlm.optim.optimizer import MuonConfig
 from internlm.parallel.mesh import Layout
 from internlm.recipe import Recipe
 from internlm.train import start
@@ -223,3 +224,41 @@ def test_a_run_does_not_go_on_with_another_optimizer(recipe: Make) -> None:
     recipes.prepare(recipe(train__tokens=256)).fit()
     with pytest.raises(ConfigError, match=r"optim\.kind: the run was begun with adamw \(got 'muon'\).*init_from"):
         recipes.prepare(recipe(train__tokens=512, optim={"kind": "muon"}))
+
+
+def test_words_and_numbers_are_those_of_yaml_1_2(recipe: Make, tmp_path: Path) -> None:
+    """`off` is the name of a policy, here and on the command line, and `1:30.5` is no number in base 60."""
+    path = write(tmp_path / "r.yaml", recipe())
+    text = path.read_text()
+    path.write_text(text.replace("policy: warn", "policy: off"))
+    assert "policy: off" in path.read_text()
+    assert recipes.load(path).value.spikes.policy == "off"
+    path.write_text(text)
+    assert recipes.load(path, ["spikes.policy=off", "run=yes", "optim.lr=.5e-2"]).value.spikes.policy == "off"
+    assert recipes.load(path, ["run=yes"]).value.run == "yes"
+    assert recipes.load(path, ["optim.lr=.5e-2"]).value.optim.lr == 0.005
+    for wrong in ("optim.lr=1:30.5", "optim={lr: 1e-3, lr: 1e-4}", "watch.heartbeat_s=.inf", "alerts.timeout_s=.nan"):
+        with pytest.raises(ConfigError):
+            recipes.load(path, [wrong])
+
+
+def test_a_preset_takes_the_place_of_a_shape_that_was_written_below_it(recipe: Make, tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", recipe())
+    for words in (["model.preset=internlm-7b"], ["model.num_layers=3", "model.preset=internlm-7b"]):
+        loaded = recipes.load(path, words)
+        assert loaded.value.model is not None
+        assert (loaded.value.model.hidden_size, loaded.value.model.num_layers) == (4096, 32 if len(words) == 1 else 3)
+        assert loaded.origins["model.hidden_size"] == "preset internlm-7b"
+    (tmp_path / "own.yaml").write_text("base: r.yaml\nmodel: {preset: internlm-7b}\n")
+    (tmp_path / "more.yaml").write_text("base: own.yaml\nmodel: {num_layers: 5}\n")
+    shape = recipes.load(tmp_path / "more.yaml").value.model
+    assert shape is not None
+    assert (shape.hidden_size, shape.num_layers) == (4096, 5)
+
+
+def test_a_kind_that_is_no_variant_keeps_what_stands_beside_it(recipe: Make, tmp_path: Path) -> None:
+    """A schedule has one set of fields, whatever its course; an optimizer's are its own."""
+    path = write(tmp_path / "r.yaml", recipe(), schedule={"kind": "cosine", "warmup_ratio": 0.07})
+    value = recipes.load(path, ["schedule.kind=linear", "optim.kind=muon"]).value
+    assert (value.schedule.kind, value.schedule.warmup_ratio) == ("linear", 0.07)
+    assert value.optim.lr == MuonConfig().lr

@@ -50,6 +50,9 @@ def test_what_recomputation_costs_is_the_forward_of_the_blocks_alone() -> None:
         ("NVIDIA L40S", "bfloat16", 362e12),
         ("NVIDIA L4", "bfloat16", 121e12),
         ("NVIDIA A10G", "bfloat16", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16", None),
+        ("NVIDIA H100 NVL", "bfloat16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
         ("Some CPU", "float32", None),
     ],
 )

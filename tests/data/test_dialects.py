@@ -27,6 +27,8 @@ ALPACA = {"instruction": "2 + 3?", "output": "5"}
 PLAIN = {"prompt": "2 + 3?", "completion": "5"}
 LISTS = {"prompt": [{"role": "user", "content": "2 + 3?"}], "completion": [{"role": "assistant", "content": "5"}]}
 
+TALK = {"messages": [*LISTS["prompt"], *LISTS["completion"]]}
+
 
 def read(folder: Path, record: Record, **options: Any) -> Any:
     path = folder / "a.jsonl"
@@ -87,6 +89,12 @@ def test_a_completion_of_messages_may_call_tools(tmp_path: Path) -> None:
         (PLAIN | {"history": [["a", "b"]]}, "has 'history', which would be lost"),
         (LISTS | {"label": True}, "has 'label', which would be lost"),
         (LISTS | {"system": "a"}, "has 'system', which would be lost"),
+        (TALK | {"label": False}, "a.jsonl:1: has 'label', which would be lost"),
+        (TALK | {"kto_tag": True}, "has 'kto_tag', which would be lost"),
+        (TALK | {"rejected": "6"}, "has 'rejected', which would be lost"),
+        (TALK | {"images": ["a.png"]}, "has 'images', which would be lost"),
+        (TALK | {"history": [["a", "b"]]}, "has 'history', which would be lost"),
+        (TALK | {"system": "a"}, "has 'system', which would be lost"),
         (LISTS | {"completion": "5"}, "'prompt' is list, not a string"),
         ({"question": "a", "answer": "b"}, "has no key 'text'; its keys: question, answer. Name the key of a document"),
     ],
@@ -133,11 +141,17 @@ def test_what_is_trained_on_otherwise_than_elsewhere_or_has_no_effect_is_said(
 ) -> None:
     monkeypatch.setattr(log, "_warned", set())
     with caplog.at_level(logging.WARNING):
-        read(tmp_path, {"conversations": [TURNS[0], {**TURNS[1], "weight": 0, "none": None}]})
+        read(tmp_path, {"conversations": [TURNS[0], {**TURNS[1], "mood": "good", "none": None}]})
         read(tmp_path, LISTS | {"prompt": [*LISTS["prompt"], *LISTS["completion"], *LISTS["prompt"]]})
-    assert "'weight' of a turn in ShareGPT's form has no effect" in caplog.text
+    assert "'mood' of a turn in ShareGPT's form has no effect" in caplog.text
     assert "the assistant's messages of a 'prompt' are trained on as those of its 'completion' are" in caplog.text
     assert "none" not in caplog.text
+
+
+def test_a_turn_of_weight_0_is_context_in_sharegpts_form_too(tmp_path: Path) -> None:
+    worse = {**TURNS[1], "weight": 0}
+    sample = read(tmp_path, {"conversations": [TURNS[0], worse, *TURNS], "system": "Be exact."})
+    assert (list(sample.messages), sample.context) == ([SYSTEM, ASK, SAY, ASK, SAY], {1})
 
 
 def test_alpaca_becomes_shards_that_train_the_answer_alone(

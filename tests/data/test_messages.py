@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,9 @@ def calling(**changes: object) -> Record:
         ({**TALK, "tools": [{"name": "add", "parameters": "{}"}]}, r"'parameters' of a tool is str, not dict"),
         ({**TALK, "tools": [ADD, NOW, ADD]}, r"two tools have one name"),
         ({**TALK, "tools": []}, r"message 3: calls a tool that 'tools' does not name"),
+        (with_turn(says("assistant", "y", weight=0.5)), r"message 2: 'weight' is neither 0 nor 1 \(got '0\.5'\)"),
+        (with_turn(says("assistant", "y", weight=False)), r"message 2: 'weight' is neither 0 nor 1"),
+        ({"messages": [says("user", "x"), says("assistant", "y", weight=0)]}, r"no answer is trained on.* Drop the"),
         ({**TALK, "parallel_tool_calls": "no"}, r"'parallel_tool_calls' is neither true nor false"),
     ],
 )
@@ -174,10 +178,48 @@ def test_calls_and_results_that_do_not_belong_together_are_told_with_their_line(
         tokenize([path], tmp_path / "out", Options(str(tmp_path), template="internlm"), workers=1)
 
 
-def test_keys_without_effect_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_without_effect_are_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "_warned", set())
     strict = {"type": "function", "function": {**ADD["function"], "strict": True}}
-    list(read_samples(write(tmp_path / "a.jsonl", {**TALK, "tools": [strict, NOW]})))
-    assert "a.jsonl:1, tool 1: 'strict' of a tool has no effect" in caplog.text
+    record = {"messages": [says("user", "x", name="Ann"), says("assistant", "y", name="Bo")], "tools": [strict]}
+    list(read_samples(write(tmp_path / "a.jsonl", record, record)))
+    assert [warned.getMessage() for warned in caplog.records] == [
+        "warning: 'name' of a message of role user has no effect",
+        "warning: 'name' of a message of role assistant has no effect",
+        "warning: 'strict' of a tool has no effect",
+    ]
+
+
+@pytest.mark.parametrize("template", ["internlm-v1.0", "internlm-v1.1", "internlm2", "internlm", "chatml", "llama3"])
+def test_an_answer_of_weight_0_is_context(template: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "t")
+    options = Options(str(tmp_path / "t"), template=template)
+    turns = [dict(turn) for turn in TALK["messages"]]
+    for number, weight in ((2, 0), (4, 1), (6, 0)):
+        turns[number]["weight"] = weight
+    path = write(tmp_path / "a.jsonl", TALK, {**TALK, "messages": turns})
+    tokenize([path], tmp_path / "out", options, workers=1)
+    (ids, mask), (weighed_ids, weighed) = (Shards.open(tmp_path / "out").document(number) for number in (0, 1))
+    assert mask is not None
+    assert weighed is not None
+    assert ids.tolist() == weighed_ids.tolist()
+    spans = re.findall(r"0+|1+", "".join(map(str, mask)))
+    answers = [number for number, span in enumerate(spans) if "1" in span]
+    assert len(answers) == 4
+    for number in (answers[0], answers[2]):
+        spans[number] = "0" * len(spans[number])
+    assert "".join(map(str, weighed)) == "".join(spans)
+
+
+def test_weights_that_a_template_cannot_tell_apart_are_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "t")
+    turns = [*SEVERAL["messages"], says("user", "And?"), says("assistant", "No.", weight=0)]
+    path = write(tmp_path / "a.jsonl", {**SEVERAL, "messages": turns})
+    tokenize([path], tmp_path / "one", Options(str(tmp_path / "t"), template="internlm"), workers=1)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: has an answer of weight 0, and several calls .* one by one"):
+        tokenize([path], tmp_path / "two", Options(str(tmp_path / "t"), template="internlm-v1.1"), workers=1)
 
 
 def test_thoughts_have_no_effect_but_in_react_and_that_is_told(

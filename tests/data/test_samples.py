@@ -63,7 +63,9 @@ def test_every_container_gives_its_samples(tmp_path: Path) -> None:
         ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: is JSON that cannot be read: maximum recursion depth"),
         ("a.jsonl", '{"text": "x", "n": ' + "1" * 5000 + "}", r"a\.jsonl:1: is JSON that cannot be read: Exceeds"),
         ("a.json", '{"text": "x"}', r"a\.json: a \.json file holds a list"),
-        ("a.json", '[{"text": "x"}, ', r"a\.json: the JSON is cut short"),
+        ("a.json", '[{"text": "x"}, ', r"a\.json: the JSON is cut short.* Mend the file, or pass --on-error skip"),
+        ("a.json", '\n{"text": "x"}\n{"text": "y"}\n', r"a\.json: holds one JSON object a line\. Name .* \.jsonl\.$"),
+        ("a.json", '{"text": "x"}\n{"te', r"a\.json: holds one JSON object a line"),
     ],
 )
 def test_damaged_input_names_file_line_and_next_step(tmp_path: Path, name: str, content: str, match: str) -> None:
@@ -176,7 +178,36 @@ def test_files_left_out_of_a_folder_are_counted(tmp_path: Path, caplog: pytest.L
     assert "2 files of other kinds are left out, such as" in caplog.text
 
 
-def test_keys_of_a_message_without_effect_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    turn = {"role": "assistant", "content": "no", "weight": 0}
-    list(read_samples(write_jsonl(tmp_path / "a.jsonl", [{"messages": [turn]}])))
-    assert "a.jsonl:1, message 1: 'weight' of a message has no effect" in caplog.text
+def test_folders_behind_links_are_read_once_and_links_in_circles_end(tmp_path: Path) -> None:
+    for file in ("in/sub/b.txt", "out/c.txt"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text(file)
+    (tmp_path / "in" / "a").symlink_to(tmp_path / "in" / "sub")
+    (tmp_path / "in" / "sub" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "other").symlink_to(tmp_path / "out")
+    (tmp_path / "out" / "back").symlink_to(tmp_path / "in")
+    assert find_files([tmp_path / "in"]) == [tmp_path / "in" / "other" / "c.txt", tmp_path / "in" / "sub" / "b.txt"]
+
+
+def test_links_to_nothing_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b").symlink_to(tmp_path / "gone")
+    assert find_files([tmp_path]) == [tmp_path / "a.txt"]
+    assert f"1 files of other kinds are left out, such as {tmp_path / 'b'}" in caplog.text
+    for target in ("gone.txt", "c.txt"):
+        (tmp_path / "c.txt").symlink_to(tmp_path / target)
+        with pytest.raises(DataError, match=r"c\.txt: is a link to nothing\. Put its file there"):
+            find_files([tmp_path])
+        (tmp_path / "c.txt").unlink()
+
+
+def test_a_packed_file_without_a_byte_is_damaged(tmp_path: Path) -> None:
+    for name in ("a.jsonl.gz", "a.txt.zst", "a.txt.gz"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(DataError, match=rf"{name}: is damaged: the file is empty\. Copy or download it again"):
+            list(read_samples(tmp_path / name, on_error="skip"))
+
+
+def test_a_file_of_lines_without_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert list(read_samples(write_jsonl(tmp_path / "a.jsonl", []))) == []
+    assert "a.jsonl: is empty" in caplog.text

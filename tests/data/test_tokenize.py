@@ -27,7 +27,7 @@ from internlm.text.chat import Message, render
 from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import SPECIAL_TOKENS, train_bpe
-from tests.data.conftest import TALK, TEXTS, write_jsonl
+from tests.data.conftest import TALK, TEXTS, Make, write_jsonl
 from tests.processes import CONTEXT, forked
 
 SHA256 = storage.sha256
@@ -348,16 +348,37 @@ def test_a_killed_worker_is_explained(corpus: Path, tokenizer_path: Path, tmp_pa
     assert "fewer --workers" in done.stdout
 
 
-def test_documents_without_a_token_are_exported_and_shown(tokenizer_path: Path, tmp_path: Path) -> None:
-    """A vocabulary without bos and eos gives nothing for an empty text."""
-    train_bpe(TEXTS, 300, ["<unused>"]).save(tmp_path / "t")
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}, {"text": ""}])
-    out, back = str(tmp_path / "out"), tmp_path / "back.jsonl"
-    tokenize([path], out, Options(str(tmp_path / "t")), workers=1)
+def test_documents_without_a_token_are_exported_and_shown(
+    make_shards: Make, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Shards of other makers may have them."""
+    x = tokenizer.encode("x")
+    shards, back = make_shards([x, []]), tmp_path / "back.jsonl"
+    tokenizer.save(shards.tokenizer_path)
+    out = str(shards.path)
     assert main(["data", "export", out, "--out", str(back)]) == 0
-    assert back.read_text() == path.read_text()
+    assert back.read_text() == '{"text": "x"}\n{"text": ""}\n'
     assert main(["data", "inspect", out, "--document", "1"]) == 0
     assert [p.name for p in tmp_path.glob("back*")] == ["back.jsonl"]
+
+
+def test_documents_without_text_are_left_out_and_counted_once_however_often_a_run_is_given(
+    tokenizer_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name, text in (("a.py", ""), ("b.py", "x"), ("c.py", " \n"), ("d.py", "y")):
+        (tmp_path / "in" / name).write_text(text)
+    write_jsonl(tmp_path / "in" / "e.jsonl", [{"text": ""}, {"text": "z"}])
+    options = Options(str(tokenizer_path))
+    fail_at_the_end([tmp_path / "in"], tmp_path / "out", options)
+    assert "without text" not in caplog.text
+    units = [tokenize([tmp_path / "in"], tmp_path / name, options, workers=1, unit_bytes=1) for name in ("out", "new")]
+    assert units[0] == units[1]
+    assert caplog.text.count("warning: 3 documents without text left out") == 2, "once by each run"
+    texts = documents_of(tmp_path / "out", Tokenizer.load(tokenizer_path))
+    assert texts == ["<|bos|>x<|eos|>", "<|bos|>y<|eos|>", "<|bos|>z<|eos|>"]
+    with pytest.raises(DataError, match="the input holds no documents"):
+        tokenize([tmp_path / "in" / "a.py"], tmp_path / "none", options, workers=1)
 
 
 def test_two_runs_do_not_write_the_same_output(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:

@@ -284,6 +284,7 @@ def test_machines_that_may_come_and_go_meet_in_another_way(
     [
         (["--nproc", "0", "train", RECIPE], "--nproc: must be at least 1"),
         (["--nproc", "2", "--nodes", "0", "train", RECIPE], "--nodes: must be at least 1"),
+        (["--nproc", "2", "--nodes=--1", "train", RECIPE], "--nodes: is a number of machines, or MIN:MAX"),
         (["--nproc", "2", "--nodes", "3:2", "train", RECIPE], "--nodes: is a number of machines, or MIN:MAX"),
         (["--nproc", "2", "--nodes", "1:2:3", "train", RECIPE], "--nodes: is a number of machines, or MIN:MAX"),
         (["--nproc", "2", "--nodes", "1:2", "train", RECIPE], "--node-rank: is the number of this machine, 0 to 1"),

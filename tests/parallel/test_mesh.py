@@ -87,6 +87,10 @@ def test_sizes_that_do_not_make_the_world_are_named(config: dict[str, Any], worl
         ({"pipeline": 4}, {"micro": 8}, "a pipeline of 4 needs as many micro-batches per step, and there are 2"),
         ({"pipeline": 2}, {"tie_embeddings": True}, "tie_embeddings"),
         ({"pipeline": 2, "schedule": "interleaved", "stages_per_rank": 2}, {"rows": 5}, "5 micro-batches are no"),
+        ({"pipeline": 2, "schedule": "zero-bubble"}, {"rows": 5}, "5 micro-batches do not divide over 2 rounds of"),
+        ({"float8": True, "tensor": 2}, {}, "float8 needs multiples of 16, and model.ffn_size / tensor is 24"),
+        ({"float8": True, "tensor": 4}, {}, "model.num_kv_heads × model.head_dim / tensor is 4"),
+        ({"float8": True, "context": 8}, {}, "the tokens of a micro-batch on a rank is 8"),
         (
             {"pipeline": 2, "schedule": "zbv", "stages_per_rank": 2, "recompute": RecomputeConfig(kind="full")}, {},
             "schedule zbv parts .*recompute full",

@@ -352,3 +352,10 @@ def test_the_help_is_short_and_comes_without_torch() -> None:
     assert len(done.stdout.splitlines()) <= 24
     assert "internlm.cli" in done.stderr, "imports are told"
     assert "torch" not in done.stderr
+
+
+def test_a_number_that_is_none_now_is_not_shown_as_it_was(tmp_path: Path) -> None:
+    run_file(tmp_path / "run")
+    lines = [{"step": 1, "train/loss": 2.0, "optim/lr": 1e-3}, {"step": 2, "train/loss": None}]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert facts(tmp_path / "run")["metrics"] == {"optim/lr": 1e-3}

@@ -71,7 +71,9 @@ def test_a_signal_saves_at_the_end_of_the_next_step_and_the_run_goes_on_bitwise(
     assert steps == list(range(1, 13))
 
 
-def test_a_stop_file_ends_the_run_and_is_removed(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_file_ends_the_run_and_is_removed(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("internlm.train.stop._LOOK_EVERY_S", 0.0)
     trainer = recipes.prepare(recipe())
     asked_at(trainer, 4, (tmp_path / "run" / FILE).touch)
@@ -79,6 +81,7 @@ def test_a_stop_file_ends_the_run_and_is_removed(recipe: Make, tmp_path: Path, m
         trainer.fit()
     assert stopped.value.reason is Reason.FILE
     assert not (tmp_path / "run" / FILE).exists()
+    assert f"{tmp_path / 'run' / FILE} is there: the run saves" in caplog.text
     assert store.open_checkpoint(tmp_path / "run").step == 5
 
 

@@ -23,6 +23,7 @@ import hmac
 import http.client
 import json
 import logging
+import math
 import os
 import queue
 import socket
@@ -91,10 +92,10 @@ class AlertsConfig:
     """For one try to send one."""
 
     def __post_init__(self) -> None:
-        if self.interval_s < 0:
+        if not self.interval_s >= 0:  # what is not a number neither
             raise ConfigError("must not be negative", where="alerts.interval_s", got=self.interval_s)
-        if self.timeout_s <= 0:
-            raise ConfigError("must be positive", where="alerts.timeout_s", got=self.timeout_s)
+        if not 0 < self.timeout_s < math.inf:
+            raise ConfigError("must be positive, and finite", where="alerts.timeout_s", got=self.timeout_s)
 
 
 @dataclass(frozen=True)

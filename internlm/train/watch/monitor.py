@@ -178,6 +178,8 @@ class Monitor:
             return
         self.step = max(self.step, step)
         for name, value in line.items():
+            if value is None:  # not a number then: what was one before is no longer true
+                self.last.pop(name, None)
             if not _is_number(value):
                 continue
             self.last[name] = value

@@ -337,7 +337,8 @@ def open_trackers(run: Path, resumed_step: int, config: TrackConfig, facts: dict
         facts: recipe and versions, shown beside the metrics.
     """
     flat = _flat(facts or {})
-    shown = {name: value for name, value in flat.items() if not name.startswith("recipe.alerts.")}  # holds addresses
+    hidden = ("recipe.alerts.", "recipe.track.mlflow.uri")  # addresses, which may hold a key
+    shown = {name: value for name, value in flat.items() if not name.startswith(hidden)}
     has_tensorboard = importlib.util.find_spec("tensorboard") is not None
     wanted: list[tuple[str, str, Callable[[], Tracker]]] = []
     if config.tensorboard or (config.tensorboard is None and has_tensorboard):

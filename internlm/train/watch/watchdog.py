@@ -23,6 +23,7 @@ import contextlib
 import faulthandler
 import json
 import logging
+import math
 import os
 import socket
 import sys
@@ -61,8 +62,8 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and not value > 0:
-                raise ConfigError("must be above 0", where=f"watch.{name}", got=value)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError("must be above 0, and finite", where=f"watch.{name}", got=value)
 
 
 @dataclass(frozen=True)
