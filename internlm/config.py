@@ -7,10 +7,9 @@ A recipe is YAML whose keys are the fields of plain dataclasses. Three layers, e
     $ internlm train r.yaml optim.lr=1e-4      # 3. dotted overrides on the command line
 
 Mappings merge key by key, everything else replaces. Where a layer changes `kind` (the tag of a variant) the keys that
-earlier layers gave to the old variant go with it, and where it names another `preset` all that they gave goes. Every leaf
-remembers where it came from (`file:line`, `default`,
-`command line`), which is what errors and `--dry-run` print. Decoding is pydantic's: unknown keys are errors, `1e-4`
-is a number although YAML 1.1 reads it as a string.
+earlier layers gave to the old variant go with it; where it names another `preset`, all that they gave goes. Every leaf
+remembers where it came from (`file:line`, `default`, `command line`), which is what errors and `--dry-run` print.
+Scalars are those of YAML 1.2 (`1e-4` is a number, `off` a word); decoding is pydantic's: unknown keys are errors.
 
     @section
     class OptimConfig:
@@ -50,7 +49,7 @@ _SCALARS = {
     ),
     "bool": (re.compile(r"(true|True|TRUE|false|False|FALSE)$"), "tTfF"),
 }
-"""YAML 1.2's own (its core schema, https://yaml.org/spec/1.2.2/#103-core-schema), and the characters they begin with."""
+"""Of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), and the characters that they begin with."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -322,8 +321,8 @@ def _read(path: Path, seen: tuple[Path, ...], schema: Any) -> tuple[Tree, Origin
 def _yaml_loader() -> Any:
     """Return YAML's safe loader with the scalars of YAML 1.2.
 
-    `1e9` and `3e-4` are numbers, `off` and `no` words; `007`, `12:30`, `1_000` and `2024-01-01` stay text, so that a path
-    may look like them.
+    `1e9` and `3e-4` are numbers, `off` and `no` words; `007`, `12:30`, `1_000` and `2024-01-01` stay text, so that a
+    path may look like them.
     """
     import yaml
 
