@@ -48,7 +48,7 @@ from internlm.train.trainer import Trainer
 from internlm.train.watch.alerts import Alerts, AlertsConfig
 from internlm.train.watch.goodput import Goodput
 from internlm.train.watch.spikes import SpikeConfig, Spikes
-from internlm.train.watch.trackers import TrackConfig, open_trackers
+from internlm.train.watch.trackers import PRIVATE, TrackConfig, open_trackers
 from internlm.train.watch.watchdog import WatchConfig
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,9 @@ def _prepare(recipe: Recipe, alerts: Alerts) -> Trainer:
         logger.info("resuming %s at step %d of %d", begun.path, begun.step, recipe.train.total_steps)
         changed = config.changes(begun.meta.get("recipe", {}), config.encode(recipe))
         if changed:
-            told = "; ".join(f"{path} {before} → {now}" for path, before, now in changed)
+            told = "; ".join(
+                path if f"{path}.".startswith(PRIVATE) else f"{path} {before} → {now}" for path, before, now in changed
+            )
             logger.info("changed since that checkpoint: %s", told)
     if rank == 0:
         if begun is None or begun.step < recipe.train.total_steps:  # else no step is taken with it

@@ -253,8 +253,9 @@ class Stepper:
         logger.warning("warning: step %d skipped: %s", self.progress.step, why)
         self.tell("skipped", f"no update was made: {why}")
         if self.progress.skipped_in_a_row >= self.config.max_skipped_steps:
+            do = "Lower optim.lr or lengthen schedule.warmup_ratio" if count > 0 else "Look at the masks of the data"
             raise TrainingError(
                 f"{self.progress.skipped_in_a_row} steps in a row were skipped, up to {self.progress.step} ({why})",
                 where="train.max_skipped_steps",
-                do="Lower optim.lr or lengthen schedule.warmup_ratio; checkpoints up to here are untouched.",
+                do=f"{do}; checkpoints up to here are untouched.",
             )

@@ -213,8 +213,9 @@ def test_a_run_that_goes_on_with_other_values_says_which(
     run = tmp_path / "run"
     recipes.prepare(recipe(train__tokens=256, optim__lr=0.01)).fit()
     with caplog.at_level(logging.INFO, logger="internlm"):
-        recipes.prepare(recipe(train__tokens=256, optim__lr=0.005))
-    assert "changed since that checkpoint: optim.lr 0.01 → 0.005" in caplog.messages
+        hooks = {"webhooks": [{"url": "http://127.0.0.1/secret"}]}
+        recipes.prepare(recipe(train__tokens=256, optim__lr=0.005, alerts=hooks))
+    assert "changed since that checkpoint: optim.lr 0.01 → 0.005; alerts.webhooks" in caplog.messages, "no address"
     assert recipes.load(run / "recipe.yaml").value.optim.lr == 0.01, "no step was taken with the new one"
     recipes.prepare(recipe(train__tokens=512, optim__lr=0.005))
     assert recipes.load(run / "recipe.yaml").value.optim.lr == 0.005

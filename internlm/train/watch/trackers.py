@@ -41,6 +41,9 @@ from internlm.train.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+PRIVATE = ("alerts.", "track.mlflow.")
+"""Beginnings of keys of a recipe with addresses, which may hold a key or a password: nobody is shown their values."""
+
 IDS = "track.json"
 CLOSE_S = 30.0
 _LOOK_EVERY_S = 0.1
@@ -337,7 +340,7 @@ def open_trackers(run: Path, resumed_step: int, config: TrackConfig, facts: dict
         facts: recipe and versions, shown beside the metrics.
     """
     flat = _flat(facts or {})
-    hidden = ("recipe.alerts.", "recipe.track.mlflow.uri")  # addresses, which may hold a key
+    hidden = tuple(f"recipe.{name}" for name in PRIVATE)
     shown = {name: value for name, value in flat.items() if not name.startswith(hidden)}
     has_tensorboard = importlib.util.find_spec("tensorboard") is not None
     wanted: list[tuple[str, str, Callable[[], Tracker]]] = []
