@@ -8,7 +8,8 @@ The template writes tools, calls and results out as messages of system, user and
 whose arguments are a text or an object, results with `tool_call_id` in any order. Where a program passes it on,
 `parallel_tool_calls=False` counts too. Its ids are those of `render_prompt`, within the limits that `templates` names.
 
-Limits: whether arguments are a JSON object, and names are names, is not checked there. `tojson` is to write JSON as
+Limits: whether arguments are a JSON object, and names are names, is not checked there. System, user and assistant must
+take turns: what `ToolFormat.render_history` writes beside, an export refuses. `tojson` is to write JSON as
 Transformers has it: with Python's separators, letters as they are, keys in their order.
 """
 

@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 from internlm.errors import DataError
 from internlm.log import warn_once
-from internlm.text.chat import Message, ToolCall
-from internlm.text.templates import Part, Template, text_of
+from internlm.text.chat import Framed, Message, ToolCall
+from internlm.text.templates import Frame, Part, Template, text_of
 from internlm.text.tool_json import MAX_DEPTH, is_object
 from internlm.text.tool_parser import (
     ArgumentsGrow,
@@ -137,6 +137,25 @@ class ToolFormat:
                 do not take turns.
         """
         _check_turns(messages)
+        for number, message in enumerate(messages, 1):
+            _check_arguments(message, number)
+        return self._write(messages, tools, parallel)
+
+    def render_history(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), parallel: bool = True
+    ) -> list[Message]:
+        """Return what `render` does, for prompts, of what clients send beside conversations to train on.
+
+        What comes between two answers is one turn, in which each message keeps its frame: results of calls, users, and
+        system messages where the template has a place for them. An answer that nobody asked for, a greeting, begins the
+        first turn. Arguments that are no JSON object stand there as they are: the model shall see its mistake.
+
+        Raises:
+            DataError: results and calls do not belong together. What the template cannot write, `render_prompt` says.
+        """
+        return _in_turns(self._write(messages, tools, parallel), self.template)
+
+    def _write(self, messages: Sequence[Message], tools: Sequence[Tool], parallel: bool) -> list[Message]:
         written: list[Message] = []
         system = messages[0].content if messages and messages[0].role == "system" else ""
         at = 1 if messages and messages[0].role == "system" else 0
@@ -248,10 +267,15 @@ def _check_calls(message: Message, number: int) -> None:
         raise DataError("only an assistant message has calls", where=where, got=message.role)
     for call in message.calls:
         _check_name(call.name, f"{where}, call")
+
+
+def _check_arguments(message: Message, number: int) -> None:
+    """Raise DataError unless the arguments of each call are a JSON object."""
+    for call in message.calls:
         text = call.arguments
         if not isinstance(text, str) or not is_object(text.strip()):
             problem = f"the arguments of {call.name} are no JSON object"
-            raise DataError(problem, where=where, got=str(text)[:80])
+            raise DataError(problem, where=f"message {number}", got=str(text)[:80])
 
 
 def _results(messages: Sequence[Message], at: int) -> list[str] | None:
@@ -280,11 +304,47 @@ def _results(messages: Sequence[Message], at: int) -> list[str] | None:
 
 
 def _folded(messages: list[Message]) -> list[Message]:
-    """Return the messages with the system message as a part of the first user message."""
-    if len(messages) < 2 or messages[1].role != "user":
+    """Return the messages with the system message as a part of the first that is a user's own."""
+    at = next((n for n, one in enumerate(messages) if one.role == "user" and not isinstance(one, Framed)), None)
+    if at is None:
         return messages
-    system, first = messages[:2]
-    return [Message("user", f"{system.content}\n\n{first.content}", first.name), *messages[2:]]
+    system, first = messages[0], messages[at]
+    told = Message("user", f"{system.content}\n\n{first.content}", first.name)
+    return [*messages[1:at], told, *messages[at + 1 :]]
+
+
+def _in_turns(messages: list[Message], template: Template) -> list[Message]:
+    """Return messages with all that comes between two answers as one turn; see `ToolFormat.render_history`.
+
+    A template of one question and one answer, or without a place for a system message, leaves them as they are.
+    """
+    if template.single_turn:
+        return messages
+    begun = 1 if messages and messages[0].role == "system" else 0
+    turns: list[list[Message]] = [[]]  # what is asked, the answer, what is asked …
+    for message in messages[begun:]:
+        answers = message.role == "assistant" and turns != [[]]
+        if answers == bool(len(turns) % 2):
+            turns.append([])
+        turns[-1].append(message)
+    found = messages[:begun]
+    for number, turn in enumerate(turns):
+        roles = {message.role for message in turn}
+        can_be_one = number % 2 == 0 and roles != {"assistant"} and ("system" not in roles or template.system)
+        found += [_together(turn, template)] if can_be_one and (len(turn) > 1 or "system" in roles) else turn
+    return found
+
+
+def _together(turn: Sequence[Message], template: Template) -> Framed:
+    """Return messages, each in its own frame, as one of the user's."""
+    usual = {"system": template.system, "user": template.user, "assistant": template.assistant}
+    parts: list[Part] = []
+    for message in turn:
+        frame = (message.frame if isinstance(message, Framed) else None) or usual[message.role]
+        assert frame is not None, "who calls this has seen that there is one"
+        content = message.parts if isinstance(message, Framed) else (message.content,)
+        parts += [*frame.prefix, *content, *frame.suffix]
+    return Framed("user", text_of(parts), parts=tuple(parts), frame=Frame((), ()))
 
 
 def json_text(value: object) -> str:

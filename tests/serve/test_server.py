@@ -72,6 +72,32 @@ def test_parts_and_the_developer_role_are_read_as_text_and_system(client: openai
     assert answer.usage.prompt_tokens == len(expected)
 
 
+def test_histories_that_openai_takes_are_written(server: Running) -> None:
+    def said(*messages: Any) -> str:
+        answer = server.post("/tokenize", {"messages": messages})
+        assert answer.status_code == 200, answer.text
+        return TOKENIZER.decode(answer.json()["tokens"])
+
+    def call(arguments: str, **more: Any) -> Any:
+        function = {"name": "add", "arguments": arguments}
+        return {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": function}], **more}
+
+    user, text, result = QUESTION[0], {"role": "assistant", "content": "Say"}, {"role": "tool", "tool_call_id": "c"}
+    note = {"role": "system", "content": "sum"}
+    result["content"] = "4"
+    opened = "<|user|>What is the sum?<|end|>"
+    assert said(user, text, text, user).endswith(f"{opened}<|assistant|>Say\n\nSay<|end|>{opened}<|assistant|>")
+    assert said(user, text, call("{}"), result) == said(user, call("{}", content="Say"), result)
+    assert said(text, user).endswith(f"<|assistant|>Say<|end|>{opened}<|assistant|>")
+    assert said(user, text, note, user).endswith(f"Say<|end|><|system|>sum<|end|>{opened}<|assistant|>")
+    refused = {"role": "assistant", "content": [{"type": "refusal", "refusal": "Say"}]}
+    for said_no in (refused, {"role": "assistant", "refusal": "Say"}):
+        assert said(user, said_no, user) == said(user, text, user)
+    assert said(user, call(""), result) == said(user, call("{}"), result)
+    assert '"arguments": {"a":}' in said(user, call('{"a":'), result)
+    assert said(user, call("{}"), result, user).endswith(f"</tool_response><|end|>{opened}<|assistant|>")
+
+
 def test_messages_in_a_row_of_a_user_or_the_system_are_one(server: Running) -> None:
     said = [("system", "A"), ("developer", "B"), ("user", "C"), ("user", "D"), ("assistant", "E"), ("user", "F")]
     messages = [{"role": role, "content": content} for role, content in said]

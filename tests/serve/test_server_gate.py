@@ -14,6 +14,7 @@ from typing import Any
 import openai
 import pytest
 
+from internlm.errors import UsageError
 from internlm.infer.worker import Busy, Worker
 from internlm.serve.api import app as application
 from internlm.serve.api import asked as asking
@@ -182,3 +183,27 @@ def test_the_fingerprint_tells_servers_apart_whose_answers_may_differ() -> None:
     with serving() as one, serving() as like, serving(slow_engine(context=128)) as other:
         assert len(told(one)) == 1
         assert told(one) == told(like) != told(other)
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "ключ", "a\tb", "a\x7f"])
+def test_a_key_that_clients_write_in_different_ways_is_refused_at_the_start(key: str) -> None:
+    with pytest.raises(UsageError, match="--api-key: a key has characters beyond printable ASCII") as caught:
+        Access(keys=("good", key))
+    assert key not in str(caught.value)
+
+
+def test_an_origin_is_taken_as_browsers_write_it() -> None:
+    given = ("https://Chat.example.com/", "http://a:80", "http://a:8080", "https://[::1]:443", "*", "null")
+    wanted = ("https://chat.example.com", "http://a", "http://a:8080", "https://[::1]", "*", "null")
+    assert Access(origins=given).origins == wanted
+    with serving(access=Access(origins=("https://chat.example.com/",))) as server:
+        answer = server.get("/v1/models", headers={"origin": "https://chat.example.com"})
+        assert answer.headers["access-control-allow-origin"] == "https://chat.example.com"
+
+
+@pytest.mark.parametrize(
+    "origin", ["chat.example.com", "https://a/b", "https://", "a:80", "https://a?b", "https://a@b"]
+)
+def test_what_is_no_origin_is_refused_at_the_start(origin: str) -> None:
+    with pytest.raises(UsageError, match="--allow-origin: is no origin"):
+        Access(origins=(origin,))

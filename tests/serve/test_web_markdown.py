@@ -44,6 +44,12 @@ CASES = [
     (r"\*no\* \\ \d", r"<p>*no* \ \d</p>"),
     ("`a*b*` ``x`y`` `open", "<p><code>a*b*</code> <code>x`y</code> `open</p>"),
     ("# A\n### B ##\n#no", '<h3 class="heading-1">A</h3><h5 class="heading-3">B</h5><p>#no</p>'),
+    ("# C#\n# a # # \n# ##", '<h3 class="heading-1">C#</h3><h3 class="heading-1">a #</h3><h3 class="heading-1"></h3>'),
+    ("x | y\n - | :-:", '<div class="table" tabindex="0"><table><thead><tr><th class="side-left">x</th>'
+     '<th class="side-center">y</th></tr></thead><tbody></tbody></table></div>'),
+    ("x | y\n--- | |", "<p>x | y<br>--- | |</p>"),
+    ("` a ` `  `", "<p><code>a</code> <code>  </code></p>"),
+    ("[t]( https://a.b \n 'c' )", f'<p><a href="https://a.b/" {LINK}>t</a></p>'),
     ("a\n\n---\n***\nb", "<p>a</p><hr><hr><p>b</p>"),
     ("> a\n> > b\n\nc", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><p>c</p>"),
     ("- a\n- b\n  - c\n  - d\n- e", "<ul><li>a</li><li>b<ul><li>c</li><li>d</li></ul></li><li>e</li></ul>"),
@@ -179,7 +185,8 @@ SLOW = [
     "http://" * MANY, "> " * MANY, "- " * MANY, "\\" * MANY, "~~" * MANY, "|" * MANY + "\n" + "|-" * MANY, "_ _" * MANY,
     "```\n" + '"\\' * MANY, "```\n" + '"\n/*' * MANY, "(" * MANY, "[a](" + "(" * MANY, "1. " * MANY, " " * MANY + "x",
     "# " + "#" * MANY + "x", "- a\n" * MANY, "> a\n" * MANY, "[a](http://x" + ")" * MANY, "\n" * MANY, "a\n" * MANY,
-    "http://x" + "." * MANY + "y",
+    "http://x" + "." * MANY + "y", "# x" + " " * 3 * MANY + "x", "a|b\n-" + " " * 4 * MANY + "x",
+    "a|b\n" + " " * 3 * MANY + "x-", "```" + " " * 3 * MANY + "`", "~" * 3 * MANY + "`",
 ]  # fmt: skip
 
 

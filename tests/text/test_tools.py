@@ -261,6 +261,80 @@ def test_messages_out_of_turn_are_named_by_their_own_number(name, talk, match):
         get_format(name).render(talk, [WEATHER])
 
 
+def history(template, messages, tokenizer, tools=()):
+    """Return the text of a prompt without bos, from messages that need not take turns."""
+    written = format_of(template).render_history(messages, tools)
+    text = tokenizer.decode(render_prompt(written, get_template(template), tokenizer))
+    return text.removeprefix(tokenizer.decode([tokenizer.bos_id]))
+
+
+GO_ON, GREETING, NOTE = Message("user", "Go on."), Message("assistant", "Hello!"), Message("system", "Note.")
+
+
+def test_what_a_user_says_after_a_result_follows_it_in_its_own_frame(tokenizer):
+    talk = [ASKED, CALLED, TOLD, GO_ON]
+    assert history("chatml", talk, tokenizer).endswith(
+        '<|im_start|>user\n<tool_response>\n{"degrees": 22}\n</tool_response><|im_end|>\n'
+        "<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert history("internlm2", talk, tokenizer).endswith(
+        '<|im_start|>environment name=<|plugin|>\n{"degrees": 22}<|im_end|>\n'
+        "<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert history("internlm-v1.1", talk, tokenizer).endswith(
+        '<|System|>:Response:{"degrees": 22}\n\n<|User|>:Go on.\n<|Bot|>:'
+    )
+    assert history("internlm-v1.0", talk, tokenizer).endswith(
+        '<|User|>:Response:{"degrees": 22}\n<eoh>\n<|User|>:Go on.<eoh>\n<|Bot|>:'
+    )
+
+
+def test_a_greeting_and_a_system_message_in_the_midst_keep_their_frames(tokenizer):
+    talk = [GREETING, ASKED, Message("assistant", "Yes."), NOTE, GO_ON, NOTE]
+    said = [("assistant", "Hello!"), ("user", ASKED.content), ("assistant", "Yes.")]
+    said += [("system", "Note."), ("user", "Go on."), ("system", "Note.")]
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said)
+    assert history("chatml", talk, tokenizer) == text + "<|im_start|>assistant\n"
+    assert "<|im_start|>assistant\nHello!" in history("chatml", talk, tokenizer, [WEATHER])
+    assert history("chatml", [GREETING, ASKED], tokenizer, [WEATHER]).startswith("<|im_start|>system\n# Tools")
+    told = history("internlm-v1.0", [GREETING, ASKED], tokenizer, [WEATHER])
+    assert told.startswith("<|Bot|>:FinalAnswer:Hello!<eoa>\n<|User|>:You can use these tools:\n")
+    assert history("chatml", [CALLED, TOLD], tokenizer).startswith("<|im_start|>assistant\nOne moment.\n<tool_call>")
+
+
+def test_what_takes_turns_is_written_as_for_training():
+    for name, template in USUAL:
+        for talk in (TALK[:3], [Message("system", "Be kind."), *TALK, ASKED], []):
+            format_ = get_format(name, template)
+            assert format_.render_history(talk, [WEATHER]) == format_.render(talk, [WEATHER])
+
+
+def test_arguments_that_the_model_got_wrong_are_shown_to_it_and_not_trained(tokenizer):
+    talk = [ASKED, Message("assistant", "", calls=(ToolCall("1", "add", '{"a":'),)), Message("tool", "no", call_id="1")]
+    assert '{"name": "add", "arguments": {"a":}\n</tool_call>' in history("chatml", talk, tokenizer)
+    assert '{"name": "add", "parameters": {"a":}<|action_end|>' in history("internlm2", talk, tokenizer)
+    assert 'Action:add\nActionInput:{"a":<eoa>' in history("internlm-v1.1", talk, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "talk", "match"),
+    [
+        ("chatml", [GREETING], "take turns"),
+        ("chatml", [NOTE], "a system message only"),
+        ("chatml", [ASKED, TOLD], "without a call"),
+        ("chatml", [ASKED, CALLED, GO_ON], "each call needs one result"),
+        ("chatml", [ASKED, GREETING, GREETING, ASKED], "take turns"),
+        ("chatml", [ASKED, Message("assistant", "", calls=(ToolCall("1", "a b", "{}"),))], "a tool's name"),
+        ("internlm-v1.0", [ASKED, GREETING, NOTE, GO_ON], "no such role"),
+        ("alpaca", [GREETING, ASKED], "take turns"),
+        ("alpaca", [ASKED, NOTE], "can only be the first"),
+    ],
+)
+def test_a_history_that_the_format_cannot_write_is_an_error(template, talk, match, tokenizer):
+    with pytest.raises(DataError, match=match):
+        history(template, talk, tokenizer)
+
+
 def test_react_cannot_end_with_two_calls():
     with pytest.raises(DataError, match="one call"):
         get_format("react").render(two())

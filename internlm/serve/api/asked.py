@@ -1,6 +1,6 @@
 """OpenAI's requests → the engine's: prompts are rendered and encoded, names and defaults translated, limits checked.
 
-    asked = ask_chat(served, body)        # may take a while for a long text: not on the event loop
+    asked = ask_chat(served, body, grammars.known)        # may take a while for a long text: not on the event loop
     asked.requests                        # for the engine; `replies` turns what comes into a response
 
 Text is text: no string in a message becomes a special token. Ids in a prompt of ids are taken as they are.
@@ -33,8 +33,9 @@ from internlm.serve.api.schema import (
     Sampling,
     TokenizeRequest,
 )
-from internlm.serve.api.structure import Wanted
+from internlm.serve.api.structure import Compile, Wanted
 from internlm.serve.api.tooling import ToolUse, tools_of, turns_of
+from internlm.serve.api.unsupported import INSTEAD
 from internlm.text.chat import Message, render_prompt
 from internlm.text.templates import TEMPLATES, Part, Template
 from internlm.text.tokenizer import Tokenizer, well_formed
@@ -122,10 +123,11 @@ class Asked:
     """What the model may call."""
 
 
-def ask_chat(served: Served, body: ChatRequest) -> Asked:
+def ask_chat(served: Served, body: ChatRequest, compile: Compile) -> Asked:
     """Return what a chat request asks.
 
     Raises:
+        Later: of `compile`.
         ApiError: it cannot be done.
     """
     model = _admit(served, body)
@@ -143,17 +145,18 @@ def ask_chat(served: Served, body: ChatRequest) -> Asked:
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
         "continuation": bool(body.continue_final_message),
     }
-    request = _request(served, body, tokens, room if most is None else most, extra)
+    request = _request(served, body, tokens, room if most is None else most, extra, compile)
     if use is not None and use.tools:
-        request = _with_tools(served, request, use)
+        request = _with_tools(request, use, compile)
     checked = _check(served, request, "messages")
     return Asked((checked,), model, *_streaming(body), is_chat=True, tools=use if use and use.tools else None)
 
 
-def ask_completion(served: Served, body: CompletionRequest) -> Asked:
+def ask_completion(served: Served, body: CompletionRequest, compile: Compile) -> Asked:
     """Return what a completion request asks.
 
     Raises:
+        Later: of `compile`.
         ApiError: it cannot be done.
     """
     model = _admit(served, body)
@@ -168,7 +171,8 @@ def ask_completion(served: Served, body: CompletionRequest) -> Asked:
         "prompt_logprobs": 0 if scores is None and most == 0 else scores,
         "continuation": True,
     }
-    requests = tuple(_check(served, _request(served, body, prompt, most, extra), "prompt") for prompt in prompts)
+    made = (_request(served, body, prompt, most, extra, compile) for prompt in prompts)
+    requests = tuple(_check(served, request, "prompt") for request in made)
     return Asked(requests, model, *_streaming(body), is_chat=False, echoes=tuple(texts) if body.echo else None)
 
 
@@ -263,11 +267,14 @@ def _admit(served: Served, body: Sampling) -> str:
     for part in nested:
         found = part.refuse_unsupported() if part is not None else None
         if found is not None:
-            raise ApiError(f"{found[0]}: this server does not support it", param=found[0], code="unsupported")
+            do = f"; {INSTEAD[found[0]]} is what it has" if found[0] in INSTEAD else ""
+            raise ApiError(f"{found[0]}: this server does not support it{do}", param=found[0], code="unsupported")
     return served.check_name(body.model)
 
 
-def _request(served: Served, body: Sampling, tokens: list[int], most: int, extra: dict[str, Any]) -> Request:
+def _request(
+    served: Served, body: Sampling, tokens: list[int], most: int, extra: dict[str, Any], compile: Compile
+) -> Request:
     """Return the engine's request; what a client leaves out is OpenAI's default."""
     stops = () if body.ignore_eos else tuple(served.talk.stop_ids())
     texts = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -289,7 +296,7 @@ def _request(served: Served, body: Sampling, tokens: list[int], most: int, extra
         stop_strings=tuple(map(well_formed, texts)),
         include_stop=bool(body.include_stop_str_in_output),
         min_tokens=body.min_tokens or 0,
-        grammar=structure.compile(served.engine, wanted, stop_ids) if wanted is not None else None,
+        grammar=compile(wanted, stop_ids) if wanted is not None else None,
         timeout=min(limits, default=None),
         show_special=body.skip_special_tokens is False,
         **rules,
@@ -297,14 +304,14 @@ def _request(served: Served, body: Sampling, tokens: list[int], most: int, extra
     )
 
 
-def _with_tools(served: Served, request: Request, use: ToolUse) -> Request:
+def _with_tools(request: Request, use: ToolUse, compile: Compile) -> Request:
     """Return the request with what its tools ask for."""
     if use.forced is not None:
         if request.grammar is not None:
             raise ApiError("a call that must be made leaves no room for response_format", param="response_format")
         text = json.dumps(use.forced.grammar)
         wanted = Wanted("tools", use.forced.kind, text)
-        request = replace(request, grammar=structure.compile(served.engine, wanted, request.stop_ids))
+        request = replace(request, grammar=compile(wanted, request.stop_ids))
     # A call in the midst of a sentence is read by its tags, special tokens in some formats: they need a text.
     shown = request.show_special or bool(use.format.specials)
     return replace(request, stop_strings=(*request.stop_strings, *use.format.stops), show_special=shown)

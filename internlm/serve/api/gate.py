@@ -18,32 +18,64 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from internlm.errors import UsageError
 from internlm.serve.api import problems
 from internlm.serve.api.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 _NUMBER = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#@:\s\[\]]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
+_PORTS = {"http": "80", "https": "443"}
+_DROPPED_BYTES = 2**26
+"""Of a body that is too large, so much is read and thrown away: who still sends it reads no answer before it is out."""
 RETRY_SECONDS = 5
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask, and how much."""
+    """Who may ask, and how much.
+
+    Raises:
+        UsageError: a key or an origin is none that a client could send.
+    """
 
     keys: tuple[str, ...] = ()
     """One of them must come with every request, but for health, readiness and the page; none: everyone may."""
     origins: tuple[str, ...] = ()
-    """Other origins whose pages may call the server (CORS)."""
+    """Other origins whose pages may call the server (CORS), as browsers write them; `*`: all."""
     hosts: tuple[str, ...] | None = None
     """Public names that a client may call the server by, beside addresses and names of private networks; None: any.
 
     A page of a stranger can let a name of its own point to 127.0.0.1 (DNS rebinding), and then counts as our origin.
     """
-    body_bytes: int = 2**20
-    """Most bytes of a request."""
+    body_bytes: int | None = None
+    """Most bytes of a request; None: as many as the model's context and batch need."""
     body_seconds: float = 60.0
     """Most seconds until it has come."""
+
+    def __post_init__(self) -> None:
+        for key in self.keys:
+            if not (key.isascii() and key.isprintable()):  # clients disagree on how a header holds anything else
+                do = "Make another, such as `openssl rand -hex 32` does."
+                raise UsageError("a key has characters beyond printable ASCII", where="--api-key", do=do)
+        object.__setattr__(self, "origins", tuple(map(_origin, self.origins)))
+
+
+def _origin(text: str) -> str:
+    """Return an origin as a browser sends it: without a slash at its end, and without the port that is usual.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if text in ("*", "null"):
+        return text
+    found = _ORIGIN.fullmatch(text.lower().removesuffix("/"))
+    if found is None:
+        allowed = ["https://HOST", "http://HOST:PORT", "*"]
+        raise UsageError("is no origin: scheme and host", where="--allow-origin", got=text, allowed=allowed)
+    scheme, host, port = found.groups()
+    return f"{scheme}://{host}" + (f":{port}" if port and port != _PORTS.get(scheme) else "")
 
 
 class Gate:
@@ -51,13 +83,15 @@ class Gate:
 
     Args:
         app: what is behind it.
-        access: who may enter, and with how much.
+        access: who may enter, and with how much; `body_bytes` must be set.
         open_paths: need no key.
         metrics: failed responses are counted there.
     """
 
     def __init__(self, app: ASGIApp, *, access: Access, open_paths: Iterable[str], metrics: Metrics) -> None:
         self.app, self.access, self.metrics = app, access, metrics
+        assert access.body_bytes is not None, "`make_app` sets it"
+        self._body_bytes = access.body_bytes
         self.keys = [key.encode() for key in access.keys]
         self.open_paths = frozenset(open_paths)
 
@@ -112,8 +146,8 @@ class Gate:
             await _refuse(send, 408, text, "body_too_slow")
             return
         if body is None:
-            text = f"the body is larger than {self.access.body_bytes} bytes"
-            await _refuse(send, 413, text, "body_too_large")
+            text = f"the body is larger than {self._body_bytes} bytes, which is the limit of this server"
+            await _refuse(send, 413, f"{text}: send fewer or shorter prompts in one request", "body_too_large")
             return
         await self.app(scope, _replay(body, receive), send)
 
@@ -126,9 +160,11 @@ class Gate:
         return scheme.lower() == b"bearer" and any(fitting)
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """Return the body, None if it is too large."""
+        """Return the body, None if it is too large; then it is read, up to a bound, and thrown away."""
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > self.access.body_bytes:
+        if length.isdigit() and int(length[:20]) > self._body_bytes:
+            if headers.get(b"expect", b"").lower() != b"100-continue":  # who asks so has not sent it, and will not
+                await _drop(receive)
             return None
         parts: list[bytes] = []
         size = 0
@@ -138,10 +174,23 @@ class Gate:
                 return b"".join(parts)  # the client has gone: what is behind notices
             parts.append(event.get("body", b""))
             size += len(parts[-1])
-            if size > self.access.body_bytes:
+            more = event.get("more_body")
+            if size > self._body_bytes:
+                if more:
+                    await _drop(receive)
                 return None
-            if not event.get("more_body"):
+            if not more:
                 return b"".join(parts)
+
+
+async def _drop(receive: Receive) -> None:
+    """Read the rest of a body, up to a bound, and throw it away."""
+    left = _DROPPED_BYTES
+    while left > 0:
+        event = await receive()
+        if not event.get("more_body"):  # the end, or the client has gone
+            return
+        left -= len(event.get("body", b""))
 
 
 def _is_ours(header: bytes, hosts: Iterable[str]) -> bool:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from starlette.types import Receive
 
@@ -21,6 +22,7 @@ from internlm.infer.request import Checked, Delta
 from internlm.infer.worker import Worker
 from internlm.serve.api.metrics import Metrics
 
+_Found = TypeVar("_Found")
 Mail = list[tuple[int, Delta]]
 _QUIET_SECONDS = 15.0
 """After so long without a delta a ticket gives an empty list, so that a stream can show life."""
@@ -100,8 +102,7 @@ class Ticket:
         """End with `Gone` when the client closes the connection."""
 
         async def wait() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
+            await _disconnected(receive)
             self.abort()
             self._queue.put_nowait(None)
 
@@ -151,3 +152,26 @@ class Ticket:
         self.abort()
         for id_ in self.places:
             self._inbox.tickets.pop(id_, None)
+
+
+async def unless_gone(waiting: Coroutine[Any, Any, _Found], receive: Receive) -> _Found:
+    """Return what is waited for, which is cancelled when the client closes the connection.
+
+    Raises:
+        Gone: it did.
+    """
+    task, left = asyncio.create_task(waiting), asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        task.cancel()
+        left.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Wait until the client closes the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -64,10 +64,12 @@ def from_validation(errors: Sequence[Any], body: Any = None) -> ApiError:
 
     Args:
         errors: of FastAPI.
-        body: its text, where it is no JSON.
+        body: its text where it is no JSON, its bytes where no header says that they are.
     """
     if not errors:
         return ApiError("the body cannot be read")
+    if isinstance(body, bytes):
+        return ApiError("no header says that the body is JSON: send it with Content-Type: application/json")
     first = errors[0]
     path = [str(part) for part in first.get("loc", ()) if part != "body"]
     if first.get("type") in ("json_invalid", "missing") and (not path or path[0].isdigit()):
@@ -80,7 +82,8 @@ def from_validation(errors: Sequence[Any], body: Any = None) -> ApiError:
                 line, column = body.count("\n", 0, at) + 1, at - body.rfind("\n", 0, at)
                 what += f": {reason} (line {line}, column {column})"
         return ApiError(f"{what}: send JSON with Content-Type: application/json")
-    text = str(first.get("msg", "is wrong")).removeprefix("Value error, ")
+    is_object = first.get("type") in ("model_attributes_type", "model_type")
+    text = "must be an object" if is_object else str(first.get("msg", "is wrong")).removeprefix("Value error, ")
     param = path[0] if path else None
     place = ".".join(part for part in path if "[" not in part)[:200]
     return ApiError(f"{place}: {text}" if place else text, param=param)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from internlm.infer.request import Chance, Delta, Finished, Request
@@ -66,8 +67,15 @@ class _Writing:
             return self.finished
         return self.reader.reason(self.finished)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing that still comes counts, since a call is whole."""
+        return self.reader is not None and self.reader.is_settled
+
     def add(self, delta: Delta) -> list[Token]:
         """Go on by a delta and return the tokens whose text is decided by now."""
+        if self.is_settled:  # how much still comes until the engine hears of it is chance
+            delta = replace(delta, tokens=[], text="", logprobs=None)
         self.text.append(delta.text)
         self.length += len(delta.text)
         self.tokens += len(delta.tokens)
@@ -77,7 +85,7 @@ class _Writing:
         for chance in delta.logprobs or ():
             self.held.append(_token(chance.token, chance, self.stream))
         stopped = delta.finished == "stop" and delta.tokens[-1:] and delta.tokens[-1] in self.stop_ids
-        if stopped or delta.finished in ("length", "abort", "timeout"):
+        if stopped or self.is_settled or delta.finished in ("length", "abort", "timeout"):
             ready = len(self.held)
         else:
             ready = next((i for i, token in enumerate(self.held) if token.offset >= self.length), len(self.held))
@@ -111,7 +119,7 @@ class Reply:
     @property
     def is_settled(self) -> bool:
         """Whether nothing that still comes counts, since every answer is a call that is whole."""
-        return all(answer.reader is not None and answer.reader.is_settled for answer in self._answers)
+        return all(answer.is_settled for answer in self._answers)
 
     @property
     def usage(self) -> Chunk:
@@ -197,14 +205,15 @@ class Reply:
         return TextStream(self.served.tokenizer, continuation=continuation, show_special=request.show_special)
 
     def _prompt_tokens(self, place: int) -> list[Token]:
-        """Return the tokens of a prompt, if it was scored for the client."""
-        request, scores = self.asked.requests[place], self._scores.get(place)
-        if scores is None or request.logprobs is None:
+        """Return the tokens of a prompt, if it was scored for the client; those not reached in time without a score."""
+        request, scores = self.asked.requests[place], self._scores.get(place, ())
+        if request.prompt_logprobs is None or request.logprobs is None:
             return []
         stream = self._stream(request, continuation=False)
         # The prompt's offsets count from its own beginning, the answer's from its end: see `_logprobs`.
         length = len(self.asked.echoes[place]) if self.asked.echoes is not None else 0
-        chances = zip(request.tokens, [None, *scores], strict=True)
+        missing = [None] * (len(request.tokens) - 1 - len(scores))
+        chances = zip(request.tokens, [None, *scores, *missing], strict=True)
         return [_token(id_, chance, stream, -length) for id_, chance in chances]
 
     def _logprobs(self, place: int, tokens: list[Token]) -> Chunk | None:

@@ -8,31 +8,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, model_validator
 
+from internlm.serve.api.fields import (
+    Bias,
+    Bool,
+    Choices,
+    Expression,
+    Ids,
+    LongText,
+    Many,
+    Name,
+    Penalty,
+    Probability,
+    Prompt,
+    Schema,
+    Stop,
+    StopIds,
+    Text,
+    Texts,
+    Whole,
+    by_type,
+    text_only,
+)
 from internlm.serve.api.unsupported import UNSUPPORTED
 
-
-def _whole(value: Any) -> Any:
-    """Return 1 for 1.0, which JSON Schema calls an integer."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _text_only(content: Any) -> Any:
-    """Return a content, after a word to clients that send pictures or sound."""
-    kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-    for kind in kinds:
-        if isinstance(kind, str) and kind != "text":
-            raise ValueError(f"this model reads text only, and here is a part of type {kind[:40]!r}")
-    return content
-
-
-Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
-Bool = Annotated[bool, Field(strict=True)]
-Probability = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1)]
-Penalty = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-2, le=2)]
-Id = Annotated[Whole, Field(ge=0, lt=2**31)]
-Name = Annotated[str, Field(max_length=512)]
 Finish = Literal["stop", "length", "tool_calls", "abort", "timeout"]
 """Why an answer ended. The last two are not OpenAI's: the server stopped, or the time was over."""
 
@@ -76,16 +76,10 @@ class Sampling(Body):
     repetition_penalty: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0.01, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: (
-        dict[
-            Annotated[str, Field(pattern="^[0-9]{1,9}$")],
-            Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-100, le=100)],
-        ]
-        | None
-    ) = None
+    logit_bias: Bias | None = None
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | None = None
-    stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
+    stop_token_ids: StopIds | None = None
     include_stop_str_in_output: Bool | None = None
     min_tokens: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: Bool | None = None
@@ -99,7 +93,7 @@ class Sampling(Body):
     best_of: Annotated[Whole, Field(ge=1, le=128)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: Structure | None = None
-    guided_json: str | dict[str, Any] | None = None
+    guided_json: Schema | None = None
     guided_regex: Expression | None = None
     guided_choice: Choices | None = None
     guided_grammar: LongText | None = None
@@ -113,19 +107,10 @@ class Sampling(Body):
         return self
 
 
-StopText = Annotated[str, Field(min_length=1, max_length=1024)]
-Stop = StopText | Annotated[list[StopText], Field(max_length=16)]
-
-
-LongText = Annotated[str, Field(min_length=1, max_length=2**16)]
-Expression = Annotated[str, Field(min_length=1, max_length=8192)]
-Choices = Annotated[list[str], Field(min_length=1, max_length=4096)]
-
-
 class Structure(Body):
     """What the answer must look like, in vLLM's words. The `guided_` fields are its older ones."""
 
-    json_: Annotated[str | dict[str, Any] | None, Field(alias="json")] = None
+    json_: Annotated[Schema | None, Field(alias="json")] = None
     """A JSON Schema."""
     json_object: Bool | None = None
     regex: Expression | None = None
@@ -164,6 +149,15 @@ class TextPart(Body):
     text: str
 
 
+Content = Annotated[
+    Annotated[
+        Text | Annotated[Many[TextPart], Field(max_length=1024), Tag("[parts]")],
+        by_type("must be a text or a list of parts", text=str, parts=list),
+    ],
+    BeforeValidator(text_only),
+]
+
+
 class FunctionCall(Body):
     """Which function is called, with its arguments as JSON text."""
 
@@ -183,19 +177,19 @@ class ChatMessage(Body):
     """What one party says."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | Annotated[list[TextPart], Field(max_length=1024)] | None, BeforeValidator(_text_only)] = (
-        None
-    )
+    content: Content | None = None
     name: Name | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[Many[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: Name | None = None
+    refusal: str | None = None
+    """What an assistant said in place of a content."""
 
     @property
     def text(self) -> str:
         """The content as one text."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
-        return self.content or ""
+        return self.content or self.refusal or ""
 
 
 class Function(Body):
@@ -226,14 +220,20 @@ class NamedTool(Body):
     function: NamedFunction
 
 
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("[word]")] | Annotated[NamedTool, Tag("[tool]")],
+    by_type('must be "none", "auto", "required" or {"type": "function", …}', word=str, tool=dict),
+]
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Annotated[Many[ChatMessage], Field(min_length=1, max_length=4096)]
     logprobs: Bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Annotated[Many[Tool], Field(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: Bool | None = None
     add_generation_prompt: Bool | None = None
     continue_final_message: Bool | None = None
@@ -258,13 +258,7 @@ class LegacyChatRequest(ChatRequest):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=2048)]
-        | Annotated[list[Id], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
-    )
-    """A text, texts, ids, or lists of ids."""
+    prompt: Prompt
     echo: Bool | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     add_special_tokens: Bool | None = None
@@ -276,10 +270,10 @@ class TokenizeRequest(Body):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    messages: Annotated[Many[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
     add_special_tokens: Bool = True
     return_token_strs: Bool = False
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[Many[Tool], Field(max_length=128)] | None = None
     add_generation_prompt: Bool | None = None
     continue_final_message: Bool | None = None
 
@@ -303,7 +297,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: Name | None = None
-    tokens: list[Id]
+    tokens: Ids
 
 
 class DetokenizeAnswer(Answer):
@@ -315,7 +309,7 @@ class DetokenizeAnswer(Answer):
 class EncodeRequest(Body):
     """POST /v1/encode, as LMDeploy has it."""
 
-    input: str | Annotated[list[str], Field(max_length=2048)]
+    input: Texts
     do_preprocess: Bool = False
     """Whether the text is a user message, to be written in the chat format."""
     add_bos: Bool = True

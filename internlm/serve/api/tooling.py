@@ -6,7 +6,6 @@ already; what the model wrote of it then comes as content, and `finish_reason` i
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,7 +45,7 @@ class ToolUse:
 
     def render(self, messages: Sequence[Message]) -> list[Message]:
         """Return the conversation with tools, calls and results written out."""
-        return self.format.render(messages, self.tools, self.parallel)
+        return self.format.render_history(messages, self.tools, self.parallel)
 
 
 class CallReader:
@@ -134,30 +133,41 @@ def tools_of(body: ChatRequest, template: str) -> ToolUse:
 
 
 def turns_of(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Return a conversation in our words; what a user, or the system, says in several messages in a row is one.
+    """Return a conversation in our words; what a user, the assistant or the system says in a row is one message.
 
     Models learn to take turns, and OpenAI's clients need not.
 
     Raises:
         ApiError: a message lacks its content.
     """
-    turns: list[Message] = []
+    groups: list[list[Message]] = []
     for number, message in enumerate(messages):
-        if message.content is None and not message.tool_calls:
+        if message.content is None and not message.refusal and not message.tool_calls:
             raise ApiError(f"messages.{number}: content is missing", param="messages")
-        calls = tuple(
-            ToolCall(call.id or "", call.function.name, call.function.arguments) for call in message.tool_calls or ()
-        )
-        role = "system" if message.role == "developer" else message.role
-        # What `CallReader.message` gave comes back so.
-        thought = (message.model_extra or {}).get("reasoning_content") if role == "assistant" else None
-        thought = thought if isinstance(thought, str) else ""
-        turns.append(Message(role, message.text, calls=calls, call_id=message.tool_call_id, thought=thought))
-    joined: list[Message] = []
-    for role, group in itertools.groupby(turns, lambda turn: turn.role):
-        first, *others = group
-        if others and role in ("system", "user"):
-            joined.append(replace(first, content="\n\n".join(turn.content for turn in (first, *others))))
+        turn = _turn(message)
+        last = groups[-1][-1] if groups else None
+        if last is not None and last.role == turn.role != "tool" and not last.calls:
+            groups[-1].append(turn)
         else:
-            joined += [first, *others]
-    return joined
+            groups.append([turn])
+    return [_joined(group) for group in groups]
+
+
+def _turn(message: ChatMessage) -> Message:
+    """Return a message in our words."""
+    calls = tuple(
+        ToolCall(call.id or "", call.function.name, call.function.arguments.strip() or "{}")
+        for call in message.tool_calls or ()
+    )
+    role = "system" if message.role == "developer" else message.role
+    # What `CallReader.message` gave comes back so.
+    thought = (message.model_extra or {}).get("reasoning_content") if role == "assistant" else None
+    thought = thought if isinstance(thought, str) else ""
+    return Message(role, message.text, calls=calls, call_id=message.tool_call_id, thought=thought)
+
+
+def _joined(group: Sequence[Message]) -> Message:
+    """Return what one party says in several messages as one; calls are in the last."""
+    content = "\n\n".join(filter(None, (turn.content for turn in group)))
+    thought = "\n\n".join(filter(None, (turn.thought for turn in group)))
+    return replace(group[-1], content=content, thought=thought)

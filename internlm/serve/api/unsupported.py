@@ -40,7 +40,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (None, False),
     "return_tokens_as_token_ids": (None, False),
     "cache_salt": (None, ""),
-    # SGLang's, LMDeploy's, llama.cpp's and Transformers'
+    # SGLang's, LMDeploy's, llama.cpp's, Transformers' and others'
     "regex": (None,),
     "ebnf": (None,),
     "json_schema": (None,),
@@ -58,8 +58,34 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "max_length": (None,),
     "do_sample": (None, True),
     "num_beams": (None, 1),
+    "repeat_penalty": (None, 1),  # over the last tokens only: repetition_penalty counts all
+    "n_predict": (None, -1),
+    "stop_sequences": (None, []),
+    "random_seed": (None,),
+    "xtc_probability": (None, 0),
+    "dry_multiplier": (None, 0),
+    "dynatemp_range": (None, 0),
+    "top_n_sigma": (None, -1, 0),
+    "top_a": (None, 0),
+    "tfs_z": (None, 1),
 }
 """Name → the values that change nothing here, so that whoever sends its defaults is served.
 
 The models have no thinking that could be switched off, so switching it off is harmless.
 """
+
+INSTEAD = {
+    "repeat_penalty": "repetition_penalty",
+    "n_predict": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_sequences": "stop",
+    "random_seed": "seed",
+    "regex": "guided_regex",
+    "ebnf": "guided_grammar",
+    "grammar": "guided_grammar",
+    "json_schema": "guided_json",
+    "functions": "tools",
+    "function_call": "tool_choice",
+}
+"""Name → the field here that does the same, or nearly."""

@@ -9,8 +9,11 @@ import { make } from "./dom.js";
 
 const LONGEST = 20_000; // characters of a paragraph; beyond it, plain text
 const SPECIAL = /[\\`*_~[\]!<\n]|https?:\/\//g;
-const BARE_URL = /https?:\/\/[^\s<>"'`，。；：！？、）】」』]+/y;
-const TARGET = /\(\s*(?:<([^<>\n]*)>|([^\s()<>]*(?:\([^\s()]*\)[^\s()<>]*)*))(?:\s+(?:"[^"\n]*"|'[^'\n]*'))?\s*\)/y;
+const BARE_URL = /https?:\/\/[^\s<>"'`，。；：！？、）】」』]{1,2000}/y; // bounded, as each that is none is read again
+const URL_ENDS = ".,;:!?*_~)]"; // marks after a bare URL that are no part of it
+const GAP = String.raw`\s{0,4}`; // bounded, as two of them may stand side by side
+const PLACE = String.raw`<([^<>\n]*)>|([^\s()<>]*(?:\([^\s()]*\)[^\s()<>]*)*)`;
+const TARGET = new RegExp(String.raw`\(${GAP}(?:${PLACE})(?:\s${GAP}(?:"[^"\n]*"|'[^'\n]*'))?${GAP}\)`, "y");
 const ANGLE = /<(https?:\/\/[^\s<>]+)>/y;
 const WORD = /[\p{L}\p{N}_]/u;
 
@@ -55,7 +58,7 @@ function cut(text, links) {
       plain += text[at + 1];
       taken = 2;
     } else if (mark === "\n" || (mark === "\\" && text[at + 1] === "\n")) {
-      plain = plain.replace(/ +$/, "");
+      plain = plain.slice(0, endOf(plain, " "));
       add(make("br"));
       taken = mark === "\n" ? 1 : 2;
     } else if (mark === "`") {
@@ -85,7 +88,7 @@ function readLink(text, at, brackets) {
   if (text[at] === "h") {
     BARE_URL.lastIndex = at;
     const found = /\w/.test(text[at - 1] ?? "") ? null : BARE_URL.exec(text);
-    const raw = found?.[0].replace(/[.,;:!?*_~)\]]+$/, (end, _, whole) => keepBalanced(end, whole));
+    const raw = found && trimUrl(found[0]);
     const url = found && safeUrl(raw);
     return url ? { node: anchor(url, raw), length: raw.length } : null;
   }
@@ -112,10 +115,19 @@ function anchor(url, ...children) {
   return make("a", { href: url, target: "_blank", rel: "noopener noreferrer nofollow" }, ...children);
 }
 
-/** Of the marks that end a bare URL, keep a `)` that closes a bracket of the URL itself. */
-function keepBalanced(end, url) {
-  const opened = url.split("(").length - 1;
-  return end[0] === ")" && opened >= url.slice(0, url.length - end.length + 1).split(")").length - 1 ? ")" : "";
+/** Return where a text ends without these marks at its end. */
+function endOf(text, marks) {
+  let end = text.length;
+  while (end && marks.includes(text[end - 1])) end -= 1;
+  return end;
+}
+
+/** Return a bare URL without the marks after it, but with a `)` that closes a bracket of its own. */
+function trimUrl(url) {
+  const end = endOf(url, URL_ENDS);
+  const count = (text, mark) => text.split(mark).length - 1;
+  const closes = url[end] === ")" && count(url, "(") >= count(url.slice(0, end + 1), ")");
+  return url.slice(0, closes ? end + 1 : end);
 }
 
 function runLength(text, at) {
@@ -160,7 +172,7 @@ function matchTicks(text) {
 
 function trimCode(code) {
   const line = code.replaceAll("\n", " ");
-  return /^ .*\S.* $/.test(line) ? line.slice(1, -1) : line;
+  return line.startsWith(" ") && line.endsWith(" ") && line.trim() ? line.slice(1, -1) : line;
 }
 
 const DEEPEST = 40; // emphasis within emphasis; beyond it marks are text

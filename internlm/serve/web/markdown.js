@@ -8,12 +8,15 @@ import { codeBlock } from "./code.js";
 import { make } from "./dom.js";
 import { appendInline } from "./inline.js";
 
-const FENCE = /^( {0,3})(`{3,}|~{3,})[ \t]*([^`\n]*)$/;
-const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*$/;
+// A model must not be able to hang the page: no two neighbours in these can take the same characters, so that each
+// takes time linear in the line. What would need two is cut off by hand.
+const FENCE = /^( {0,3})(`{3,}(?!`)|~{3,}(?!~))([^`\n]*)$/;
+const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*)$/;
 const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])( +|$)/;
-const DIVIDER = /^ *\|? *:?-+:? *(?:\| *:?-+:? *)*\|? *$/;
+const DIVIDER = /^[ |:-]+$/; // and each cell as `SIDE`
+const SIDE = /^:?-+:?$/;
 const BLANK = /^[ \t]*$/;
 const DEEPEST = 12; // quotes and lists within each other; deeper ones are paragraphs
 
@@ -41,7 +44,7 @@ function readBlock(lines, at, depth) {
   const fence = FENCE.exec(line);
   if (fence) return readFence(lines, at, fence);
   const heading = HEADING.exec(line);
-  if (heading) return { kind: "heading", to: at + 1, level: heading[1].length, text: heading[2] };
+  if (heading) return { kind: "heading", to: at + 1, level: heading[1].length, text: headingText(heading[2]) };
   if (RULE.test(line)) return { kind: "rule", to: at + 1 };
   if (isTable(lines, at)) {
     let to = at + 2;
@@ -110,15 +113,19 @@ function interrupts(lines, at, depth) {
   );
 }
 
+/** Return the text of a heading without the `#` that may close it. */
+function headingText(rest) {
+  const text = rest.trimEnd();
+  let end = text.length;
+  while (text[end - 1] === "#") end -= 1;
+  return end === 0 || /[ \t]/.test(text[end - 1]) ? text.slice(0, end).trimEnd() : text;
+}
+
 function isTable(lines, at) {
   const divider = lines[at + 1];
-  return (
-    divider !== undefined &&
-    lines[at].includes("|") &&
-    divider.includes("-") &&
-    DIVIDER.test(divider) &&
-    cells(lines[at]).length === cells(divider).length
-  );
+  if (divider === undefined || !lines[at].includes("|") || !DIVIDER.test(divider)) return false;
+  const sides = cells(divider);
+  return sides.every((side) => SIDE.test(side)) && cells(lines[at]).length === sides.length;
 }
 
 /** Return the cells of a table row; `\|` is a bar within a cell. */
