@@ -68,7 +68,8 @@ def require_positive(value: Any, place: str, *names: str) -> None:
     for name in names:
         number = getattr(value, name)
         if number is not None and not 1 <= number < math.inf:
-            raise ConfigError("must be at least 1, and finite", where=f"{place}.{name}", got=number)
+            what = "must be finite" if number == math.inf else "must be at least 1"
+            raise ConfigError(what, where=f"{place}.{name}", got=number)
 
 
 @dataclass(frozen=True)

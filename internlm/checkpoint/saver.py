@@ -165,8 +165,9 @@ class Saver:
             parts, make = [source.to("cpu") for source in sources], lambda: None
         self._copied.clear()
         work = functools.partial(self._end, job, parts, make)
-        self._job, self._thread = job, threading.Thread(target=work, name="checkpoint", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        thread.start()  # first: a signal may end the wait for it, and one that has not started cannot be joined
+        self._job, self._thread = job, thread
         if not self.background:
             self._settle()
         return waited

@@ -1,7 +1,7 @@
 """What devices can do at best: dense matrix products per second, by data type, from the makers' data sheets.
 
-What is sold under a card's name and is not it (a part of one, another board, a laptop's) has no entry either, and is
-measured. MFU is useful arithmetic per second divided by these numbers. A CPU has no entry: its peak is measured (`runtime`).
+MFU is useful arithmetic per second divided by these numbers. A CPU has no entry: its peak is measured (`runtime`). Nor
+has what is sold under a card's name and is not it: a part of one, another board, a laptop's.
 """
 
 from __future__ import annotations

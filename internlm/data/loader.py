@@ -136,6 +136,11 @@ class Loader:
         return self._sources[0].shards.fingerprint
 
     @property
+    def vocab_size(self) -> int:
+        """Number of ids of the tokenizer."""
+        return self._sources[0].shards.vocab_size
+
+    @property
     def template(self) -> str | None:
         """Chat template of the first source that has one."""
         return next((s.shards.template for s in self._sources if s.shards.template), None)

@@ -156,8 +156,8 @@ def _by_turns(parts: Tensor, cuts: list[Cut]) -> Tensor:
     """Return parts [N, r, c] of orthogonal factors: each of S ranks gets N / S whole matrices, and gives them back.
 
     Axis by axis, so that in the end no product is made twice; per axis two all-to-alls of what the rank holds. Parts of
-    unequal size are padded with zeros, which stay zeros and add up from axis to axis; the order in which rows or columns are joined does not matter,
-    as it only permutes the factor's.
+    unequal size are padded with zeros, which stay zeros and add up from axis to axis; the order in which rows or
+    columns are joined does not matter, as it only permutes the factor's.
 
     Args:
         parts: what this rank holds of each matrix.

@@ -102,7 +102,7 @@ def check_fit(shape: ModelConfig, loader: Loader, start: Source | None) -> None:
     Raises:
         ConfigError: naming the numbers or the tokenizers that differ.
     """
-    ids = loader.tokenizer.vocab_size
+    own, ids = loader.tokenizer.fingerprint, loader.vocab_size
     if ids > shape.vocab_size:
         raise ConfigError(f"the data's tokenizer has {ids} ids", where="model.vocab_size", got=shape.vocab_size)
     length = loader.config.seq_len
@@ -123,10 +123,9 @@ def check_fit(shape: ModelConfig, loader: Loader, start: Source | None) -> None:
     if old != new:
         logger.info("rotary positions: %s in %s, %s from now on", _named(old), start.path, _named(new))
     tokenizer = start.talk.tokenizer
-    if tokenizer is not None and tokenizer.fingerprint != loader.fingerprint:
+    if tokenizer is not None and tokenizer.fingerprint != own:
         raise ConfigError(
-            f"was trained with another tokenizer ({tokenizer.fingerprint[:12]}) than the data "
-            f"({loader.fingerprint[:12]})",
+            f"was trained with another tokenizer ({tokenizer.fingerprint[:12]}) than the data ({own[:12]})",
             where=where,
             do="Tokenize the data with the tokenizer of those weights.",
         )

@@ -63,7 +63,8 @@ class WatchConfig:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and not 0 < value < math.inf:
-                raise ConfigError("must be above 0, and finite", where=f"watch.{name}", got=value)
+                what = "must be finite" if value == math.inf else "must be above 0"
+                raise ConfigError(what, where=f"watch.{name}", got=value)
 
 
 @dataclass(frozen=True)
