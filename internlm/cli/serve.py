@@ -73,11 +73,12 @@ def run(arguments: argparse.Namespace, ready: Callable[[str], None] | None = Non
 
     _check(arguments)
     keys = _keys(arguments)
+    access = Access(keys, tuple(arguments.allow_origin), _hosts(arguments, keys))
     address = process.Address(arguments.host, arguments.port, arguments.ssl_certfile, arguments.ssl_keyfile)
     listener = process.bind(address)  # a port that is taken says so now, not after the weights were read
     served = _open(arguments)
     worker = Worker(served.engine, max_waiting=arguments.max_waiting)
-    app = make_app(served, worker, Access(keys, tuple(arguments.allow_origin), _hosts(arguments, keys)))
+    app = make_app(served, worker, access)
     _warn_of_strangers(arguments.host, keys)
     server = process.Server(app, worker, address, drain_seconds=arguments.drain_seconds)
     url = process.url_of(address, listener)
