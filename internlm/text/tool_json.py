@@ -185,13 +185,24 @@ def is_object(text: str) -> bool:
     return scan.is_whole and at == len(text)
 
 
+_NAMES = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+"""Keys of a schema under which names stand, with a schema each."""
+_DATA = ("const", "enum", "default", "examples")
+"""Keys of a schema under which values stand: a `$ref` there is none."""
+
+
 def moved_schema(value: Any, place: str) -> Any:
     """Return a schema whose references to its own root still hold at `place` (a JSON pointer) of another."""
     if isinstance(value, list):
         return [moved_schema(item, place) for item in value]
     if not isinstance(value, dict):
         return value
-    moved = {key: moved_schema(item, place) for key, item in value.items()}
+    moved: dict[str, Any] = {}
+    for key, item in value.items():
+        if key in _NAMES and isinstance(item, dict):
+            moved[key] = {name: moved_schema(inner, place) for name, inner in item.items()}
+        else:
+            moved[key] = item if key in _DATA else moved_schema(item, place)
     reference = value.get("$ref")
     if isinstance(reference, str) and reference.startswith("#"):
         moved["$ref"] = f"#{place}{reference[1:]}"

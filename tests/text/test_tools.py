@@ -435,3 +435,6 @@ def test_references_within_parameters_still_hold_in_the_schema_of_a_call():
     assert moved["type"] == "object"
     assert moved["properties"]["$ref"] == {"type": "string"}
     assert moved_schema(tree, "") == tree
+    values = {"properties": {"default": {"$ref": "#"}, "a": {"const": {"$ref": "#"}, "enum": [{"$ref": "#"}]}}}
+    moved = moved_schema(values, "/x")["properties"]
+    assert moved == {"default": {"$ref": "#/x"}, "a": values["properties"]["a"]}, "data stay, and names are no keys"
