@@ -326,6 +326,17 @@ def test_the_scan_agrees_with_pythons_reader(value, ascii_only, indent, data):
     assert is_object(changed) == agrees
 
 
+@pytest.mark.parametrize("end", ['"}', '0"}', 'g"}', '\\"}', "}"])
+@pytest.mark.parametrize("escape", ["\\u00e", "\\u00e9", "\\u00e9\\u", "\\x", "\\n", "\\\\"])
+def test_the_scan_agrees_with_pythons_reader_on_escapes(escape, end):
+    text = f'{{"a": "{escape}{end}'
+    try:
+        agrees = isinstance(json.loads(text), dict)
+    except ValueError:
+        agrees = False
+    assert is_object(text) == agrees
+
+
 def test_nesting_is_bounded():
     for depth in (MAX_DEPTH, MAX_DEPTH + 1):
         text = '{"a":' + "[" * (depth - 1) + "]" * (depth - 1) + "}"
