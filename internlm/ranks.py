@@ -267,6 +267,14 @@ def _end_with(launcher: int) -> None:
         raise TrainingError("the launcher ended before this rank had started", where=f"process {launcher}")
 
 
+def is_cut_off() -> bool:
+    """Return whether the launcher of this rank has ended, and ranks of other machines can go on without it."""
+    here = os.environ
+    if PARENT not in here or "TORCHELASTIC_RUN_ID" not in here or os.getppid() == int(here[PARENT]):
+        return False
+    return here.get("LOCAL_WORLD_SIZE") != here.get("WORLD_SIZE")
+
+
 def interface_towards(host: str) -> str | None:
     """Return the network interface that leads to a host, or None where it is loopback, or unknown."""
     if sys.platform != "linux":

@@ -10,7 +10,7 @@
     SIGINT (Ctrl-C)    exit code 130
     a file RUN/stop    exit code 0; the file is removed
 
-A second signal ends the process at once.
+A second signal ends the process at once; so does the first where the launcher of one machine among others is gone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from enum import Enum
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from internlm import ranks
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,10 @@ class Stop:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if ranks.is_cut_off():  # nobody asks the run to end: a machine of it is lost, which the others do without
+            logger.warning("%s: the launcher has ended, and this rank with it", name)
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         if self._asked in (Reason.PREEMPTED, Reason.INTERRUPTED):
             logger.warning("%s again: ending at once", name)
             signal.signal(number, self._before[signal.Signals(number)])

@@ -102,7 +102,7 @@ def test_two_machines_start_again_together(nodes: str, path: Path) -> None:
 def test_a_machine_that_is_lost_is_done_without(path: Path) -> None:
     """The layout follows: `parallel.shard` is left at 0, whatever ranks there are.
 
-    Started from nothing: a rank that is a fork outlives its launcher long enough to save, and all stop with it.
+    The rank of the launcher that is killed hears of it; it must not ask all others to end, as a preemption does.
     """
     train_straight(path)
     commands = machines(path, "fewer", "1:2", 3)

@@ -166,3 +166,17 @@ def test_a_signal_while_the_run_is_opened_counts(recipe: Make, tmp_path: Path, m
         trainer.fit()
     assert stopped.value.reason is Reason.PREEMPTED
     assert store.open_checkpoint(tmp_path / "run").step == 1
+
+
+def test_a_rank_whose_launcher_is_gone_ends_alone_where_others_can_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask for an end of all is for who was asked to end: of several machines the others do without a lost one."""
+    ended: list[int] = []
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    for parent, local, expected in ((os.getppid(), "1", []), (1 << 30, "2", []), (1 << 30, "1", [signal.SIGTERM])):
+        monkeypatch.setenv("INTERNLM_LAUNCHER", str(parent))
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        with Stop(None) as stop:
+            stop._hear(signal.SIGTERM, None)
+        assert ended == expected
