@@ -65,11 +65,26 @@ def require_positive(value: Any, place: str, *names: str) -> None:
     Raises:
         ConfigError: naming the first that is not.
     """
+    require(value, place, names, lambda number: number >= 1, "must be at least 1")
+
+
+def require(value: Any, place: str, names: Iterable[str], fits: Callable[[float], bool], what: str) -> None:
+    """Check that the named fields of a section are finite and fit, where they are given at all.
+
+    Args:
+        value: the section.
+        place: its path in the recipe.
+        names: of the fields.
+        fits: says whether a number does; none that is no number may.
+        what: is said of one that does not.
+
+    Raises:
+        ConfigError: naming the first that does not.
+    """
     for name in names:
         number = getattr(value, name)
-        if number is not None and not 1 <= number < math.inf:
-            what = "must be finite" if number == math.inf else "must be at least 1"
-            raise ConfigError(what, where=f"{place}.{name}", got=number)
+        if number is not None and not (fits(number) and number < math.inf):
+            raise ConfigError("must be finite" if number == math.inf else what, where=f"{place}.{name}", got=number)
 
 
 @dataclass(frozen=True)

@@ -7,37 +7,20 @@ One decoder serves every family: the differences are switches here, never a bran
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 import pydantic
 
-from internlm.config import require_positive, section
+from internlm.config import require, require_positive, section
 from internlm.errors import ConfigError
 
 
 def _require_over(section: Any, place: str, least: int, *names: str) -> None:
-    """Check that the named fields of a section are finite and over `least`, where they are given at all.
-
-    Raises:
-        ConfigError: naming the first that is not.
-    """
-    for name in names:
-        number = getattr(section, name)
-        if number is not None and not least < number < math.inf:
-            raise ConfigError(f"must be finite and over {least}", where=f"{place}.{name}", got=number)
+    require(section, place, names, lambda number: number > least, f"must be finite and over {least}")
 
 
 def _require_not_negative(section: Any, place: str, *names: str) -> None:
-    """Check that the named fields of a section are finite and not negative, where they are given at all.
-
-    Raises:
-        ConfigError: naming the first that is not.
-    """
-    for name in names:
-        number = getattr(section, name)
-        if number is not None and not 0 <= number < math.inf:
-            raise ConfigError("must be finite and not negative", where=f"{place}.{name}", got=number)
+    require(section, place, names, lambda number: number >= 0, "must be finite and not negative")
 
 
 @section
