@@ -30,7 +30,7 @@ from shapes import model_of
 
 from internlm.model.config import ModelConfig
 from internlm.model.presets import PRESETS
-from internlm.weights.families.names import to_transformers
+from internlm.weights.families.table import to_transformers
 from internlm.weights.load import shapes
 
 BIN_BYTES = 3 * 10**9

@@ -30,8 +30,7 @@ from torch import Tensor
 
 from internlm.data import corpus, loader
 from internlm.data.batch import Batch
-from internlm.data.loader import DataConfig
-from internlm.data.mixture import SourceConfig
+from internlm.data.loader import DataConfig, SourceConfig
 from internlm.data.tokenize import Options, tokenize
 from internlm.infer.engine import Engine, Limits
 from internlm.model.quant import KINDS, Kind

@@ -60,8 +60,8 @@ def contenders(path: Path, texts: list[str], tokenizer: Path, out: Path) -> dict
 
 def loader_speed(shards: Path) -> float:
     """Return packed tokens per second of the loader, in one thread."""
-    from internlm.data.loader import DataConfig, Loader  # torch: workers, which import this file again, do without
-    from internlm.data.mixture import SourceConfig
+    # Torch: workers, which import this file again, do without.
+    from internlm.data.loader import DataConfig, Loader, SourceConfig
 
     loader = Loader(DataConfig(train={"a": SourceConfig(path=str(shards))}, seq_len=SEQ_LEN))
     started = time.perf_counter()

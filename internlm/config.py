@@ -28,7 +28,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, dataclass_transform
@@ -40,16 +40,13 @@ Tree = dict[str, Any]
 Origins = dict[str, str]
 
 _SCALARS = {
-    "int": (re.compile(r"[-+]?(0|[1-9]\d*)$"), "-+0123456789"),
-    "float": (
-        re.compile(
-            r"[-+]?(\.\d+|\d+\.\d*)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
-        ),
-        "-+.0123456789",
+    "int": re.compile(r"[-+]?(0|[1-9]\d*)$"),
+    "float": re.compile(
+        r"[-+]?(\.\d+|\d+\.\d*)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
     ),
-    "bool": (re.compile(r"(true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    "bool": re.compile(r"(true|True|TRUE|false|False|FALSE)$"),
 }
-"""Of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), and the characters that they begin with."""
+"""Of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema)."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -72,10 +69,9 @@ def require(value: Any, place: str, names: Iterable[str], fits: Callable[[float]
     """Check that the named fields of a section are finite and fit, where they are given at all.
 
     Args:
-        value: the section.
-        place: its path in the recipe.
+        value, place: the section, and its path in the recipe.
         names: of the fields.
-        fits: says whether a number does; none that is no number may.
+        fits: says whether a number does; NaN must not.
         what: is said of one that does not.
 
     Raises:
@@ -122,13 +118,13 @@ def load(
         schema: the root dataclass.
         path: the YAML file; None starts from the defaults alone.
         overrides: `dotted.key=value`, the value in YAML.
-        expand: called with the merged tree and its origins before validation; may fill in further keys (presets).
+        expand: fills further keys into the merged tree and its origins, before validation.
         elsewhere: advice for keys that are not known, by their names.
 
     Raises:
         ConfigError: everything that is wrong with it, all at once.
     """
-    tree, origins = _layers(path, overrides, schema)
+    tree, origins = _layers(path, overrides, _variants(schema))
     if expand is not None:
         expand(tree, origins)
     return Loaded(decode(schema, tree, origins, elsewhere), origins)
@@ -136,7 +132,7 @@ def load(
 
 def read_tree(path: str | Path | None, overrides: Iterable[str] = ()) -> Tree:
     """Return the merged recipe as plain values, not validated: for a look at one key before heavy imports."""
-    return _layers(path, overrides, None)[0]
+    return _layers(path, overrides, ())[0]
 
 
 def decode(
@@ -147,11 +143,7 @@ def decode(
 ) -> T:
     """Validate a tree of plain values against a dataclass.
 
-    Args:
-        schema: the dataclass.
-        tree: the values.
-        origins: where each comes from.
-        elsewhere: as of `load`.
+    `origins` and `elsewhere` as of `load`, for the message.
 
     Raises:
         ConfigError: one line per problem, each with its place, the value and the next step.
@@ -161,10 +153,7 @@ def decode(
     origins = origins or {}
     try:
         value = _reader(schema)(tree)  # type: ignore[arg-type]  # mypy: a class is hashable
-        problems = [
-            f"{place}{f' ({origins[place]})' if place in origins else ''}: {what}"
-            for place, what in _misread(schema, tree)
-        ]
+        problems = [f"{_placed(path, origins)}: {what}" for path, what in _misread(_variants(schema), tree)]
         if not problems:
             return value
     except pydantic.ValidationError as error:
@@ -187,7 +176,7 @@ def _reader(schema: type[T]) -> Callable[[Mapping[str, Any]], T]:
 def encode(value: Any) -> Any:
     """Turn a section into plain values that YAML and JSON can hold and `decode` reads back to an equal section."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -202,14 +191,13 @@ def dump(value: Any) -> str:
     class Dumper(yaml.SafeDumper):
         """Quotes the text that our loader would take for a number too."""
 
-    pattern, first = _SCALARS["float"]
-    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list(first))
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _SCALARS["float"], None)
     return yaml.dump(encode(value), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def explain(loaded: Loaded[Any]) -> str:
     """Return a table: every leaf of the recipe, its value, and where the value came from."""
-    rows = [(key, repr(value), _origin(key, loaded.origins)) for key, value in leaves(encode(loaded.value))]
+    rows = [(key, repr(value), loaded.origins.get(key, "default")) for key, value in leaves(encode(loaded.value))]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     widths[1] = min(widths[1], 60)
     return "\n".join(f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}" for key, value, origin in rows)
@@ -235,75 +223,72 @@ def changes(old: Tree, new: Tree, prefix: str = "") -> list[tuple[str, Any, Any]
 
 
 def merge(
-    tree: Tree, origins: Origins, layer: Tree, layer_origins: Origins, schema: Any = None, prefix: str = ""
+    tree: Tree, origins: Origins, layer: Tree, layer_origins: Origins, hints: Sequence[Any] = (), prefix: str = ""
 ) -> None:
     """Lay `layer` over `tree`, in place; `origins` follow.
 
     Args:
-        tree, origins: changed.
-        layer, layer_origins: what is laid over them.
-        schema: of the tree: says where another `kind` is another variant, and another preset the end of what was there.
-            None: every key stays until it is replaced.
+        tree, origins, layer, layer_origins: what is changed, and what is laid over it.
+        hints: what the tree may be: they say where another `kind` is another variant, and another preset the end of
+            what was there. Without any every key stays until it is replaced.
         prefix: path of the tree, with a dot at its end.
     """
     kind = layer.get("kind")
-    is_other = kind is not None and tree.get("kind") not in (None, kind) and len(_dataclasses(schema)) > 1
-    if is_other or (schema is not None and "preset" in layer and tree.get("preset") != layer["preset"]):
-        for key in list(tree):
-            del tree[key]
+    is_union = sum(map(dataclasses.is_dataclass, hints)) > 1
+    is_other = is_union and kind is not None and tree.get("kind") not in (None, kind)
+    if is_other or (hints and "preset" in layer and tree.get("preset") != layer["preset"]):
+        for key in tree:
             _forget(origins, prefix + key)
+        tree.clear()
     for key, value in layer.items():
-        path = prefix + str(key)
+        path = prefix + key
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            merge(tree[key], origins, value, layer_origins, _below(schema, str(key)), path + ".")
+            merge(tree[key], origins, value, layer_origins, _below(hints, key), path + ".")
             continue
         _forget(origins, path)
         tree[key] = value
         origins.update({k: v for k, v in layer_origins.items() if k == path or k.startswith(path + ".")})
 
 
-def parse_override(text: str) -> tuple[Tree, Origins]:
-    """Turn `a.b=1` into a tree and its origins.
+def _parse_override(text: str) -> tuple[Tree, Origins]:
+    """Turn `a.b=1` into a tree and its origins."""
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise ConfigError("not an override", got=text, do="Write dotted.key=value.")
+    below: Origins = {}
+    tree = _parse(raw, f"override {key}", below, got=raw)
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return tree, dict.fromkeys([key, *(f"{key}.{name}" for name in below)], "command line")
 
-    Raises:
-        ConfigError: there is no `=`, or the value is not YAML.
-    """
+
+def _parse(text: str, place: str, origins: Origins, got: str | None = None) -> Any:
+    """Return the plain value of a YAML text, noting the line of every key in `origins`."""
     import yaml
 
-    key, equals, raw = text.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError("not an override", got=text, do="Write dotted.key=value.")
     try:
-        node = yaml.compose(raw, Loader=_yaml_loader())
-        value = None if node is None else _construct(node, f"override {key}", "", {})
+        node = yaml.compose(text, Loader=_yaml_loader())
+        return None if node is None else _construct(node, place, "", origins)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"the value is not YAML: {error}", where=f"override {key}", got=raw) from error
-    origins = {".".join(parts): "command line"}
-    origins.update({f"{key}.{leaf}": "command line" for leaf, _ in leaves(value)} if isinstance(value, dict) else {})
-    tree: Tree = {parts[-1]: value}
-    for part in reversed(parts[:-1]):
-        tree = {part: tree}
-    return tree, origins
+        raise ConfigError(f"is not YAML: {error}", where=place, got=got) from error
 
 
-def _layers(path: str | Path | None, overrides: Iterable[str], schema: Any) -> tuple[Tree, Origins]:
+def _layers(path: str | Path | None, overrides: Iterable[str], hints: Sequence[Any]) -> tuple[Tree, Origins]:
     tree: Tree = {}
     origins: Origins = {}
     if path is not None:
-        tree, origins = _read(Path(path), (), schema)
+        tree, origins = _read(Path(path), (), hints)
     given: Tree = {}  # one layer, so that `optim.lr=1 optim.kind=muon` means the same in either order
     given_origins: Origins = {}
     for override in overrides:
-        merge(given, given_origins, *parse_override(override))
-    merge(tree, origins, given, given_origins, schema)
+        merge(given, given_origins, *_parse_override(override))
+    merge(tree, origins, given, given_origins, hints)
     return tree, origins
 
 
-def _read(path: Path, seen: tuple[Path, ...], schema: Any) -> tuple[Tree, Origins]:
+def _read(path: Path, seen: tuple[Path, ...], hints: Sequence[Any]) -> tuple[Tree, Origins]:
     """Read one file and the bases under it."""
-    import yaml
-
     if path.resolve() in seen:
         raise ConfigError("a recipe cannot be its own base", where=path)
     try:
@@ -313,11 +298,8 @@ def _read(path: Path, seen: tuple[Path, ...], schema: Any) -> tuple[Tree, Origin
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot be read: {error}", where=path) from error
     origins: Origins = {}
-    try:
-        node = yaml.compose(text, Loader=_yaml_loader())
-        own = {} if node is None else _construct(node, str(path), "", origins)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"is not YAML: {error}", where=path) from error
+    own = _parse(text, str(path), origins)
+    own = {} if own is None else own
     if not isinstance(own, dict):
         raise ConfigError("a recipe is a mapping of keys to values", where=path, got=own)
     bases = own.pop("base", [])
@@ -327,9 +309,8 @@ def _read(path: Path, seen: tuple[Path, ...], schema: Any) -> tuple[Tree, Origin
     tree: Tree = {}
     merged: Origins = {}
     for base in bases:
-        below, below_origins = _read(path.parent / base, (*seen, path.resolve()), schema)
-        merge(tree, merged, below, below_origins, schema)
-    merge(tree, merged, own, origins, schema)
+        merge(tree, merged, *_read(path.parent / base, (*seen, path.resolve()), hints), hints)
+    merge(tree, merged, own, origins, hints)
     return tree, merged
 
 
@@ -349,8 +330,8 @@ def _yaml_loader() -> Any:
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in (*_SCALARS, "timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    for tag, (pattern, characters) in _SCALARS.items():
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", pattern, list(characters))
+    for tag, pattern in _SCALARS.items():
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", pattern, None)
     return Loader
 
 
@@ -369,106 +350,78 @@ def _construct(node: Any, file: str, prefix: str, origins: Origins) -> Any:
         return tree
     if isinstance(node, yaml.SequenceNode):
         return [_construct(item, file, f"{prefix}{i}.", origins) for i, item in enumerate(node.value)]
-    constructor = _yaml_loader()("")
-    try:
-        return constructor.construct_object(node)
-    finally:
-        constructor.dispose()
+    return yaml.constructor.SafeConstructor().construct_object(node)
+
+
+def _placed(path: str, origins: Origins) -> str:
+    """Return a path with what gave its value, where that is known."""
+    return f"{path} ({origins[path]})" if path in origins else path
 
 
 def _explain_problem(schema: type, problem: dict[str, Any], origins: Origins, elsewhere: Mapping[str, str]) -> str:
     """Return one line for one pydantic error."""
-    loc = [str(part) for part in problem["loc"]]
-    path = ".".join(loc)
-    known, clean = _fields_at(schema, loc)
-    path = ".".join(clean) or path
-    where = origins.get(path)
-    place = f"{path} ({where})" if where else path
-    value = problem.get("input")
-    kind = problem["type"]
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        name = clean[-1] if clean else path
+    loc, kind = [str(part) for part in problem["loc"]], problem["type"]
+    known, path = _fields_at(schema, loc)
+    place = _placed(path, origins)
+    if kind == "unexpected_keyword_argument":
+        name = loc[-1]
         advice = elsewhere.get(name) or did_you_mean(name, known) or "Allowed here: " + ", ".join(known)
         return f"{place}: unknown key {name!r}. {advice}"
-    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
+    if kind == "missing":
         return f"{path}: is required and was not given"
-    message = problem["msg"].removeprefix("Value error, ")
-    got = repr(value)
+    message, got = problem["msg"], repr(problem.get("input"))
     return f"{place}: {message[0].lower() + message[1:]} (got {got if len(got) < 80 else got[:77] + '...'})"
 
 
-def _fields_at(schema: Any, loc: list[str]) -> tuple[list[str], list[str]]:
-    """Follow an error's location; return the field names known at its parent and the location in the recipe's terms.
+def _fields_at(schema: Any, loc: list[str]) -> tuple[list[str], str]:
+    """Follow an error's location; return the field names known at its parent and the path in the recipe's terms.
 
     Pydantic puts the tag of a union's chosen variant into the location; those parts are left out.
     """
-    clean: list[str] = []
-    options = [schema]
-    for index, part in enumerate(loc):
-        options = [o for option in options for o in _variants(option)]
-        last = index == len(loc) - 1
-        by_tag = [o for o in options if dataclasses.is_dataclass(o) and _tag(o) == part]
-        if by_tag and not last and len(options) > 1:
-            options = by_tag
+    path: list[str] = []
+    hints = _variants(schema)
+    for part in loc[:-1]:
+        tagged = [hint for hint in hints if dataclasses.is_dataclass(hint) and _tag(hint) == part]
+        if tagged and len(hints) > 1:
+            hints = tagged
             continue
-        if last:
-            clean.append(part)
-            break
-        following: list[Any] = []
-        for option in options:
-            if dataclasses.is_dataclass(option):
-                hints = typing.get_type_hints(option, include_extras=True)
-                following += [hints[part]] if part in hints else []
-            elif typing.get_origin(option) in (dict, Mapping):
-                following.append(typing.get_args(option)[1])
-            elif typing.get_origin(option) in (list, tuple):
-                following.append(typing.get_args(option)[0])
-        if following or not clean:
-            clean.append(part)
-            options = following or options
-    options = [o for option in options for o in _variants(option)]
-    known = [f.name for o in options if dataclasses.is_dataclass(o) for f in dataclasses.fields(o) if f.init]
-    return known, clean
+        following = _below(hints, part)
+        if following or not path:
+            path.append(part)
+            hints = following or hints
+    known = [f.name for hint in hints if dataclasses.is_dataclass(hint) for f in dataclasses.fields(hint)]
+    return known, ".".join([*path, *loc[-1:]])
 
 
-def _misread(hint: Any, value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def _misread(hints: Sequence[Any], value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Yield (place, complaint) where pydantic would take true as 1, or the number 1.10 as the text "1.1"."""
-    options = _variants(hint)
     if isinstance(value, bool):
-        if bool not in options and (int in options or float in options):
+        if bool not in hints and (int in hints or float in hints):
             yield path, "should be a number (got true or false)"
     elif isinstance(value, float):
-        if str in options and float not in options:
+        if str in hints and float not in hints:
             yield path, f"should be text: put it in quotes (got the number {value})"
     elif isinstance(value, Mapping):
-        for option in options:
-            hints = typing.get_type_hints(option, include_extras=True) if dataclasses.is_dataclass(option) else {}
-            of_all = typing.get_args(option)[1] if typing.get_origin(option) in (dict, Mapping) else None
-            for key, item in value.items():
-                inner = hints.get(key, of_all)
-                if inner is not None:
-                    yield from _misread(inner, item, f"{path}.{key}" if path else str(key))
+        for key, item in value.items():
+            yield from _misread(_below(hints, key), item, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list | tuple):
-        inner = [typing.get_args(o)[0] for o in options if typing.get_origin(o) in (list, tuple)]
-        for item in value if inner else ():
-            yield from _misread(inner[0], item, path)
+        for item in value:
+            yield from _misread(_below(hints, ""), item, path)
 
 
-def _dataclasses(hint: Any) -> list[Any]:
-    """Return the sections that a hint allows."""
-    return [option for option in _variants(hint) if dataclasses.is_dataclass(option)]
-
-
-def _below(hint: Any, key: str) -> Any:
-    """Return the hint of what stands under a key; None where nothing is said."""
-    for option in _variants(hint):
-        if dataclasses.is_dataclass(option):
-            hints = typing.get_type_hints(option, include_extras=True)
-            if key in hints:
-                return hints[key]
-        elif typing.get_origin(option) in (dict, Mapping):
-            return typing.get_args(option)[1]
-    return None
+def _below(hints: Sequence[Any], key: str) -> list[Any]:
+    """Return what may stand under a key of these, or in a list of them; nothing where nothing is said."""
+    found: list[Any] = []
+    for hint in hints:
+        origin, inner = typing.get_origin(hint), typing.get_args(hint)
+        if dataclasses.is_dataclass(hint):
+            fields = typing.get_type_hints(hint, include_extras=True)
+            found += _variants(fields[key]) if key in fields else []
+        elif origin in (dict, Mapping):
+            found += _variants(inner[1])
+        elif origin in (list, tuple):
+            found += _variants(inner[0])
+    return found
 
 
 def _variants(hint: Any) -> list[Any]:
@@ -485,11 +438,6 @@ def _tag(cls: Any) -> str | None:
     hint = typing.get_type_hints(cls).get("kind")
     values = typing.get_args(hint)
     return str(values[0]) if values else None
-
-
-def _origin(key: str, origins: Origins) -> str:
-    """Return the origin of a leaf: its own, or that of the nearest key above it that was given whole."""
-    return origins.get(key, "default")
 
 
 def _forget(origins: Origins, path: str) -> None:

@@ -1,8 +1,7 @@
 """What a user can get wrong, said so that the next step is clear.
 
-Every error of this family names what was wrong, where, the value received, the values allowed and what to do. The
-command line prints the message without a traceback and exits with `exit_code`; a traceback therefore always means
-a defect of ours.
+The command line prints the message without a traceback and exits with `exit_code`; a traceback therefore always means a
+defect of ours.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ class InternLMError(Exception):
         where: file, line, key or tensor name it is about.
         got: the value received, shown with `repr`.
         allowed: the values that would have been taken.
-        do: the next step, one sentence.
+        do: the next step, one sentence; None: the allowed value that `got` is likest, if it is like one.
     """
 
     exit_code = 1
@@ -40,7 +39,9 @@ class InternLMError(Exception):
         if got is not None:
             text += f" (got {got!r})"
         if allowed is not None:
-            text += "; allowed: " + ", ".join(map(str, allowed))
+            names = [str(value) for value in allowed]
+            text += "; allowed: " + ", ".join(names)
+            do = do or (did_you_mean(got, names) if isinstance(got, str) else None)
         if do:
             text += f". {do}"
         super().__init__(text)

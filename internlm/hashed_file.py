@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import mmap
 import os
@@ -64,9 +65,7 @@ class HashedFile:
         """Append bytes of another file.
 
         Args:
-            source: the file.
-            start: the first byte.
-            size: how many.
+            source, start, size: the file, the first byte, how many.
             look: is shown each piece before it is written, and may raise.
             unit: no piece ends inside so many bytes; divides `PIECE`.
 
@@ -150,8 +149,6 @@ class HashedFile:
     def _through_cache(self) -> None:
         """Write what comes through the page cache, which takes any size at any place."""
         if self._direct:
-            import fcntl  # there is none where O_DIRECT is not
-
             fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) & ~self._direct)
             self._direct = 0
 

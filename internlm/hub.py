@@ -1,7 +1,4 @@
-"""Names and addresses of the Hugging Face hub, given where a path is wanted: nothing is downloaded here.
-
-`require_here("Qwen/Qwen2.5-0.5B")` says so, with the command that downloads it.
-"""
+"""Names and addresses of the Hugging Face hub, such as "Qwen/Qwen2.5-0.5B", given where a path is wanted."""
 
 from __future__ import annotations
 
@@ -22,10 +19,7 @@ _NAME = re.compile(r"\w[\w-]*|\w[\w.-]*/\w[\w.-]*")
 def require_here(path: str | Path, *, where: str | None = None, dataset: bool = False) -> None:
     """Check that a path is no name and no address of the Hugging Face hub, from which nothing is downloaded here.
 
-    Args:
-        path: as it was given.
-        where: the option or key that it was given as.
-        dataset: whether such a name stands for a data set, not for a model.
+    `where`: the option or key that it was given as; `dataset`: whether a name stands for a data set, not for a model.
 
     Raises:
         StorageError: there is no such path and it reads like one, with the command that downloads it.

@@ -1,15 +1,11 @@
-"""Logging, progress and the one-line step format.
-
-A terminal sees one line that moves; a pipe or a log file sees a plain line every few seconds. Both carry an estimate
-of the time left. Only rank 0 speaks at INFO; other ranks speak from WARNING on.
-"""
+"""Logging, amounts as people write them, progress: on a terminal a line that moves, else a line every few seconds."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -49,20 +45,15 @@ def duration(seconds: float) -> str:
     return f"{seconds // 86400}d{seconds % 86400 // 3600}h"
 
 
-def quantity(value: float) -> str:
-    """Return a count with three significant digits and k/M/B/T: `41.2k`, `7.32B`."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * size:  # what rounds up to the next unit is written in it
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
+def quantity(value: float, units: Sequence[str] = ("", "k", "M", "B", "T")) -> str:
+    """Return a count with three significant digits and the unit of its thousands: `41.2k`, `7.32B`."""
+    power = sum(abs(value) >= 0.9995 * 1000**n for n in range(1, len(units)))  # what rounds up is in the next unit
+    return f"{value / 1000**power:.3g}{units[power]}"
 
 
 def size(value: float) -> str:
     """Return bytes with three significant digits: `41.2 kB`, `7.32 GB`."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(value) >= 0.9995 * unit:
-            return f"{value / unit:.3g} {name}"
-    return f"{value:.3g} B"
+    return quantity(value, (" B", " kB", " MB", " GB", " TB"))
 
 
 class Progress:
@@ -70,19 +61,16 @@ class Progress:
 
     Args:
         what: a verb phrase, such as "tokenising".
-        total: units of work, or None when not known beforehand.
+        total: units of work, if it is known.
         unit: their name; "bytes" are shown in kB, MB, GB.
-        every_s: seconds between two lines when stderr is not a terminal.
     """
 
-    def __init__(self, what: str, total: float | None, unit: str = "", every_s: float = 5.0) -> None:
+    def __init__(self, what: str, total: float | None, unit: str = "") -> None:
         self.what, self.total, self.unit = what, total, unit
         self.done = 0.0
-        self.started = time.monotonic()
+        self.started = self.last = time.monotonic()
         self.terminal = sys.stderr.isatty()
-        self.every_s = 0.2 if self.terminal else every_s
-        self.last = self.started
-        self.quiet = _rank != 0
+        self.every_s = 0.2 if self.terminal else 5.0
 
     def advance(self, amount: float = 1.0) -> None:
         """Count `amount` more units as done, and show it if enough time has passed."""
@@ -97,14 +85,15 @@ class Progress:
         self._show(time.monotonic(), final=True)
 
     def _show(self, now: float, final: bool = False) -> None:
-        if self.quiet:
+        if _rank != 0:
             return
         spent = max(now - self.started, 1e-9)
         rate = self.done / spent
-        text = f"{self.what}: {self._amount(self.done)}"
+        amount = size if self.unit == "bytes" else lambda value: f"{quantity(value)} {self.unit}"
+        text = f"{self.what}: {amount(self.done)}"
         if self.total:
-            text += f" of {self._amount(self.total)} ({min(1.0, self.done / self.total):.0%})"
-        text += f" | {self._amount(rate)}/s"
+            text += f" of {amount(self.total)} ({min(1.0, self.done / self.total):.0%})"
+        text += f" | {amount(rate)}/s"
         if final:
             text += f" | took {duration(spent)}"
         elif self.total and rate > 0:
@@ -112,9 +101,6 @@ class Progress:
         start, end = ("\r\x1b[2K", "\n" if final else "") if self.terminal else ("", "\n")
         sys.stderr.write(start + text + end)
         sys.stderr.flush()
-
-    def _amount(self, value: float) -> str:
-        return size(value) if self.unit == "bytes" else f"{quantity(value)} {self.unit}"
 
     def __enter__(self) -> Progress:
         return self

@@ -17,15 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 def loss_curve(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> Path | None:
-    """Draw training loss, validation loss and learning rate over tokens seen.
+    """Draw training loss, validation loss and learning rate over tokens seen, from the lines of `metrics.jsonl`.
 
-    Args:
-        lines: of `metrics.jsonl`.
-        path: the PNG to write.
-        title: written above.
-
-    Returns:
-        The path, or None when matplotlib is missing or there is nothing to draw.
+    Return the path, or None when matplotlib is missing or there is nothing to draw.
     """
     if importlib.util.find_spec("matplotlib") is None:
         warn_once(logger, f"no plot {path}: matplotlib is missing ({install_command('plot')})")

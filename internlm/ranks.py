@@ -13,6 +13,7 @@ Nothing here knows what a run does. torch is imported by what needs it: a verb t
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -134,18 +135,12 @@ def ignore_ends() -> None:
     The first rank that is gone makes torchrun and srun send SIGTERM to the others, whose exit codes would tell of that.
     """
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _join() -> bool:
-    """Start the process group that the environment describes; return whether there is one to leave.
-
-    Raises:
-        ConfigError: a variable is missing, or its value is impossible.
-        TrainingError: the others do not come, or the launcher is gone.
-    """
+    """Start the process group that the environment describes; return whether there is one to leave."""
     here = os.environ
     if "RANK" not in here and "WORLD_SIZE" not in here:
         return False
@@ -185,11 +180,7 @@ def _join() -> bool:
 
 
 def _check_numbers() -> None:
-    """Check the numbers of the environment, about which torch says little.
-
-    Raises:
-        ConfigError: a number is none, or out of its range.
-    """
+    """Check the numbers of the environment, about which torch says little."""
     here = os.environ
     size = here["WORLD_SIZE"] if here["WORLD_SIZE"].isdecimal() else "0"
     ranges = {"WORLD_SIZE": (1, 10**7), "RANK": (0, int(size) - 1), "MASTER_PORT": (1, 65535)}
@@ -237,7 +228,7 @@ def _give_up() -> None:
     """Abandon the process group without waiting for anyone, and see to it that this process ends."""
     from internlm.compat import groups
 
-    if hasattr(signal, "alarm") and threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(END_TIMEOUT_S)
     abort = threading.Thread(target=groups.abort_groups, daemon=True)
@@ -256,8 +247,7 @@ def _is_about_others(error: BaseException) -> bool:
 def _end_with(launcher: int) -> None:
     """Let Linux send SIGTERM to this process when the launcher is killed: ranks run in sessions of their own.
 
-    Raises:
-        TrainingError: it is gone already, and with it the place where the ranks would meet.
+    Where it is gone already, so is the place where the ranks would meet.
     """
     if sys.platform == "linux":
         import ctypes
@@ -277,17 +267,14 @@ def is_cut_off() -> bool:
 
 def interface_towards(host: str) -> str | None:
     """Return the network interface that leads to a host, or None where it is loopback, or unknown."""
-    if sys.platform != "linux":
+    own = address_towards(host)
+    if sys.platform != "linux" or own is None or own.startswith("127."):
         return None
-    import fcntl
-
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect((host, 9))  # a datagram socket sends nothing here
-        own = socket.inet_aton(probe.getsockname()[0])
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):
                 address = fcntl.ioctl(probe, 0x8915, name.encode().ljust(256, b"\0"))[20:24]  # SIOCGIFADDR
-                if address == own and not own.startswith(b"\x7f"):
+                if socket.inet_ntoa(address) == own:
                     return name
     return None
 
@@ -313,31 +300,15 @@ def gather(value: T) -> list[T]:
 
 
 def decide(wish: T, share: Callable[[list[T]], list[R]]) -> R:
-    """Return what rank 0 makes of the wishes of all: `share` gets them and gives each rank its part, in their order.
-
-    Raises:
-        Exception: on rank 0 what `share` raised; on the others a TrainingError that says the same.
-    """
+    """Return what rank 0 makes of the wishes of all: `share` gets them and gives each rank its part, in their order."""
     if world_size() == 1:
         return share([wish])[0]
     import torch.distributed as dist
 
     wishes: list[Any] | None = [None] * world_size() if rank() == 0 else None
     dist.gather_object(wish, wishes)
-    parts: list[Any] = [None] * world_size()
-    failure: Exception | None = None
-    if wishes is not None:
-        try:
-            parts = list(share(wishes))
-        except Exception as error:
-            failure = error
-            parts = [TrainingError(f"{type(error).__name__} on rank 0: {error}")] * world_size()
     own: list[Any] = [None]
-    dist.scatter_object_list(own, parts if wishes is not None else None)
-    if failure is not None:
-        raise failure
-    if isinstance(own[0], TrainingError):
-        raise own[0]
+    dist.scatter_object_list(own, None if wishes is None else share(wishes))
     return own[0]
 
 

@@ -7,13 +7,12 @@ trainer.fit()
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -212,7 +211,18 @@ def _prepare(recipe: Recipe, alerts: Alerts) -> Trainer:
     meter = Meter(parallel, loader.sources, peak or runtime.measure_peak(device, dtype))
     trainer = Trainer(
         run=run,
-        stepper=_stepper(recipe, parallel, loader, meter, LossScale.of(dtype), goodput),
+        stepper=Stepper(
+            config=recipe.train,
+            schedule=recipe.schedule,
+            parallel=parallel,
+            objective=recipe.objective,
+            optimizer=Optimizer(recipe.optim, parallel.owned_parameters()),
+            loader=loader,
+            meter=meter,
+            scale=LossScale.of(dtype),
+            spikes=Spikes(recipe.spikes),
+            goodput=goodput,
+        ),
         evaluator=Evaluator(recipe.evaluate, loader),
         checkpoints=recipe.checkpoint,
         watching=recipe.watch,
@@ -239,23 +249,6 @@ def _prepare(recipe: Recipe, alerts: Alerts) -> Trainer:
     return trainer
 
 
-def _stepper(
-    recipe: Recipe, parallel: Parallel, loader: Loader, meter: Meter, scale: LossScale, goodput: Goodput
-) -> Stepper:
-    return Stepper(
-        config=recipe.train,
-        schedule=recipe.schedule,
-        parallel=parallel,
-        objective=recipe.objective,
-        optimizer=Optimizer(recipe.optim, parallel.owned_parameters()),
-        loader=loader,
-        meter=meter,
-        scale=scale,
-        spikes=Spikes(recipe.spikes),
-        goodput=goodput,
-    )
-
-
 def _model(recipe: Recipe, checked: _Checked) -> Parallel:
     """Return the model, with the given weights or random ones; of a run that was begun, to be filled by it."""
     parallel = Parallel(checked.shape, recipe.parallel, checked.setting)
@@ -274,8 +267,9 @@ def setting_of(recipe: Recipe, shape: ModelConfig, layout: Layout, device: torch
         ConfigError: the layout, the batch and the model do not fit each other.
     """
     length = recipe.data.seq_len
-    micro_rows, rows = recipe.train.micro_rows(length, layout.data), recipe.train.batch_tokens // length
-    layout.check(recipe.parallel, shape, length, rows, micro_rows)
+    micro_rows = recipe.train.micro_rows(length, layout.data)
+    micro_batches = recipe.train.batch_tokens // length // layout.data // micro_rows
+    layout.check(recipe.parallel, shape, length, micro_rows, micro_batches)
     return Setting(
         device=device,
         dtype=runtime.resolve_dtype(recipe.runtime, device),
@@ -283,7 +277,7 @@ def setting_of(recipe: Recipe, shape: ModelConfig, layout: Layout, device: torch
         compile=recipe.runtime.compile,
         seq_len=length,
         micro_rows=micro_rows,
-        micro_batches=rows // layout.data // micro_rows,
+        micro_batches=micro_batches,
     )
 
 
@@ -298,46 +292,27 @@ _ELSEWHERE = {
 
 
 def _expand(tree: Tree, origins: Origins) -> None:
-    """Write out what a recipe says in short."""
-    _expand_preset(tree, origins)
-    _expand_start(tree, origins)
+    """Write out what a recipe says in short: a preset, and of a model that is given in part the rest."""
+    if isinstance(model := tree.get("model"), dict) and "preset" in model:
+        name = str(model.pop("preset"))
+        origins.pop("model.preset", None)
+        _fill(tree, origins, copy.deepcopy(preset(name)), f"preset {name}")
+    model, weights = tree.get("model"), tree.get("init_from")
+    required = {field.name for field in dataclasses.fields(ModelConfig) if field.default is dataclasses.MISSING}
+    if isinstance(model, dict) and isinstance(weights, str) and not required <= model.keys():
+        _fill(tree, origins, config.encode(start.source(weights).config), f"weights of {weights}")
     for side in ("train", "validation"):
         sources = (tree.get("data") or {}).get(side)
         if isinstance(sources, dict):  # without those of a base that are taken back
             tree["data"][side] = {name: source for name, source in sources.items() if source is not None}
 
 
-def _expand_start(tree: Tree, origins: Origins) -> None:
-    """Fill a model of which a part is given with the shape of the weights that the run starts from."""
-    model, weights = tree.get("model"), tree.get("init_from")
-    required = {field.name for field in dataclasses.fields(ModelConfig) if field.default is dataclasses.MISSING}
-    if not isinstance(model, dict) or not isinstance(weights, str) or required <= model.keys():
-        return
-    base: Tree = config.encode(start.source(weights).config)
-    for key, value in base.items():
-        for path in [f"model.{key}", *(f"model.{key}.{sub}" for sub in _keys(value))]:
-            origins.setdefault(path, f"weights of {weights}")
-    config.merge(base, {}, model, {})
+def _fill(tree: Tree, origins: Origins, base: Tree, origin: str) -> None:
+    """Lay the model of a recipe over another one, in place."""
+    for path, _ in config.leaves(base, "model."):
+        origins.setdefault(path, origin)
+    config.merge(base, {}, tree["model"], {}, [ModelConfig])
     tree["model"] = base
-
-
-def _expand_preset(tree: Tree, origins: Origins) -> None:
-    model = tree.get("model")
-    if not isinstance(model, dict) or "preset" not in model:
-        return
-    name = model.pop("preset")
-    origin = f"preset {name}"
-    origins.pop("model.preset", None)
-    base: Tree = json.loads(json.dumps(preset(str(name))))
-    config.merge(base, {}, model, {})
-    tree["model"] = base
-    for key in preset(str(name)):
-        for path in [f"model.{key}", *(f"model.{key}.{sub}" for sub in _keys(base[key]))]:
-            origins.setdefault(path, origin)
-
-
-def _keys(value: Any) -> list[str]:
-    return list(value) if isinstance(value, dict) else []
 
 
 def _announce(trainer: Trainer, dtype: torch.dtype, peak_origin: str) -> None:

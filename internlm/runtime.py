@@ -105,13 +105,10 @@ def cpp_compiler() -> str | None:
 def choose_device(name: str, where: str, error: type[InternLMError]) -> str:
     """Return the name of a device that is here; "auto" takes a GPU where there is one.
 
-    Args:
-        name: auto, cpu, cuda or cuda:N.
-        where: what gave it, for the message.
-        error: of which kind that is.
+    `name`: auto, cpu, cuda or cuda:N; `where`: what gave it.
 
     Raises:
-        InternLMError: there is no such device, of the kind `error`.
+        InternLMError: of the kind `error`: there is no such device.
     """
     import torch
 
@@ -149,11 +146,7 @@ def resolve_device(config: RuntimeConfig) -> torch.device:
 
 
 def _own_gpu() -> torch.device:
-    """Return the GPU of this rank among those of its machine, and make it the current one.
-
-    Raises:
-        ConfigError: there are fewer GPUs than ranks.
-    """
+    """Return the GPU of this rank among those of its machine, and make it the current one."""
     import torch
 
     index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -242,8 +235,6 @@ def peak_memory_bytes(device: torch.device) -> tuple[int, int]:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
-    if sys.platform == "win32":
-        return 0, 0
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux

@@ -103,13 +103,10 @@ class Source:
 def open_source(path: str | Place, hints: Hints = Hints()) -> Source:
     """Open what a path holds.
 
-    Args:
-        path: a run, a checkpoint, a Transformers folder, an adapter, a checkpoint of InternLM v0.2, or a GGUF file; the
-            first two also by a URL.
-        hints: what it does not say itself.
+    Runs and checkpoints of ours also by a URL.
 
     Raises:
-        StorageError: it is none of these, or the name of something that would have to be downloaded.
+        StorageError: it is of no kind that is known, or the name of something that would have to be downloaded.
         UsageError: a hint is given that it has no use for.
         WeightsError, TokenizerError: its model or tokenizer is of a kind that is not known, or a chat format.
     """
@@ -163,7 +160,9 @@ def _checkpoint(path: Place) -> Source:
     found = store.open_checkpoint(path)
     tokenizer = None if found.tokenizer_path is None else Tokenizer.load(found.tokenizer_path)
     facts: dict[str, Any] = {name: found.meta[name] for name in ("recipe", "step", "tokens") if name in found.meta}
-    return Source(found.path, "checkpoint", found.config, found.weights, Talk(tokenizer, found.template), facts)
+    return Source(
+        found.path, "checkpoint", found.config, found.weights, Talk(tokenizer, found.meta.get("template")), facts
+    )
 
 
 def _adapter(path: Path, hints: Hints, above: tuple[Path, ...]) -> Source:

@@ -9,9 +9,6 @@ absent:
 
 A crash before the rename leaves a `.partial-*` folder that nobody reads and the next writer of the same name removes.
 What took the name meanwhile stays: the writer fails then, and leaves what it wrote complete under `.finished-*`.
-Readers call `read_manifest`, which refuses a folder without a manifest or with a file of another size.
-
-A folder that one process works in for long (a run) is claimed by `hold` until that process ends.
 
 Limits: local file systems with atomic rename. A rename over an existing folder is not atomic on POSIX, so `replace`
 moves the old one aside first; a crash between the two renames leaves the old one under `.replaced-<pid>`.
@@ -21,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -40,7 +38,6 @@ from internlm.errors import InternLMError, StorageError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-UNFINISHED = "has no manifest.json: it was not finished, or is something else"
 LOCK = "lock"
 FORMAT_VERSION = 1
 _MARK = re.compile(r"[0-9]{1,7}|r[0-9a-f]{16}")
@@ -68,7 +65,7 @@ def writing(target: str | Path, kind: str, *, replace: bool = False, resume: str
     gives the same text finds it as it was left. Files in it must then appear under their names only when complete.
 
     Args:
-        target: the final folder.
+        target: its final name.
         kind: what it holds ("shards", "checkpoint", "export"); `read_manifest` asks for it again.
         replace: whether an existing folder of the same kind may be replaced. Other content is never overwritten.
         resume: says everything that the content depends on; None: always from the beginning.
@@ -192,11 +189,7 @@ def check_manifest(
 ) -> dict[str, Any]:
     """Return the `meta` of a manifest that fits its folder.
 
-    Args:
-        manifest: as `parse_manifest` returns it.
-        kind: what the folder must hold.
-        size_of: returns the bytes of a file of the folder; None: there is none.
-        where: the folder, for people.
+    `size_of` returns the bytes of a file of the folder; None: there is none.
 
     Raises:
         StorageError: as `read_manifest`.
@@ -220,10 +213,8 @@ def check_manifest(
 def verify(path: str | Path, first: int = 0, every: int = 1, *, of: Callable[[str], bool] | None = None) -> None:
     """Read files of a complete folder and compare their SHA-256 with the manifest.
 
-    Args:
-        path: the folder.
-        of: whether a file of this name is read; None: all are.
-        first, every: only every so manieth of them, from this one on: several processes share the work.
+    Only every so manieth file, from the `first` on: several processes share the work. `of`: whether a file of this name
+    is read; None: all are.
 
     Raises:
         StorageError: naming the first file that differs.
@@ -272,10 +263,6 @@ def hold(folder: str | Path) -> None:
     path = Path(folder).resolve() / LOCK
     if path in _held:
         return
-    try:
-        import fcntl
-    except ImportError:
-        return  # Windows has no flock
     with explained(f"opening {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  open as long as the process lives
@@ -303,11 +290,8 @@ def hold(folder: str | Path) -> None:
 def beside(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield where to write a file that becomes `path` when the block ends well, and vanishes when it does not.
 
-    Readers see the old content or the new, never a part.
-
-    Args:
-        path: the final file.
-        durable: whether it is on the disk before it has its name; what is written every few seconds need not be.
+    Readers see the old content or the new, never a part. `durable`: whether it is on the disk before it has its name;
+    what is written every few seconds need not be.
 
     Raises:
         StorageError: it cannot be written; `path` is as it was.
@@ -340,9 +324,8 @@ def write_json(path: str | Path, content: Any, *, durable: bool = True) -> None:
 def read_json(path: str | Path, error: type[InternLMError] = StorageError) -> dict[str, Any]:
     """Return the object that a JSON file holds; an empty one where there is no file.
 
-    Args:
-        path: the file.
-        error: raised when it cannot be read, or holds no object.
+    Raises:
+        InternLMError: of the kind `error`: it cannot be read, or holds no object.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -391,14 +374,12 @@ def _lock(partial: Path, target: Path) -> int:
     """
     descriptor = os.open(partial, os.O_RDONLY)
     try:
-        import fcntl
-
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise StorageError("another process writes it right now", where=target, do="Wait for it, or stop it.") from None
-    except (ImportError, OSError):
-        pass  # Windows, or a file system without locks: as good as it gets
+    except OSError:
+        pass  # a file system without locks: as good as it gets
     return descriptor
 
 
@@ -441,25 +422,23 @@ def explained(doing: str) -> Iterator[None]:
 def _load_manifest(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise StorageError("no such folder", where=path)
-    try:
-        return parse_manifest((path / MANIFEST).read_text(encoding="utf-8"), path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise StorageError(UNFINISHED, where=path, do="Write it again.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        advice = "Permission is missing." if isinstance(error, PermissionError) else "Write it again."
-        raise StorageError(f"manifest.json cannot be read: {error}", where=path, do=advice) from error
+    return load_manifest(lambda: (path / MANIFEST).read_text(encoding="utf-8"), path)
 
 
-def parse_manifest(text: str, where: object) -> dict[str, Any]:
-    """Return a manifest.
+def load_manifest(read: Callable[[], str], where: object) -> dict[str, Any]:
+    """Return the manifest of a folder, whose text `read` returns.
 
     Raises:
-        StorageError: the text is none, or is damaged.
+        StorageError: there is none, or it is damaged.
     """
     try:
-        manifest = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"manifest.json cannot be read: {error}", where=where, do="Write it again.") from error
+        manifest = json.loads(read())
+    except (FileNotFoundError, NotADirectoryError):
+        what = "has no manifest.json: it was not finished, or is something else"
+        raise StorageError(what, where=where, do="Write it again.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        advice = "Permission is missing." if isinstance(error, PermissionError) else "Write it again."
+        raise StorageError(f"manifest.json cannot be read: {error}", where=where, do=advice) from error
     if not isinstance(manifest, dict):
         raise StorageError("holds something else: its manifest.json is not ours", where=where)
     if manifest.pop("digest", None) not in (None, _digest(manifest)):  # None: it is of before there were digests

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import functools
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from internlm.checkpoint.place import Place
+from internlm.checkpoint.saver import Beside, Saver
+from internlm.errors import StorageError
+from internlm.model import quant
 from internlm.model.config import ModelConfig
+from internlm.model.quant import Kind
 from internlm.model.transformer import Transformer, build
+from internlm.text.tokenizer import Tokenizer
 from internlm.weights.load import shapes
 from internlm.weights.weight import Weight, Weights
 
@@ -29,6 +36,26 @@ def random_model(config: ModelConfig, seed: int = 1) -> Transformer:
     model = build(config, seed=0)
     roughen(model, seed=seed)
     return model
+
+
+def pack(model: Transformer, kind: Kind) -> None:
+    """Pack all of a model, in place."""
+    for block in model.blocks.values():
+        quant.pack_block(block, kind)  # type: ignore[arg-type]
+    quant.pack_head(model.head, kind)
+    model.float().requires_grad_(False)
+
+
+def save_checkpoint(
+    path: Place, tensors: dict[str, Tensor], model: ModelConfig, tokenizer: Tokenizer | None, meta: dict[str, Any]
+) -> None:
+    """Write one checkpoint folder, `…/step-<n>`, and return when it is there. Every rank must call it."""
+    saver = Saver(path.parent, background=False)
+    saver.save(path.name, tensors, Beside(model, tokenizer, meta))
+    saved = saver.finish()
+    assert saved is not None
+    if saved.problem is not None:
+        raise StorageError(saved.problem)
 
 
 class Counted:

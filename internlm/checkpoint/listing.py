@@ -125,11 +125,9 @@ class Found:
 
 
 def survey(named: str | Place, *, verify: bool = False) -> list[Found]:
-    """Return all checkpoint folders of a run, oldest first.
+    """Return all checkpoint folders of a run, oldest first; with `verify` every file is compared with its checksum.
 
-    Args:
-        named: a run, its folder of checkpoints, or one of them; a path or a URL.
-        verify: whether every file is read and compared with its checksum.
+    `named` is a run, its folder of checkpoints, or one of them; a path or a URL.
 
     Raises:
         Unreachable: they lie in a store that does not answer.
@@ -172,17 +170,19 @@ def retain(folder: Place, config: CheckpointConfig) -> None:
     complete = [(path, place.read_manifest(path)) for path in listed(folder)]
     if not complete:
         return
-    last = [path for path, _ in complete[-max(1, config.keep_last) :]]
+    last = [path for path, _ in complete[-config.keep_last :]]
     kept = set(last)
-    firsts: dict[int, Place] = {}
-    for path, meta in complete if config.keep_every_tokens else ():
-        firsts.setdefault(meta.get("tokens", 0) // (config.keep_every_tokens or 1), path)
-    kept |= {path for number, path in firsts.items() if number}
+    if config.keep_every_tokens is not None:
+        firsts: dict[int, Place] = {}
+        for path, meta in complete:
+            firsts.setdefault(meta.get("tokens", 0) // config.keep_every_tokens, path)
+        kept |= {path for number, path in firsts.items() if number}
     if config.keep_best is not None:
         values = {path: _measured(meta, config.keep_best) for path, meta in complete}
         rated = {path: value for path, value in values.items() if math.isfinite(value)}
-        kept |= {min(rated, key=lambda path: rated[path])} if rated else set()
-        if not rated:
+        if rated:
+            kept.add(min(rated, key=lambda path: rated[path]))
+        else:
             _tell_unrated(config.keep_best, complete[-1][1].get("metrics", {}))
     for path in _steps(folder):
         if path == last[0]:

@@ -4,8 +4,8 @@
     tensors/model-00003.safetensors   weights from rank 3: a whole one under its name, a piece as `name@offset,offset`
     tensors/state-00003.safetensors   what else it wrote, such as moments: who wants the model does not read them
 
-Whoever reads needs neither torch.distributed nor the layout that wrote: a tensor is put together from its pieces, and
-`Reader` gives them to torch.distributed.checkpoint, which brings each rank what it needs of them. Nothing is pickled.
+Whoever reads needs neither torch.distributed nor the layout that wrote: a tensor, or a rank's part of it, is put
+together from its pieces. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,6 @@ from torch import Tensor
 from internlm.checkpoint.place import Place, read_into
 from internlm.errors import StorageError
 from internlm.weights.files import DTYPES, NAMES, as_bytes
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import Metadata
-    from torch.distributed.checkpoint.storage import StorageReader
 
 INDEX = "tensors.json"
 FOLDER = "tensors"
@@ -142,16 +138,27 @@ def read(folder: Place, entry: Entry) -> Tensor:
     if len(entry.pieces) == 1:
         return _read_piece(folder, entry.pieces[0], entry.dtype)
     whole = torch.empty(entry.shape, dtype=entry.dtype)
+    fill(whole, (0,) * whole.ndim, folder, entry)
+    return whole
+
+
+def fill(part: Tensor, begin: tuple[int, ...], folder: Place, entry: Entry) -> None:
+    """Fill a part of a tensor that begins at such a place in it. Rows of pieces that lie elsewhere are not read.
+
+    Raises:
+        StorageError: a file is missing or too short.
+    """
     for piece in entry.pieces:
-        _place(whole, piece).copy_(_read_piece(folder, piece, entry.dtype))
-    return whole
-
-
-def _place(whole: Tensor, piece: Piece) -> Tensor:
-    """Return the view of a tensor where a piece goes."""
-    for dim, (first, count) in enumerate(zip(piece.offsets, piece.shape, strict=True)):
-        whole = whole.narrow(dim, first, count)
-    return whole
+        firsts = [max(pair) for pair in zip(begin, piece.offsets, strict=True)]
+        ends = [min(a + n, b + m) for a, n, b, m in zip(begin, part.shape, piece.offsets, piece.shape, strict=True)]
+        if any(first >= end for first, end in zip(firsts, ends, strict=True)):
+            continue
+        rows = slice(firsts[0] - piece.offsets[0], ends[0] - piece.offsets[0]) if firsts else None
+        source, target = _read_piece(folder, piece, entry.dtype, rows), part
+        for dim, (first, end) in enumerate(zip(firsts, ends, strict=True)):
+            source = source.narrow(dim, first - piece.offsets[dim] if dim else 0, end - first)
+            target = target.narrow(dim, first - begin[dim], end - first)
+        target.copy_(source)
 
 
 def _read_piece(folder: Place, piece: Piece, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
@@ -163,69 +170,3 @@ def _read_piece(folder: Place, piece: Piece, dtype: torch.dtype, rows: slice | N
     tensor = torch.empty(shape, dtype=dtype)
     read_into(folder / piece.file, start, as_bytes(tensor))
     return tensor
-
-
-def metadata(index: Index) -> Metadata:
-    """Return an index in the form of torch.distributed.checkpoint."""
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    return Metadata(
-        {
-            name: TensorStorageMetadata(
-                TensorProperties(dtype=entry.dtype),
-                torch.Size(entry.shape),
-                [ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.shape)) for p in entry.pieces],
-            )
-            for name, entry in index.items()
-        }
-    )
-
-
-def reader(folder: Place, index: Index) -> StorageReader:
-    """Return what gives the pieces to `torch.distributed.checkpoint.load`. The import takes a second: it waits."""
-    from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-    from torch.distributed.checkpoint.storage import StorageReader
-    from torch.futures import Future
-
-    known = {(name, piece.offsets): (piece, entry.dtype) for name, entry in index.items() for piece in entry.pieces}
-
-    class Reader(StorageReader):
-        def reset(self, checkpoint_id: object = None) -> None: ...
-
-        def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-            return metadata(index)
-
-        def set_up_storage_reader(self, *_: Any, **__: Any) -> None: ...
-
-        def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-            return plan
-
-        def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-            return plans
-
-        def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-            for item in plan.items:
-                stored = item.storage_index
-                piece, dtype = known[stored.fqn, tuple(stored.offset or ())]
-                wanted = list(zip(item.storage_offsets, item.lengths, strict=True))
-                rows = slice(wanted[0][0], sum(wanted[0])) if wanted else None  # the other ranks read theirs
-                tensor = _read_piece(folder, piece, dtype, rows)
-                for dim, (first, count) in enumerate(wanted[1:], 1):
-                    tensor = tensor.narrow(dim, first, count)
-                target = planner.resolve_tensor(item).detach()
-                target.copy_(tensor)
-                planner.commit_tensor(item, target)
-            done: Future[None] = Future()
-            done.set_result(None)
-            return done
-
-        @classmethod
-        def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
-            return True
-
-    return Reader()

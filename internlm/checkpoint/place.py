@@ -7,7 +7,6 @@
 
                   on a disk                                in a store
     draft         a folder beside                          the folder itself; files of ranks under a mark of the draft
-    a file        past the page cache, fsynced             uploaded in parts, again from its beginning when that fails
     visible by    a rename                                 manifest.json, written last, once a listing shows every size
     over another  it is moved aside                        its manifest goes first
 
@@ -17,6 +16,8 @@ Limits: two runs must not write into one folder. On a disk `storage.hold` sees t
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
 import re
 import shutil
@@ -33,8 +34,6 @@ from internlm.hashed_file import HashedFile
 KIND = "checkpoint"
 """What the manifests here say."""
 _PROBE = b"written to see whether checkpoints can be\n"
-_AT_ONCE = 2**28
-"""Bytes of a read."""
 _DRAFT, _ASIDE = re.compile(r"step-\d+\.partial-[0-9a-f]+\.\d+"), re.compile(r"step-\d+\.replaced-\d+")
 """Names that a save gives: people name folders like this too, and theirs are not cleared."""
 
@@ -80,21 +79,17 @@ def read_into(file: Place, start: int, buffer: memoryview) -> None:
         StorageError: the file is missing or too short.
     """
     try:
-        done = _read(file, start, buffer) if isinstance(file, Path) else file.read_into(start, buffer)
+        if isinstance(file, Remote):
+            done = file.read_into(start, buffer)
+        else:
+            with open(file, "rb") as opened:
+                opened.seek(start)
+                done = opened.readinto(buffer)
     except OSError as error:
         raise StorageError(f"cannot be read: {error.strerror or 'no such file'}", where=file) from error
     if done < len(buffer):
         missing = len(buffer) - done
         raise StorageError(f"ends {missing} bytes too early", where=file, do="Copy the checkpoint again.")
-
-
-def _read(path: Path, start: int, buffer: memoryview) -> int:
-    done = 0
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while count := file.readinto(buffer[done : done + _AT_ONCE]):
-            done += count
-    return done
 
 
 def read_manifest(folder: Place) -> dict[str, Any]:
@@ -108,13 +103,7 @@ def read_manifest(folder: Place) -> dict[str, Any]:
 
 
 def _remote_manifest(folder: Remote) -> dict[str, Any]:
-    """Return the manifest of a complete checkpoint in a store."""
-    try:
-        manifest = storage.parse_manifest((folder / storage.MANIFEST).read_text(), folder)
-    except FileNotFoundError:
-        raise StorageError(storage.UNFINISHED, where=folder, do="Write it again.") from None
-    except UnicodeDecodeError as error:
-        raise StorageError(f"manifest.json cannot be read: {error}", where=folder, do="Write it again.") from error
+    manifest = storage.load_manifest((folder / storage.MANIFEST).read_text, folder)
     storage.check_manifest(manifest, KIND, folder.sizes().get, folder)
     return manifest
 
@@ -184,13 +173,9 @@ def fetched(folder: Place) -> Path:
     return copy
 
 
-_kept: list[tempfile.TemporaryDirectory[str]] = []
-
-
+@functools.cache
 def _copies() -> tempfile.TemporaryDirectory[str]:
-    if not _kept:
-        _kept.append(tempfile.TemporaryDirectory(prefix="internlm-"))
-    return _kept[0]
+    return tempfile.TemporaryDirectory(prefix="internlm-")
 
 
 def clear(folder: Place, mark: str) -> list[str]:
@@ -267,8 +252,6 @@ def _word(rank: int) -> str:
 
 
 class _Folder:
-    """A draft on a disk."""
-
     suffix = ""
     look_every_s = 0.05
 
@@ -349,20 +332,14 @@ class _Upload:
             files = files | {name: {"bytes": len(content), "sha256": (self.target / name).write([content])}}
         there = self.target.sizes()
         text = storage.manifest_text(KIND, meta, files)
-        storage.check_manifest(storage.parse_manifest(text, self.target), KIND, there.get, self.target)
+        storage.check_manifest(json.loads(text), KIND, there.get, self.target)
         (self.target / storage.MANIFEST).write([text.encode()])
         for folder in {name.partition("/")[0] for name in there} - {name.partition("/")[0] for name in files}:
             with contextlib.suppress(Unreachable):  # nobody reads it; it costs its room until the checkpoint goes
                 (self.target / folder).remove()
 
     def discard(self) -> None:
-        for name in self._try_names():
-            if name.endswith(self.suffix):
-                with contextlib.suppress(Unreachable):  # the next run does it
+        with contextlib.suppress(Unreachable):  # the next run does it
+            for name in self.target.names():
+                if name.endswith(self.suffix):
                     (self.target / name).remove(tries=1)
-
-    def _try_names(self) -> list[str]:
-        try:
-            return self.target.names()
-        except Unreachable:
-            return []

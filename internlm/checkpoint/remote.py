@@ -1,14 +1,10 @@
 """A folder or file in a store that fsspec reaches, such as S3: few operations, each tried again when the store fails.
 
-    run = Remote("s3://bucket/run")
-    (run / "x.bin").write([b"head", memoryview(tensor)])     # → SHA-256; uploaded in parts
-    run.sizes()                                              # {"x.bin": 4100}
-    (run / "x.bin").read_into(4, buffer)                     # a range of bytes
+    (Remote("s3://bucket/run") / "x.bin").write([b"head", memoryview(tensor)])     # → SHA-256; uploaded in parts
 
-A failure of the connection or of the server (5xx, 408, 429) is a warning and another try, later each time; a refusal
-(other 4xx) is an error at once. Whatever is not known because the store does not answer raises `Unreachable`, so that
-nobody takes silence for an empty folder. Where the store is and who may use it is the business of its client:
-environment, configuration files, fsspec's own configuration. It uses TLS unless an endpoint there says `http://`.
+A failure of the connection or of the server is a warning and another try, later each time; a refusal is an error at
+once. Whatever is not known because the store does not answer raises `Unreachable`, so that nobody takes silence for an
+empty folder. Where the store is and who may use it is the business of its client.
 
 Limits: one connection for each rank that writes; a file that fails is uploaded again from its beginning, once the
 client's own tries for a part are used up. Parts of uploads that were killed are left to the store's life-cycle rules.
@@ -139,7 +135,7 @@ class Remote:
             Unreachable: it could not be, or there is no such bucket.
         """
         size = sum(map(len, buffers))
-        block = max(BLOCK, -(-size // _MOST_PARTS >> 20) + 1 << 20) if size > BLOCK * _MOST_PARTS else BLOCK
+        block = max(BLOCK, -(-size // _MOST_PARTS))
 
         def upload(system: Any, path: str) -> str:
             digest = hashlib.sha256()
@@ -259,7 +255,6 @@ def _judge(error: BaseException) -> tuple[bool, str]:
 
 
 def _status(error: BaseException) -> int | None:
-    """Return the HTTP status that an error tells of."""
     response = getattr(error, "response", None)  # botocore's
     if isinstance(response, dict):
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")

@@ -8,11 +8,8 @@
     all ranks         who writes which piece (once a run) → copies of them → a thread: files, SHA-256, word to rank 0
     rank 0's thread   waits for the word of all → index, model, tokenizer, manifest → rename
 
-A step waits for the copy only, and only before it updates: forward and backward go on beside it. The threads agree
-through files in the folder that is being written, so that they need no collective beside those of the training. What
-goes wrong in them is told to `after`, and by `finish`: the run goes on, and the checkpoints before are untouched.
-
-The folder may lie in a store that fsspec reaches; `place` says how a checkpoint becomes visible there.
+The threads agree through files in the folder that is being written, so that they need no collective beside those of
+the training. What goes wrong in them is told to `after`, and by `finish`: the run goes on.
 
 Limits: all ranks see the folder. A copy of the state is held in memory; where there is no room for one, the training
 waits until the checkpoint is written.
@@ -32,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,14 +39,11 @@ from internlm import ranks, runtime
 from internlm.checkpoint import pieces, place
 from internlm.checkpoint.pieces import Entry, Index, Piece
 from internlm.checkpoint.place import Draft, Facts, Place
-from internlm.compat.parts import local
+from internlm.compat.parts import begin, local
 from internlm.errors import InternLMError, StorageError
 from internlm.model.config import ModelConfig
 from internlm.text.tokenizer import Tokenizer
 from internlm.weights.files import as_bytes, header
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +77,20 @@ class Saved:
     """Why there is no checkpoint."""
 
 
-Files = dict[str, "list[WriteItem]"]
+@dataclass(frozen=True)
+class _Part:
+    """What a rank holds of a tensor."""
+
+    name: str
+    dtype: torch.dtype
+    whole: tuple[int, ...]
+    """Shape of the tensor."""
+    begin: tuple[int, ...]
+    """Where it begins there."""
+    shape: tuple[int, ...]
+
+
+Files = dict[str, list[_Part]]
 """What a rank writes, by the name of the file, in the order of the bytes there."""
 
 
@@ -98,30 +105,19 @@ class _Plan:
     index: Index
     """Rank 0's: of all files."""
 
-    @functools.cached_property
-    def bytes(self) -> int:
-        """Size of this rank's files."""
-        return sum(_layout(items)[2] for items in self.files.values())
-
 
 class Saver:
     """Writes the checkpoints of a run. Every rank has one, and calls the same methods in the same order.
 
-    Args:
-        folder: of the checkpoints, on a disk or in a store.
-        background: whether the training goes on while one is written.
-        after: called on rank 0 when a save has ended, well or not, in the thread that wrote.
+    In the background the training goes on while one is written. `after` is called on rank 0 when a save has ended, well
+    or not, in the thread that wrote.
 
     Raises:
         StorageError: the folder is in a store that does not answer, or that cannot be written.
     """
 
     def __init__(
-        self,
-        folder: Place,
-        *,
-        background: bool = True,
-        after: Callable[[Saved], None] = lambda saved: None,
+        self, folder: Place, *, background: bool = True, after: Callable[[Saved], None] = lambda saved: None
     ) -> None:
         self.folder, self.background = folder, background
         self._after = after
@@ -144,9 +140,6 @@ class Saver:
             name: of its folder.
             tensors: by logical name; of a DTensor each rank writes its part. They may change after `copied`.
             beside: what rank 0 writes; its facts may change when this returns.
-
-        Raises:
-            StorageError: a tensor cannot be written.
         """
         begun = time.monotonic()
         self._settle()
@@ -156,7 +149,7 @@ class Saver:
         self._count += 1
         target = self.folder / name
         draft = place.draft_of(target, f"{self._mark}.{self._count}")
-        sources = [_local(item, tensors) for items in self._plan.files.values() for item in items]
+        sources = [local(tensors[part.name].detach()) for parts in self._plan.files.values() for part in parts]
         beside = replace(beside, meta=copy.deepcopy(beside.meta))  # the run goes on to change what it may refer to
         job = _Job(self._plan, target, draft, beside, time.monotonic())
         if self.background and self._has_room():
@@ -204,7 +197,8 @@ class Saver:
         assert self._plan is not None, "there is a plan before there are copies"
         if self._copies is not None:
             return True
-        if min(ranks.gather(_ROOM * runtime.available_memory() >= self._plan.bytes * ranks.local_size())):
+        size = sum(_layout(parts)[2] for parts in self._plan.files.values())
+        if min(ranks.gather(_ROOM * runtime.available_memory() >= size * ranks.local_size())):
             return True
         logger.warning("warning: no memory for a copy of the state: the run waits while checkpoints are written")
         self.background = False
@@ -213,11 +207,7 @@ class Saver:
     def _copy(self, sources: list[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
         """Return copies of this rank's pieces, and what makes them, or waits for the device that does."""
         if self._copies is None:
-            pinned = any(source.is_cuda for source in sources)
-            self._copies = [
-                torch.empty(source.shape, dtype=source.dtype, pin_memory=pinned and source.is_cuda)
-                for source in sources
-            ]
+            self._copies = [torch.empty(s.shape, dtype=s.dtype, pin_memory=s.is_cuda) for s in sources]
         pairs = list(zip(self._copies, sources, strict=True))
         for target, source in pairs:
             if source.is_cuda:
@@ -236,7 +226,6 @@ class Saver:
         return self._copies, make
 
     def _end(self, job: _Job, parts: list[Tensor], make: Callable[[], None]) -> None:
-        """Write a checkpoint, and tell how it went."""
         problem = None
         try:
             try:
@@ -255,30 +244,8 @@ class Saver:
             self._after(self._last)
 
 
-def save(
-    path: Place, tensors: dict[str, Tensor], model: ModelConfig, tokenizer: Tokenizer | None, meta: dict[str, Any]
-) -> None:
-    """Write one checkpoint folder, and return when it is there. Every rank must call it.
-
-    Args:
-        path: the folder, `…/step-<n>`.
-        tensors, model, tokenizer, meta: as `Saver.save` and `Beside` have them.
-
-    Raises:
-        StorageError: it could not be written.
-    """
-    saver = Saver(path.parent, background=False)
-    saver.save(path.name, tensors, Beside(model, tokenizer, meta))
-    saved = saver.finish()
-    assert saved is not None, "one was begun"
-    if saved.problem is not None:
-        raise StorageError(saved.problem)
-
-
 @dataclass(frozen=True)
 class _Job:
-    """One checkpoint being written."""
-
     plan: _Plan
     target: Place
     draft: Draft
@@ -311,10 +278,10 @@ class _Job:
     def _write(self, parts: list[Tensor]) -> Facts:
         """Write this rank's tensors; return what is to know of their files."""
         written, rest = {}, iter(parts)
-        for file, items in self.plan.files.items():
-            head, _, size = _layout(items)
+        for file, members in self.plan.files.items():
+            head, _, size = _layout(members)
             name = file.replace(pieces.FOLDER, pieces.FOLDER + self.draft.suffix, 1)
-            sha256 = self.draft.write(name, [head, *map(as_bytes, itertools.islice(rest, len(items)))])
+            sha256 = self.draft.write(name, [head, *map(as_bytes, itertools.islice(rest, len(members)))])
             written[name] = {"bytes": size, "sha256": sha256}
         return written
 
@@ -346,7 +313,6 @@ class _Job:
         return files
 
     def _commit(self, files: Facts) -> None:
-        """Write what lies beside the tensors, and make the checkpoint visible."""
         with self.draft.beside() as folder:
             index = pieces.moved(self.plan.index, self.draft.suffix)
             (folder / pieces.INDEX).write_text(pieces.dump(index), encoding="utf-8")
@@ -354,7 +320,7 @@ class _Job:
             if self.beside.tokenizer is not None:
                 (folder / "tokenizer").mkdir()
                 self.beside.tokenizer.save(folder / "tokenizer")
-            self.draft.commit(folder, dict(self.beside.meta), files)
+            self.draft.commit(folder, self.beside.meta, files)
 
 
 def _form(tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -363,54 +329,32 @@ def _form(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _make_plan(tensors: dict[str, Tensor]) -> _Plan:
-    """Return who writes what: each piece is written by one rank, and the ranks write about as much. Rank 0 decides."""
-    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner  # takes a second
-
-    planner = DefaultSavePlanner(flatten_state_dict=False)
-    planner.set_up_planner(tensors, is_coordinator=ranks.rank() == 0)
+    """Return who writes what: each part is written by one rank, and the ranks write about as much. Rank 0 decides."""
+    own = [_Part(n, t.dtype, tuple(t.shape), begin(t), tuple(local(t.detach()).shape)) for n, t in tensors.items()]
     index: Index = {}
 
-    def share(wishes: list[SavePlan]) -> list[Files]:
-        shared = [_files(plan.items, rank) for rank, plan in enumerate(planner.create_global_plan(wishes)[0])]
-        for file, items in (pair for files in shared for pair in files.items()):
-            for item, start in zip(items, _layout(items)[1], strict=True):
-                name, shape, dtype, offsets = _facts(item)
-                known = index.get(name)
-                piece = Piece(file, start, offsets, shape)
-                assert item.tensor_data is not None, "tensors only"
-                index[name] = Entry(dtype, tuple(item.tensor_data.size), (*(known.pieces if known else ()), piece))
+    def share(wishes: list[list[_Part]]) -> list[Files]:
+        holders: dict[_Part, list[int]] = {}
+        for rank, parts in enumerate(wishes):
+            for part in parts:
+                holders.setdefault(part, []).append(rank)
+        shared: list[Files] = [{} for _ in wishes]
+        loads = [0] * len(wishes)
+        for part in sorted(holders, key=lambda part: -part.dtype.itemsize):  # so each lies at a multiple of its width
+            rank = min(holders[part], key=lambda rank: loads[rank])
+            loads[rank] += math.prod(part.shape) * part.dtype.itemsize
+            shared[rank].setdefault(pieces.file_of(part.name, rank), []).append(part)
+        for file, parts in (pair for files in shared for pair in files.items()):
+            for part, start in zip(parts, _layout(parts)[1], strict=True):
+                before = index[part.name].pieces if part.name in index else ()
+                piece = Piece(file, start, part.begin, part.shape)
+                index[part.name] = Entry(part.dtype, part.whole, (*before, piece))
         return shared
 
-    return _Plan(_form(tensors), ranks.decide(planner.create_local_plan(), share), index)
+    return _Plan(_form(tensors), ranks.decide(own, share), index)
 
 
-def _files(items: list[WriteItem], rank: int) -> Files:
-    """Return a rank's items by file, wide numbers first, so that each begins at a multiple of its width."""
-    files: Files = {}
-    for item in sorted(items, key=lambda item: -_facts(item)[2].itemsize):
-        files.setdefault(pieces.file_of(item.index.fqn, rank), []).append(item)
-    return files
-
-
-def _layout(items: list[WriteItem]) -> tuple[bytes, list[int], int]:
-    """Return the head of a file of these items, where each begins, and the file's size."""
-    parts = []
-    for item in items:
-        name, shape, dtype, offsets = _facts(item)
-        assert item.tensor_data is not None, "tensors only"
-        is_whole = shape == tuple(item.tensor_data.size)
-        parts.append((name if is_whole else f"{name}@{','.join(map(str, offsets))}", shape, dtype))
-    return header(parts)
-
-
-def _facts(item: WriteItem) -> tuple[str, tuple[int, ...], torch.dtype, tuple[int, ...]]:
-    """Return name, shape, dtype and offsets of a piece."""
-    data = item.tensor_data
-    assert data is not None, "tensors only"
-    return item.index.fqn, tuple(data.chunk.sizes), data.properties.dtype, tuple(data.chunk.offsets)
-
-
-def _local(item: WriteItem, tensors: dict[str, Tensor]) -> Tensor:
-    """Return what this rank holds of a tensor."""
-    with torch.no_grad():  # then it costs nothing
-        return local(tensors[item.index.fqn]).detach()
+def _layout(parts: list[_Part]) -> tuple[bytes, list[int], int]:
+    """Return the head of a file of these parts, where each begins, and the file's size."""
+    names = (p.name if p.shape == p.whole else f"{p.name}@{','.join(map(str, p.begin))}" for p in parts)
+    return header((name, part.shape, part.dtype) for name, part in zip(names, parts, strict=True))

@@ -3,14 +3,12 @@
     step-00001200/
         manifest.json     sizes and SHA-256 of every file, written last; meta: step, tokens, data position, recipe
         tensors.json      dtype, shape and place of `model.<name>`, `optim.<name>.<slot>`, `random.<generator>`
-        tensors/          safetensors: of each rank that wrote, `model-…` with the weights and `state-…` with the rest
+        tensors/          see `pieces`
         model.yaml        the ModelConfig
         tokenizer/        the vocabulary the model was trained with
 
 `saver` writes them, `listing` finds them. Tensors are whole to whoever reads, and each rank reads what it needs of
-them, so another number of ranks, or another layout, goes on as well.
-
-Limits: the folder must be one that all ranks see.
+them, so another number of ranks, or another layout, goes on as well. The folder must be one that all ranks see.
 """
 
 from __future__ import annotations
@@ -18,12 +16,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
 import yaml
 from torch import Tensor
 
@@ -31,6 +28,7 @@ from internlm import config as recipes
 from internlm import ranks, version
 from internlm.checkpoint import listing, pieces, place
 from internlm.checkpoint.place import Place
+from internlm.compat.parts import begin, local
 from internlm.errors import ConfigError, StorageError
 from internlm.model.config import ModelConfig
 from internlm.weights.weight import Weight, Weights
@@ -64,10 +62,7 @@ class Checkpoint:
             raise self._unknown(f"model.yaml cannot be understood: {error}") from error
 
     def fact(self, *names: str) -> Any:
-        """Return a fact of `meta` that a run cannot go on without.
-
-        Args:
-            names: of the fact, and of what is looked up in it.
+        """Return a fact of `meta`, or what stands below it under further names, that a run cannot go on without.
 
         Raises:
             StorageError: there is none.
@@ -91,11 +86,6 @@ class Checkpoint:
         folder = self.path / "tokenizer"
         return place.fetched(folder) if place.names(folder) else None
 
-    @property
-    def template(self) -> str | None:
-        """Name of the chat template of its training data, if there was one."""
-        return self.meta.get("template")
-
     def load(self, into: dict[str, Tensor]) -> None:
         """Fill the given tensors, in place. Every rank must call it.
 
@@ -103,16 +93,17 @@ class Checkpoint:
             StorageError: a name is not in the checkpoint, or has another shape; or a file is damaged.
         """
         self.verify()
-        known = self.index
+        ranks.together(lambda: self._fill(into))
+
+    @torch.no_grad()
+    def _fill(self, into: dict[str, Tensor]) -> None:
         for name, tensor in into.items():
-            entry = known.get(name)
+            entry = self.index.get(name)
             if entry is None or entry.shape != tuple(tensor.shape):
                 found = "is not in the checkpoint" if entry is None else f"has shape {entry.shape} there"
                 raise StorageError(f"tensor {name} {tuple(tensor.shape)} {found}", where=self.path)
-        from torch.distributed.checkpoint.state_dict_loader import load as load_tensors  # takes a second
-
-        with _quiet():
-            load_tensors(into, storage_reader=pieces.reader(self.path, known), no_dist=not dist.is_initialized())
+        for name, tensor in into.items():
+            pieces.fill(local(tensor), begin(tensor), self.path, self.index[name])
 
     def verify(self) -> None:
         """Compare every file with its SHA-256; ranks share the work. Every rank must call it.
@@ -143,10 +134,6 @@ class Checkpoint:
             found[name.removeprefix(prefix)] = Weight(entry.shape, entry.dtype, read, name, lies)
         return found
 
-    def holds(self, name: str) -> bool:
-        """Return whether there is a tensor of this name."""
-        return name in self.index
-
     @functools.cached_property
     def index(self) -> pieces.Index:
         """Its tensors.
@@ -160,8 +147,7 @@ class Checkpoint:
 def open_checkpoint(path: str | Place) -> Checkpoint:
     """Open a checkpoint, or the newest complete one of a run. All but its tensors is compared with its checksums.
 
-    Args:
-        path: a checkpoint folder, a run folder, or its `checkpoints` folder; a path or a URL.
+    `path` is a checkpoint folder, a run folder, or its `checkpoints` folder; a path or a URL.
 
     Raises:
         StorageError: there is no complete checkpoint, or the newest one is damaged.
@@ -203,12 +189,3 @@ def open_newest(folder: Place) -> Checkpoint | None:
         if other != digests[0]:
             raise StorageError(f"rank {rank} sees another checkpoint here than rank 0", where=folder / name, do=advice)
     return checkpoint
-
-
-class _quiet(warnings.catch_warnings):
-    """Silence torch's remark that no process group exists: that is what `no_dist` says."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.simplefilter("ignore")
-        return entered

@@ -48,25 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     name = f"internlm {words[0]}" if words and words[0] in VERBS else "internlm"
-    for stream in (sys.stdout, sys.stderr):
+    speaker = f"[rank {_rank(words)}] " if _rank(words) else ""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal of another encoding shows ? instead of an error
+            stream.reconfigure(errors="replace")  # what a terminal of another encoding cannot show becomes a ?
     try:
         return _run(words)
     except InternLMError as error:
-        print(f"{_speaker(words)}{name}: error: {error}", file=sys.stderr)
+        print(f"{speaker}{name}: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        if not _speaker(words):
+        if not speaker:
             print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `internlm … | head`
         sys.stderr.close()
         return 1
     except OSError as error:
-        print(
-            f"{_speaker(words)}{name}: error: {error.strerror or error} ({error.filename or 'output'})", file=sys.stderr
-        )
+        print(f"{speaker}{name}: error: {error.strerror or error} ({error.filename or 'output'})", file=sys.stderr)
         return 1
 
 
@@ -102,11 +101,6 @@ def _rank(words: Sequence[str]) -> int:
     """Return the number of this process. Only a training has ranks, whatever the environment says; it checks them."""
     number = os.environ.get("RANK", "")
     return int(number) if words[:1] == ["train"] and number.isascii() and number.isdigit() else 0
-
-
-def _speaker(words: Sequence[str]) -> str:
-    """Return what stands before the messages of this process: its rank, unless it is the first or alone."""
-    return f"[rank {_rank(words)}] " if _rank(words) else ""
 
 
 Advise = Callable[[list[str], list[str]], str]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -57,9 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
     from internlm.serve.chat.conversation import Chat
     from internlm.serve.chat.terminal import Screen, say
 
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
     question = _question(arguments)
     screen = Screen(sys.stdout, sys.stderr)
     settings = Settings(
@@ -81,11 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _question(arguments: argparse.Namespace) -> str | None:
-    """Return the one question there is to ask; None where a person will type.
-
-    Raises:
-        UsageError: there is no place it could come from, or it is empty.
-    """
+    """Return the one question there is to ask; None where a person will type."""
     question: str | None = arguments.prompt
     if question is None and sys.stdin is None:
         raise UsageError("there is no input to read a question from", do="Give -p TEXT.")

@@ -20,8 +20,8 @@ List the checkpoints of a run: step, tokens, loss, size, layout, and whether the
 Exit code 1: there is none, or --verify found one that is damaged."""
 
 _HEAD = ("step", "tokens", "loss", "held out", "size", "state", "layout")
-_NUMBERS = 5
-"""Columns that are set to the right."""
+_SIDES = ">>>>><<"
+"""Of the columns: numbers are set to the right."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows = [_HEAD, *(_row(one) for one in found)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
         for row in rows:
-            cells = [cell.rjust(width) for cell, width in zip(row[:_NUMBERS], widths, strict=False)]
-            cells += [cell.ljust(width) for cell, width in zip(row[_NUMBERS:], widths[_NUMBERS:], strict=True)]
+            cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, _SIDES, widths, strict=True)]
             print("  ".join(cells).rstrip())
     return 1 if arguments.verify and any(one.problem for one in found) else 0
 

@@ -127,11 +127,7 @@ def _unverified(target: Path) -> Iterator[Path]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Check that the options belong to the format.
-
-    Raises:
-        UsageError: one of them does not, or there is no such format.
-    """
+    """Check that the options belong to the format."""
     from internlm.weights.families.table import FAMILIES
 
     allowed = [*FORMATS, *FAMILIES]
@@ -147,11 +143,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _check_source(arguments: argparse.Namespace, source: Source) -> None:
-    """Check that replacing the target does not delete what it is made of, and that it can be verified.
-
-    Raises:
-        UsageError: the source or a file of it is the target, or lies in it; or Transformers is needed and not there.
-    """
+    """Check that replacing the target does not delete what it is made of, and that it can be verified."""
     by_transformers = source.kind == "transformers" or arguments.to not in ("gguf", "internlm-v0.2")
     if arguments.verify and by_transformers and importlib.util.find_spec("transformers") is None:
         raise UsageError("needs transformers", where="--verify", do=install_command("hf"))
@@ -310,11 +302,7 @@ def _logits_there(source: Source, ids: Tensor, dtype: torch.dtype) -> Tensor | N
 
 
 def _settings(pairs: list[str]) -> dict[str, str]:
-    """Return `KEY=VALUE` words as a dict.
-
-    Raises:
-        UsageError: a word has no `=`.
-    """
+    """Return `KEY=VALUE` words as a dict."""
     for pair in pairs:
         if "=" not in pair:
             raise UsageError("is no KEY=VALUE", where="--set", got=pair)

@@ -42,22 +42,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.table:
         print(peers.markdown())
         return 0
-    for name, value in (("MODEL", arguments.model), ("--engine", arguments.engine)):
-        if value is None:
-            allowed = peers.PEERS if name == "--engine" else None
-            raise UsageError("is missing", where=name, allowed=allowed)
+    if arguments.model is None:
+        raise UsageError("is missing", where="MODEL")
+    if arguments.engine is None:
+        raise UsageError("is missing", where="--engine", allowed=peers.PEERS)
     if arguments.print and arguments.run:
         raise UsageError("--print and --run exclude each other")
     return _hand_over(arguments)
 
 
 def _hand_over(arguments: argparse.Namespace) -> int:
-    """Print the plan and the command, or run it.
-
-    Raises:
-        UsageError: `--run` where something comes first, or the engine is not installed.
-        WeightsError: the engine would not serve the model as it is.
-    """
+    """Print the plan and the command, or run it."""
     from internlm.serve.handover import command as handover
     from internlm.serve.handover.found import Wish
 

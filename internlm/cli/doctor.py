@@ -89,8 +89,8 @@ def _devices() -> None:
     from internlm import runtime
     from internlm.cost import hardware
 
-    memory = runtime.peak_memory_bytes(torch.device("cpu"))[1]
     cpu = torch.device("cpu")
+    memory = runtime.peak_memory_bytes(cpu)[1]
     peak = runtime.measure_peak(cpu, torch.float32)
     _row("cpu", f"{runtime.device_name(cpu)}, {memory / 2**30:.1f} GiB, {peak / 1e12:.2f} TFLOPS float32 (measured)")
     if not torch.cuda.is_available():

@@ -144,11 +144,7 @@ _LAST_CALL_S = 30
 
 
 def _nodes(text: str) -> tuple[int, int]:
-    """Return the least and the most machines of `M` or `MIN:MAX`.
-
-    Raises:
-        UsageError: it is neither.
-    """
+    """Return the least and the most machines of `M` or `MIN:MAX`."""
     parts = text.split(":")
     if len(parts) > 2 or not all(re.fullmatch(r"-?\d+", part) for part in parts) or int(parts[0]) > int(parts[-1]):
         raise UsageError("is a number of machines, or MIN:MAX", where="--nodes", got=text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import ssl
 import sys
 import urllib.parse
 from collections.abc import Callable
@@ -90,21 +89,19 @@ def run(arguments: argparse.Namespace, ready: Callable[[str], None] | None = Non
 
 def _hosts(arguments: argparse.Namespace, keys: tuple[str, ...]) -> tuple[str, ...] | None:
     """Return the public names of a server for this machine alone that asks for no key; None where any name will do."""
-    if keys or not _is_of_this_machine(arguments.host) or "*" in arguments.allow_origin:
+    from internlm.infer.client import LOOPBACK
+
+    if keys or arguments.host not in LOOPBACK or "*" in arguments.allow_origin:
         return None
     return tuple(name for origin in arguments.allow_origin if (name := urllib.parse.urlsplit(origin).hostname))
 
 
 def _warn_of_strangers(host: str, keys: tuple[str, ...]) -> None:
     """Say so when others may use the model without a key."""
-    if not _is_of_this_machine(host) and not keys:
-        _note("warning: anyone who reaches this machine may use the model: --api-key KEY asks for a key")
-
-
-def _is_of_this_machine(host: str) -> bool:
     from internlm.infer.client import LOOPBACK
 
-    return host in LOOPBACK
+    if host not in LOOPBACK and not keys:
+        _note("warning: anyone who reaches this machine may use the model: --api-key KEY asks for a key")
 
 
 def _foreign_spelling(arguments: argparse.Namespace) -> None:
@@ -140,6 +137,8 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.ssl_keyfile and not arguments.ssl_certfile:
         raise UsageError("a key needs its certificate: --ssl-certfile", where="--ssl-keyfile")
     if arguments.ssl_certfile:
+        import ssl
+
         try:  # now, not after the weights were read
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(arguments.ssl_certfile, arguments.ssl_keyfile)
         except (ssl.SSLError, OSError) as error:

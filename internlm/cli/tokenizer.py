@@ -59,7 +59,7 @@ def _texts(files: list[Path], arguments: argparse.Namespace) -> Iterator[str]:
 
     with Progress("reading", None, "documents") as shown:
         for file in files:
-            for document in read_documents(file, None, arguments.text_key, arguments.on_error):
+            for document in read_documents(file, arguments.text_key, arguments.on_error):
                 yield document.text
                 shown.advance()
 

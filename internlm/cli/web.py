@@ -20,9 +20,7 @@ The options are those of `internlm serve`. Conversations stay in the browser, by
 again. Ctrl-C ends the server."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    serve.add_arguments(parser)
+add_arguments = serve.add_arguments
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -24,18 +25,16 @@ def as_products(x: Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> Any:
-    """Return a context in which products with x are made in its own dtype. There is none for meta, nor a need."""
+    """Return a context in which products with x are made in its own dtype; meta has none, nor a need."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Return the function as one that compiled graphs call and do not look into.
 
-    `torch.compiler.disable` does the same and imports the compiler at once, more than a second for who never compiles;
-    torch's own lazy form (2.11 to 2.13) does at the first call, compiled or not.
+    `torch.compiler.disable` imports the compiler at once, more than a second for who never compiles; torch's own lazy
+    form (2.11 to 2.13) at the first call, compiled or not.
     """
-    from torch._compile import _disable_dynamo
-
     hidden = _disable_dynamo(function)
 
     @functools.wraps(function)

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
 def all_gather(out: Tensor, x: Tensor, group: Any) -> None:
     """Fill `out` with the x of all ranks of a group, one after the other along dim 0. Renamed in 2.13."""
-    import torch.distributed as dist
-
     getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, x, group=group)
 
 
 def reduce_scatter(out: Tensor, x: Tensor, group: Any) -> None:
     """Fill `out` with this rank's part along dim 0 of the sum of x over a group. Renamed in 2.13."""
-    import torch.distributed as dist
-
     getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, x, group=group)
 
 
 def traced_gather(x: Tensor, group: Any, dim: int) -> Tensor:
-    """Return the x of all ranks joined along a dim, in the form that inductor finds and fuses with products."""
+    """Return the x of all ranks joined along a dim, in the form that inductor fuses with products."""
     from torch.distributed import _functional_collectives as functional
 
     gathered = getattr(functional, "all_gather_single", functional.all_gather_tensor)
@@ -34,7 +32,7 @@ def traced_gather(x: Tensor, group: Any, dim: int) -> Tensor:
 
 
 def traced_scatter(x: Tensor, group: Any, dim: int) -> Tensor:
-    """Return this rank's part along a dim of the sum of x over a group, in the form that inductor finds and fuses."""
+    """Return this rank's part along a dim of the sum of x over a group, in the form that inductor fuses."""
     from torch.distributed import _functional_collectives as functional
 
     scattered = getattr(functional, "reduce_scatter_single", functional.reduce_scatter_tensor)
@@ -44,7 +42,7 @@ def traced_scatter(x: Tensor, group: Any, dim: int) -> Tensor:
 def fuse_collectives(group: Any) -> None:
     """Make inductor run the gathers and scatters of a group in pieces, beside the products before or after them.
 
-    Names of torch's asynchronous tensor parallelism, all private; from 2.13 on the first call only warns.
+    Private names of torch's asynchronous tensor parallelism; from 2.13 on the first call only warns.
     """
     import torch._inductor.config as inductor
     from torch.distributed import _symmetric_memory
@@ -69,7 +67,7 @@ def shard_inside(dim: int, parts: int) -> Any:
 def weight_stream(model: Any) -> Any:
     """Return the stream on which `fully_shard` reads weights to gather them; None where that is not known.
 
-    A private name; the public `set_post_optim_event` knows one event for the whole model.
+    The public `set_post_optim_event` knows one event for the whole model.
     """
     context = getattr(model._get_fsdp_state(), "_comm_ctx", None)
     return getattr(context, "all_gather_copy_in_stream", None)
@@ -77,8 +75,6 @@ def weight_stream(model: Any) -> Any:
 
 def limit_waits(seconds: float) -> None:
     """Set how long an exchange may take in every group of this process: groups inherit it from no other."""
-    import datetime
-
     from torch.distributed import distributed_c10d as c10d
 
     for group in list(c10d._world.pg_map):
@@ -94,7 +90,7 @@ def abort_groups() -> None:
 
 @contextlib.contextmanager
 def launcher_agent(make: Callable[..., Any]) -> Iterator[None]:
-    """Let torch's launcher use, inside the block, another agent for its ranks: it has no public place to say so."""
+    """Let torch's launcher use, inside the block, another agent for its ranks."""
     api: Any = importlib.import_module("torch.distributed.launcher.api")
     before = api.LocalElasticAgent
     api.LocalElasticAgent = make
@@ -107,9 +103,8 @@ def launcher_agent(make: Callable[..., Any]) -> Iterator[None]:
 def flight_record() -> bytes | None:
     """Return the last exchanges of this process as torch recorded them, for `torchfrtrace`; None where it does not.
 
-    A private name, which the CPU builds before 2.13 lack. Some 2000 exchanges, unless TORCH_FR_BUFFER_SIZE says else.
+    CPU builds before 2.13 lack the name. Some 2000 exchanges, unless TORCH_FR_BUFFER_SIZE says else.
     """
-    dump = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_fr_trace", None)
-    if dump is None:
-        dump = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_nccl_trace", None)
+    c10d = getattr(torch._C, "_distributed_c10d", None)
+    dump = getattr(c10d, "_dump_fr_trace", None) or getattr(c10d, "_dump_nccl_trace", None)
     return None if dump is None else bytes(dump())

@@ -31,3 +31,8 @@ def is_sharded(model: nn.Module) -> TypeGuard[FSDPModule]:
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, which shares memory with it; a plain one itself."""
     return tensor.to_local() if is_parted(tensor) else tensor
+
+
+def begin(tensor: Tensor) -> tuple[int, ...]:
+    """Return where this rank's part begins in a tensor, as `torch.distributed.checkpoint` asks it."""
+    return tuple(tensor.__create_chunk_list__()[0].offsets) if is_parted(tensor) else (0,) * tensor.ndim

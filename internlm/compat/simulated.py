@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
 def join_fake_group(rank: int, world_size: int) -> None:
-    """Start a process group of which only this rank is there: collectives do nothing. Its store is a private name."""
-    import torch.distributed as dist
+    """Start a process group of which only this rank is there: collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
@@ -18,7 +18,6 @@ def join_fake_group(rank: int, world_size: int) -> None:
 
 def leave_fake_group() -> None:
     """End it, with what torch remembers about its meshes, whose names the next group would use again."""
-    import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
     dist.destroy_process_group()
@@ -39,8 +38,6 @@ def exchange_of(operator: Any, arguments: tuple[Any, ...]) -> tuple[str, str, Te
 
     The tensor is the whole one: what an all-gather makes, what the others are given. None for every other operator.
     """
-    import torch.distributed as dist
-
     namespace, _, name = operator.name().partition("::")
     if namespace == "_c10d_functional" and name == "all_reduce":
         return "all_reduce", arguments[2], arguments[0]

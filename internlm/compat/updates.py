@@ -16,12 +16,9 @@ def fused_adamw(
     steps: list[Tensor],
     **numbers: Any,
 ) -> None:
-    """Take one AdamW step for each weight, in place, with the kernel of `torch.optim.AdamW(fused=True)` (private).
+    """Take one AdamW step for each weight, in place, with the kernel of `torch.optim.AdamW(fused=True)`.
 
-    Args:
-        weights: fp32, all of one device.
-        grads: of their shapes; so are the moments, `means` and `squares`.
-        steps: fp32 [], the number of this update, from 1, on the same device.
-        numbers: `lr`, `beta1`, `beta2`, `eps` and `weight_decay`.
+    All are fp32 on one device; a step is a [], the number of this update from 1. Numbers are `lr`, `beta1`, `beta2`,
+    `eps` and `weight_decay`.
     """
     torch._fused_adamw_(weights, grads, means, squares, [], steps, amsgrad=False, maximize=False, **numbers)

@@ -19,22 +19,16 @@ def causal_pairs(length: int) -> int:
 
 
 def forward_flops(shape: ModelConfig, tokens: float, pairs: float) -> float:
-    """Return the floating-point operations of a forward pass.
-
-    Args:
-        shape: the model's configuration.
-        tokens: number of tokens.
-        pairs: number of (query, key) pairs over all documents, from `causal_pairs`.
-    """
+    """Return the floating-point operations of a forward pass; `pairs`: `causal_pairs` of all documents."""
     return 2 * shape.matmul_parameters * tokens + 4 * shape.num_layers * shape.num_heads * shape.head_dim * pairs
 
 
 def training_flops(shape: ModelConfig, tokens: float, pairs: float) -> float:
-    """Return the floating-point operations of forward and backward; arguments as in `forward_flops`."""
+    """Return the floating-point operations of forward and backward."""
     return 3 * forward_flops(shape, tokens, pairs)
 
 
 def recomputed_flops(shape: ModelConfig, tokens: float, pairs: float, share: float) -> float:
-    """Return the operations of running the forward of a share of the blocks again; arguments as in `forward_flops`."""
+    """Return the operations of running the forward of a share of the blocks again."""
     head = 2 * shape.embedding_parameters * tokens
     return share * (forward_flops(shape, tokens, pairs) - head)

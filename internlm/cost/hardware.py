@@ -6,8 +6,7 @@ has what is sold under a card's name and is not it: a part of one, another board
 
 from __future__ import annotations
 
-# Name as the driver reports it contains the key; longer keys are tried first. Dense (no sparsity) operations per
-# second.
+# The name that the driver reports contains the key; longer keys are tried first.
 _PEAKS: dict[str, dict[str, float]] = {
     "V100": {"float16": 125e12, "float32": 15.7e12},
     "A100": {"bfloat16": 312e12, "float16": 312e12, "tf32": 156e12, "float32": 19.5e12},
@@ -32,9 +31,7 @@ _OTHERS = {"MIG", "NVL", "Laptop"}
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """Return the dense peak of a device in operations per second, or None when it is not in the table.
 
-    Args:
-        device_name: as the driver reports it, such as "NVIDIA H100 80GB HBM3".
-        dtype: "bfloat16", "float16", "tf32" or "float32".
+    `device_name`: as the driver reports it, such as "NVIDIA H100 80GB HBM3".
     """
     words = device_name.replace("-", " ").split()
     for key in sorted(_PEAKS, key=len, reverse=True):

@@ -12,10 +12,7 @@ from internlm.model.config import ModelConfig
 def stage_layers(shape: ModelConfig, stages: int, seq_len: int) -> list[int]:
     """Return the number of blocks of each stage, first to last; each has at least one.
 
-    Args:
-        shape: the model's configuration, with at least `stages` layers.
-        stages: how many.
-        seq_len: tokens per row, all of one document: the cost of attention.
+    The model has at least as many; `seq_len`: tokens per row, all of one document: the cost of attention.
     """
     weights = shape.matmul_parameters - shape.embedding_parameters
     attention = 4 * shape.num_heads * shape.head_dim * causal_pairs(seq_len) / seq_len

@@ -19,19 +19,16 @@ the table are one), W bytes of a group in the dtype of products and F in fp32:
                 all-reduce       1: loss and norm                                           16
 
 A pipeline makes of the first two lines 1, whatever `zero` is: torch neither frees weights nor sums gradients between
-its micro-batches. Whole copies alone sum their gradients in buckets instead, and sliced optimizer states (`sliced`)
-turn the all-reduce into its two halves, a reduce-scatter and an all-gather. Without `sequence` an all-reduce takes the
-place of each reduce-scatter of the tensor axis, nothing is gathered, and of the norms only those of heads are summed.
-Where context does not divide the heads, keys and values are gathered instead of traded. Groups of one rank send
-nothing.
+its micro-batches. Whole copies alone sum their gradients in buckets instead, and sliced optimizer states turn the
+all-reduce into its two halves. Without `sequence` an all-reduce takes the place of each reduce-scatter of the tensor
+axis, nothing is gathered, and of the norms only those of heads are summed. Where context does not divide the heads,
+keys and values are gathered instead of traded.
 
-The lines follow `internlm.parallel` and torch's fully_shard, and are equal, number for number, to what the real step
-asks of the process group (`tests/parallel/test_traffic.py`). "Recomputed" has three quarters of a tensor block's
-collectives because torch ends recomputation at the last tensor that backward needs, before the block's last sum.
+The lines are equal, number for number, to what the real step asks of the process group
+(`tests/parallel/test_traffic.py`). "Recomputed" has three quarters of a tensor block's collectives because torch ends
+recomputation at the last tensor that backward needs, before the block's last sum.
 
-Bytes are those of the whole tensor (what an all-gather makes, what a reduction is given). What a rank sends of them is
-(n − 1) / n among n ranks, twice that for an all-reduce: ring algorithms (Patarasuk and Yuan 2009), and the least there
-can be (Chan et al. 2007) unless switches add up. What leaves a machine has two answers: see `Collective`.
+Bytes are those of the whole tensor (what an all-gather makes, what a reduction is given).
 
 Limits: AdamW (Muon gathers its matrices), no experts, a loss that is linear in log-probabilities (z_loss 0), steps
 after the first. Schedules that part the backward of weights from that of inputs (zero-bubble, zbv) are exact but for
@@ -54,11 +51,12 @@ Axis = Literal["pipeline", "replicate", "shard", "context", "tensor", "world"]
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
 Exchanges = dict[tuple[int, int, Kind], tuple[int, int]]
 """Size of the group, distance of neighbours in it, kind → calls, and bytes of whole tensors of all calls together."""
+CHUNK_LOGITS = 1 << 22
+"""Logits that the head makes at once: `heads.CHUNK_LOGITS`, without its import of torch."""
 REDUCE_BYTES = 4
 """Gradients are summed, and weights kept, in fp32."""
 BUCKET_BYTES = 25 * 2**20
-"""At which whole copies of a model close a bucket of gradients. As in Li et al. 2020, PyTorch Distributed: large enough
-for the network's full speed, small enough to begin early."""
+"""At which whole copies of a model close a bucket of gradients, as in Li et al. 2020, PyTorch Distributed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +87,6 @@ class Run:
     recompute_ratio: float = 1.0
     dtype_bytes: int = 2
     """Of matrix products, and so of activations and gathered weights."""
-    chunk_logits: int = 1 << 22
-    """Logits that the head makes at once."""
 
     @property
     def tokens(self) -> int:
@@ -136,13 +132,13 @@ class Collective:
 
     Two answers to how much of it uses the network between machines of g GPUs:
 
-    - `sent_bytes` where `spans_nodes`: what the rank sends in groups that do not lie inside one machine. What each GPU
-      moves at the speed of its slowest link, and what the network carries if the algorithm knows no machines.
-    - `crossing_bytes`: the share of it that leaves the machine when a ring visits the ranks of a machine one after the
-      other, as NCCL's do: then one hop in g crosses. The mean over ranks; what all network cards together carry.
+    - `sent_bytes` where `spans_nodes`: what each GPU moves at the speed of its slowest link, and what the network
+      carries if the algorithm knows no machines.
+    - `crossing_bytes`: what leaves the machine when a ring visits the ranks of a machine one after the other, as NCCL's
+      do: then one hop in g crosses. The mean over ranks; what all network cards together carry.
 
-    Both look at the group of rank 0, as if all lay alike: true where group sizes and g divide each other. Trees, which
-    NCCL prefers for small sums over many machines, cross as often as rings or less; they are not told apart.
+    Both look at the group of rank 0, as if all lay alike: true where group sizes and g divide each other. Trees cross
+    as often as rings or less; they are not told apart.
     """
 
     axis: Axis
@@ -157,7 +153,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that this rank sends."""
+        """Bytes that this rank sends in rings (Patarasuk and Yuan 2009): the least there can be unless switches add."""
         if self.kind == "send":
             return self.bytes
         return self.bytes * (self.ranks - 1) / self.ranks * (2 if self.kind == "all-reduce" else 1)
@@ -188,16 +184,14 @@ class Total(NamedTuple):
 
     calls: int
     steps: int
-    """One after the other, in rings."""
     sent_bytes: float
     spanning_bytes: float
     """Sent in groups that span machines."""
     crossing_bytes: float
-    """Leaving the machine, when rings follow the order of ranks."""
 
 
 def total(collectives: Iterable[Collective], gpus_per_node: int) -> Total:
-    """Return the sums over collectives; for what they mean see `Collective`."""
+    """Return the sums over collectives; for what they mean see there."""
     every = list(collectives)
     return Total(
         sum(each.calls for each in every),
@@ -340,13 +334,7 @@ def _shard(run: Run, stages: list[Stage]) -> Iterator[Line]:
 
 
 def _replicate(run: Run, stages: list[Stage], part: int) -> Iterator[Line]:
-    """Yield what sums gradients over copies, and with sliced states spreads the new weights.
-
-    Args:
-        run: the run.
-        stages: of the rank.
-        part: which of the parts that weights are cut into the rank holds.
-    """
+    """Yield what sums gradients over copies, and with sliced states spreads the new weights; `part`: the rank's."""
     if run.is_copies_only:
         for size in _buckets([math.prod(weight.shape) * REDUCE_BYTES for weight in reversed(_weights(run.model))]):
             yield "replicate", "all-reduce", 1, size
@@ -418,7 +406,7 @@ def _tensor(run: Run, stages: list[Stage]) -> Iterator[Line]:
         else:
             yield "tensor", "all-reduce", micro * (both + again), activation
         if stage.has_last:
-            rows = max(1, run.chunk_logits // (run.model.vocab_size // run.tensor))
+            rows = max(1, CHUNK_LOGITS // (run.model.vocab_size // run.tensor))
             for chunk, count in ((rows, run.tokens // rows), (run.tokens % rows, 1)):
                 if chunk and count:  # the largest logit; the sum of exponentials with the label's logit
                     yield "tensor", "all-reduce", micro * count, 4 * chunk
@@ -453,9 +441,5 @@ def _pipeline(run: Run, place: int, stages: list[Stage]) -> Iterator[Line]:
     own = _numbers(run, place)
     sends = sum((number < last and number + 1 not in own) + (number > 0 and number - 1 not in own) for number in own)
     apart = run.tensor if run.sequence else 1
-    yield (
-        "pipeline",
-        "send",
-        run.micro_batches * sends,
-        run.tokens // apart * run.model.hidden_size * run.dtype_bytes,
-    )
+    size = run.tokens // apart * run.model.hidden_size * run.dtype_bytes
+    yield "pipeline", "send", run.micro_batches * sends, size

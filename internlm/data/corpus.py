@@ -1,19 +1,16 @@
 """The embedded default corpus: the text of the Python standard library that is running.
 
 Real text, offline, on every machine: sources, docstrings of modules written in C, and the `pydoc` topics. Left out:
-tests, what was installed beside the library, the record of how this Python was built, and files over 500 kB, which are
-tables.
+tests, what was installed beside the library, how this Python was built, and files over 500 kB, which are tables.
 
-Modules, never lines, are split into train and validation: they are ordered by a hash of (seed, name) and taken into the
-validation set as long as they fit into its share.
-
-Questions for tuning come from the training side alone, in three kinds, each with its own file:
+Modules, never lines, are split into train and validation: in the order of a hash of (seed, name) they are taken into
+the validation set as long as they fit into its share. Questions for tuning come from the training side alone:
 
     module       In which module is dedent?                      textwrap
     purpose      What does textwrap.dedent do?                   Remove any common leading whitespace from …
     signature    What is the signature of textwrap.dedent?       dedent(text)
 
-Limits: sources are parsed, not imported, so names that a module makes at run time are not asked about.
+Sources are parsed, not imported: names that a module makes at run time are not asked about.
 """
 
 from __future__ import annotations
@@ -36,12 +33,13 @@ from typing import Any
 
 from internlm import storage
 from internlm.data.formats import Document
+from internlm.data.messages import asked_and_answered
 from internlm.errors import ConfigError, DataError
 
 KIND = "corpus"
 MAX_BYTES = 500_000
 MAX_NAMES = 600
-"""How many names are asked about: few enough for a model of a few million weights to learn by heart in a minute."""
+"""Names that are asked about: few enough for a model of a few million weights to learn by heart in a minute."""
 
 # Importing these has no side effects, and they have no Python source.
 _C_MODULES = ("array", "binascii", "builtins", "cmath", "errno", "gc", "itertools", "marshal", "math", "sys", "time")
@@ -64,10 +62,8 @@ def build(out: str | Path, *, validation_ratio: float = 0.05, seed: int = 1, rep
     """Write train.jsonl, validation.jsonl, questions-<kind>.jsonl and facts.jsonl into a folder; return its facts.
 
     Args:
-        out: the folder.
         validation_ratio: share of the bytes that is held out, between 0 and 1.
-        seed: decides which modules are held out.
-        replace: whether an existing corpus may be replaced.
+        seed: decides which modules are.
 
     Raises:
         ConfigError: the share leaves no text on one side. DataError: this Python has no sources of its library.
@@ -90,7 +86,7 @@ def build(out: str | Path, *, validation_ratio: float = 0.05, seed: int = 1, rep
         for side, members in sides.items():
             _write(folder.path / f"{side}.jsonl", ({"text": d.text, "source": d.source} for d in members))
         for kind, pairs in questions.items():
-            _write(folder.path / f"questions-{kind}.jsonl", (_conversation(*pair) for pair in pairs))
+            _write(folder.path / f"questions-{kind}.jsonl", ({"messages": asked_and_answered(*pair)} for pair in pairs))
         _write(folder.path / "facts.jsonl", ({"name": d.name, "module": d.module} for d in definitions))
         folder.meta.update(
             python=sys.version.split()[0],
@@ -147,7 +143,7 @@ def module_of(document: Document) -> str:
 
 
 def choose_modules(documents: Iterable[Document], ratio: float, seed: int) -> set[str]:
-    """Return the modules of the validation set: taken in the order of their hash while they fit into its bytes."""
+    """Return the modules of the validation set."""
     sizes: dict[str, int] = defaultdict(int)
     for document in documents:
         sizes[module_of(document)] += document.num_bytes
@@ -163,8 +159,8 @@ def choose_modules(documents: Iterable[Document], ratio: float, seed: int) -> se
 def unambiguous(documents: Iterable[Document], held_out: set[str]) -> list[Definition]:
     """Return up to MAX_NAMES definitions whose name only one public module defines.
 
-    Every module gives its first name, then every module its second, and so on, so that no module is over-represented
-    and a guess without knowledge is rarely right. Documented names come first.
+    Every module gives its first name, documented ones before others, then every module its second, and so on: a guess
+    without knowledge is rarely right.
     """
     by_module: dict[str, list[Definition]] = {}
     where: dict[str, set[str]] = defaultdict(set)
@@ -228,7 +224,6 @@ def _definitions(module: str, text: str) -> list[Definition]:
 
 
 def _exported(tree: ast.Module) -> set[str] | None:
-    """Return the strings of `__all__`, or None when the module has none that can be read off."""
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else []
         if any(isinstance(t, ast.Name) and t.id == "__all__" for t in targets):
@@ -237,7 +232,7 @@ def _exported(tree: ast.Module) -> set[str] | None:
 
 
 def _summary(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
-    """Return the first sentence of a docstring, on one line, or nothing when it is too long to be a summary."""
+    """Return the first sentence of a docstring, or nothing when it is too long to be a summary."""
     paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
     sentence = paragraph.split(". ")[0].rstrip(".") + "." if paragraph else ""
     return sentence if len(sentence) <= 120 else ""
@@ -250,23 +245,16 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> s
         function = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
         if function is None:
             return ""
-    arguments = function.args
-    for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]:
-        argument.annotation = None
-    for starred in (arguments.vararg, arguments.kwarg):
-        if starred is not None:
-            starred.annotation = None
-    shown = ast.unparse(arguments)
+    for argument in ast.walk(function.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    shown = ast.unparse(function.args)
     if isinstance(node, ast.ClassDef):
         first, _, rest = shown.partition(", ")
         shown = rest if first in ("self", "self, /", "/") else shown
         shown = shown.removeprefix("/, ")
     text = f"{node.name}({shown})"
     return text if len(text) <= 120 else ""
-
-
-def _conversation(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:

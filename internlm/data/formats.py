@@ -4,12 +4,11 @@
     corpus.jsonl(.gz, .zst)              one JSON object a line
     corpus.json                          a list of JSON objects
 
-A record is told by its keys: `messages` makes a conversation (OpenAI's form, with `tools` and calls: see
-`internlm.data.messages`), those of another form too (`internlm.data.dialects`), anything else a document under
-`text_key`. One of another form that has that key too is an error until its format is given. A file of another ending
-is one document, unless the format of its records is given: then it holds lines; tables and pages (.csv, .parquet, .pdf,
-…) are refused. Every complaint names file and line. Nothing is passed over in silence. A byte order mark is no part of
-a text.
+A record is told by its keys: those of one of the forms in `internlm.data.messages` make a conversation, anything else a
+document under `text_key`. One of another form than `messages` that has that key too is an error until its format is
+given. A file of another ending is one document, unless the format of its records is given:
+then it holds lines; tables and pages are refused. Every complaint names file and line. Nothing is passed over in
+silence.
 """
 
 from __future__ import annotations
@@ -22,8 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from internlm.data.dialects import DIALECTS, LOST, refuse
-from internlm.data.messages import read_context, read_messages, read_parallel, read_tools
+from internlm.data.messages import (
+    DIALECTS,
+    LOST,
+    Record,
+    read_context,
+    read_messages,
+    read_parallel,
+    read_tools,
+    refuse,
+)
 from internlm.data.packed import PACKED, opened
 from internlm.errors import DataError
 from internlm.hub import require_here
@@ -66,7 +73,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, of which the assistant's are learned, but for those that are context."""
+    """Messages, of which the assistant's are learned."""
 
     messages: tuple[Message, ...]
     source: str = field(default="", compare=False)
@@ -87,24 +94,22 @@ class Conversation:
     @property
     def num_bytes(self) -> int:
         """UTF-8 bytes of all texts."""
-        return sum(len(text.encode("utf-8", "surrogatepass")) for text in self.texts)
+        return sum(Document(text).num_bytes for text in self.texts)
 
 
 Sample = Document | Conversation
-Record = dict[str, Any]
 
 
 @dataclass
 class BadRecords:
-    """What becomes of the bad records of one file: an error, or left out and counted."""
+    """The bad records of one file: an error, or left out and counted."""
 
     path: str
     on_error: OnError = "raise"
     count: int = 0
-    """How many were left out."""
 
     def add(self, error: DataError) -> None:
-        """Raise the error, or count one record more as left out."""
+        """Raise the error, or count it."""
         if self.on_error == "raise":
             raise error
         if not self.count:
@@ -112,7 +117,7 @@ class BadRecords:
         self.count += 1
 
     def report(self) -> None:
-        """Say how many records were left out, if any."""
+        """Say how many were left out, if any."""
         if self.count:
             logger.warning("warning: %s: %d bad records left out", self.path, self.count)
 
@@ -123,11 +128,10 @@ class Piece:
 
     path: str
     start: int = 0
-    """First byte."""
     stop: int | None = None
-    """End, in bytes; None: the end of the file."""
+    """In bytes; None: the end of the file."""
     first_line: int = 1
-    """Number of the first line, for error messages."""
+    """Its number, for error messages."""
 
     @property
     def num_bytes(self) -> int:
@@ -147,8 +151,6 @@ def _document(record: Record, text_key: str, where: str) -> Document:
 
 
 def _messages(record: Record, text_key: str, where: str) -> Conversation:
-    if record.get("messages") == []:
-        raise DataError("'messages' is empty", where=where, do="Drop the record.")
     refuse(record, (*LOST, "history", "system"), where)
     messages = read_messages(record, where)
     for number, message in enumerate(messages, 1):
@@ -193,8 +195,7 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
             for file in readable:
                 if not file.exists():
                     raise DataError("is a link to nothing", where=file, do="Put its file there, or take the link away.")
-            others = sorted(set(found) - set(readable))
-            if others:
+            if others := sorted(set(found) - set(readable)):
                 logger.warning("warning: %d files of other kinds are left out, such as %s", len(others), others[0])
             files += readable
         elif given.is_file():
@@ -233,7 +234,6 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _refuse_binary(path: Path) -> None:
-    """Raise DataError for a file that holds a table or pages, by its ending: it is no text."""
     ending = _ending(path)
     if ending in _TABLES:
         reader = _TABLES[ending]
@@ -251,16 +251,9 @@ def read_samples(
     *,
     any_text: bool = False,
 ) -> Iterator[Sample]:
-    """Yield every sample of a file or folder.
+    """Yield every sample of a file or folder; options and errors as of `read_piece`.
 
-    Args:
-        path: file or folder.
-        format, text_key: as for `read_piece`.
-        on_error: "skip" leaves bad records out, counts them, and says so at the end of each file.
-        any_text: as for `read_piece`.
-
-    Raises:
-        DataError: something is missing, damaged or of a wrong type; with its place.
+    With on_error "skip" bad records are left out, and counted at the end of each file.
     """
     for file in find_files([path]):
         bad = BadRecords(str(file), on_error)
@@ -268,15 +261,10 @@ def read_samples(
         bad.report()
 
 
-def read_documents(
-    path: str | Path, format: str | None = None, text_key: str = "text", on_error: OnError = "raise"
-) -> Iterator[Document]:
+def read_documents(path: str | Path, text_key: str = "text", on_error: OnError = "raise") -> Iterator[Document]:
     """Yield every document of a file or folder; a conversation gives one document per text. See `read_samples`."""
-    for sample in read_samples(path, format, text_key, on_error, any_text=True):
-        if isinstance(sample, Document):
-            yield sample
-        else:
-            yield from map(Document, sample.texts)
+    for sample in read_samples(path, None, text_key, on_error, any_text=True):
+        yield from [sample] if isinstance(sample, Document) else map(Document, sample.texts)
 
 
 def read_piece(
@@ -331,7 +319,7 @@ def cut(path: Path, format: str | None, target_bytes: int) -> list[Piece]:
 
 
 def _ending(path: Path) -> str:
-    """Return the ending that tells what a file holds, in lower case, whether it is packed or not."""
+    """Return the ending that tells what a file holds, packed or not, in lower case."""
     inner = path.with_suffix("") if path.suffix.lower() in PACKED else path
     return inner.suffix.lower()
 
@@ -350,12 +338,10 @@ def _to_sample(record: Any, format: str | None, text_key: str, where: str, any_t
     if not isinstance(record, dict):
         do = "A file that is one list is named .json." if isinstance(record, list) else None
         raise DataError(f"a record is a JSON object, not {type(record).__name__}", where=where, do=do)
-    kind = format or _kind_of(record, text_key, where, any_text)
-    return RECORDS[kind](record, text_key, where)
+    return RECORDS[format or _kind_of(record, text_key, where, any_text)](record, text_key, where)
 
 
 def _kind_of(record: Record, text_key: str, where: str, any_text: bool) -> str:
-    """Return the format of a record by its keys."""
     if "messages" in record:
         return "messages"
     found = {name: dialect.keys for name, dialect in DIALECTS.items() if record.keys() >= set(dialect.keys)}

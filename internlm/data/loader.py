@@ -2,13 +2,17 @@
 
 Row i of the run is a pure function of the recipe: the mixture names its source, the source's packing of that epoch
 holds the row. Rank r of D takes rows r, r + D, r + 2D … of each step: any number of ranks sees the same rows, in order.
+
+Which source gives row i is decided by counting, not by chance: the one that is furthest behind its share,
+weight · (i + 1) − rows taken, so that after any number of rows every source is near its share.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -17,7 +21,6 @@ import torch
 
 from internlm.config import section
 from internlm.data.batch import Batch
-from internlm.data.mixture import Mixture, SourceConfig
 from internlm.data.pack import PackedRow, Packing, PackKind, shuffled
 from internlm.data.shards import Shards
 from internlm.errors import ConfigError, DataError
@@ -25,6 +28,20 @@ from internlm.log import warn_once
 from internlm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+@section
+class SourceConfig:
+    """One source of training or validation data."""
+
+    path: str
+    """Folder of shards, from `internlm data tokenize`."""
+    weight: float | None = None
+    """Share of the rows, relative to the other sources' weights. None for all: in proportion to their tokens."""
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise ConfigError("must be a positive number", where=f"weight of {self.path}", got=self.weight)
 
 
 @section
@@ -64,7 +81,7 @@ class Source:
         _tell_truncated(name, self.packing)
 
     def row(self, number: int) -> PackedRow:
-        """Return the row with this number, counted from the start of the run; numbers must not fall below an epoch."""
+        """Return the row with this number of the run; numbers must not fall below an epoch."""
         while number >= self.first_row + self.packing.num_rows:
             self.first_row += self.packing.num_rows
             self._pack(self.epoch + 1)
@@ -78,8 +95,8 @@ class Source:
     def _pack(self, epoch: int) -> None:
         """Pack the documents of an epoch, in its order, and draw the order of its rows.
 
-        Rows are shuffled too: neighbouring rows of a long document in one step would make the step's gradient that of a
-        single text (the quickstart's loss after 180 steps was 6.5 without, 4.7 with).
+        Without, neighbouring rows of a long document would make a step's gradient that of a single text (the
+        quickstart's loss after 180 steps was 6.5, with it 4.7).
         """
         self.epoch = epoch
         documents = shuffled(self.shards.num_documents, self.data.seed, self.name, epoch)
@@ -87,22 +104,38 @@ class Source:
         self.order = shuffled(self.packing.num_rows, self.data.seed, f"{self.name}/rows", epoch)
 
 
+class Mixture:
+    """Draws source after source."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        """Start before the first row; weights are relative."""
+        total = sum(weights)
+        self.shares = [weight / total for weight in weights]
+        self.taken = [0] * len(weights)
+
+    def draw(self) -> tuple[int, int]:
+        """Return (source, how many rows it has given before) of the next row."""
+        rows = sum(self.taken) + 1
+        behind = [share * rows - taken for share, taken in zip(self.shares, self.taken, strict=True)]
+        source = behind.index(max(behind))
+        self.taken[source] += 1
+        return source, self.taken[source] - 1
+
+
 class Loader:
     """Draws the rows of a run for one rank."""
 
     def __init__(self, config: DataConfig, rank: int = 0, world_size: int = 1) -> None:
-        """Open every source.
-
-        Raises:
-            StorageError: a folder is missing or unfinished. DataError: sources do not belong to one tokenizer.
-        """
+        """Open every source; raise DataError where they do not belong to one tokenizer."""
         self.config, self.rank, self.world_size = config, rank, world_size
         self._sources = [Source(name, source, config) for name, source in config.train.items()]
         self.sources = tuple(config.train)
         self._validation = {name: Shards.open(source.path) for name, source in config.validation.items()}
         first = self._sources[0]
+        self.fingerprint, self.vocab_size = first.shards.fingerprint, first.shards.vocab_size
+        """Of the tokenizer."""
         for name, shards in [*((source.name, source.shards) for source in self._sources), *self._validation.items()]:
-            if shards.fingerprint != first.shards.fingerprint:
+            if shards.fingerprint != self.fingerprint:
                 raise DataError(
                     f"sources {first.name!r} and {name!r} were tokenized with different tokenizers",
                     where="data",
@@ -111,15 +144,13 @@ class Loader:
         templates = {source.name: source.shards.template for source in self._sources if source.shards.template}
         if len(set(templates.values())) > 1:
             logger.warning("warning: chat templates differ between sources: %s; the first is kept", templates)
+        self.template = next(iter(templates.values()), None)
+        """Chat template of the first source that has one."""
         self._mixture = self._fresh_mixture()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """What the ids mean. It is read once: the folder may be gone, or another, when a checkpoint is written.
-
-        Raises:
-            DataError: it is not the one that the ids were made with. TokenizerError: it is missing or damaged.
-        """
+        """What the ids mean. It is read once: the folder may be gone, or another, when a checkpoint is written."""
         path = self._sources[0].shards.tokenizer_path
         found = Tokenizer.load(path)
         if found.fingerprint != self.fingerprint:
@@ -130,27 +161,8 @@ class Loader:
             )
         return found
 
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of the tokenizer."""
-        return self._sources[0].shards.fingerprint
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids of the tokenizer."""
-        return self._sources[0].shards.vocab_size
-
-    @property
-    def template(self) -> str | None:
-        """Chat template of the first source that has one."""
-        return next((s.shards.template for s in self._sources if s.shards.template), None)
-
     def next_batch(self, rows: int) -> Batch:
-        """Return this rank's part of the next step.
-
-        Args:
-            rows: rows of the whole step, over all ranks; a multiple of `world_size`.
-        """
+        """Return this rank's part of the next step, which has `rows` over all ranks: a multiple of `world_size`."""
         assert rows % self.world_size == 0, "the trainer checks that rows divide over ranks"
         drawn = [self._mixture.draw() for _ in range(rows)]
         mine = drawn[self.rank :: self.world_size]
@@ -162,7 +174,7 @@ class Loader:
         """Yield one rank's part of a validation source: every token is scored once, by one of the ranks.
 
         Args:
-            name: of the validation source.
+            name: of the source.
             rows: per batch.
             limit_rows: so many rows, spread over the source; None: all.
             share: (rank, ranks): all ranks get equally many batches of equally many rows, of which those that are too
@@ -196,11 +208,7 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go where a state says.
-
-        Raises:
-            DataError: it is of other data; the message names what differs.
-        """
+        """Go where a state says; raise DataError where it is of other data, with what differs."""
         own = self.state_dict()
         before = {"shards_sha256": own["shards_sha256"]} | state  # older ones do not say
         differing = [found for key in own if key != "taken" for found in _differences(before.get(key), own[key], key)]

@@ -1,4 +1,4 @@
-r"""A record of messages, in OpenAI's form for fine-tuning → messages, calls and tools in our words.
+r"""Records of conversations, in OpenAI's form for fine-tuning or another → messages, calls and tools in our words.
 
     {"messages": [{"role": "user", "content": "2 + 3?"},
                   {"role": "assistant", "tool_calls": [{"id": "1", "type": "function",
@@ -9,14 +9,25 @@ r"""A record of messages, in OpenAI's form for fine-tuning → messages, calls a
      "parallel_tool_calls": false}
 
 Arguments that are a text are learned as they stand; an object is written as Python writes JSON, without escapes for
-letters. An answer with `"weight": 0` is context: it is not learned. Whether calls and results belong together is said
-by the format that writes them, `internlm.text.tools`.
+letters. An answer with `"weight": 0` is context: it is not learned. What is missing, of a wrong type or means nothing
+is a DataError; whether calls and results belong together says `internlm.text.tools`.
+
+Other widespread forms are brought into this one first:
+
+    sharegpt     {"conversations": [{"from": "human", "value": "2 + 3?"}, {"from": "gpt", "value": "5"}]}
+    alpaca       {"instruction": "Add.", "input": "2 + 3", "output": "5"}
+    completion   {"prompt": "2 + 3?", "completion": "5"}, or both as lists of messages
+
+Keys mean what they mean to LLaMA-Factory and TRL. What would be lost (tools, pictures, that an answer is the worse of
+two) is an error. Calls of tools are read in OpenAI's form only.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 from internlm.errors import DataError
@@ -26,28 +37,19 @@ from internlm.text.tools import Tool
 
 logger = logging.getLogger(__name__)
 
+Record = dict[str, Any]
 _KEYS = {"assistant": {"tool_calls", "reasoning_content", "weight"}, "tool": {"tool_call_id", "name"}}
 """Keys of a message beside role and content; the name of a result is that of its call, and not written again."""
 
 
-def read_messages(record: dict[str, Any], where: str) -> tuple[Message, ...]:
-    """Return the messages of a record.
-
-    Raises:
-        DataError: something is missing or of a wrong type.
-    """
-    turns = record.get("messages")
-    if not isinstance(turns, list) or not turns:
-        raise DataError("'messages' is not a list of at least one message", where=where, got=type(turns).__name__)
+def read_messages(record: Record, where: str) -> tuple[Message, ...]:
+    """Return the messages of a record."""
+    turns = _turns(record, "messages", where)
     return tuple(_message(turn, f"{where}, message {number}") for number, turn in enumerate(turns, 1))
 
 
-def read_tools(record: dict[str, Any], messages: tuple[Message, ...], where: str) -> tuple[Tool, ...]:
-    """Return the tools of a record.
-
-    Raises:
-        DataError: something is missing or of a wrong type; two tools have one name, or a message calls another tool.
-    """
+def read_tools(record: Record, messages: tuple[Message, ...], where: str) -> tuple[Tool, ...]:
+    """Return the tools of a record; a message may call no other."""
     for key in ("functions", "function_call"):
         if record.get(key):
             raise _older(key, where)
@@ -68,24 +70,16 @@ def read_tools(record: dict[str, Any], messages: tuple[Message, ...], where: str
     return tools
 
 
-def read_parallel(record: dict[str, Any], where: str) -> bool:
-    """Return whether the model is told that an answer may hold several calls.
-
-    Raises:
-        DataError: the record says neither true nor false.
-    """
+def read_parallel(record: Record, where: str) -> bool:
+    """Return whether the model is told that an answer may hold several calls."""
     found = record.get("parallel_tool_calls")
     if found is not None and not isinstance(found, bool):
         raise DataError("'parallel_tool_calls' is neither true nor false", where=where, got=_shown(found))
     return found is not False
 
 
-def read_context(record: dict[str, Any], where: str) -> frozenset[int]:
-    """Return the numbers, from 1, of the answers whose `weight` is 0: they are context, and not learned.
-
-    Raises:
-        DataError: a weight is neither 0 nor 1, or no answer is left to learn.
-    """
+def read_context(record: Record, where: str) -> frozenset[int]:
+    """Return the numbers, from 1, of the answers whose `weight` is 0: not all of them may be."""
     answers, context = 0, set()
     for number, turn in enumerate(record["messages"], 1):
         if turn["role"] != "assistant":
@@ -111,8 +105,7 @@ def _message(turn: Any, where: str) -> Message:
     if role == "assistant" and given and content is None:
         content = ""
     for key, value in (("role", role), ("content", content), ("reasoning_content", thought)):
-        if not isinstance(value, str):
-            raise DataError(f"{key!r} is {type(value).__name__}, not a string", where=where)
+        _string(value, repr(key), where)
     for key in sorted(turn.keys() - {"role", "content"} - _KEYS.get(role, set())):
         if turn[key] is not None:
             warn_once(logger, f"{key!r} of a message of role {role} has no effect")
@@ -122,8 +115,8 @@ def _message(turn: Any, where: str) -> Message:
             raise DataError(f"'tool_calls' is {type(given).__name__}, not a list", where=where)
         calls = tuple(_call(call, f"{where}, call {number}") for number, call in enumerate(given, 1))
     call_id = turn.get("tool_call_id") if role == "tool" else None
-    if call_id is not None and not isinstance(call_id, str):
-        raise DataError(f"'tool_call_id' is {type(call_id).__name__}, not a string", where=where)
+    if call_id is not None:
+        _string(call_id, "'tool_call_id'", where)
     role = "system" if role == "developer" else role
     return Message(role, content, calls=calls, call_id=call_id, thought=thought if role == "assistant" else "")
 
@@ -144,10 +137,8 @@ def _call(call: Any, where: str) -> ToolCall:
     if not isinstance(function.get("name"), str) or not isinstance(arguments, str):
         problem = "a call has a 'name', and 'arguments' that are a JSON object or its text"
         raise DataError(problem, where=where, got=_shown(call), do='Without arguments, write "{}".')
-    id_ = call.get("id")
-    if id_ is not None and not isinstance(id_, str):
-        raise DataError(f"the 'id' of a call is {type(id_).__name__}, not a string", where=where)
-    return ToolCall(id_ or "", function["name"], arguments)
+    id_ = "" if call.get("id") is None else _string(call["id"], "the 'id' of a call", where)
+    return ToolCall(id_, function["name"], arguments)
 
 
 def _tool(described: Any, where: str) -> Tool:
@@ -180,6 +171,120 @@ def _older(key: str, where: str) -> DataError:
 
 
 def _shown(value: Any) -> str:
-    """Return a JSON value in at most 80 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:79] + "…"
+
+
+_SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}
+LOST = ("chosen", "rejected", "label", "kto_tag", "images", "videos", "audios")
+"""Keys that change what a record means: answers to compare, and what is not text."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One form of records."""
+
+    keys: tuple[str, ...]
+    """By which a record is told: it has all of them."""
+    function: Callable[[Record, str], Record]
+
+    def read(self, record: Record, where: str) -> Record:
+        """Return a record with `messages`.
+
+        Raises:
+            DataError: something is missing, of a wrong type, or would be lost.
+        """
+        for key in self.keys:
+            if key not in record:
+                raise DataError(f"has no key {key!r}; its keys: {', '.join(map(str, record))}", where=where)
+        return self.function(record, where)
+
+
+def _sharegpt(record: Record, where: str) -> Record:
+    said = _system(record, where)
+    for number, turn in enumerate(_turns(record, "conversations", where), 1):
+        place = f"{where}, turn {number}"
+        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+            do = "A list of turns with 'role' and 'content' is called 'messages'."
+            raise DataError("a turn is an object with 'from' and 'value'", where=place, do=do)
+        speaker = _text(turn, "from", place)
+        if speaker not in _SPEAKERS:
+            do = "Calls of tools are read from 'messages' only."
+            raise DataError("no such 'from'", where=place, got=speaker, allowed=_SPEAKERS, do=do)
+        for key in sorted(turn.keys() - {"from", "value", "weight"}):
+            if turn[key] is not None:
+                warn_once(logger, f"{key!r} of a turn in ShareGPT's form has no effect")
+        said.append({"role": _SPEAKERS[speaker], "content": _text(turn, "value", place), "weight": turn.get("weight")})
+    return _written(record, said, where)
+
+
+def _alpaca(record: Record, where: str) -> Record:
+    said = _system(record, where)
+    for number, pair in enumerate(record.get("history") or [], 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError("'history' is not a list of pairs, of a question and its answer", where=where)
+        said += asked_and_answered(*(_string(text, f"pair {number} of 'history'", where) for text in pair))
+    asked = [_text(record, "instruction", where), _text(record, "input", where) if record.get("input") else ""]
+    said += asked_and_answered("\n".join(filter(None, asked)), _text(record, "output", where))
+    return _written(record, said, where)
+
+
+def _completion(record: Record, where: str) -> Record:
+    prompt, completion = record["prompt"], record["completion"]
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        refuse(record, ("history",), where)
+        said = asked_and_answered(_text(record, "prompt", where), _text(record, "completion", where))
+        return _written(record, [*_system(record, where), *said], where)
+    refuse(record, (*LOST, "history", "system"), where)
+    if any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in prompt):
+        told = "the assistant's messages of a 'prompt' are trained on as those of its 'completion' are"
+        warn_once(logger, f"{told}, but for those of weight 0")
+    return record | {"messages": [*prompt, *completion]}
+
+
+DIALECTS = {
+    "sharegpt": Dialect(("conversations",), _sharegpt),
+    "alpaca": Dialect(("instruction", "output"), _alpaca),
+    "completion": Dialect(("prompt", "completion"), _completion),
+}
+
+
+def asked_and_answered(question: str, answer: str) -> list[Record]:
+    """Return a question and its answer as messages."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _system(record: Record, where: str) -> list[Record]:
+    return [{"role": "system", "content": _text(record, "system", where)}] if record.get("system") else []
+
+
+def _written(record: Record, said: list[Record], where: str) -> Record:
+    refuse(record, (*LOST, "tools"), where)
+    return {"messages": said}
+
+
+def refuse(record: Record, keys: Collection[str], where: str) -> None:
+    """Raise DataError where a record has one of the keys, with a value."""
+    for key in keys:
+        if record.get(key) not in (None, "", []):
+            do = "Take the key away where it means nothing."
+            raise DataError(f"has {key!r}, which would be lost in this form", where=where, do=do)
+
+
+def _turns(record: Record, key: str, where: str) -> list[Any]:
+    turns = record.get(key)
+    if turns == []:
+        raise DataError(f"{key!r} is empty", where=where, do="Drop the record.")
+    if not isinstance(turns, list):
+        raise DataError(f"{key!r} is {type(turns).__name__}, not a list", where=where)
+    return turns
+
+
+def _text(record: Record, key: str, where: str) -> str:
+    return _string(record[key], repr(key), where)
+
+
+def _string(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} is {type(value).__name__}, not a string", where=where)
+    return value

@@ -1,9 +1,9 @@
 """Documents → rows of T tokens, isolated from each other. Pure functions of (lengths, T, seed, source, epoch).
 
-`split`, for pre-training: the documents, in a new order every epoch, are laid end to end and cut every T tokens. Row r
-holds tokens r·T … r·T + T − 1; the label of its last token is the token after the cut, if the document goes on. So
-every token but the first of each document is a label exactly once per epoch. What follows a cut starts again at
-position 0 and does not see what stood before the cut.
+`split`, for pre-training: the documents, in a new order every epoch, are laid end to end and cut every T tokens. The
+label of a row's last token is the token after the cut, if the document goes on: every token but the first of each
+document is a label exactly once per epoch. What follows a cut starts again at position 0 and does not see what stood
+before it.
 
 `whole`, for tuning: documents stay whole; each goes into the fullest row that has room (best fit). A document of n
 tokens needs n − 1 places, its last token being only a label. Longer ones are cut to T + 1 tokens, and counted.
@@ -35,14 +35,7 @@ class Packing:
     """The rows of one epoch of one source."""
 
     def __init__(self, shards: Shards, seq_len: int, kind: PackKind, order: np.ndarray) -> None:
-        """Plan the rows.
-
-        Args:
-            shards: the source.
-            seq_len: T.
-            kind: "split" or "whole".
-            order: [S] documents in the order in which they are packed.
-        """
+        """Plan the rows of T = `seq_len` tokens, of the documents in this order [S]."""
         self.shards, self.seq_len, self.order = shards, seq_len, order
         lengths = shards.lengths[order]
         self.truncated_tokens = 0

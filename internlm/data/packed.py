@@ -1,4 +1,4 @@
-"""The bytes of files, unpacked by their ending (.gz, .zst); one that is damaged or cut short never passes for whole."""
+"""The bytes of files, unpacked by their ending (.gz, .zst); one that is cut short never passes for whole."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ PACKED = (".gz", ".zst")
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file, unpacking it by its ending; whatever is wrong with it names it.
-
-    Raises:
-        DataError: it cannot be read, or a packed file is damaged or ends too early.
-    """
+    """Open a file, unpacking it by its ending; raise DataError where it cannot be read, is damaged or cut short."""
     try:
         with _open(path) as file:
             yield file

@@ -6,9 +6,8 @@
         tokenizer/        the vocabulary the ids belong to
         manifest.json     meta: format, vocabulary, and per shard tokens, documents, bytes of text
 
-How documents are spread over shard files is of no consequence to readers: `document(i)` counts through. A folder that
-takes the name of the one that was opened is not read: a run would go on with other data, and its checkpoints would say
-that it was the old.
+Readers count documents through all shard files. A folder that takes the name of the one that was opened is not read:
+a run would go on with other data, and its checkpoints would say that it was the old.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class ShardFacts:
     """UTF-8 bytes of the text."""
     trained_tokens: int
     sha256: dict[str, str] = field(default_factory=dict)
-    """Of its files by name, found while they were written; not part of the manifest's facts, which has them itself."""
+    """Of its files by name; not part of the facts, as the manifest has them itself."""
 
     def files(self, dtype: np.dtype[Any]) -> dict[str, int]:
         """Return the names of the shard's files and their sizes in bytes."""
@@ -63,7 +62,7 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
 
 
 class ShardWriter:
-    """Writes one shard's files, over those of a writer that did not finish; `close` says what went in."""
+    """Writes one shard's files, over those of a writer that did not finish."""
 
     def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype_for(vocab_size)
@@ -74,13 +73,7 @@ class ShardWriter:
         self._trained_tokens = self._bytes = 0
 
     def add(self, ids: list[int], mask: list[bool] | None, text_bytes: int) -> None:
-        """Append one document.
-
-        Args:
-            ids: its tokens.
-            mask: which of them are trained on; None: all.
-            text_bytes: UTF-8 bytes of its text.
-        """
+        """Append one document; the mask says which ids are trained on, None: all."""
         self._tokens.write(np.asarray(ids, dtype=self.dtype).tobytes())
         if self._mask is None and mask is not None and not all(mask):  # all before is trained on
             self._mask = _File(self.folder / f"{self.name}.mask")
@@ -92,7 +85,7 @@ class ShardWriter:
         self._bytes += text_bytes
 
     def close(self) -> ShardFacts:
-        """Finish the files and see them onto the disk."""
+        """Finish the files, see them onto the disk, and say what went in."""
         offsets = _File(self.folder / f"{self.name}.offsets")
         offsets.write(np.asarray(self._offsets, dtype="<i8").tobytes())
         files = [file for file in (self._tokens, offsets, self._mask) if file is not None]
@@ -149,15 +142,22 @@ class Shards:
         self.path, self.facts, self._stamp = path, facts, stamp
         self.shards = [ShardFacts(**shard) for shard in facts["shards"]]
         self.dtype = np.dtype(facts["dtype"])
-        ends = np.cumsum([0] + [shard.documents for shard in self.shards])
-        self._first_document = ends
+        self.vocab_size: int = facts["vocab_size"]
+        """Number of ids of the tokenizer."""
+        self.fingerprint: str = facts["fingerprint"]
+        """Of the tokenizer."""
+        self.template: str | None = facts["template"]
+        """Chat template the documents were rendered with, if they are conversations."""
+        self.tokenizer_path = path / "tokenizer"
+        self.num_tokens = sum(shard.tokens for shard in self.shards)
+        self.num_documents = sum(shard.documents for shard in self.shards)
+        self.num_bytes = sum(shard.bytes for shard in self.shards)
+        """UTF-8 bytes of all texts."""
+        self._first_document = np.cumsum([0] + [shard.documents for shard in self.shards])
         # A map keeps its file open, and a process may open 1,024: a corpus of more shards is opened as it is needed.
         self._files = lru_cache(_MAX_OPEN_SHARDS)(self._open_files)
         self.digest = self._read_digest()
-        """16 hexadecimal digits that are others where tokens, masks or documents are; from the manifest.
-
-        The same documents in shards of other sizes have another digest.
-        """
+        """16 hexadecimal digits that are others where tokens, masks, documents or the sizes of shards are."""
 
     @classmethod
     def open(cls, path: str | Path) -> Shards:
@@ -178,41 +178,6 @@ class Shards:
         if not shards.num_tokens:
             raise DataError("holds no tokens", where=path)
         return shards if storage.stamp(path) == stamp else cls.open(path)  # replaced just now
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids of the tokenizer."""
-        return self.facts["vocab_size"]
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of the tokenizer."""
-        return self.facts["fingerprint"]
-
-    @property
-    def template(self) -> str | None:
-        """Chat template the documents were rendered with, if they are conversations."""
-        return self.facts["template"]
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """Folder of the tokenizer."""
-        return self.path / "tokenizer"
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in all."""
-        return sum(shard.tokens for shard in self.shards)
-
-    @property
-    def num_documents(self) -> int:
-        """Documents in all."""
-        return sum(shard.documents for shard in self.shards)
-
-    @property
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of all texts."""
-        return sum(shard.bytes for shard in self.shards)
 
     def _read_digest(self) -> str:
         found = storage.hashes(self.path)
@@ -247,11 +212,7 @@ class Shards:
 
     @contextmanager
     def _same(self) -> Iterator[None]:
-        """Check, when the block has opened files, that they are of the folder that was opened once.
-
-        Raises:
-            DataError: they are gone, or of another that has taken its name.
-        """
+        """Check, when the block has opened files, that they are of the folder that was opened once."""
         try:
             yield
             stamp = storage.stamp(self.path)  # afterwards: a folder that is the old one now was so before

@@ -4,9 +4,8 @@ The input is cut into units of about `unit_bytes`, each tokenized by one worker 
 
     OUT.unfinished/00003.tokens .offsets .mask, then 00003.json, which makes the unit complete
 
-When all are there they are moved into OUT in one commit. A unit's name card holds a hash of its input and of every
-option, so a second run with the same input and options takes what is complete and makes the rest. The result does not
-depend on the number of workers.
+When all are there they are moved into OUT in one commit. A unit's card holds a hash of its input and of every option: a
+second run with the same makes the rest. The result does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -57,15 +56,13 @@ class Options:
     """Everything besides the input that decides the tokens."""
 
     tokenizer: str
-    """Path of the tokenizer."""
+    """Its path."""
     format: str | None = None
     """One of formats.FORMATS; None: told from the files."""
     text_key: str = "text"
-    """Key of a document's text."""
     template: str | None = None
     """Chat template for conversations."""
     on_error: OnError = "raise"
-    """What becomes of bad records."""
 
 
 def tokenize(
@@ -84,15 +81,13 @@ def tokenize(
     Args:
         inputs: files and folders.
         out: the folder.
-        options: tokenizer, format, template.
+        options: what decides the tokens.
         workers: processes; None: one per core.
-        unit_bytes: input per unit of work, which is also what a killed run may lose per worker; None: a 16th of the
-            input, between 1 and 16 MiB.
+        unit_bytes: input per unit of work; None: a 16th of it, between 1 and 16 MiB.
         replace: whether an existing folder of shards may be replaced.
 
     Raises:
-        DataError: an input is missing, empty or damaged. StorageError: the output exists, another process is
-            writing it, or the disk is full.
+        DataError: an input is missing, empty or damaged. StorageError: as `storage.writing` and `storage.hold`.
     """
     out = Path(out)
     storage.check_free(out, shards.KIND, replace=replace)
@@ -151,16 +146,15 @@ _Made = tuple[ShardFacts, int]  # its shard, and how many documents without text
 
 
 def _run(units: list[list[Piece]], work: _Work, workers: int) -> list[ShardFacts]:
-    """Tokenize what is not complete yet; return the facts of all units, in order."""
+    """Return the facts of all units, in order, after tokenizing what is not complete yet."""
     made: dict[int, _Made] = {}
     todo: list[_Job] = []
     for index, unit in enumerate(units):
         card = work.card(unit)
-        done = _complete(work, index, card)
-        if done is None:
-            todo.append((index, unit, card))
-        else:
+        if done := _complete(work, index, card):
             made[index] = done
+        else:
+            todo.append((index, unit, card))
     if made:
         logger.info("going on: %d of %d units are complete", len(made), len(units))
     total = sum(piece.num_bytes for _, unit, _ in todo for piece in unit) / 1e6
@@ -254,11 +248,7 @@ def _encode(batch: list[Sample], work: _Work, writer: ShardWriter, bad: BadRecor
 
 
 def _without_context(mask: list[bool], sample: Conversation) -> list[bool]:
-    """Return the mask without the answers that are not learned; each stretch of it is one answer.
-
-    Raises:
-        DataError: the template writes one message as several answers.
-    """
+    """Return the mask without the answers that are not learned; each stretch of it is one answer."""
     if not sample.context:
         return mask
     begins = [trained and not before for before, trained in pairwise([False, *mask])]
@@ -272,14 +262,13 @@ def _without_context(mask: list[bool], sample: Conversation) -> list[bool]:
 
 
 def _without_output(files: list[Path], out: Path) -> list[Path]:
-    """Leave out what belongs to the output, finished or not, which may lie inside an input folder."""
+    """Leave out what belongs to the output, which may lie inside an input folder."""
     out = out.resolve()
     own = re.compile(re.escape(str(out)) + r"(\.unfinished|\.(partial|replaced)-\d+)?/")
     return [file for file in files if not own.match(str(file.resolve()))]
 
 
 def _cut(files: list[Path], format: str | None, unit_bytes: int | None) -> list[list[Piece]]:
-    """Gather pieces into units of about `unit_bytes`."""
     if unit_bytes is None:
         unit_bytes = min(max(sum(file.stat().st_size for file in files) // 16, 1 << 20), 16 << 20)
     units: list[list[Piece]] = []
@@ -296,7 +285,7 @@ def _cut(files: list[Path], format: str | None, unit_bytes: int | None) -> list[
 
 
 def _complete(work: _Work, index: int, card: str) -> _Made | None:
-    """Return what a unit gave that an earlier run completed with the same input and options."""
+    """Return what a unit gave that an earlier run completed with the same card."""
     try:
         found = json.loads((work.folder / f"{index:05d}.json").read_text(encoding="utf-8"))
         facts, empty, is_same = ShardFacts(**found["facts"]), int(found["empty"]), found["card"] == card
@@ -307,7 +296,7 @@ def _complete(work: _Work, index: int, card: str) -> _Made | None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no links: the first stays until the commit."""
+    """Give a file a second name: the first stays until the commit."""
     try:
         os.link(source, target)
     except OSError:

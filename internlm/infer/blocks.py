@@ -1,8 +1,8 @@
 """Which blocks of the cache belong to whom: plain book-keeping, no tensors.
 
 A block holds the keys and values of `size` neighbouring tokens of a text. A text has a table of blocks; texts that
-begin alike share the blocks that are full and equal. A block that nobody uses keeps what it holds until it is needed:
-a text that begins in the same way later finds it.
+begin alike share those that are full and equal. A block that nobody uses keeps what it holds, for a text that begins
+in the same way later, until it is needed.
 
     empty ──take──▶ used ──release──▶ idle (content known) or empty
                      ▲                  │
@@ -15,6 +15,7 @@ A block is known by its own tokens and the block before it, compared exactly: no
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
@@ -23,14 +24,7 @@ Node = tuple[Hashable, tuple[int, ...]]
 
 
 class Blocks:
-    """The blocks of one cache.
-
-    Args:
-        count: how many there are.
-        size: tokens of a block.
-        share: whether texts that begin alike share.
-        grow: whether a text is laid where it can grow.
-    """
+    """The `count` blocks of one cache, of `size` tokens; `grow`: whether a text is laid where it can grow."""
 
     def __init__(self, count: int, size: int, *, share: bool = True, grow: bool = True) -> None:
         self.count, self.size, self.share, self.grow = count, size, share, grow
@@ -41,7 +35,7 @@ class Blocks:
         self._known: dict[Node, int] = {}
         self._node_of: dict[int, Node] = {}
         self._number_of: dict[int, int] = {}
-        self._numbers = 0
+        self._numbers = itertools.count()
         # Where a text may grow: a wish, kept while there is other room. The block it began with stands for the text.
         self._wish: dict[int, int] = {}
         self._grows_in: dict[int, int] = {}
@@ -58,9 +52,7 @@ class Blocks:
     def match(self, tokens: Sequence[int], kind: Hashable = None) -> list[int]:
         """Return the blocks that hold the beginning of a text, and use them; the last token is never among it.
 
-        Args:
-            tokens: the text.
-            kind: texts of different kinds share nothing (such as those with other rotations).
+        Texts of different kinds share nothing (such as those with other rotations).
         """
         found: list[int] = []
         before: Hashable = ("kind", kind)
@@ -76,12 +68,12 @@ class Blocks:
         return found
 
     def take(self, wanted: int, after: int | None = None, hint: int = 0) -> list[int] | None:
-        """Return blocks for use, or None where there are not so many.
+        """Return so many blocks for use, or None where there are not so many.
 
         Args:
             wanted: how many.
-            after: the text's last block; theirs should follow it.
-            hint: blocks that the text may need in all: it is laid where it can grow.
+            after: the text's last block, which they should follow.
+            hint: blocks that the text may need in all.
         """
         if wanted > self.free:
             return None
@@ -106,7 +98,7 @@ class Blocks:
         return taken
 
     def release(self, table: Sequence[int]) -> None:
-        """Give back the blocks of a text. Its end is forgotten before its beginning, which others may share."""
+        """Give back the blocks of a text, its end first: others may share its beginning."""
         for block in reversed(table):
             self._users[block] -= 1
             assert self._users[block] >= 0, "a block is given back once for each use"
@@ -120,43 +112,30 @@ class Blocks:
                     self._empty.add(block)
 
     def publish(self, table: Sequence[int], tokens: Sequence[int], done: int, kind: Hashable = None) -> None:
-        """Make the full blocks of a text known to others.
-
-        Args:
-            table: its blocks.
-            tokens: the text; the first len(table) · size tokens at most are looked at.
-            done: tokens whose keys and values are there.
-            kind: as of `match`.
-        """
+        """Make the full blocks of a text known to others, as far as its tokens are `done`."""
         if not self.share:
             return
-        full = done // self.size
-        before: Hashable = ("kind", kind)
-        first = full
+        first = full = done // self.size
         while first and table[first - 1] not in self._node_of:  # what is known already is left out
             first -= 1
-        if first:
-            before = self._number_of[table[first - 1]]
+        before: Hashable = self._number_of[table[first - 1]] if first else ("kind", kind)
         for index in range(first, full):
             node = (before, tuple(tokens[index * self.size : (index + 1) * self.size]))
-            known = self._known.get(node)
-            if known is None:
-                known = table[index]
-                self._known[node] = known
+            known = self._known.setdefault(node, table[index])
+            if known not in self._node_of:
                 self._node_of[known] = node
-                self._numbers += 1
-                self._number_of[known] = self._numbers
+                self._number_of[known] = next(self._numbers)
             before = self._number_of[known]
 
     def runs(self, table: Sequence[int], tokens: int) -> list[tuple[int, int]]:
-        """Return where the first so many tokens of a text lie: (first slot, last slot + 1) of each stretch."""
+        """Return where the first tokens of a text lie: (first slot, last slot + 1) of each stretch."""
         runs: list[tuple[int, int]] = []
         for block in table[: self.needed(tokens)]:
             if runs and runs[-1][1] == block * self.size:
                 runs[-1] = (runs[-1][0], (block + 1) * self.size)
             else:
                 runs.append((block * self.size, (block + 1) * self.size))
-        beyond = self.needed(tokens) * self.size - tokens
+        beyond = -tokens % self.size
         if runs:
             runs[-1] = (runs[-1][0], runs[-1][1] - beyond)
         return runs
@@ -167,32 +146,21 @@ class Blocks:
             self._forget(block)
 
     def disown(self, table: Sequence[int]) -> None:
-        """Let nobody else find what the blocks of a text hold: it is not to be trusted."""
+        """Let nobody else find what the blocks of a text hold."""
         for block in table:
             if block in self._node_of:
-                del self._known[self._node_of.pop(block)]
-                del self._number_of[block]
-
-    def check(self) -> None:
-        """Assert that every block is in one place."""
-        used = {block for block, users in enumerate(self._users) if users}
-        assert not used & self._empty, "a used block is not empty"
-        assert not used & set(self._idle), "a used block is not idle"
-        assert not self._empty & set(self._idle), "an idle block is not empty"
-        assert len(used) + len(self._empty) + len(self._idle) == self.count, "no block is lost"
-        assert set(self._known.values()) == set(self._node_of) == set(self._number_of), (
-            "what is known is known both ways"
-        )
-        assert not self._empty & set(self._node_of), "an empty block holds nothing known"
+                self._forget(block)
 
     def _forget(self, block: int) -> None:
-        del self._idle[block]
+        """Let nobody find what a block holds; an idle one is empty then."""
         del self._known[self._node_of.pop(block)]
         del self._number_of[block]
-        self._empty.add(block)
+        if block in self._idle:
+            del self._idle[block]
+            self._empty.add(block)
 
     def _next(self) -> int:
-        """Take the next empty block, going round: what is taken at once lies side by side as long as there is room."""
+        """Take the next empty block, going round."""
         place = (self._last + 1) % self.count
         while place not in self._empty:
             place = (place + 1) % self.count

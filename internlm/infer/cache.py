@@ -170,6 +170,10 @@ class Cache:
         self._plain, self._factor = frequencies(config.rope, config.head_dim)
         self._plain = self._plain.to(self.device)
         self._step: Step | None = None
+        # A layer's keys are rows of E numbers, head after head.
+        self._first_rows = torch.arange(0, config.num_kv_heads * shape[3], shape[3], device=self.device)
+        self._rows = self._first_rows
+        """Those of the step's tokens, [N, K]."""
         for layer, block in enumerate(model.blocks.values()):
             assert isinstance(block, Block), "a decoder is made of blocks"
             block.attention.attend = partial(self._attend, layer)
@@ -230,8 +234,8 @@ class Cache:
         """
         angles = places[:, None].float() * turns
         angles = angles[None, :, None]  # [1, N, 1, E/2]
-        rotation = Rotation((angles.cos() * self._factor).to(self.dtype), (angles.sin() * self._factor).to(self.dtype))
-        self._step = step
+        rotation = Rotation.of(angles, self._factor, self.dtype)
+        self._step, self._rows = step, step.slots[:, None] + self._first_rows
         try:
             x = F.embedding(tokens, self.model.embedding.weight)[None]
             for block in self.model.blocks.values():
@@ -262,14 +266,13 @@ class Cache:
             return Stored(keys, values)
         return Stored(keys, values, self._scales[2 * layer, 0], self._scales[2 * layer + 1, 0])
 
-    def _write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store the keys and values [N, K, E] of new tokens."""
+    def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store the keys and values [N, K, E] of the step's tokens."""
         for index, x in ((2 * layer, k), (2 * layer + 1, v)):
-            x = x.transpose(0, 1)
             if self._scales is not None:
                 x, scales = paged.round_rows(x)
-                self._scales[index, 0].index_copy_(1, slots, scales)
-            self._stored[index, 0].index_copy_(1, slots, x)
+                self._scales[index].view(-1).index_put_((self._rows,), scales)
+            self._stored[index].view(-1, x.shape[-1]).index_put_((self._rows,), x)
 
     def _as_read(self, x: Tensor) -> Tensor:
         """Return keys or values [1, N, K, E] as the cache gives them back.
@@ -286,7 +289,7 @@ class Cache:
         """Return the attention output [1, N, H, E] of a step."""
         step = self._step
         assert step is not None, "attention at decode time belongs to a step"
-        self._write(layer, step.slots, k[0], v[0])
+        self._write(layer, k[0], v[0])
         rows: list[Tensor] = []
         if step.ones:
             rows.append(self._attend_ones(layer, q[0, : step.ones], step))

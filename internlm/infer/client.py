@@ -1,4 +1,4 @@
-"""The same requests to any OpenAI-style URL: ours, vLLM, SGLang, llama.cpp, a hosted one. Standard library only.
+"""Chats with any OpenAI-style URL: ours, vLLM, SGLang, llama.cpp, a hosted one. Standard library only.
 
     client = Client("http://127.0.0.1:8000")
     with client.chat([{"role": "user", "content": "hi"}], temperature=0) as reply:
@@ -7,9 +7,9 @@
     reply.finished, reply.usage      # "stop", {"prompt_tokens": 9, …}
 
 Leaving the block, `reply.close()` or Ctrl-C closes the connection, which ends the answer on the server. Settings go
-into the request as they are (`temperature=`, `max_tokens=`, `stop=`, …), so that a server's own are possible too.
+into the request as they are, so that a server's own are possible too.
 
-Limits: text only (no tool calls), one answer to a request. Redirects are not followed: they would take the key along.
+Limits: text only, one answer to a request. Redirects are not followed: they would take the key along.
 """
 
 from __future__ import annotations
@@ -21,36 +21,20 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from internlm.errors import EngineError
 
 _MOST_ERROR_BYTES = 65536
+_MOST_SILENCE_SECONDS = 600.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names of this machine that no other can reach."""
 
 
-@dataclass(frozen=True)
-class TokenScore:
-    """How probable a token of a text was."""
-
-    text: str
-    logprob: float | None
-    """Natural logarithm; None for a first token, which follows nothing."""
-    top: Mapping[str, float]
-    """The most probable tokens and their log-probabilities; how many is the server's choice."""
-
-
 class Refused(EngineError):
-    """The server said no, or broke an answer off with an error of its own.
+    """The server said no, or broke an answer off with an error of its own: then the `status` is 200.
 
-    Args:
-        message: what it says.
-        url: what was asked.
-        status: of the response; 200 where the error came in the midst of a stream.
-        code: its word for it, such as "context_length_exceeded", where it has one.
-        do: the next step.
+    `code` is its word for it, such as "context_length_exceeded", where it has one.
     """
 
     def __init__(self, message: str, url: str, status: int, code: str | None, do: str | None = None) -> None:
@@ -65,13 +49,12 @@ class Client:
         url: of the API, such as `http://127.0.0.1:8000/v1`; a bare host gets `/v1`, and a route's name at its end goes.
         model: its name there; None: the first that the server lists.
         api_key: sent as `Authorization: Bearer`.
-        timeout: longest silence in seconds.
 
     Raises:
         EngineError: the URL is none, or not http(s).
     """
 
-    def __init__(self, url: str, model: str | None = None, api_key: str | None = None, timeout: float = 600.0) -> None:
+    def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
         try:
             parts = urllib.parse.urlsplit(url)
             known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -82,7 +65,6 @@ class Client:
         path = re.sub(r"(/chat)?/completions$", "", parts.path.rstrip("/")) or "/v1"
         self.url = urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, "", ""))
         """Of the API, without a slash at its end."""
-        self.timeout = timeout
         self._model, self._key = model, api_key
         handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
         if parts.hostname in LOOPBACK:
@@ -91,11 +73,7 @@ class Client:
 
     @property
     def model(self) -> str:
-        """The name that requests bear.
-
-        Raises:
-            EngineError: none was given and the server lists none.
-        """
+        """The name that requests bear; EngineError where none was given and the server lists none."""
         if self._model is None:
             names = self.models()
             if not names:
@@ -104,80 +82,36 @@ class Client:
         return self._model
 
     def models(self) -> list[str]:
-        """Return the names of the models that the server has.
-
-        Raises:
-            EngineError: it cannot be reached, refuses, or answers in another form.
-        """
-        found = self._ask("/models")
+        """Return the names of the models that the server has; errors as of `chat`."""
+        url = self.url + "/models"
+        with self._open(url, None) as response:
+            try:
+                data = response.read()
+            except (OSError, http.client.HTTPException) as error:
+                raise _broken(url, error) from error
         try:
-            return [str(entry["id"]) for entry in found["data"]]
-        except (KeyError, TypeError) as error:
-            raise _strange(self.url + "/models", found) from error
+            return [str(entry["id"]) for entry in json.loads(data)["data"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise _strange(url, data[:80]) from error
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Streamed:
         """Return the answer to a conversation, piece by piece.
 
-        Args:
-            messages: `{"role": …, "content": …}`.
-            settings: as of the API's chat completions.
-
         Raises:
-            EngineError: the server cannot be reached or refuses (`Refused`); while reading: it broke off, or reports an
-                error (`Refused`).
+            EngineError: the server cannot be reached or breaks off, also while reading; `Refused`: it says no.
         """
-        return self._stream("/chat/completions", {"messages": list(messages), **settings})
-
-    def complete(self, prompt: str | Sequence[int], **settings: Any) -> Streamed:
-        """Return how a text, or its ids, goes on, piece by piece; settings and errors as of `chat`."""
-        return self._stream("/completions", {"prompt": prompt if isinstance(prompt, str) else list(prompt), **settings})
-
-    def score(self, prompt: str | Sequence[int]) -> list[TokenScore]:
-        """Return how probable each token of a text, or of its ids, was.
-
-        Raises:
-            EngineError: the server cannot be reached, refuses, or does not tell (it needs `echo` with `logprobs`).
-        """
-        prompt = prompt if isinstance(prompt, str) else list(prompt)
-        # One token is written and left out again: some servers refuse to write none.
-        body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
-        found = self._ask("/completions", body)
-        try:
-            told = found["choices"][0]["logprobs"]
-            texts, logprobs = told["tokens"], told["token_logprobs"]
-            tops = told.get("top_logprobs") or [{}] * len(texts)
-            count = (found.get("usage") or {}).get("prompt_tokens", len(texts) - 1)
-            scores = [TokenScore(t, p, top or {}) for t, p, top in zip(texts, logprobs, tops, strict=True)]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise _strange(self.url + "/completions", found) from error
-        if len(scores) < count:
-            problem = f"tells of {len(scores)} tokens, and the prompt has {count}"
-            raise EngineError(problem, where=self.url, do="The server must support `echo` together with `logprobs`.")
-        return scores[:count]
-
-    def _stream(self, path: str, body: dict[str, Any]) -> Streamed:
-        if body.get("n", 1) != 1:
-            raise EngineError("one answer at a time", where="n", got=body["n"], allowed=[1])
-        body = {"model": self.model, **body, "stream": True, "stream_options": {"include_usage": True}}
-        response = self._open(path, body)
-        if "event-stream" not in response.headers.get("Content-Type", ""):
+        if settings.get("n", 1) != 1:
+            raise EngineError("one answer at a time", where="n", got=settings["n"], allowed=[1])
+        url = self.url + "/chat/completions"
+        told = {"stream": True, "stream_options": {"include_usage": True}}
+        response = self._open(url, {"model": self.model, "messages": list(messages), **settings, **told})
+        kind = response.headers.get("Content-Type")
+        if "event-stream" not in (kind or ""):
             with response:
-                raise _strange(self.url + path, response.headers.get("Content-Type"))
-        return Streamed(response, self.url + path)
+                raise _strange(url, kind)
+        return Streamed(response, url)
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Return the JSON that comes back."""
-        with self._open(path, body) as response:
-            try:
-                data = response.read()
-            except (OSError, http.client.HTTPException) as error:
-                raise _broken(self.url + path, error) from error
-        try:
-            return json.loads(data)
-        except ValueError as error:
-            raise _strange(self.url + path, data[:80]) from error
-
-    def _open(self, path: str, body: dict[str, Any] | None) -> http.client.HTTPResponse:
+    def _open(self, url: str, body: dict[str, Any] | None) -> http.client.HTTPResponse:
         """Return the response to a GET, or with a body to a POST."""
         headers = {"Content-Type": "application/json", "User-Agent": "internlm"}
         if self._key is not None:
@@ -187,15 +121,14 @@ class Client:
         except (TypeError, ValueError) as error:
             raise EngineError(f"cannot be sent as JSON: {error}", where="settings") from error
         try:
-            request = urllib.request.Request(self.url + path, data, headers)
-            response: http.client.HTTPResponse = self._opener.open(request, timeout=self.timeout)
+            request = urllib.request.Request(url, data, headers)
+            response: http.client.HTTPResponse = self._opener.open(request, timeout=_MOST_SILENCE_SECONDS)
         except urllib.error.HTTPError as error:
             with error:
-                raise _refused(self.url + path, error) from error
-        except urllib.error.URLError as error:
-            raise _broken(self.url + path, error.reason) from error
+                raise _refused(url, error) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise _broken(self.url + path, error) from error
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            raise _broken(url, reason) from error
         return response
 
 
@@ -206,7 +139,7 @@ class Streamed(Iterator[str]):
         self.finished: str | None = None
         """Why it ended, once it has: "stop", "length", …"""
         self.usage: dict[str, Any] | None = None
-        """Tokens of prompt and answer, where the server tells; it comes last."""
+        """Tokens of prompt and answer, at the end, where the server tells."""
         self._response, self._url = response, url
         self._pieces = self._read()
 
@@ -220,7 +153,7 @@ class Streamed(Iterator[str]):
         self.close()
 
     def close(self) -> None:
-        """Close the connection; nothing more comes, and the server stops writing."""
+        """Close the connection: the server stops writing."""
         self._pieces.close()
         self._response.close()
 
@@ -232,11 +165,12 @@ class Streamed(Iterator[str]):
                 try:
                     event = json.loads(data)
                     if event.get("error"):
-                        raise Refused(_message(event), self._url, self._response.status, _code(event))
+                        message, code = _complaint(event)
+                        raise Refused(message, self._url, self._response.status, code)
                     self.usage = event.get("usage") or self.usage
                     text = ""
                     for choice in event.get("choices", ()):
-                        text += choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+                        text += (choice.get("delta") or {}).get("content") or ""
                         self.finished = choice.get("finish_reason") or self.finished
                 except (ValueError, TypeError, AttributeError) as error:
                     raise _strange(self._url, data[:80]) from error
@@ -269,15 +203,13 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _refused(url: str, error: urllib.error.HTTPError) -> Refused:
-    """Return what a status other than 2xx means."""
     try:
         text = error.read(_MOST_ERROR_BYTES).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
         text = ""
     code: str | None = None
     try:
-        body = json.loads(text)
-        message, code = _message(body), _code(body)
+        message, code = _complaint(json.loads(text))
     except ValueError:
         message = " ".join(text.split())[:200] or str(error.reason)
     do = None
@@ -290,19 +222,14 @@ def _refused(url: str, error: urllib.error.HTTPError) -> Refused:
     return Refused(f"the server refuses ({error.code}): {message}", url, error.code, code, do)
 
 
-def _message(body: Any) -> str:
-    """Return the complaint inside an error body, of the shapes that servers give it."""
-    inner = body.get("error", body) if isinstance(body, dict) else body
+def _complaint(body: Any) -> tuple[str, str | None]:
+    """Return the message inside an error body, of the shapes that servers give it, and its code, if it is a word."""
+    inner, code = body.get("error", body) if isinstance(body, dict) else body, None
     if isinstance(inner, dict):
+        code = inner.get("code")
         inner = inner.get("message") or inner.get("detail") or inner
-    return inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)[:200]
-
-
-def _code(body: Any) -> str | None:
-    """Return the code inside an error body, if it is a word."""
-    inner = body.get("error", body) if isinstance(body, dict) else body
-    found = inner.get("code") if isinstance(inner, dict) else None
-    return found if isinstance(found, str) else None
+    message = inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)[:200]
+    return message, code if isinstance(code, str) else None
 
 
 def _broken(url: str, reason: object) -> EngineError:

@@ -9,8 +9,7 @@
 Requests wait in order, enter and leave between two steps, and do not see each other: an answer depends on its request
 and seed alone (up to the rounding of matrix products of different batch sizes). What goes wrong with a request ends
 that one: a step that fails is taken back, and those who were in it run alone until they succeed or have failed alone.
-
-Limits: one thread (`Worker` brings others to it).
+One thread; `Worker` brings others to it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import gc
 import itertools
 import logging
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,21 +50,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STREAM_STEP = 0x9E3779B97F4A7C15
-"""Between the seeds of a request's answers."""
 
 
 @dataclass(frozen=True)
 class Stats:
-    """How the engine is doing."""
+    """How the engine is doing: texts, blocks of the cache, and what has happened since the start."""
 
     running: int
     waiting: int
     blocks: int
-    """Of the cache."""
     blocks_used: int
-    """By the running."""
     counters: Counters
-    """Since the start."""
 
 
 class Engine:
@@ -73,18 +68,15 @@ class Engine:
 
     Args:
         model: its weights are shared, not copied, until `load` gives the engine its own; the module is left as it is,
-            but on a GPU some of its parameters become views of a larger tensor (`quant.lay_together`).
-            One that was packed while it was read (`read_model`) becomes the engine's.
+            but on a GPU some of its parameters become views of a larger tensor (`quant.lay_together`). One that was
+            packed while it was read becomes the engine's.
         tokenizer: for text in deltas and stop strings; None: tokens only.
-        limits: how much it takes on at once.
-        pack: form of the linear layers on a CPU (`model.quant`): "fp32" is exact ("split" too, for one text at a
-            time), "fp16", "bf16" and "int8" are faster and round. The packed weights are the engine's own; the
-            model's are let go. None: as they are.
+        limits: None: what suits the device.
+        pack: form of the linear layers on a CPU (`model.quant`), which are then the engine's own; None: as they are.
         seed: for requests without one.
 
     Raises:
-        EngineError: a limit is out of range or over what memory has room for, the cache has none for one text of
-            `limits.length`, or the layers cannot be packed.
+        EngineError: a limit is out of range or beyond memory, or the layers cannot be packed.
     """
 
     def __init__(
@@ -99,18 +91,19 @@ class Engine:
         self.tokenizer, self.pack, self.seed = tokenizer, pack, seed
         self.limits = limits or Limits.on(model.embedding.weight.device)
         self.limits.check()
-        self._inboxes: dict[int, list[Delta]] = {}
         self._unclaimed: list[Delta] = []
         self.ids = itertools.count()
-        """Those of requests to come; any thread may take one."""
+        """Of requests to come; any thread may take one."""
         self._next_deadline = float("inf")
         self._cache_tokens: int | None = None
         if model.head.packed is None:
             if model.embedding.weight.device.type == "cuda":
                 quant.lay_together(model)
-            self._use(empty(model.config), model.named_parameters())
+            own = empty(model.config)
+            fill(own, model.named_parameters(), pack)
+            self._use(own)
         elif pack is not None:
-            self._use(model, None)
+            self._use(model)
         else:
             raise EngineError("the model is packed", where="pack", do="Say which kind, for weights to come.")
         self._owns_weights = False
@@ -124,12 +117,7 @@ class Engine:
         *,
         seed: int = 0,
     ) -> Engine:
-        """Return an engine for a model that was opened, with its tokenizer where there is one.
-
-        Args:
-            source: the model, whatever its format.
-            place: where it answers, and in which form.
-            limits, seed: as of the class.
+        """Return an engine for a model that was opened, with its tokenizer where there is one; see the class.
 
         Raises:
             WeightsError, StorageError: the weights do not fit, or are damaged.
@@ -142,7 +130,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where the engine runs."""
+        """Where it runs."""
         return self.model.embedding.weight.device
 
     def warm_up(self) -> None:
@@ -151,12 +139,11 @@ class Engine:
             self.runner.decoding.warm_up()
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy other weights into the engine's own model, one tensor at a time, such as after a policy update.
+        """Copy other weights into the engine's own model, one tensor at a time.
 
         Raises:
             EngineError: requests are being served.
-            WeightsError: the stream does not fit the model; the engine is then not to be used until a good one is
-                loaded.
+            WeightsError: the stream does not fit the model; the engine is of no use until a good one is loaded.
         """
         if self.scheduler.running or self.scheduler.waiting:
             raise EngineError("weights cannot change under running requests", do="Finish or abort them first.")
@@ -171,15 +158,7 @@ class Engine:
         fill(self.model, tensors)
 
     def add(self, request: Request, id: int | None = None) -> int:
-        """Queue a request and return its id.
-
-        Args:
-            request: what is asked.
-            id: taken from `ids`, for who has to know it beforehand; None: the next.
-
-        Raises:
-            EngineError: the request cannot be served; nothing was queued.
-        """
+        """Queue a request and return its id, which may be taken from `ids` beforehand; errors as of `check`."""
         checked = self.check(request)
         id_ = next(self.ids) if id is None else id
         seed = request.seed if request.seed is not None else ((self.seed << 32) + id_) % 2**63
@@ -193,7 +172,7 @@ class Engine:
         return id_
 
     def abort(self, *ids: int) -> None:
-        """Stop requests; their last deltas say "abort". Those that have finished, or never were, are left alone."""
+        """End requests with deltas that say "abort"; those that have ended, or never were, are left alone."""
         gone = set(ids)
         for text in [s for s in self.scheduler if s.id in gone]:
             self._end(text, "abort")
@@ -206,16 +185,12 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """How the engine is doing."""
-        scheduler = self.scheduler
-        used = self.blocks.count - self.blocks.free
+        scheduler, blocks = self.scheduler, self.blocks
         counters = replace(scheduler.counters)
-        return Stats(len(scheduler.running), len(scheduler.waiting), self.blocks.count, used, counters)
+        return Stats(len(scheduler.running), len(scheduler.waiting), blocks.count, blocks.count - blocks.free, counters)
 
     def step(self) -> list[Delta]:
-        """Compute one step for everyone who fits into it, and return what is new.
-
-        Deltas of requests that `stream` or `generate` watch go to those.
-        """
+        """Compute one step and return what is new."""
         self._advance()
         deltas, self._unclaimed = self._unclaimed, []
         return deltas
@@ -224,8 +199,7 @@ class Engine:
         """Return the log-probability of each token after the first, in nats, fp32 [T − 1].
 
         Raises:
-            EngineError: fewer than two tokens, more than the engine's length, or ids outside the vocabulary; or the
-                model's numbers are not finite.
+            EngineError: there are fewer than two, the request cannot be served, or logits are not finite.
         """
         if len(tokens) < 2:
             raise EngineError("scoring needs at least two tokens", got=len(tokens))
@@ -236,49 +210,43 @@ class Engine:
 
     def stream(self, request: Request) -> Generator[Delta]:
         """Yield the deltas of one request; leaving early aborts it. Other requests go on meanwhile."""
-        id_ = self.add(request)
-        inbox = self._inboxes[id_] = []
-        left = request.n
+        id_, left = self.add(request), request.n
         try:
             while left:
-                while not inbox:
+                own = self._claim({id_})
+                if not own:
                     self._advance()
-                delta = inbox.pop(0)
-                left -= delta.finished is not None
-                yield delta
+                for delta in own:
+                    left -= delta.finished is not None
+                    yield delta
         finally:
             self.abort(id_)
-            del self._inboxes[id_]
+            self._claim({id_})
 
     def generate(self, requests: Sequence[Request | Sequence[int]], **settings: Any) -> list[Result]:
-        """Return the whole answers of each request, in their order.
-
-        Args:
-            requests: requests, or prompts as lists of ids.
-            settings: fields of `Request`, for the prompts.
-        """
+        """Return the whole answers of each request, in their order; `settings` are the fields of those given as ids."""
         wanted = [r if isinstance(r, Request) else Request(tokens=r, **settings) for r in requests]
         ids = [self.add(request) for request in [*map(self.check, wanted)]]  # all are checked before anything runs
-        inboxes = {id_: self._inboxes.setdefault(id_, []) for id_ in ids}
+        answers: dict[tuple[int, int], list[Delta]] = {
+            (id_, index): [] for id_, request in zip(ids, wanted, strict=True) for index in range(request.n)
+        }
         try:
-            while any(s.id in inboxes for s in self.scheduler):
+            while any((text.id, text.index) in answers for text in self.scheduler):
                 self._advance()
         finally:
-            self.abort(*inboxes)
-            for id_ in ids:
-                del self._inboxes[id_]
-        results: list[Result] = []
-        for id_, request in zip(ids, wanted, strict=True):
-            answers: list[list[Delta]] = [[] for _ in range(request.n)]
-            for delta in inboxes[id_]:
-                answers[delta.index].append(delta)
-            results += map(Result.of, answers)
-        return results
+            self.abort(*ids)
+            for delta in self._claim(set(ids)):
+                answers[delta.id, delta.index].append(delta)
+        return [Result.of(deltas) for deltas in answers.values()]
+
+    def _claim(self, ids: Collection[int]) -> list[Delta]:
+        """Return the deltas of these requests that nobody has fetched, and take them out."""
+        own = [delta for delta in self._unclaimed if delta.id in ids]
+        self._unclaimed = [delta for delta in self._unclaimed if delta.id not in ids]
+        return own
 
     def check(self, request: Request) -> Checked:
-        """Return the request with the most tokens that an answer may have. Any thread may ask.
-
-        One that was checked is returned as it is; the others' tokens are copied.
+        """Return the request as one that can be served, with a copy of its tokens. Any thread may ask.
 
         Raises:
             TooLong: the prompt leaves no room for an answer.
@@ -289,31 +257,26 @@ class Engine:
         request.check()
         if request.stop_strings and self.tokenizer is None:
             raise EngineError("need a tokenizer", where="stop_strings", got=request.stop_strings)
-        vocab = self.model.config.vocab_size
-        for id_ in request.logit_bias:
-            if not 0 <= id_ < vocab:
-                raise EngineError("this id is outside the vocabulary", where="logit_bias", got=id_)
         tokens = tuple(request.tokens)
         if not tokens:
             raise EngineError("the prompt is empty", where="tokens", do="Begin with bos, if there is nothing else.")
         if len(tokens) > self.length - (request.max_tokens > 0):
             room = f"in the context there is room for {self.length}, the answer included"
             raise TooLong(f"{len(tokens)} tokens are too many: {room}", where="tokens", do="Shorten the prompt.")
-        if not (min(tokens) >= 0 and max(tokens) < vocab):
-            wrong = next(id_ for id_ in tokens if not 0 <= id_ < vocab)
-            problem = "this id is outside the vocabulary"
-            raise EngineError(problem, where="tokens", got=wrong, allowed=[f"0 to {vocab - 1}"])
+        last = self.model.config.vocab_size - 1
+        for where, ids in (("logit_bias", request.logit_bias), ("tokens", tokens)):
+            if ids and not (min(ids) >= 0 and max(ids) <= last):
+                wrong = next(id_ for id_ in ids if not 0 <= id_ <= last)
+                problem = "this id is outside the vocabulary"
+                raise EngineError(problem, where=where, got=wrong, allowed=[f"0 to {last}"])
         limit = min(request.max_tokens, self.length - len(tokens))
         return Checked(**{**vars(request), "tokens": tokens}, limit=limit)
 
     def room(self, prompt: int) -> int:
-        """Return how many tokens an answer may have for which nobody gives a limit.
+        """Return how many tokens an answer to a prompt of so many may have for which nobody gives a limit.
 
         With dynamic scaling that is up to the trained length, where the prompt leaves room there: all keys of a text
         are turned for the length it may come to, and one that might become longer is another from its first token on.
-
-        Args:
-            prompt: its tokens.
         """
         scaling = self.model.config.rope.scaling
         trained = scaling.original_length if isinstance(scaling, DynamicScaling) else self.length
@@ -344,7 +307,6 @@ class Engine:
             raise
 
     def _compute(self, plan: list[tuple[Text, int]]) -> None:
-        """Run the model, deliver, let out."""
         outcomes = self.runner.run(plan)
         for text, count in plan:
             self.scheduler.done(text, count)
@@ -384,21 +346,16 @@ class Engine:
             self._fail(text, error)
             return
         self.scheduler.counters.written_tokens += 1
-        told = None if chance is None else [chance]
-        self._deliver(text, Delta(text.id, [token], said, finished, text.index, told))
-        if finished:
-            self.scheduler.remove(text)
+        self._deliver(text, Delta(text.id, [token], said, finished, text.index, [chance] if chance else None))
 
     def _end(self, text: Text, why: Finished, problem: str | None = None) -> None:
         """Let a text out without a further token."""
         said = ""
         if text.stream is not None and why != "error":
             said = text.stream.finish()
-        self.scheduler.remove(text)
         self._deliver(text, Delta(text.id, [], said, why, text.index, problem=problem))
 
     def _fail(self, text: Text, problem: Exception | str) -> None:
-        """Let a text out with which something is wrong."""
         said = problem if isinstance(problem, str) else f"{type(problem).__name__}: {problem}"
         logger.warning("warning: request %d failed: %s", text.id, said)
         self._end(text, "error", said)
@@ -408,35 +365,33 @@ class Engine:
             text.told = True
             known = text.prompt_chances
             delta = replace(delta, cached=text.cached, waited=text.waited, prompt_logprobs=known)
-        self._inboxes.get(delta.id, self._unclaimed).append(delta)
+        self._unclaimed.append(delta)
+        if delta.finished:
+            self.scheduler.remove(text)
 
     def _admit(self, text: Text) -> bool:
-        """Give a text what it needs to run; one for which that fails ends."""
+        """Give a text what it needs to run; return False where that fails and it ends."""
+        request, config = text.request, self.model.config
+        length = text.prompt + text.limit
         try:
-            self._equip(text)
+            text.turns = self.cache.turns(length)
+            # Beyond the trained length, dynamic scaling turns each length's keys differently.
+            text.kind = None if text.turns is self.cache.turns(1) else length
+            if self.tokenizer is not None:
+                text.stream = TextStream(
+                    self.tokenizer,
+                    request.stop_strings,
+                    continuation=request.continuation,
+                    include_stop=request.include_stop,
+                    show_special=request.show_special,
+                )
+            text.history = History(request, config.vocab_size, self.device)
+            if request.grammar is not None:
+                text.constraint = request.grammar.start()
         except Exception as error:  # a grammar is foreign code, and memory may be short
             self._fail(text, error)
             return False
         return True
-
-    def _equip(self, text: Text) -> None:
-        request = text.request
-        length = text.prompt + text.limit
-        text.turns = self.cache.turns(length)
-        # Beyond the trained length, dynamic scaling turns each length's keys differently.
-        rope = self.model.config.rope
-        text.kind = None if bool((text.turns == self._plain_turns).all()) else (rope, length)
-        if self.tokenizer is not None:
-            text.stream = TextStream(
-                self.tokenizer,
-                request.stop_strings,
-                continuation=request.continuation,
-                include_stop=request.include_stop,
-                show_special=request.show_special,
-            )
-        text.history = History(request, self.model.config.vocab_size, self.device)
-        if request.grammar is not None:
-            text.constraint = request.grammar.start()
 
     def _renew(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Begin anew with a model filled with `tensors`, and a cache as large as the last one."""
@@ -444,13 +399,11 @@ class Engine:
         fill(model, tensors, self.pack)
         del self.model, self.cache, self.runner
         gc.collect()  # model and cache hold each other, and there may be no room for two of them
-        self._use(model, None)
+        self._use(model)
         self.scheduler.counters = counters
 
-    def _use(self, model: Transformer, tensors: Iterable[tuple[str, Tensor]] | None) -> None:
-        """Make `model`, filled with `tensors` where there are any, the engine's own."""
-        if tensors is not None:
-            fill(model, tensors, self.pack)
+    def _use(self, model: Transformer) -> None:
+        """Make `model` the engine's own, with a cache beside it."""
         self.model = model.requires_grad_(False)
         if self.device.type == "cuda":
             quant.join(self.model)
@@ -461,11 +414,10 @@ class Engine:
         fitting = self._cache_tokens // limits.block * limits.block
         self.length = context
         """Most tokens of prompt and answer together."""
+        rounded = limits.cache == "int8"
         if fitting < context:
-            per_token = Cache.bytes_per_token(model, rounded=limits.cache == "int8")
-            problem = (
-                f"the cache has room for {fitting} tokens of {per_token} bytes each, and a text may have {context}"
-            )
+            room = f"{fitting} tokens of {Cache.bytes_per_token(model, rounded=rounded)} bytes each"
+            problem = f"the cache has room for {room}, and a text may have {context}"
             if limits.length is not None or not fitting:
                 raise EngineError(problem, where="length", do="Give the cache more memory, or texts a smaller length.")
             logger.warning("warning: %s: longer ones are refused", problem)
@@ -473,9 +425,6 @@ class Engine:
         paged = works_on(self.device) if limits.paged is None else limits.paged
         self.blocks = Blocks(fitting // limits.block, limits.block, share=limits.share, grow=not paged)
         self.scheduler = Scheduler(self.blocks, limits.batch, limits.step_tokens, self._admit)
-        self.cache = Cache(self.model, self.blocks, paged=paged, rounded=limits.cache == "int8")
+        self.cache = Cache(self.model, self.blocks, paged=paged, rounded=rounded)
         words = None if self.tokenizer is None else self.tokenizer.vocab_size
-        self.runner = Runner(self.model, self.cache, self.blocks, words)
-        if paged:
-            self.runner.decode(limits.batch, self.length)
-        self._plain_turns = self.cache.turns(1)
+        self.runner = Runner(self.cache, words, limits.batch, self.length)

@@ -3,38 +3,34 @@ r"""Structured output: answers that are JSON, follow a schema, match a regular e
     grammar = compile("json_schema", '{"type": "object", …}', tokenizer, vocab_size, stop_ids)
     engine.add(Request(tokens=ids, stop_ids=stop_ids, grammar=grammar))
 
-A token may come next when its bytes can go on with the answer; a stop id, when the answer may end. Among those the
-model chooses by its own probabilities. Where nothing more can follow (after the last brace) the answer ends by itself.
+A token may come next when its bytes can go on with the answer; a stop id, when the answer may end. Where nothing more
+can follow (after the last brace) the answer ends by itself.
 
 The work behind `Grammar` is llguidance's (https://github.com/guidance-ai/llguidance, 1.9.1), not xgrammar's (0.2.9):
   - it refuses a schema that it cannot follow in full (`not`, `uniqueItems`, `oneOf` that overlaps, unknown formats),
     where xgrammar lets answers through that break it;
-  - it makes states when they are reached, so that compiling takes 1 ms (xgrammar: 75 ms for the schema below), and
-    bounds the work of a step (for `(.|\n){20,4000}` xgrammar's masks took over 1 s each; on JSON both are fast);
+  - it makes states when they are reached, so that compiling a schema of four properties takes 1 ms (xgrammar: 75 ms),
+    and bounds the work of a step (for `(.|\n){20,4000}` xgrammar's masks took over 1 s each);
   - it is one wheel of 3 MB without dependencies; xgrammar's brings Triton (286 MB) and Transformers.
 
-For V = 103,168 on one core (a 2-core x86 server, fp32 row; 177 tokens of JSON under a schema of four properties, any
-object, a regular expression): a mask takes 205–225 µs, 740 at most, of which writing the row is 100; `accept` 9 µs,
-`start` 25 µs; the first grammar for a tokenizer 0.6 s, to read its vocabulary. Texts made to hurt got single masks of
-up to 70 ms, for which the whole batch waits.
+For V = 103,168 on one core of an x86 server a mask takes 0.2 ms, and the first grammar for a tokenizer 0.6 s, to read
+its vocabulary. Texts made to hurt got single masks of up to 70 ms, for which the whole batch waits.
 
 Limits: properties come in the schema's order, and keys that it does not name may come twice. A regular expression is of
 the Rust kind (https://docs.rs/regex/latest/regex/#syntax: no look-around, no back-references; `\w` and `\d` are
 Unicode's) and the whole answer must match. A grammar is Lark as llguidance reads it, or GBNF. With a vocabulary that
-puts a space before every text (Llama 1 and 2) no answer begins with a space of its own, as `TextStream` would cut it
-off; a grammar that asks for one gets an answer without.
+puts a space before every text (Llama 1 and 2) an answer loses a space that it begins with (see `TextStream`).
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import re
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -44,7 +40,6 @@ import torch
 from torch import Tensor
 
 from internlm.errors import EngineError, install_command
-from internlm.infer.request import Constraint, Grammar
 from internlm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -59,6 +54,8 @@ MOST_DEPTH = 64
 """Of a schema's own nesting."""
 MOST_SECONDS = 5.0
 """For trying a text out."""
+_MOST_OPTIONAL = 400
+"""The library follows 2000 things at once, and each such property is four (llguidance 1.9: 450 work, 600 do not)."""
 _TRIALS = threading.BoundedSemaphore(2)  # processes at once: each may take a core and a gigabyte
 _TRIAL = Path(__file__).with_name("grammar_trial.py")
 _WHITE_SPACE = r"[ \n\r\t]{0,32}"  # between the parts of JSON; without a bound, weak models write white space for ever
@@ -68,67 +65,68 @@ _PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 
 
 def compile(kind: str, text: str, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int]) -> Grammar:
-    """Return what answers must look like, for `Request.grammar`; the last ones, and what was wrong with them, are kept.
+    """Return what answers must look like, for `Request.grammar`.
 
-    It may run in any thread. A text that was not seen before is tried out in another process first, which takes a tenth
-    of a second and ends after `MOST_SECONDS`: some texts would keep the library busy for ever.
+    Any thread may call it. Most texts are tried out in another process first (`grammar_trial`), which takes a tenth of
+    a second and ends after `MOST_SECONDS`.
 
     Args:
-        kind: what `text` is: a JSON Schema, a JSON object of texts that answers begin with, each with the schema of
-            what follows it, a regular expression, a JSON list of texts, a Lark or GBNF grammar. For "json_object" it
-            counts for nothing.
+        kind: what `text` is: nothing ("json_object"), a JSON Schema, a JSON object of texts that answers begin with,
+            each with the schema of what follows it, a regular expression, a JSON list of texts, a Lark or GBNF grammar.
         text: as said.
-        tokenizer: gives the bytes of each token; special tokens have none, so that they are never a part of an answer.
+        tokenizer: gives the bytes of each token; special tokens have none, and are never a part of an answer.
         vocab_size: of the model; ids beyond the tokenizer's are never allowed.
-        stop_ids: those of the request: allowed where the answer may end, and never as a part of it.
+        stop_ids: of the request: allowed where the answer may end, and never as a part of it.
 
     Raises:
         EngineError: the text is not valid, not supported, too large or matched by nothing; or the library is missing.
     """
     if kind not in get_args(Kind):
         raise EngineError("is no kind of grammar", where="response_format", got=kind, allowed=get_args(Kind))
+    where = "response_format" if kind.startswith("json") else kind
+    library = _library()
+    if len(text) > MOST_SIZE:
+        raise EngineError("is too long", where=where, got=f"{len(text)} characters", allowed=[f"up to {MOST_SIZE}"])
+    try:
+        text.encode()
+        lark = _lark(kind, text, where)
+        if kind in ("json_schema", "labelled_schema", "regex", "grammar"):
+            lark = _try_out(lark, kind, where)
+        grammar = library.LLMatcher.grammar_from_lark(lark + _OPTIONS)
+    except UnicodeEncodeError as error:
+        raise EngineError("has unpaired surrogates, which are no characters", where=where) from error
     size = min(vocab_size, tokenizer.vocab_size)
-    stops = frozenset(id_ for id_ in stop_ids if 0 <= id_ < size)
-    _library()
-    found = _with_stops(kind, "" if kind == "json_object" else text, tokenizer, size, stops)
-    if isinstance(found, EngineError):
-        raise copy.copy(found)
+    limits = library.LLParserLimits(verbose_errors=False)
+    matcher = library.LLMatcher(_vocabulary(tokenizer, size), grammar, log_level=0, limits=limits)
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # what nothing matches has no first token
+    if matcher.is_error():
+        raise EngineError(_explain(matcher.get_error(), kind), where=where)
+    found = Grammar(matcher, {id_ for id_ in stop_ids if 0 <= id_ < size}, _beginnings(tokenizer, size))
+    try:
+        found.start().mask(torch.zeros(size))
+    except EngineError as error:  # what it could begin with ends an answer
+        raise EngineError(_NO_TEXT, where=where) from error
     return found
 
 
-class _TooHard(EngineError):
-    """A text that took too long to compile, or too much memory: another time it may not."""
+class Grammar:
+    """What an answer must look like, and how far it has come.
 
-
-class _Compiled:
-    """A grammar for a vocabulary; every answer gets a copy of its matcher, which has read nothing yet."""
-
-    def __init__(self, matcher: llguidance.LLMatcher, stops: frozenset[int], begins: _Flags) -> None:
-        self._matcher, self._stops, self._begins = matcher, sorted(stops), begins
-
-    def start(self) -> Constraint:
-        return _Running(self._matcher.deep_copy(), self._stops, self._begins)
-
-
-class _Running:
-    """One answer's place in its grammar.
-
-    Args:
-        matcher: its own.
-        stops: ids that end it.
-        begins: which of the vocabulary's ids may be the first, as far as the grammar leaves a choice.
+    What cannot come, and what is too much work to find out, is an EngineError. `begins` says which ids may be the
+    first, as far as the grammar leaves a choice.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher, stops: list[int], begins: _Flags) -> None:
-        self._matcher, self._stops, self._begins = matcher, stops, begins
+    def __init__(self, matcher: llguidance.LLMatcher, stops: Collection[int], begins: _Flags) -> None:
+        self._matcher, self._stops, self._begins = matcher, list(stops), begins
         self._is_first = True
 
-    def mask(self, logits: Tensor) -> None:
-        """Set the logits [V] of every token that may not come next to −inf, in place.
+    def start(self) -> Grammar:
+        """Return the grammar at its beginning, one for each answer."""
+        return Grammar(self._matcher.deep_copy(), self._stops, self._begins)
 
-        Raises:
-            EngineError: nothing may, or finding out is too much work.
-        """
+    def mask(self, logits: Tensor) -> None:
+        """Set the logits [V] of every token that may not come next to −inf, in place; never all of them."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():  # a dead end, too
             raise EngineError(_explain(self._matcher.get_error(), "grammar"), where="grammar")
@@ -144,11 +142,7 @@ class _Running:
         logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), float("-inf"))
 
     def accept(self, token: int) -> None:
-        """Go on by a token.
-
-        Raises:
-            EngineError: it may not come here.
-        """
+        """Go on by a token."""
         if not self._matcher.consume_token(token):
             raise EngineError(_explain(self._matcher.get_error(), "grammar"), where="grammar", got=token)
         self._is_first = False
@@ -160,12 +154,7 @@ class _Running:
 
 
 class _Vocabulary:
-    """A tokenizer in the form that the library asks for; one id more stands for its own end of text.
-
-    Args:
-        tokenizer: gives the bytes.
-        size: ids that count.
-    """
+    """A tokenizer in the form that the library asks for; one id more stands for its own end of text."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -177,8 +166,7 @@ class _Vocabulary:
         self.eos_token_id = size
 
     def __call__(self, text: str) -> list[int]:
-        """Never called, as nothing is forced; the library wants to find it."""
-        raise NotImplementedError
+        raise NotImplementedError  # as nothing is forced; the library wants to find it
 
 
 @functools.lru_cache(maxsize=4)
@@ -195,61 +183,8 @@ def _beginnings(tokenizer: Tokenizer, size: int) -> _Flags:
     return np.array([not tokenizer.token_bytes(id_).startswith(b" ") for id_ in range(size)])
 
 
-@functools.lru_cache(maxsize=64)
-def _with_stops(
-    kind: str, text: str, tokenizer: Tokenizer, size: int, stops: frozenset[int]
-) -> _Compiled | EngineError:
-    """Return a grammar whose answers end with these ids, or what is wrong with its text."""
-    matcher = _compile(kind, text, tokenizer, size)
-    if isinstance(matcher, EngineError):
-        return matcher
-    found = _Compiled(matcher, stops, _beginnings(tokenizer, size))
-    try:
-        found.start().mask(torch.zeros(size))
-    except EngineError:  # what it could begin with ends an answer
-        return EngineError(_NO_TEXT, where=_place(kind))
-    return found
-
-
-@functools.lru_cache(maxsize=64)
-def _compile(kind: str, text: str, tokenizer: Tokenizer, size: int) -> llguidance.LLMatcher | EngineError:
-    """Return a grammar's matcher, or what is wrong with its text."""
-    try:
-        return _compile_now(kind, text, tokenizer, size)
-    except _TooHard:
-        raise
-    except EngineError as error:
-        return error.with_traceback(None)
-
-
-def _compile_now(kind: str, text: str, tokenizer: Tokenizer, size: int) -> llguidance.LLMatcher:
-    where = _place(kind)
-    library = _library()
-    if len(text) > MOST_SIZE:
-        raise EngineError("is too long", where=where, got=f"{len(text)} characters", allowed=[f"up to {MOST_SIZE}"])
-    try:
-        text.encode()
-        lark = _lark(kind, text, where)
-        if kind in ("json_schema", "labelled_schema", "regex", "grammar"):
-            lark = _try_out(lark, kind, where)
-        grammar = library.LLMatcher.grammar_from_lark(lark + _OPTIONS)
-    except UnicodeEncodeError as error:
-        raise EngineError("has unpaired surrogates, which are no characters", where=where) from error
-    limits = library.LLParserLimits(verbose_errors=False)
-    matcher = library.LLMatcher(_vocabulary(tokenizer, size), grammar, log_level=0, limits=limits)
-    if not matcher.is_error():
-        matcher.compute_bitmask()  # what nothing matches has no first token
-    if matcher.is_error():
-        raise EngineError(_explain(matcher.get_error(), kind), where=where)
-    return matcher
-
-
 def _try_out(lark: str, kind: str, where: str) -> str:
-    """Return the grammar as Lark once it has compiled in a process that could be stopped (see `grammar_trial`).
-
-    Raises:
-        EngineError: it has not.
-    """
+    """Return the grammar as Lark once it has compiled in a process that could be stopped."""
     request = json.dumps({"lark": lark, "is_foreign": kind == "grammar"})
     command = [sys.executable, "-P", str(_TRIAL)]
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
@@ -257,9 +192,10 @@ def _try_out(lark: str, kind: str, where: str) -> str:
         with _TRIALS:
             done = subprocess.run(command, input=request, stdout=pipe, stderr=nowhere, text=True, timeout=MOST_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise _TooHard(f"takes over {MOST_SECONDS:g} s to compile", where=where, do="Make it simpler.") from error
+        raise EngineError(f"takes over {MOST_SECONDS:g} s to compile", where=where, do="Make it simpler.") from error
     if done.returncode != 0:
-        raise _TooHard("takes too much memory to compile, or breaks the compiler", where=where, do="Make it simpler.")
+        problem = "takes too much memory to compile, or breaks the compiler"
+        raise EngineError(problem, where=where, do="Make it simpler.")
     answer = json.loads(done.stdout)
     if answer["problem"] is not None:
         raise EngineError(_explain(answer["problem"], kind), where=where)
@@ -301,11 +237,7 @@ def _of_schema(schema: dict[str, Any]) -> str:
 
 
 def _parse(text: str, where: str) -> Any:
-    """Return the JSON value.
-
-    Raises:
-        EngineError: it is none, or nested too deeply.
-    """
+    """Return the JSON value, unless it is nested too deeply or an object in it has too many properties."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
@@ -321,14 +253,24 @@ def _parse(text: str, where: str) -> Any:
         depth += 1
         if depth > MOST_DEPTH:
             raise EngineError("is nested too deeply", where=where, allowed=[f"up to {MOST_DEPTH} levels"])
-        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
-        level = [inner for part in parts for inner in part]
+        objects = [part for part in level if isinstance(part, dict)]
+        for part in objects:
+            _check_width(part)
+        lists = [part for part in level if isinstance(part, list)]
+        level = [inner for part in (*lists, *(part.values() for part in objects)) for inner in part]
     return value
 
 
-def _place(kind: str) -> str:
-    """Return the name of what a request gives a grammar by."""
-    return "response_format" if kind.startswith("json") else kind
+def _check_width(part: dict[str, Any]) -> None:
+    """Check that the library can follow an object of a schema, which it says in the midst of an answer only."""
+    properties, required = part.get("properties"), part.get("required")
+    if not isinstance(properties, dict):
+        return
+    needed = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
+    optional = len(properties.keys() - needed)
+    if optional > _MOST_OPTIONAL:
+        problem = f"an object has {optional} properties that may be left out, and {_MOST_OPTIONAL} are the most"
+        raise EngineError(problem, do="Name those that must come under `required`, or nest them.")
 
 
 def _explain(message: str, kind: str) -> str:

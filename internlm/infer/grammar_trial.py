@@ -2,9 +2,9 @@
 
     python grammar_trial.py < {"lark": "start: …", "is_foreign": false}  → {"lark": "start: …", "problem": null}
 
-`internlm.infer.grammar` runs this file by its path before it compiles a text of a stranger in its own process: the
-library bounds most of its work, and a few schemas of a kilobyte (twenty patterns in one `allOf`) keep it busy for ever.
-It imports nothing else of this package, so that it starts in a tenth of a second.
+`grammar` runs this file by its path before it compiles a text of a stranger in its own process: the library bounds most
+of its work, and a few schemas of a kilobyte (twenty patterns in one `allOf`) keep it busy for ever. It imports nothing
+else of this package, so that it starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 MOST_MEMORY = 2**30
 """Bytes of address space, where the system can limit it."""
 MOST_SECONDS = 60
-"""Of computing, likewise: who started the process stops it earlier, unless it was killed itself."""
+"""Of computing, likewise, for when who started the process and stops it earlier was killed."""
 
 
 def main() -> None:
@@ -32,12 +32,7 @@ def main() -> None:
 
 
 def try_out(lark: str, is_foreign: bool) -> tuple[str, str | None]:
-    """Return the grammar as Lark, and what is wrong with it.
-
-    Args:
-        lark: a grammar.
-        is_foreign: whether it may be GBNF instead.
-    """
+    """Return a grammar, which may be GBNF if it `is_foreign`, as Lark, and what is wrong with it."""
     import llguidance
     from llguidance.gbnf_to_lark import any_to_lark
 

@@ -33,7 +33,7 @@ class Placement:
 
         Args:
             device: cpu, cuda or cuda:N; None: a GPU where there is one.
-            pack: form of the products; None: the exact one of a CPU; "none": as the weights are.
+            pack: None: the exact form of a CPU; "none": as the weights are.
             alone: whether it will write one text at a time: exact products of one row are then faster unpacked.
 
         Raises:

@@ -7,46 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from internlm.errors import EngineError
 
 if TYPE_CHECKING:  # a client knows the rules, and starts without torch
-    from torch import Tensor
-
+    from internlm.infer.grammar import Grammar
 
 MOST_ANSWERS = 128
 MOST_TOP = 100
 """Most probable tokens that a request may ask to be told."""
 
 Finished = Literal["stop", "length", "abort", "timeout", "error"]
-"""Why an answer ended: a stop token or string came (or a grammar was complete), the length was reached, it was aborted,
-its time was over, or something went wrong with this request alone (`Delta.problem` says what)."""
+"""Why an answer ended; "stop": a stop token or string came, or a grammar was complete; "error": see `Delta.problem`."""
 
 
 class TooLong(EngineError):
     """A prompt leaves no room for an answer; a shorter one may."""
-
-
-class Constraint(Protocol):
-    """What one answer may go on with."""
-
-    def mask(self, logits: Tensor) -> None:
-        """Set the logits [V] of every token that may not come next to −inf, in place. Not all of them."""
-
-    def accept(self, token: int) -> None:
-        """Go on by a token."""
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the answer is whole, so that nothing may follow."""
-
-
-class Grammar(Protocol):
-    """What every answer to a request must look like; see `internlm.infer.grammar`."""
-
-    def start(self) -> Constraint:
-        """Return a constraint at its beginning, one for each answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +33,7 @@ class Rules:
     temperature: float = 1.0
     """0 takes the most probable token."""
     top_p: float = 1.0
-    """The smallest set of most probable tokens with this probability together stays; 1 keeps all."""
+    """The smallest set of most probable tokens with this probability together stays."""
     top_k: int = 0
     """So many most probable tokens stay; 0 keeps all."""
     min_p: float = 0.0
@@ -66,7 +43,7 @@ class Rules:
     presence_penalty: float = 0.0
     """Taken off the logits of tokens of the answer."""
     frequency_penalty: float = 0.0
-    """Taken off the logits of tokens of the answer, once for each time they are there."""
+    """The same, once for each time they are there."""
 
     @property
     def is_filtered(self) -> bool:
@@ -74,11 +51,7 @@ class Rules:
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     def check(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            EngineError: naming the first value outside.
-        """
+        """Check the ranges; EngineError names the first value outside."""
         self._check(
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "over 0, up to 1"),
@@ -107,40 +80,34 @@ class Request(Rules):
     tokens: Sequence[int]
     """The prompt, at least one token."""
     max_tokens: int = 256
-    """Most tokens to write; less where the context ends before. 0: none, which is for `prompt_logprobs`."""
+    """Most tokens to write; less where the context ends before. 0 is for `prompt_logprobs`."""
     n: int = 1
-    """Answers to write; the prompt is computed once. Deltas say by `index` which they belong to."""
+    """Answers to write; the prompt is computed once."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these ids."""
     seed: int | None = None
-    """Of the random stream; the same seed gives the same answer. None: from the engine's seed and the request's id."""
+    """Of the random stream; None: from the engine's seed and the request's id."""
     stop_ids: tuple[int, ...] = ()
-    """Tokens that end the answer. They are among the tokens of the result and never in its text."""
+    """Tokens that end the answer, among its tokens and never in its text."""
     stop_strings: tuple[str, ...] = ()
-    """Texts that end the answer and are no part of it."""
+    """Texts that end the answer and are no part of it, …"""
     include_stop: bool = False
-    """Whether the stop string is a part of the text after all."""
+    """… unless this says so."""
     min_tokens: int = 0
     """Stop ids cannot come before so many tokens."""
     logprobs: int | None = None
-    """Tell each token's log-probability before any rule above, and so many of the most probable; None: do not."""
+    """Tell each token's log-probability before any rule, and so many of the most probable; None: do not."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens after the first."""
     grammar: Grammar | None = None
-    """What the answer must look like."""
     timeout: float | None = None
     """Seconds from `add` after which the answer ends where it is."""
     continuation: bool = False
-    """Whether the answer goes on with the prompt's text instead of beginning one of its own (see `TextStream`)."""
+    """Whether the answer goes on with the prompt's text instead of beginning one of its own."""
     show_special: bool = False
     """Whether special tokens have a text."""
 
     def check(self) -> None:
-        """Check the ranges, as far as they do not depend on a model.
-
-        Raises:
-            EngineError: naming the first value outside.
-        """
+        """Check the ranges, as far as they do not depend on a model."""
         super().check()
         scores, most = self.prompt_logprobs, f"0 to {MOST_TOP}"
         self._check(
@@ -161,7 +128,7 @@ class Request(Rules):
 
 @dataclass(frozen=True, kw_only=True)
 class Checked(Request):
-    """A request that an engine can serve (`Engine.check`): neither it nor a worker looks through its prompt again."""
+    """A request that an engine can serve (`Engine.check`): nobody looks through its prompt again."""
 
     limit: int
     """Tokens that an answer may have: `max_tokens`, or as many as the context has room for."""
@@ -169,13 +136,12 @@ class Checked(Request):
 
 @dataclass(frozen=True)
 class Chance:
-    """How probable a token was."""
+    """How probable a token was, in natural logarithms."""
 
     token: int
     logprob: float
-    """Natural logarithm."""
     top: tuple[tuple[int, float], ...] = ()
-    """The most probable tokens, best first, and their log-probabilities."""
+    """The most probable tokens, best first, each with its own."""
 
 
 @dataclass(frozen=True)
@@ -192,28 +158,17 @@ class Delta:
     logprobs: list[Chance] | None = None
     """One for each of `tokens`, where they were asked for."""
     prompt_logprobs: list[Chance] | None = None
-    """In an answer's first delta, one for each token of the prompt after the first, where they were asked for."""
+    """In an answer's first delta, for each token of the prompt after the first, where they were asked for."""
     cached: int | None = None
-    """In an answer's first delta: tokens of the prompt that were in the cache already."""
+    """In the first: tokens of the prompt that were in the cache already."""
     waited: float | None = None
-    """In an answer's first delta: seconds from `add` to its first step; None: it ended before."""
+    """In the first: seconds from `add` to its first step; None: it ended before."""
     problem: str | None = None
     """What went wrong, where it finished with "error"."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """A whole answer."""
-
-    id: int
-    tokens: list[int]
-    """With the stop token, if one ended it."""
-    text: str
-    finished: Finished
-    index: int = 0
-    logprobs: list[Chance] | None = None
-    prompt_logprobs: list[Chance] | None = None
-    problem: str | None = None
+class Result(Delta):
+    """A whole answer, as one delta; among its tokens is the stop token, if one ended it."""
 
     @classmethod
     def of(cls, deltas: Sequence[Delta]) -> Result:
@@ -222,12 +177,14 @@ class Result:
         assert last.finished is not None, "the last delta of an answer says why it ended"
         asked = any(delta.logprobs is not None for delta in deltas)
         return cls(
-            id=last.id,
-            tokens=[token for delta in deltas for token in delta.tokens],
-            text="".join(delta.text for delta in deltas),
-            finished=last.finished,
-            index=last.index,
-            logprobs=[chance for delta in deltas for chance in delta.logprobs or ()] if asked else None,
-            prompt_logprobs=first.prompt_logprobs,
-            problem=last.problem,
+            last.id,
+            [token for delta in deltas for token in delta.tokens],
+            "".join(delta.text for delta in deltas),
+            last.finished,
+            last.index,
+            [chance for delta in deltas for chance in delta.logprobs or ()] if asked else None,
+            first.prompt_logprobs,
+            first.cached,
+            first.waited,
+            last.problem,
         )

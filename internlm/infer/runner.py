@@ -1,4 +1,4 @@
-"""One step on the device: hidden states, logits, draws. What they mean for the answers is the engine's.
+"""One step on the device: hidden states, logits, draws.
 
 runner.run(plan) → [Outcome(text, token)], one for each text of which nothing is left to compute
 
@@ -13,57 +13,37 @@ import torch
 from torch import Tensor
 
 from internlm.errors import EngineError
-from internlm.infer.blocks import Blocks
 from internlm.infer.cache import Cache
 from internlm.infer.decode import Decoding
 from internlm.infer.request import Chance
 from internlm.infer.sample import NOT_FINITE, chances, choose, draw
 from internlm.infer.schedule import Text
-from internlm.model.transformer import Transformer
 from internlm.runtime import upload
+
+_BROKEN = "the model gives logits that are not finite"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What comes of a text all of whose tokens are computed."""
+    """What comes of a text all of whose tokens are computed: the next one, unless none is asked for or possible."""
 
     text: Text
     token: int | None = None
-    """The next one; None where none is asked for, or there is a problem."""
     chance: Chance | None = None
-    """How probable it was, where that is asked for."""
     problem: str | None = None
-    """Why there is no token."""
 
 
 class Runner:
-    """Computes steps.
+    """Computes steps of up to `batch` texts of up to `length` tokens; ids from `words` on only pad the vocabulary."""
 
-    Args:
-        model: whose attention the cache has taken over.
-        cache: keys and values.
-        blocks: where they lie.
-        words: ids that have a meaning; those from here on only pad the vocabulary. None: all.
-    """
-
-    def __init__(self, model: Transformer, cache: Cache, blocks: Blocks, words: int | None) -> None:
-        self.model, self.cache, self.blocks, self.words = model, cache, blocks, words
-        self.decoding: Decoding | None = None
-        """What computes steps in which every text goes on by one token."""
-
-    def decode(self, batch: int, length: int) -> None:
-        """Have steps in which every text goes on by one token computed by `Decoding`.
-
-        Args:
-            batch: most texts of a step.
-            length: most tokens of a text.
-        """
-        self.decoding = Decoding(self.cache, self._logits, batch, length)
+    def __init__(self, cache: Cache, words: int | None, batch: int, length: int) -> None:
+        self.cache, self.words = cache, words
+        self.decoding = Decoding(cache, self._logits, batch, length) if cache.paged else None
 
     @torch.inference_mode()
     def run(self, plan: list[tuple[Text, int]]) -> list[Outcome]:
         """Compute so many tokens of each text, and draw for those of which nothing is left."""
-        pieces = [text.piece(count, self.blocks) for text, count in plan]
+        pieces = [text.piece(count, self.cache.blocks) for text, count in plan]
         logits: Tensor | None = None
         if self.decoding is not None and all(count == 1 for _, count in plan):
             hidden, logits = self.decoding.run(pieces)
@@ -91,7 +71,7 @@ class Runner:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [R, V] in fp32; ids that only pad the vocabulary have none."""
-        logits = self.model.head.logits(hidden)
+        logits = self.cache.model.head.logits(hidden)
         if self.words is not None:
             logits[:, self.words :] = float("-inf")
         return logits
@@ -111,9 +91,9 @@ class Runner:
         chosen = choose(logits, [s.request for s in texts], upload(seeds, torch.float64, logits.device))
         tokens, finite = torch.stack((chosen, is_finite.long())).tolist()
         for index, token in enumerate(tokens):
-            if token == NOT_FINITE and index not in problems:
-                problem = "nothing may come next" if finite[index] else "the model gives logits that are not finite"
-                problems[index] = problem
+            if token == NOT_FINITE:
+                problem = "nothing may come next" if finite[index] else _BROKEN
+                problems.setdefault(index, problem)
         told: dict[int, Chance] = {}
         if raw is not None:
             theirs = [max(tokens[i], 0) for i in asking]
@@ -127,7 +107,7 @@ class Runner:
     def _score_prompt(self, text: Text, hidden: Tensor) -> None:
         """Note how probable the prompt's tokens were, from the hidden states [T, D] of the stretch just computed."""
         found = text.prompt_chances
-        if found is None or len(found) >= text.prompt - 1:
+        if found is None:
             return
         # The state of token p tells of token p + 1; what a preempted text computes again is known already.
         first = len(found) - text.computed
@@ -136,7 +116,7 @@ class Runner:
             return
         logits = self._logits(hidden[first:stop])
         if not bool(logits.amax(-1).isfinite().all()):
-            raise EngineError("the model gives logits that are not finite")
+            raise EngineError(_BROKEN)
         nexts = text.tokens[text.computed + first + 1 : text.computed + stop + 1]
         found += chances(logits, nexts, [text.request.prompt_logprobs or 0] * len(nexts))
 

@@ -2,41 +2,37 @@
 
     plan = scheduler.plan()                     # [(text, how many of its tokens)]
 
-A text is a prompt and what was written of the answer. `computed` tokens of it are in the cache; the rest is
-to be computed, one token for an answer that is being written, many for a prompt (or for a text that lost its place).
-When nothing is left to compute, a token is drawn and becomes the rest. A step has a budget of tokens: first everyone
-who is writing gets one, then prompts are filled in, the oldest first, and new ones are let in while there is room.
+A text is a prompt and what was written of the answer. `computed` tokens of it are in the cache; the rest is to be
+computed, one token for an answer that is being written, many for a prompt (or for a text that lost its place). When
+nothing is left, a token is drawn and becomes the rest. A step has a budget of tokens: first everyone who is writing
+gets one, then prompts are filled in, the oldest first, and new ones are let in while there is room.
 
-When the cache is full, the youngest running text loses its blocks and waits at the front, to be computed again:
-the oldest always goes on, so that everyone ends. A request that would not fit into the empty cache is refused by the
-engine beforehand.
+When the cache is full, the youngest running text loses its blocks and waits at the front, to be computed again: the
+oldest always goes on, so that everyone ends. What would not fit into the empty cache the engine refuses beforehand.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 from torch import Tensor
 
 from internlm.infer.blocks import Blocks
 from internlm.infer.cache import Piece
-from internlm.infer.request import Chance, Checked, Constraint
+from internlm.infer.grammar import Grammar
+from internlm.infer.request import Chance, Checked
 from internlm.infer.sample import History
 from internlm.infer.stream import TextStream
 
+_age = attrgetter("id", "index")
+
 
 class Text:
-    """One text in the making: one answer to a request.
-
-    Args:
-        id, index: the request, and which of its answers.
-        request: what is asked.
-        seed: of its random stream.
-    """
+    """One text in the making: the `index`-th answer to a request, with the seed of its random stream."""
 
     def __init__(self, id: int, index: int, request: Checked, seed: int) -> None:
         self.id, self.index, self.request, self.limit, self.seed = id, index, request, request.limit, seed
@@ -45,37 +41,30 @@ class Text:
         self.computed = 0
         """Tokens whose keys and values are in the cache."""
         self.table: list[int] = []
-        """The blocks where they are."""
         self.leader: Text | None = None
-        """The first answer to the same request, whose prompt this one waits for, to share its blocks."""
+        """The first answer to the same request, whose prompt this one waits for."""
         self.since = time.monotonic()
-        """When it came."""
         self.is_suspect = False
-        """Whether a step with it failed: it runs alone until a token of its own is drawn."""
-        self.has_run = False
+        """Whether a step with it failed: it runs alone until it has succeeded."""
         self.waited: float | None = None
-        """Seconds until it ran first."""
+        """Seconds until it ran first; None: it has not."""
         self.cached: int | None = None
-        """Tokens of the prompt that were in the cache when it was admitted first."""
+        """Tokens of the prompt that were in the cache then."""
         self.told = False
-        """Whether its first delta went out."""
+        """Whether a delta went out."""
         self.prompt_chances: list[Chance] | None = [] if request.prompt_logprobs is not None else None
+        # What it gets when it is admitted.
         self.turns: Tensor | None = None
         self.kind: object = None
         """Texts of one kind share blocks."""
         self.stream: TextStream | None = None
         self.history: History | None = None
-        self.constraint: Constraint | None = None
+        self.constraint: Grammar | None = None
 
     @property
     def deadline(self) -> float:
         """When its time is over."""
         return self.since + (self.request.timeout or float("inf"))
-
-    @property
-    def is_admitted(self) -> bool:
-        """Whether it has what it needs to run."""
-        return self.turns is not None
 
     @property
     def written(self) -> int:
@@ -86,11 +75,6 @@ class Text:
     def rest(self) -> int:
         """Tokens to compute before the next can be drawn."""
         return len(self.tokens) - self.computed
-
-    @property
-    def prompt_is_ready(self) -> bool:
-        """Whether its prompt has been computed."""
-        return self.computed >= self.prompt or self.written > 0
 
     def piece(self, count: int, blocks: Blocks) -> Piece:
         """Return the stretch of so many tokens that comes next."""
@@ -104,7 +88,6 @@ class Counters:
     """What has happened since the start."""
 
     prompt_tokens: int = 0
-    """Tokens of admitted prompts."""
     cached_tokens: int = 0
     """Of them, those that were in the cache already."""
     written_tokens: int = 0
@@ -120,8 +103,7 @@ class Scheduler:
         blocks: of the cache.
         max_batch: most texts that run at once.
         max_step_tokens: most tokens of a step.
-        admit: called with a text before it is let in for the first time; where that fails, it removes the text
-            and returns False.
+        admit: called with a text before it is let in for the first time; False: it failed, and removed the text.
     """
 
     def __init__(self, blocks: Blocks, max_batch: int, max_step_tokens: int, admit: Callable[[Text], bool]) -> None:
@@ -152,13 +134,8 @@ class Scheduler:
                 other.leader = None  # nobody waits for one that is gone
 
     def plan(self) -> list[tuple[Text, int]]:
-        """Return what the next step computes; empty only when nobody waits or runs.
-
-        Blocks for all of it are taken.
-        """
-        # Who has run waits before those who have not.
-        back = itertools.takewhile(lambda s: s.is_admitted, self.waiting)
-        suspect = next((s for s in itertools.chain(self.running, back) if s.is_suspect), None)
+        """Return what the next step computes, with its blocks taken; empty only when nobody waits or runs."""
+        suspect = next((text for text in self if text.is_suspect), None)
         if suspect is not None:
             return self._alone(suspect)
         plan: list[tuple[Text, int]] = []
@@ -173,9 +150,10 @@ class Scheduler:
                 budget -= count
         while budget and self.waiting and len(self.running) < self.max_batch:
             text = self.waiting[0]
-            if text.leader is not None and not text.leader.prompt_is_ready:
+            leader = text.leader
+            if leader is not None and not leader.written and leader.computed < leader.prompt:
                 break
-            if not text.is_admitted and not self._admit(text):
+            if text.turns is None and not self._admit(text):
                 continue
             count = self._let_in(text, budget)
             if not count:
@@ -196,7 +174,7 @@ class Scheduler:
             self.blocks.publish(text.table, text.tokens, text.computed, text.kind)
 
     def undo(self, texts: list[Text], *, suspect: bool) -> None:
-        """Take texts out of the cache, to be computed again; their step failed, or the room is needed."""
+        """Take texts out of the cache, to be computed again."""
         for text in texts:
             if text in self.running:
                 self.running.remove(text)
@@ -205,7 +183,7 @@ class Scheduler:
             text.is_suspect = suspect
 
     def _alone(self, text: Text) -> list[tuple[Text, int]]:
-        """Return a plan of one text, which a failed step has put into the waiting line."""
+        """Return a plan of one text."""
         budget = self.max_step_tokens
         if text in self.running:
             count = min(text.rest, budget)
@@ -231,8 +209,8 @@ class Scheduler:
         self.waiting.remove(text)
         insort(self.running, text, key=_age)
         text.table, text.computed = [*table, *more], computed
-        if not text.has_run:
-            text.has_run, text.cached, text.waited = True, computed, time.monotonic() - text.since
+        if text.waited is None:
+            text.cached, text.waited = computed, time.monotonic() - text.since
             self.counters.prompt_tokens += text.prompt
             self.counters.cached_tokens += computed
         return min(text.rest, budget)
@@ -258,7 +236,3 @@ class Scheduler:
     def _release(self, text: Text) -> None:
         self.blocks.release(text.table)
         text.table, text.computed = [], 0
-
-
-def _age(text: Text) -> tuple[int, int]:
-    return text.id, text.index

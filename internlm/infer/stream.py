@@ -4,8 +4,7 @@
     stream.add(id)           # the text that is decided by now
     stream.finish()          # what was still held back
 
-Held back are the bytes of an unfinished character, and an ending that may become a stop string. The pieces joined are
-the text decoded at once, up to the first stop string.
+Held back are the bytes of an unfinished character, and an ending that may become a stop string.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ class TextStream:
 
     Args:
         tokenizer: gives the bytes of each token.
-        stop_strings: end the answer and are no part of it; the one complete first counts.
-        continuation: whether the tokens go on with a text instead of beginning one. It matters with vocabularies that
-            put a space before every text: at a beginning it is taken off, as `Tokenizer.decode` does.
-        include_stop: whether the stop string is a part of the text after all.
+        stop_strings: end the answer; the one complete first counts.
+        continuation: whether the tokens go on with a text: else the space that some vocabularies put before every text
+            is taken off, as `Tokenizer.decode` does.
+        include_stop: whether the stop string is a part of the text.
         show_special: whether special tokens have a text.
     """
 
@@ -41,20 +40,20 @@ class TextStream:
         self.stopped = False
         """Whether a stop string came up."""
         self.length = 0
-        """Characters of all tokens so far, held back or not: where the text of the next one begins."""
+        """Characters of all tokens so far, held back or not."""
         self._tokenizer, self._stops = tokenizer, tuple(stop_strings)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._drops_space = not continuation and tokenizer.puts_space_first
         self._held = ""
         self._begun = [0] * len(self._stops)
-        """How many characters of each stop string the text ends with."""
-        self._include_stop, self._show_special = include_stop, show_special
+        """Characters of each stop string that the text ends with."""
+        self._include_stop, self._skip_special = include_stop, not show_special
 
     def add(self, id: int) -> str:
         """Return the text that the next token decides; "" once stopped."""
         if self.stopped:
             return ""
-        data = self._tokenizer.token_bytes(id, skip_special=not self._show_special)
+        data = self._tokenizer.token_bytes(id, skip_special=self._skip_special)
         if data and self._drops_space:
             self._drops_space = False
             data = data.removeprefix(b" ")

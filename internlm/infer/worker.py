@@ -5,9 +5,8 @@
     worker.abort(id_)                          # its last deltas say "abort"
     worker.drain(30)                           # nothing new; what runs may end; what is left then is aborted
 
-Commands go through a queue that is emptied before every step; a worker without work sleeps on it. After a step each
-receiver is called once, with the new deltas of all requests that were submitted with it. Every answer ends with exactly
-one delta whose `finished` is set, also when the thread dies.
+Commands go through a queue that is emptied before every step. After a step each receiver is called once, with the new
+deltas of all its requests. Every answer ends with one delta whose `finished` is set, also when the thread dies.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from internlm.errors import EngineError
@@ -26,6 +26,8 @@ from internlm.infer.request import Checked, Delta, Request
 
 logger = logging.getLogger(__name__)
 
+_STALL_SECONDS = 90.0
+"""A step that takes longer is reported as a stall."""
 Deliver = Callable[[list[Delta]], None]
 """Takes the deltas of a step. It is called on the engine's thread and must not block."""
 
@@ -43,9 +45,7 @@ class Health:
     """Whether the worker works."""
 
     alive: bool
-    """Whether its thread runs."""
     stalled: bool
-    """Whether a step takes longer than it should."""
     draining: bool
 
     @property
@@ -58,30 +58,25 @@ class Health:
 class _Job:
     """A request that has not ended."""
 
-    request: Checked
     deliver: Deliver
     left: set[int]
     """Answers that have not ended."""
 
 
 class Worker:
-    """Runs an engine on a thread. All methods may be called from any thread but the engine's own.
+    """Runs an engine, which nobody else may use, on a thread. All methods may be called from any other thread.
 
-    Args:
-        engine: nobody else may use it from now on.
-        max_waiting: answers that may wait beside those that fit into the engine's batch.
-        stall_seconds: a step that takes longer is reported as a stall.
+    `max_waiting` answers may wait beside those that fit into the engine's batch.
     """
 
-    def __init__(self, engine: Engine, *, max_waiting: int = 256, stall_seconds: float = 90.0) -> None:
-        self.engine, self.stall_seconds = engine, stall_seconds
+    def __init__(self, engine: Engine, *, max_waiting: int = 256) -> None:
+        self.engine = engine
         self.capacity = engine.limits.batch + max_waiting
-        """Answers that may be under way at once; a request for more than these is taken when there are no others."""
+        """Answers that may be under way at once; a request for more is taken when there are no others."""
         self.problem: str | None = None
-        """Why the thread ended, if it has."""
-        self._commands: SimpleQueue[tuple[str, int]] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._empty = threading.Condition(self._lock)
+        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._empty = threading.Condition()
+        """Notified when nothing is under way; its lock is that of `_jobs`."""
         self._jobs: dict[int, _Job] = {}
         self._load = 0
         self._stopping = False
@@ -91,7 +86,7 @@ class Worker:
         self._thread.start()
 
     def submit(self, request: Request, deliver: Deliver) -> int:
-        """Queue a request and return its id, which its deltas bear; one that was checked at once, whatever its length.
+        """Queue a request and return its id, which its deltas bear; one that was `Checked` at once, however long.
 
         Raises:
             Busy: `capacity` is used up.
@@ -99,26 +94,26 @@ class Worker:
             EngineError: the request cannot be served.
         """
         checked = self.engine.check(request)
-        with self._lock:
+        with self._empty:
             if self._stopping:
                 raise Stopping(self.problem or "the engine is stopping")
             if self._load and self._load + request.n > self.capacity:
                 problem = f"{self._load} answers are under way or wait, and {self.capacity} are the limit"
                 raise Busy(problem, do="Try again later.")
             id_ = next(self.engine.ids)
-            self._jobs[id_] = _Job(checked, deliver, set(range(request.n)))
+            self._jobs[id_] = _Job(deliver, set(range(request.n)))
             self._load += request.n
-            self._commands.put(("add", id_))
+            self._commands.put(partial(self._add, id_, checked))
         return id_
 
     def abort(self, id: int) -> None:
         """End a request where it is. One that has ended, or never was, is left alone."""
         if id in self._jobs:
-            self._commands.put(("abort", id))
+            self._commands.put(partial(self.engine.abort, id))
 
     @property
     def stats(self) -> Stats:
-        """How the engine did after its last step; `waiting` counts what it has not taken yet too."""
+        """How the engine did after its last step; what it has not taken yet waits too."""
         stats = self._stats
         return dataclasses.replace(stats, waiting=max(stats.waiting, self._load - stats.running))
 
@@ -126,24 +121,24 @@ class Worker:
     def health(self) -> Health:
         """Whether the worker works."""
         since = self._working_since
-        stalled = since is not None and time.monotonic() - since > self.stall_seconds
+        stalled = since is not None and time.monotonic() - since > _STALL_SECONDS
         return Health(self._thread.is_alive() and self.problem is None, stalled, self._stopping)
 
     def drain(self, seconds: float) -> int:
-        """Take nothing new, wait for what is under way, then abort the rest; return how many requests those were."""
+        """Take nothing new, wait for what is under way, then abort the rest; return how many requests that is."""
         with self._empty:
             self._stopping = True
             self._empty.wait_for(lambda: not self._jobs, seconds)
             left = list(self._jobs)
             for id_ in left:
-                self._commands.put(("abort", id_))
+                self.abort(id_)
             self._empty.wait_for(lambda: not self._jobs, 5.0)
         return len(left)
 
     def close(self) -> None:
         """Abort everything and end the thread."""
         self.drain(0)
-        self._commands.put(("close", 0))
+        self._commands.put(None)
         self._thread.join(5.0)
 
     def _run(self) -> None:
@@ -165,25 +160,24 @@ class Worker:
             if not self.engine.is_busy:
                 self._working_since = None
             try:
-                name, id_ = self._commands.get(block=not self.engine.is_busy)
+                command = self._commands.get(block=not self.engine.is_busy)
             except Empty:
                 return True
             self._working_since = self._working_since or time.monotonic()
-            if name == "close":
+            if command is None:
                 return False
-            if name == "abort":
-                self.engine.abort(id_)
-            else:
-                self._add(id_)
+            command()
 
-    def _add(self, id_: int) -> None:
-        """Give a request to the engine; one that it does not take after all ends."""
-        request = self._jobs[id_].request
+    def _add(self, id_: int, request: Checked) -> None:
+        """Give a request to the engine, or end it."""
         try:
             self.engine.add(request, id_)
         except Exception as error:  # such as memory that is short
-            problem = f"{type(error).__name__}: {error}"
-            self._hand_out([Delta(id_, [], "", "error", index, problem=problem) for index in range(request.n)])
+            self._fail([id_], f"{type(error).__name__}: {error}")
+
+    def _fail(self, ids: Iterable[int], problem: str) -> None:
+        left = [(id_, index) for id_ in ids for index in sorted(self._jobs[id_].left)]
+        self._hand_out([Delta(id_, [], "", "error", index, problem=problem) for id_, index in left])
 
     def _hand_out(self, deltas: list[Delta]) -> None:
         """Give each receiver its deltas, and forget the requests that ended."""
@@ -196,13 +190,10 @@ class Worker:
             except Exception as error:  # such as an event loop that is gone
                 logger.warning("warning: a receiver failed, its requests end: %s: %s", type(error).__name__, error)
                 for id_ in {delta.id for delta in part}:
-                    self._commands.put(("abort", id_))
+                    self.abort(id_)
         self._forget([delta for delta in deltas if delta.finished])
 
     def _forget(self, ends: list[Delta]) -> None:
-        """Let go of the answers that these deltas end."""
-        if not ends:
-            return
         with self._empty:
             for delta in ends:
                 job = self._jobs[delta.id]
@@ -217,13 +208,4 @@ class Worker:
         """End every answer that is still waited for."""
         with self._empty:
             self._stopping, self.problem, self._working_since = True, problem, None
-            jobs = list(self._jobs.items())
-            self._jobs.clear()
-            self._load = 0
-            self._empty.notify_all()
-        for id_, job in jobs:
-            last = [Delta(id_, [], "", "error", index, problem=problem) for index in sorted(job.left)]
-            try:
-                job.deliver(last)
-            except Exception as error:
-                logger.warning("warning: a receiver failed: %s: %s", type(error).__name__, error)
+        self._fail(self._jobs, problem)

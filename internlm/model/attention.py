@@ -26,14 +26,12 @@ from internlm.runtime import AttentionPath
 
 @dataclass
 class Documents:
-    """Where the documents of a batch lie, in the form that the chosen path needs.
-
-    `ids` [B, T] are equal inside a document and never return after another document began. `path` is not
-    "auto". The other fields are set for the path that reads them.
-    """
+    """Where the documents of a batch lie, in the form that the chosen path needs."""
 
     ids: Tensor | None
+    """[B, T], equal inside a document; they never return after another document began."""
     path: AttentionPath
+    """Not "auto"."""
     spans: tuple[tuple[int, int, int, int], ...] = ()
     """For "blocks": (first row, last row + 1, start, stop) of rectangles that are one document per row."""
     starts: Tensor | None = None
@@ -47,21 +45,16 @@ def arrange(ids: Tensor | None, device: torch.device, dtype: torch.dtype, path: 
 
     Args:
         ids: [B, T] document ids, or None when each row is one document.
-        device: where the activations live.
-        dtype: their dtype (varlen takes bf16 and fp16 only).
+        device, dtype: of the activations.
         path: "auto" takes the fastest that the device has.
     """
     if ids is None or path == "dense":
         return Documents(ids, "dense")
     if path == "auto":
+        path = "blocks" if device.type == "cpu" else "masked"
         if device.type == "cuda":
-            path = (
-                "varlen"
-                if attention_kernels.has_varlen_attention() and dtype in (torch.bfloat16, torch.float16)
-                else "flex"
-            )
-        else:
-            path = "blocks" if device.type == "cpu" else "masked"
+            narrow = dtype in (torch.bfloat16, torch.float16)
+            path = "varlen" if narrow and attention_kernels.has_varlen_attention() else "flex"
     if path == "blocks":
         spans = _spans(ids)
         if all(start == 0 and stop == ids.shape[1] for _, _, start, stop in spans):
@@ -79,10 +72,7 @@ def arrange(ids: Tensor | None, device: torch.device, dtype: torch.dtype, path: 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Return the attention output [B, T, H, E], causal inside each document, scaled by 1/sqrt(E).
 
-    Args:
-        q: [B, T, H, E].
-        k, v: [B, T, K, E]; H is a multiple of K.
-        documents: from `arrange`.
+    q [B, T, H, E]; k, v [B, T, K, E], where H is a multiple of K.
     """
     if documents.path == "dense":
         return sdpa(q, k, v)
@@ -100,13 +90,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
 
 
 def attend_from(q: Tensor, k: Tensor, v: Tensor, documents: Documents, first: int) -> Tensor:
-    """Return the attention output of a stretch of queries over all keys; otherwise as `attend`.
+    """Return the attention output of queries [B, Q, H, E], the tokens first … first + Q − 1, over all T keys.
 
-    Args:
-        q: [B, Q, H, E], the tokens first … first + Q − 1.
-        k, v: [B, T, K, E].
-        documents: of all T tokens.
-        first: place of the first query.
+    `documents`: of all T tokens. Otherwise as `attend`.
     """
     place = torch.arange(k.shape[1], device=q.device)
     queries = slice(first, first + q.shape[1])
@@ -119,19 +105,15 @@ def attend_from(q: Tensor, k: Tensor, v: Tensor, documents: Documents, first: in
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the attention output [B, Q, H, E] where the mask says which keys each query sees; causal without one.
 
-    Args:
-        q: [B, Q, H, E].
-        k, v: [B, T, K, E]; H is a multiple of K.
-        mask: booleans that broadcast to [B, H, Q, T].
+    q [B, Q, H, E]; k, v [B, T, K, E], where H is a multiple of K. The mask is of booleans that broadcast to
+    [B, H, Q, T].
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = False
-    if q.shape[1] != k.shape[1]:
-        if q.device.type == "cpu":
-            # The CPU's flash kernel knows no groups: enable_gqa falls back to the kernel that holds all scores.
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        else:
-            grouped = True
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type == "cpu":
+        # The CPU's flash kernel knows no groups: enable_gqa falls back to the kernel that holds all scores.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        grouped = False
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return out.transpose(1, 2)
 

@@ -69,9 +69,8 @@ class YarnScaling:
     def __post_init__(self) -> None:
         _require_over(self, "model.rope.scaling", 0, "factor", "beta_fast", "beta_slow", "attention_factor")
         require_positive(self, "model.rope.scaling", "original_length")
-        if self.beta_fast < self.beta_slow:
-            problem = f"must not be under beta_slow {self.beta_slow}"
-            raise ConfigError(problem, where="model.rope.scaling.beta_fast", got=self.beta_fast)
+        slow = self.beta_slow
+        require(self, "model.rope.scaling", ["beta_fast"], lambda n: n >= slow, f"must not be under beta_slow {slow}")
 
 
 @section
@@ -92,10 +91,9 @@ class Llama3Scaling:
         names = ("factor", "low_frequency_factor", "high_frequency_factor")
         _require_over(self, "model.rope.scaling", 0, *names)
         require_positive(self, "model.rope.scaling", "original_length")
-        if self.high_frequency_factor <= self.low_frequency_factor:
-            problem = f"must be over low_frequency_factor {self.low_frequency_factor}"
-            where = "model.rope.scaling.high_frequency_factor"
-            raise ConfigError(problem, where=where, got=self.high_frequency_factor)
+        low = self.low_frequency_factor
+        what = f"must be over low_frequency_factor {low}"
+        require(self, "model.rope.scaling", ["high_frequency_factor"], lambda high: high > low, what)
 
 
 Scaling = Annotated[LinearScaling | DynamicScaling | YarnScaling | Llama3Scaling, pydantic.Field(discriminator="kind")]
@@ -146,14 +144,9 @@ class ExpertsConfig:
     """Weight of the side loss that keeps the router's logits small: their log-sum-exp, squared (Zoph et al. 2022)."""
 
     def __post_init__(self) -> None:
-        if self.count < 2:
-            raise ConfigError("must be at least 2", where="model.experts.count", got=self.count)
-        if not 1 <= self.per_token <= self.count:
-            raise ConfigError(
-                f"must lie between 1 and model.experts.count {self.count}",
-                where="model.experts.per_token",
-                got=self.per_token,
-            )
+        require(self, "model.experts", ["count"], lambda count: count >= 2, "must be at least 2")
+        what = f"must lie between 1 and model.experts.count {self.count}"
+        require(self, "model.experts", ["per_token"], lambda number: 1 <= number <= self.count, what)
         _require_not_negative(self, "model.experts", "balance_loss", "z_loss")
 
 
@@ -213,17 +206,14 @@ class ModelConfig:
             raise ConfigError(
                 f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}", where="model"
             )
-        if self.head_dim % 2:
-            raise ConfigError("must be even: rotary positions turn pairs", where="model.head_dim", got=self.head_dim)
-        if isinstance(self.rope.scaling, DynamicScaling) and self.head_dim == 2:
-            raise ConfigError("must be over 2 for dynamic scaling", where="model.head_dim", got=self.head_dim)
+        require(self, "model", ["head_dim"], lambda dim: dim % 2 == 0, "must be even: rotary positions turn pairs")
+        if isinstance(self.rope.scaling, DynamicScaling):
+            require(self, "model", ["head_dim"], lambda dim: dim > 2, "must be over 2 for dynamic scaling")
 
     @property
-    def attention_parameters(self) -> int:
-        """Parameters of one block's attention, norms of queries and keys left out."""
-        heads, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        weights = self.hidden_size * (2 * heads + 2 * kv)
-        return weights + (heads + 2 * kv) * self.qkv_bias + self.hidden_size * self.output_bias
+    def attention_matrices(self) -> int:
+        """Parameters of the matrices of one block's attention."""
+        return 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
 
     @property
     def feed_forward_parameters(self) -> int:
@@ -241,9 +231,11 @@ class ModelConfig:
 
     @property
     def block_parameters(self) -> int:
-        """Parameters of one block, norms included."""
+        """Parameters of one block, norms and biases included."""
         norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
-        return self.attention_parameters + self.feed_forward_parameters + norms
+        biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias
+        biases += self.hidden_size * self.output_bias
+        return self.attention_matrices + self.feed_forward_parameters + norms + biases
 
     @property
     def embedding_parameters(self) -> int:
@@ -265,7 +257,5 @@ class ModelConfig:
     @property
     def matmul_parameters(self) -> int:
         """Parameters that multiply a token: blocks without norms and biases, and the head; not the embedding."""
-        biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias
-        biases += self.hidden_size * self.output_bias
-        block = self.attention_parameters - biases + self.active_feed_forward_parameters
+        block = self.attention_matrices + self.active_feed_forward_parameters
         return self.num_layers * block + self.embedding_parameters

@@ -53,8 +53,8 @@ class Slice:
 class LanguageHead(nn.Module):
     """Hidden states and labels → TokenOutputs. Its weight [V, D] may be the embedding's.
 
-    `part` is a seam: None here, set from outside where the vocabulary is spread over devices. `packed` is another:
-    where it is set, it stands for the weight, in `logits` only.
+    Two seams: `part` is set where the vocabulary is spread over devices; `packed` stands for the weight, in `logits`
+    only.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
@@ -73,8 +73,8 @@ class LanguageHead(nn.Module):
         Args:
             hidden: [B, T, D], normalised.
             labels: [B, T] token ids.
-            coefficients: [B, T] fp32, what each log-probability is multiplied by in the loss; tokens with 0 are not
-                computed at all on the CPU, and their outputs are 0 there.
+            coefficients: [B, T] fp32, what each log-probability is multiplied by in the loss; on the CPU tokens with 0
+                are not computed, and their outputs are 0.
         """
         assert self.packed is None, "a packed head gives logits only"
         # Autocast reaches some of the products in the functions below and not others: cast here, once.
@@ -108,7 +108,7 @@ class LanguageHead(nn.Module):
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function (x [C, K], w [N, K]) → x · w transposed that is fastest for this device and dtype."""
+    """Return the fastest function (x [C, K], w [N, K]) → x · w transposed for this device and dtype."""
     if hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.float32 and products.has_onednn_linear():
         return products.onednn_linear
     return F.linear

@@ -31,9 +31,12 @@ class RMSNorm(nn.RMSNorm):
 
     def normalise(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return the normalised x [..., D], multiplied by `weight`."""
-        if x.is_cuda and x.dtype == weight.dtype and not torch.is_grad_enabled():
-            # One kernel instead of four, with fp32 inside: for decoding, where it is the number of kernels that counts.
-            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        if x.dtype == weight.dtype and not torch.is_grad_enabled():  # decoding, where the number of kernels counts
+            if x.is_cuda:  # one instead of four, with fp32 inside
+                return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+            if x.dtype == torch.float32:  # 14 µs instead of 34 for 16 rows of 768
+                length = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
+                return (x * length.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()).mul_(weight)
         return F.rms_norm(x.float(), self.normalized_shape, weight.float(), self.eps).to(x.dtype)
 
 
@@ -85,6 +88,7 @@ class Attention(nn.Module):
         super().__init__()
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
+        self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self.wq = Linear(config.hidden_size, width, bias=config.qkv_bias)
         self.wk = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.wv = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
@@ -96,12 +100,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, documents: Documents) -> Tensor:
         """Return [B, T, D] from the normalised stream x [B, T, D]."""
-        parts = (self.wq(x), self.wk(x), self.wv(x)) if self.wqkv is None else self.wqkv(x)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [B, T, H or K, E]
+        out = self.attend(*self._heads(x, rotation), documents)
+        return self.wo(out.flatten(-2))
+
+    def _heads(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [B, T, H, E], keys and values [B, T, K, E], of which the first two are turned."""
+        if self.wqkv is None:
+            q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.wq, self.wk, self.wv))
+        else:
+            together = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+            q, k, v = together.split(self.heads, -2)
+            if self.q_norm is None:
+                q, k = rotate(together[..., : sum(self.heads[:2]), :], rotation).split(self.heads[:2], -2)
+                return q, k, v
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = self.attend(rotate(q, rotation), rotate(k, rotation), v, documents)
-        return self.wo(out.flatten(-2))
+        return rotate(q, rotation), rotate(k, rotation), v
 
 
 class FeedForward(nn.Module):
@@ -119,7 +133,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         """Return [B, T, D] from the normalised stream x [B, T, D]; where documents lie makes no difference."""
-        gate, up = (self.w_gate(x), self.w_up(x)) if self.w_gate_up is None else self.w_gate_up(x)
+        gate, up = (self.w_gate(x), self.w_up(x)) if self.w_gate_up is None else self.w_gate_up(x).chunk(2, -1)
         return self.w_down(F.silu(gate) * up)
 
 

@@ -17,8 +17,7 @@ so weights and plans for the plain model fit. Where a layer is cut over ranks it
     columns     dim 0     whole            dim 0            dim 0             a part of the channels
     rows        dim 1     dim 1            whole            whole             a partial sum, as that of the weight alone
 
-A whole factor gets a part of its gradient on each rank, to be summed. `LoraLinear.total` sums the squares of a row cut
-by `rows` before the root is taken.
+A whole factor gets a part of its gradient on each rank, to be summed.
 
 Limits: only `Linear` layers of blocks. An adapter on the head or the embedding would need a merged copy of the
 vocabulary's table in every step, and one on experts a grouped product for each factor.
@@ -103,14 +102,9 @@ class Update:
 
 
 class LoraLinear(Linear):
-    """A linear layer with a frozen weight [out, in], maybe a frozen bias, and an adapter.
+    """A linear layer with a frozen weight [out, in] and maybe bias, taken over from `base`, and an adapter.
 
-    Args:
-        base: the layer whose weight and bias it takes over.
-        update: rank and scale.
-        dora: whether rows have trained lengths.
-        dropout: share of the adapter's inputs that are dropped in training.
-        dtype: of the adapter; products are made in that of x.
+    Products are made in the dtype of x, whatever that of the adapter, `dtype`.
     """
 
     lora_magnitude: nn.Parameter | None
@@ -131,30 +125,24 @@ class LoraLinear(Linear):
         self.lora_b = new(self.out_features, update.rank)
         self.register_parameter("lora_magnitude", new(self.out_features) if dora else None)
         self.total: Callable[[Tensor], Tensor] = lambda squares: squares
-        """A seam: the sum over all that hold a part of each row. All of it is here until it is replaced."""
+        """A seam: the sum of squares over all that hold a part of each row, where it is cut by `rows`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [..., out] from x [..., in]."""
-        return self.adapted(x, self.weight, self.bias, (self.lora_a, self.lora_b, self.lora_magnitude))
-
-    def adapted(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor, Tensor | None]
-    ) -> Tensor:
-        """Return [..., out] from x [..., in], a weight [out, in], a bias [out] and the adapter's A, B and m.
+        """Return [..., out] from x [..., in].
 
         DoRA's norm counts as a constant in backward (Liu et al. 2024, §4.3): its gradient costs much and gives little.
         Dropout is on the low-rank path alone; PEFT's DoRA has it on a second product with W too.
         """
-        a, b, magnitude = adapter
+        a, b, magnitude = self.lora_a, self.lora_b, self.lora_magnitude
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         # `product` may have been replaced, by one in 8 bits: narrow factors gain nothing there and lose precision.
         narrow = Linear.product(self, dropped, a.to(x.dtype), None) * self.scale  # [..., r]
         change = Linear.product(self, narrow, b.to(narrow.dtype), None)
         if magnitude is None:
-            return self.product(x, weight, bias) + change
-        out = self.product(x, weight, None) + change
-        out = out * (magnitude / self.row_norms(weight, a, b)).to(out.dtype)
-        return out if bias is None else out + bias.to(out.dtype)
+            return self.product(x, self.weight, self.bias) + change
+        out = self.product(x, self.weight, None) + change
+        out = out * (magnitude / self.row_norms(self.weight, a, b)).to(out.dtype)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     @torch.no_grad()
     def row_norms(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -172,12 +160,7 @@ class LoraLinear(Linear):
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
     """Return W + s·B·A, or with magnitudes m · (W + s·B·A) / ‖W + s·B·A‖, computed in fp32 at least.
 
-    Args:
-        weight: W [out, in]; it stays as it is, and the result has its dtype.
-        a: A [r, in].
-        b: B [out, r].
-        scale: s.
-        magnitude: m [out].
+    W [out, in] stays as it is, and the result has its dtype. A [r, in], B [out, r], m [out].
     """
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     with graphs.without_autocast(weight):
@@ -264,11 +247,11 @@ def _modules(model: ModelConfig) -> dict[str, nn.Module]:
 def apply_lora(model: Transformer, config: LoraConfig, dtype: torch.dtype = torch.float32) -> None:
     """Give the targets of a model, or of a part of it, adapters, and freeze everything else, in place.
 
-    Adapters are uninitialised until `initialize_lora` or a loader fills them. The model may be on the meta device.
+    Adapters are uninitialised until `initialize_lora` or a loader fills them.
 
     Args:
-        model: not cut over ranks yet.
-        config: which layers, and the form of their adapters.
+        model: not cut over ranks yet; it may be on the meta device.
+        config: of the adapters.
         dtype: of the adapters: a small step is lost in a bf16 weight, whatever the dtype of the model.
 
     Raises:

@@ -4,8 +4,7 @@
 
 Dropless: every token reaches the experts it chose, however many chose the same (Gale et al. 2022). Tokens are sorted
 by expert, and each of the three products is one grouped product over all experts, whose shapes do not depend on who
-chose whom. The router works in fp32: a rounding there changes which expert is chosen. (Over ranks its weight is
-gathered in the dtype of products, as all weights are.)
+chose whom. The router works in fp32: a rounding there changes which expert is chosen.
 
 Two side losses keep the router healthy, both means over the tokens that are not padding:
 
@@ -13,8 +12,8 @@ Two side losses keep the router healthy, both means over the tokens that are not
                                                 in the row. 1 where all are chosen alike, E / k at worst
     z           logsumexp(router logits)²
 
-A balance per row, and not per micro-batch, does not depend on how a step is cut over micro-batches or ranks. They never
-pass through the model's output: they are tied to the layer's output so that their gradient starts where its does.
+A balance per row, and not per micro-batch, does not depend on how a step is cut over micro-batches or ranks. They are
+tied to the layer's output, so that their gradient starts where its does.
 """
 
 from __future__ import annotations
@@ -95,10 +94,6 @@ class SideLosses:
     """What a mixture adds to the loss, and what it counts, while a model is trained.
 
     Counts come as the gradient of a tensor: once in each backward, however often forward runs, compiled or not.
-
-    Args:
-        experts: how many there are.
-        device: of the model.
     """
 
     def __init__(self, experts: int, device: torch.device) -> None:
@@ -119,8 +114,7 @@ class SideLosses:
 class Mixture(nn.Module):
     """Router and experts in place of a feed-forward.
 
-    `dispatch`, `rows` and `sides` are seams: all experts and tokens are here, and nothing is added to a loss, until
-    they are replaced from outside.
+    `dispatch`, `rows` and `sides` are seams: all experts and tokens are here, and nothing is added to a loss.
     """
 
     def __init__(self, config: ModelConfig, experts: ExpertsConfig) -> None:
@@ -173,11 +167,8 @@ class Mixture(nn.Module):
 
 def mixtures(model: nn.Module) -> dict[int, Mixture]:
     """Return the mixtures of a model, or of its part, by layer."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Mixture):
-            found[int(name.split(".")[1])] = module
-    return found
+    modules = model.named_modules()
+    return {int(name.split(".")[1]): module for name, module in modules if isinstance(module, Mixture)}
 
 
 def rearrange(x: Tensor, order: Tensor, back: Tensor, repeats: int = 1) -> Tensor:
@@ -218,10 +209,7 @@ class _Tied(torch.autograd.Function):
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Return [R, out]: rows x [R, in] times the transposed matrix of their group, weight [E, out, in].
 
-    Args:
-        x: sorted by group; under autocast it is cast.
-        weight: one matrix per group, in the dtype of x or cast to it.
-        ends: [E] int32, where each group's rows end.
+    Rows are sorted by group; `ends` [E] int32: where each group's end. Autocast casts x, and the weight follows x.
     """
     x = graphs.as_products(x)
     return _Grouped.apply(x, weight.to(x.dtype), ends)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from internlm.errors import ConfigError, did_you_mean
+from internlm.errors import ConfigError
 
 _INTERNLM_START = {"std": 0.006, "embedding_std": 0.0052, "residual": "layer"}
 _INTERNLM_7B: dict[str, Any] = {
@@ -106,7 +106,5 @@ def preset(name: str) -> dict[str, Any]:
         ConfigError: there is no such preset.
     """
     if name not in PRESETS:
-        raise ConfigError(
-            "no such preset", where="model.preset", got=name, allowed=PRESETS, do=did_you_mean(name, PRESETS)
-        )
+        raise ConfigError("no such preset", where="model.preset", got=name, allowed=PRESETS)
     return PRESETS[name]

@@ -1,6 +1,6 @@
 """Linear layers in the form that a CPU multiplies fastest by few rows, for decoding; on a GPU, fewer of them.
 
-    pack(model, "fp16")           # in place; the weights it was made of are given up
+    pack_block(block, "fp16")     # in place; the weights it was made of are given up; then `pack_head`
     join(model)                   # in place; on a GPU
 
 A step of decoding reads every weight for a handful of rows, and plain products are slow at that. q, k and v become one
@@ -21,9 +21,8 @@ random weights: `benchmarks/linear_cpu.py` and its results. There is no other ke
 than the plain product at 128 rows too. Without AVX-512 VNNI (measured with oneDNN kept to AVX2) int8 is slower than
 fp16 at any number of rows, and only saves memory.
 
-"bf16" is for processors with AVX512-BF16 or AMX, which multiply bf16 twice as fast as fp32 and more; others get fp16.
-Models that were trained in bf16, as most are, lose nothing of their weights. The head is fp16: logits of 8 bits are
-often equal.
+"bf16" is for processors with AVX512-BF16 or AMX; others get fp16. Models that were trained in bf16, as most are, lose
+nothing of their weights. The head is fp16: logits of 8 bits are often equal.
 
 "int8" keeps activations at 14 bits: a row is two digits of 7 bits, x ≈ s · (128 · a + b), and both are multiplied by
 the weight as rows of one integer product. Its sums are exact, and exact on processors without VNNI too, where 8 bits
@@ -38,11 +37,7 @@ fbgemm's own dynamic int8 is not offered: it scales all rows by the largest acti
 MKL's own does not. More rows are plain products.
 
 Limits: inference; packed weights are for CPUs. Experts stay as they are. A tied head is packed apart from the
-embedding, whose rows are looked up in fp32. `weights.load.read_model(…, pack=kind)` packs block by block while it
-reads, so that no more than one block is held twice.
-
-On trained models (`benchmarks/pack_quality.py`; 1.4 M and 135 M parameters) fp16 moves the loss by 0.004 % at most and
-int8 by 0.09 %; of 64 greedy tokens 61 and 23 stay the same before the first other one (135 M).
+embedding, whose rows are looked up in fp32. What rounding costs trained models is in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -205,45 +200,12 @@ def _filled(rows: Tensor) -> Tensor:
     return rows if wanted == count or not count else F.pad(rows, (0, 0, 0, wanted - count))
 
 
-class Joined(nn.Module):
-    """Several layers of the same input as one product.
-
-    Args:
-        product: their weights, one below the other.
-        sizes: outputs of each.
-    """
-
-    def __init__(self, product: PackedLinear, sizes: list[int]) -> None:
-        super().__init__()
-        self.product, self.sizes = product, sizes
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return each layer's [..., out] from x [..., in], as views of one tensor."""
-        return self.product(x).split(self.sizes, -1)
-
-
-def pack(model: Transformer, kind: Kind) -> None:
-    """Replace the linear layers of a model and its head by packed ones, in place; it then computes in fp32.
-
-    Raises:
-        EngineError: the kind is unknown, the model is not on the CPU, or a layer cannot be packed; nothing was changed.
-    """
-    blocks = [block for block in model.blocks.values() if isinstance(block, Block)]
-    for block in blocks:
-        _check(block, kind)
-    _check(model.head, kind)
-    for block in blocks:
-        pack_block(block, kind)
-    pack_head(model.head, kind)
-    model.float().requires_grad_(False)
-
-
 @torch.no_grad()
 def pack_block(block: Block, kind: Kind) -> None:
     """Replace the linear layers of one block by packed ones, in place; norms become fp32. Experts are left.
 
     Raises:
-        EngineError: as `pack`; nothing was changed.
+        EngineError: the kind is unknown, or a layer is not on the CPU or no plain one; nothing was changed.
     """
     _check(block, kind)
     attention, feed_forward = block.attention, block.feed_forward
@@ -262,7 +224,7 @@ def pack_head(head: LanguageHead, kind: Kind) -> None:
     """Give a head a packed weight and make it let go of its own, in place; it then gives logits only.
 
     Raises:
-        EngineError: as `pack`; nothing was changed.
+        EngineError: as `pack_block`; nothing was changed.
     """
     _check(head, kind)
     # Logits rounded to the 8 bits of bf16 are often equal, and the first of them would be taken.
@@ -279,8 +241,7 @@ def join(model: Transformer) -> None:
     """
     for owner, layers in _neighbours(model):
         weight, bias = _together(layers)
-        joined = Joined(PlainLinear(weight, bias), [layer.out_features for layer in layers])
-        setattr(owner, "wqkv" if isinstance(owner, Attention) else "w_gate_up", joined)
+        setattr(owner, "wqkv" if isinstance(owner, Attention) else "w_gate_up", PlainLinear(weight, bias))
 
 
 @torch.no_grad()
@@ -325,10 +286,9 @@ def _one(parameters: list[Tensor]) -> Tensor:
     return whole
 
 
-def _join(owner: nn.Module, names: tuple[str, ...], kind: Kind) -> Joined:
+def _join(owner: nn.Module, names: tuple[str, ...], kind: Kind) -> PackedLinear:
     """Return these layers of a module as one, and take them out of it."""
-    layers = [getattr(owner, name) for name in names]
-    joined = Joined(_product(layers, kind), [layer.out_features for layer in layers])
+    joined = _product([getattr(owner, name) for name in names], kind)
     for name in names:
         setattr(owner, name, None)
     return joined

@@ -19,19 +19,24 @@ from internlm.model.config import DynamicScaling, LinearScaling, Llama3Scaling, 
 
 
 class Rotation(NamedTuple):
-    """cos and sin of every pair's angle, each [B, T, 1, E/2], in the dtype of the activations."""
+    """What `rotate` multiplies a head and its swapped halves by, each [B, T, 1, E], in the dtype of the activations."""
 
     cos: Tensor
+    """Of every pair's angle, twice."""
     sin: Tensor
+    """The same, negative for the first of a pair."""
+
+    @classmethod
+    def of(cls, angles: Tensor, factor: float, dtype: torch.dtype) -> Rotation:
+        """Return the rotation by angles [B, T, 1, E/2] in fp32, times a factor."""
+        cos, sin = (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+        return cls(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
 
 
 def frequencies(config: RopeConfig, head_dim: int, length: int = 0) -> tuple[Tensor, float]:
     """Return each pair's angle per position [E/2] in fp32, and the factor on cos and sin.
 
-    Args:
-        config: base and scaling.
-        head_dim: E.
-        length: length of the longest text, which only dynamic scaling looks at.
+    `head_dim`: E; `length`: of the longest text, which only dynamic scaling looks at.
     """
     scaling, base = config.scaling, config.base
     if isinstance(scaling, DynamicScaling) and length > scaling.original_length:
@@ -84,12 +89,7 @@ class Rope(nn.Module):
         self._cached: tuple[Tensor, float] | None = None
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """Return the rotation of each position.
-
-        Args:
-            positions: [B, T] integers.
-            dtype: of the activations.
-        """
+        """Return the rotation of each position [B, T]; `dtype`: of the activations."""
         if isinstance(self.config.scaling, DynamicScaling):
             # One base per call: InternLM's own rule, the length of the longest text in the batch.
             turns, factor = frequencies(self.config, self.head_dim, int(positions.max()) + 1)
@@ -100,16 +100,9 @@ class Rope(nn.Module):
                 self._cached = turns.to(positions.device), factor
             turns, factor = self._cached
         angles = positions[:, :, None, None].float() * turns  # [B, T, 1, E/2]
-        return Rotation((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
+        return Rotation.of(angles, factor, dtype)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Return x with each pair turned by its angle.
-
-    Args:
-        x: [B, T, H, E].
-        rotation: of the same B and T (or broadcastable).
-    """
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = rotation
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Return x [B, T, H, E] with each pair turned by its angle."""
+    return torch.addcmul(x * rotation.cos, x.roll(x.shape[-1] // 2, -1), rotation.sin)

@@ -3,8 +3,7 @@
     hidden = model(tokens, positions, documents)       # [B, T, D]
     outputs = model.head(hidden, labels)               # TokenOutputs, each [B, T]
 
-It is written for one device; distribution is applied to it from outside. Blocks live in a ModuleDict so that a
-parameter keeps its name when the layers are split over stages.
+Blocks live in a ModuleDict so that a parameter keeps its name when the layers are split over stages.
 """
 
 from __future__ import annotations
@@ -97,14 +96,10 @@ def build(
 
 
 def give_memory(model: Transformer, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    """Give the parameters of a model without memory some, whose values are what lies there; shared ones stay so.
+    """Give the parameters of a model without memory some, in place, whose values are what lies there.
 
-    torch's `to_empty` goes through its kernels for shapes, which import sympy: a second of every start.
-
-    Args:
-        model: from `empty`, in place.
-        device: where.
-        dtype: of all; None: what each has.
+    Shared ones stay so. `dtype`: of all; None: what each has. torch's `to_empty` goes through its kernels for shapes,
+    which import sympy: a second of every start.
     """
     given: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():

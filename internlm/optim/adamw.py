@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import torch
 from torch import Tensor
 
@@ -13,15 +11,7 @@ from internlm.optim.group import Group, Updater
 
 
 class AdamW(Updater):
-    """AdamW.
-
-    A parameter's state is `step`, fp32 [], and `exp_avg` and `exp_avg_sq` of its shape and placement.
-
-    Args:
-        groups: fp32 parameters.
-        betas: decay of the moments.
-        eps: added to the root of the second.
-    """
+    """AdamW. A parameter's state is `step`, fp32 [], and `exp_avg` and `exp_avg_sq` of its shape and placement."""
 
     def __init__(self, groups: list[Group], betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups)
@@ -36,11 +26,8 @@ class AdamW(Updater):
     def step(self, rate: float = 1.0) -> None:
         """Update every parameter that has a gradient, with `rate` times its group's learning rate."""
         for group in self.groups:
-            together: dict[torch.device, list[Tensor]] = defaultdict(list)
-            for parameter in group.parameters:
-                if parameter.grad is not None:
-                    together[parameter.device].append(parameter)
-            for parameters in together.values():
+            parameters = [parameter for parameter in group.parameters if parameter.grad is not None]
+            if parameters:
                 states = [self.state[parameter] for parameter in parameters]
                 steps, means, squares = ([s[slot] for s in states] for slot in ("step", "exp_avg", "exp_avg_sq"))
                 torch._foreach_add_(steps, 1)

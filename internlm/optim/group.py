@@ -24,11 +24,7 @@ class Group:
 
 
 class Updater:
-    """An optimizer of some parameters.
-
-    Args:
-        groups: all its parameters, each once.
-    """
+    """An optimizer of some parameters, each in one of its groups."""
 
     def __init__(self, groups: list[Group]) -> None:
         self.groups = groups

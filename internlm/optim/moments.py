@@ -5,10 +5,7 @@ bfloat16    A moment that moves by less than half a unit in its last place would
             parameter's place in the optimizer: a run that is resumed goes on bit by bit.
 
 int8        Blocks of 256 neighbours share a scale, their largest magnitude, and every entry is one of 256 fractions of
-            it that lie densest near zero (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, sec. 2):
-
-                0   ±5.5e-7   ±(3.2, 7.7)e-6   four of ±e-5   eight of ±e-4   …   64 between ±0.1 and ±1   ±1
-
+            it that lie densest near zero (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, sec. 2).
             Of the second moment the root is kept, which has half as many decades to cover, and what is not zero never
             becomes zero: a parameter's step is otherwise divided by nothing.
 
@@ -111,22 +108,10 @@ def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     return shares * scales.repeat_interleave(BLOCK)[: len(codes)]
 
 
-def update_int8(weight: Tensor, grad: Tensor, state: dict[str, Tensor], rule: Rule) -> None:
-    """Decode, take one AdamW step, encode; in place, on flat tensors [n].
-
-    Args:
-        weight: fp32.
-        grad: fp32.
-        state: `mean` and `root`, uint8 [n], with `mean_scale` and `root_scale`, fp32 [n / 256, rounded up].
-        rule: of the step.
-    """
-    mean, square = _recalled(state)
-    update(weight, grad, mean, square, rule)
-    _keep(state, mean, square)
-
-
 def _recalled(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the two moments, fp32 [n], from their codes."""
+    """Return the two moments, fp32 [n], from a state."""
+    if "exp_avg" in state:
+        return state["exp_avg"].float(), state["exp_avg_sq"].float()
     mean = decode(state["mean"], state["mean_scale"], signed=True)
     return mean, decode(state["root"], state["root_scale"], signed=False).square_()
 
@@ -143,20 +128,14 @@ class CompactAdamW(Updater):
     """AdamW with moments in bf16 or int8.
 
     A parameter's state is `step`, fp32 [] on the CPU, and `exp_avg` and `exp_avg_sq` of its shape and placement; or for
-    int8 `mean`, `root` and their scales (`update_int8`), flat, of what this rank holds of it.
-
-    Args:
-        groups: fp32 parameters.
-        betas: decay of the moments.
-        eps: added to the root of the second.
-        state_dtype: of the moments.
+    int8, of the n entries that this rank holds of it, `mean` and `root`, uint8 [n], with `mean_scale` and `root_scale`,
+    fp32 [n / 256, rounded up].
     """
 
     def __init__(
         self, groups: list[Group], betas: tuple[float, float], eps: float, state_dtype: Literal["bfloat16", "int8"]
     ) -> None:
         self.betas, self.eps, self.state_dtype = betas, eps, state_dtype
-        self.generators: dict[torch.device, torch.Generator] = {}
         super().__init__(groups)
 
     def zeros(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -187,18 +166,15 @@ class CompactAdamW(Updater):
                 rule = Rule(group.lr * rate, *self.betas, self.eps, group.weight_decay, int(state["step"]))
                 weight, grad = _flat(parameter), _flat(parameter.grad)
                 for own, part in _slabs(state, len(weight)):
+                    mean, square = _recalled(part)
+                    update(weight[own], grad[own], mean, square, rule)
                     if self.state_dtype == "int8":
-                        update_int8(weight[own], grad[own], part, rule)
-                    else:
-                        self._update_bfloat16(weight[own], grad[own], part, rule, number)
-
-    def _update_bfloat16(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], rule: Rule, number: int) -> None:
-        moments = [state[slot].float() for slot in _MOMENTS]
-        update(weight, grad, moments[0], moments[1], rule)
-        generator = self.generators.setdefault(weight.device, torch.Generator(weight.device))
-        generator.manual_seed(rule.step << 20 | number)  # replicas of a part round it alike
-        for slot, values in zip(_MOMENTS, moments, strict=True):
-            state[slot].copy_(round_at_random(values, generator))
+                        _keep(part, mean, square)
+                        continue
+                    # replicas of a part round it alike
+                    generator = torch.Generator(weight.device).manual_seed(rule.step << 20 | number)
+                    for slot, values in zip(_MOMENTS, (mean, square), strict=True):
+                        part[slot].copy_(round_at_random(values, generator))
 
     @torch.no_grad()
     def decoded(self, parameter: Tensor) -> dict[str, Tensor]:

@@ -3,10 +3,9 @@
     m ← μ m + g        u = orthogonal(μ m + g)        w ← w − lr (0.2 sqrt(max(rows, columns)) u + λ w)
 
 The factor gives the update the root mean square of a typical AdamW update, so that one learning rate and one weight
-decay serve both (Liu et al. 2025, Muon is Scalable, eq. 4). Only for matrices inside blocks: embeddings, heads, norms
-and biases go to AdamW. A stack [E, R, C] is E matrices, each of which has its own factor: the experts of a mixture.
-The orthogonal factor comes from five Newton-Schulz steps in matrix products alone: singular values end between 0.7 and
-1.2, which is near enough. Matrices of one shape go through them in batches.
+decay serve both (Liu et al. 2025, Muon is Scalable, eq. 4). Only for matrices inside blocks: the rest goes to AdamW. A
+stack [E, R, C] is E matrices, each with its own factor: the experts of a mixture. The factor comes from five
+Newton-Schulz steps in matrix products alone: singular values end between 0.7 and 1.2, which is near enough.
 
     a matrix cut over S ranks     every rank makes the factor of each S-th matrix: two all-to-alls of what it holds
     whole experts on each rank    makes the factors of its own: nothing is sent
@@ -60,10 +59,6 @@ class Muon(Updater):
     """Muon over matrices [R, C] and stacks of them [E, R, C].
 
     A parameter's state is `momentum`, of its shape, dtype and placement.
-
-    Args:
-        groups: of such parameters.
-        momentum: its decay μ.
     """
 
     def __init__(self, groups: list[Group], momentum: float = 0.95) -> None:
@@ -88,7 +83,6 @@ class Muon(Updater):
                 self._update(parameters, group.lr * rate, group.weight_decay)
 
     def _update(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
-        """Update parameters of one shape and placement, some matrices at once."""
         like = parameters[0]
         rows, columns = like.shape[-2:]
         cuts = _cuts(like) if is_parted(like) else []
@@ -158,10 +152,6 @@ def _by_turns(parts: Tensor, cuts: list[Cut]) -> Tensor:
     Axis by axis, so that in the end no product is made twice; per axis two all-to-alls of what the rank holds. Parts of
     unequal size are padded with zeros, which stay zeros and add up from axis to axis; the order in which rows or
     columns are joined does not matter, as it only permutes the factor's.
-
-    Args:
-        parts: what this rank holds of each matrix.
-        cuts: the axes that cut them.
     """
     if not cuts:
         return orthogonalise(parts)

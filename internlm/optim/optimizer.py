@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from internlm.compat.parts import is_parted, local
-from internlm.config import default_kind, section
+from internlm.config import default_kind, require, section
 from internlm.errors import ConfigError, WeightsError
 from internlm.optim.adamw import AdamW
 from internlm.optim.group import Group, Updater
@@ -55,11 +55,10 @@ class AdamWConfig:
     """Of AdamW's two moments: 8, 4 or 2 bytes per parameter. Norms and biases, and Muon's momentum, stay float32."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "table_lr_ratio"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError("must be finite and not negative", where=f"optim.{name}", got=getattr(self, name))
-        if not 0 < self.eps < math.inf:  # else the row of an id that never occurred becomes 0 / 0
-            raise ConfigError("must be finite and positive", where="optim.eps", got=self.eps)
+        names = ("lr", "weight_decay", "table_lr_ratio")
+        require(self, "optim", names, lambda number: number >= 0, "must be at least 0")
+        # At 0 the row of an id that never occurred becomes 0 / 0.
+        require(self, "optim", ("eps",), lambda eps: eps > 0, "must be above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError("must lie in [0, 1)", where="optim.betas", got=self.betas)
 
@@ -79,8 +78,7 @@ class MuonConfig(AdamWConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.momentum < 1:
-            raise ConfigError("must lie in [0, 1)", where="optim.momentum", got=self.momentum)
+        require(self, "optim", ("momentum",), lambda momentum: 0 <= momentum < 1, "must lie in [0, 1)")
 
     @property
     def moment_bytes(self) -> int:
@@ -99,29 +97,23 @@ def role(name: str, parameter: Tensor) -> Role:
 
 
 class Optimizer:
-    """The updaters, one to three, of named parameters.
-
-    Args:
-        config: which, with their numbers.
-        parameters: fp32, plain or DTensors, each once; those that need no gradient are left out.
-    """
+    """The updaters, one to three, of named parameters, fp32, plain or DTensors. What needs no gradient is left out."""
 
     def __init__(self, config: AdamWConfig | MuonConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         self.lr = config.lr
         """Peak learning rate."""
         self.names: dict[Tensor, str] = {p: name for name, p in parameters if p.requires_grad}
         """Of every parameter that is updated."""
-        by_role: dict[Role, list[Tensor]] = {"matrix": [], "table": [], "vector": []}
+        groups: dict[Role, Group] = {
+            "matrix": Group([], config.lr, config.weight_decay),
+            "table": Group([], config.lr * config.table_lr_ratio, config.weight_decay * config.decay_tables),
+            "vector": Group([], config.lr, 0.0),
+        }
         for parameter, name in self.names.items():
-            by_role[role(name, parameter)].append(parameter)
+            groups[role(name, parameter)].parameters.append(parameter)
+        groups = {kind: group for kind, group in groups.items() if group.parameters}
         self.parts: list[Updater] = []
         """Each parameter is in one of them."""
-        settings: dict[Role, tuple[float, float]] = {
-            "matrix": (config.lr, config.weight_decay),
-            "table": (config.lr * config.table_lr_ratio, config.weight_decay * config.decay_tables),
-            "vector": (config.lr, 0.0),
-        }
-        groups = {kind: Group(by_role[kind], lr, decay) for kind, (lr, decay) in settings.items() if by_role[kind]}
         if isinstance(config, MuonConfig) and "matrix" in groups:
             self.parts.append(Muon([groups.pop("matrix")], config.momentum))
         if config.state_dtype != "float32":
@@ -158,11 +150,7 @@ class Optimizer:
 def squared_norm(parameters: Iterable[nn.Parameter], ranks: int = 1) -> Tensor:
     """Return this rank's share of the squared L2 norm of all gradients, fp64: summed over all ranks it is the square.
 
-    What several ranks hold alike is shared between them.
-
-    Args:
-        parameters: those of this rank.
-        ranks: how many hold a parameter that is a plain tensor.
+    What several ranks hold alike is shared between them; `ranks` hold a parameter that is a plain tensor.
 
     Raises:
         WeightsError: no parameter has a gradient.
@@ -179,11 +167,7 @@ def squared_norm(parameters: Iterable[nn.Parameter], ranks: int = 1) -> Tensor:
 def scale_to_norm(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float, divisor: float = 1.0) -> None:
     """Scale all gradients, in place, so that their global norm is at most `limit`; not if the norm is not finite.
 
-    Args:
-        parameters: those of this rank.
-        norm: of all gradients of all ranks.
-        limit: 0 or infinity leave the gradients alone.
-        divisor: by what they are divided besides; `norm` is that after it.
+    A limit of 0 or infinity leaves them alone. By `divisor` they are divided besides; `norm` is that after it.
     """
     if limit <= 0 and divisor == 1:
         return

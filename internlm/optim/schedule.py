@@ -11,7 +11,7 @@ import logging
 import math
 from typing import Literal
 
-from internlm.config import section
+from internlm.config import require, section
 from internlm.errors import ConfigError
 from internlm.log import warn_once
 
@@ -32,9 +32,8 @@ class ScheduleConfig:
     """wsd only: share of the run in which the rate falls."""
 
     def __post_init__(self) -> None:
-        for name in ("warmup_ratio", "final_ratio", "decay_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError("must lie between 0 and 1", where=f"schedule.{name}", got=getattr(self, name))
+        names = ("warmup_ratio", "final_ratio", "decay_ratio")
+        require(self, "schedule", names, lambda share: 0 <= share <= 1, "must lie between 0 and 1")
         if self.kind == "wsd" and self.warmup_ratio + self.decay_ratio > 1 + 1e-9:
             raise ConfigError(
                 "begins before the warm-up is over", where="schedule.decay_ratio", got=self.decay_ratio,
@@ -47,13 +46,7 @@ class ScheduleConfig:
 
 
 def rate(config: ScheduleConfig, step: int, total_steps: int) -> float:
-    """Return the learning rate of the step that is about to be taken, as a share of the peak.
-
-    Args:
-        config: the course.
-        step: steps taken so far, from 0.
-        total_steps: steps of the whole run.
-    """
+    """Return the learning rate of the next step, as a share of the peak; `step`: how many were taken so far."""
     warmup = round(config.warmup_ratio * total_steps)
     if step < warmup:
         return (step + 1) / warmup

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internlm.compat import groups
-from internlm.compat.parts import is_parted
+from internlm.compat.parts import begin, local
 from internlm.cost.split import stage_layers
 from internlm.errors import ConfigError
 from internlm.model.config import ModelConfig
@@ -59,11 +59,6 @@ class Setting:
 class Parallel:
     """This rank's part of a model, and what it needs to run with the others.
 
-    Args:
-        shape: of the whole model.
-        config: how it is spread.
-        setting: what it is made for.
-
     `parts` have memory, and no values until `initialize` or `load`.
     """
 
@@ -71,34 +66,34 @@ class Parallel:
         self.shape, self.config, self.device = shape, config, setting.device
         is_alone = not dist.is_initialized()
         self.layout = Layout.of(config, 1 if is_alone else dist.get_world_size())
-        self.mesh = None if is_alone else Mesh(self.layout, setting.device.type, config.expert)
+        self.mesh = mesh = None if is_alone else Mesh(self.layout, setting.device.type, config.expert)
         self.parts = self._split(setting)
         if config.async_tensor:
             _check_async(config, setting)
         sliced = optimizer_shard.applies(config, self.layout)
         copies_only = self.layout.replicate == self.layout.world_size and not config.offload and not sliced
-        is_plain = self.mesh is None or copies_only
+        is_plain = mesh is None or copies_only
         for part in self.parts:
             if config.float8:
                 float8.convert(part)
-            if self.mesh is not None and self.layout.tensor > 1:
+            if mesh is not None and self.layout.tensor > 1:
                 from internlm.parallel import tensor
 
                 if config.async_tensor:
-                    groups.fuse_collectives(self.mesh.group("tensor"))
-                tensor.cut(part, self.mesh.world["tensor"], sequence=config.sequence)
-            if self.mesh is not None and self.layout.context > 1:
-                context.spread(part, self.mesh.group("context"))
-            if self.mesh is not None and shape.experts is not None:
+                    groups.fuse_collectives(mesh.group("tensor"))
+                tensor.cut(part, mesh.world["tensor"], sequence=config.sequence)
+            if mesh is not None and self.layout.context > 1:
+                context.spread(part, mesh.group("context"))
+            if mesh is not None and shape.experts is not None:
                 from internlm.parallel import expert
 
-                expert.spread(part, self.mesh)
+                expert.spread(part, mesh)
             recompute(part, config.recompute)
             if setting.compile:
                 for block in part.blocks.values():
                     block.compile()
-            if self.mesh is not None and not is_plain:
-                shard(part, self.mesh, config, setting.dtype)
+            if mesh is not None and not is_plain:
+                shard(part, mesh, config, setting.dtype)
             for mixture in mixtures(part).values():
                 mixture.sides = SideLosses(mixture.config.count, setting.device)
             if is_plain:
@@ -107,16 +102,14 @@ class Parallel:
                 part.to_empty(device="cpu" if config.offload else setting.device)
                 if shape.tie_embeddings:
                     part.tie()  # to_empty makes two tensors of the shared one
-            if self.mesh is not None and sliced:
-                optimizer_shard.Slices(part, self.mesh, config.prefetch)
-        replicas = None
-        if self.mesh is not None and copies_only:
-            replicas = Replicas(self.parts[0], self.mesh.group("replicate"))
+            if mesh is not None and sliced:
+                optimizer_shard.Slices(part, mesh, config.prefetch)
+        replicas = None if mesh is None or not copies_only else Replicas(self.parts[0], mesh.group("replicate"))
         # A sharded model gathers its weights in `dtype`; a plain one keeps them in fp32.
         low = is_plain and setting.dtype != torch.float32
         # Without its cache: that keeps a copy of every weight through forward, where recompute wants none kept.
         autocast = torch.autocast(setting.device.type, setting.dtype, cache_enabled=False) if low else None
-        self.run = Runner(self.parts, config, self.mesh, replicas, self._pipeline(setting), autocast)
+        self.run = Runner(self.parts, config, mesh, replicas, self._pipeline(setting), autocast)
 
     def named_parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         """Yield the parameters of all parts as they lie between steps; names are those of the whole model."""
@@ -164,11 +157,6 @@ class Parallel:
         return 0 if self.mesh is None else self.mesh.rank
 
     @property
-    def data_rank(self) -> int:
-        """Which share of the rows this rank sees."""
-        return self.layout.data_rank(self.rank)
-
-    @property
     def counts(self) -> bool:
         """Whether this rank is the one of those that compute the same losses whose numbers count."""
         return self.run.has_loss and (self.mesh is None or self.mesh.reports)
@@ -184,16 +172,15 @@ class Parallel:
             self.run.replicas.zero()
             return
         for part in self.parts:
-            for parameter in part.parameters():
-                parameter.grad = None
+            part.zero_grad()
         for _, parameter in self.owned_parameters():
             parameter.grad = None
 
-    def total(self, values: Tensor, *, counted: bool) -> Tensor:
-        """Return the sum of `values` over all ranks that count; others give nothing. Every rank must call it."""
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` over all ranks. Every rank must call it."""
         if self.mesh is None:
             return values
-        values = values.clone() if counted else torch.zeros_like(values)
+        values = values.clone()
         dist.all_reduce(values)
         return values
 
@@ -243,13 +230,7 @@ def _check_async(config: ParallelConfig, setting: Setting) -> None:
 @torch.no_grad()
 def place(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor, or this rank's part of it, into a parameter. No rank talks to another."""
-    if not is_parted(parameter):
-        parameter.copy_(value)
-        return
-    from torch.distributed.tensor import distribute_tensor
-
-    own = parameter.to_local()
-    spread = distribute_tensor(
-        value.to(own.device, own.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
-    own.copy_(spread.to_local())
+    own = local(parameter)
+    for dim, (first, count) in enumerate(zip(begin(parameter), own.shape, strict=True)):
+        value = value.narrow(dim, first, count)
+    own.copy_(value)

@@ -25,37 +25,52 @@ Group = dist.ProcessGroup
 
 def gather(x: Tensor, group: Group, dim: int) -> Tensor:
     """Return the ranks' parts joined along `dim`; each rank goes on with it in its own way, so gradients are summed."""
-    return _Gather.apply(x, group, dim)
+    return _Linear.apply(x, group, (_all_gather, dim), (_reduce_scatter, dim))
 
 
 def scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     """Return this rank's part along `dim` of the sum over ranks."""
-    return _Scatter.apply(x, group, dim)
+    return _Linear.apply(x, group, (_reduce_scatter, dim), (_all_gather, dim))
 
 
 def copy(x: Tensor, group: Group) -> Tensor:
     """Return `x`, which is equal on all ranks and goes on differently on each."""
-    return _Copy.apply(x, group)
+    return _Linear.apply(x, group, (_same,), (_all_reduce,))
 
 
 def total(x: Tensor, group: Group) -> Tensor:
     """Return the sum of `x` over ranks."""
-    return _Total.apply(x, group)
+    return _Linear.apply(x, group, (_all_reduce,), (_same,))
 
 
 def exchange(x: Tensor, group: Group, cut: int, join: int) -> Tensor:
     """Cut `x` along one dim, send part r to rank r, and join what comes along another."""
-    return _Exchange.apply(x, group, cut, join)
+    return _Linear.apply(x, group, (_all_to_all, cut, join), (_all_to_all, join, cut))
 
 
 def exchange_rows(x: Tensor, group: Group, got: list[int], sent: list[int]) -> Tensor:
     """Send rows of `x`, the first sent[0] to rank 0 and so on, and return those that come, got[r] from rank r."""
-    return _ExchangeRows.apply(x, group, got, sent)
+    return _Linear.apply(x, group, (_exchange_rows, got, sent), (_exchange_rows, sent, got))
 
 
 def collect(x: Tensor, group: Group, dim: int) -> Tensor:
     """Return the ranks' parts joined along `dim`, with which every rank does the same: the gradient is the own part."""
-    return _Collect.apply(x, group, dim)
+    return _Linear.apply(x, group, (_all_gather, dim), (_own_part, dim))
+
+
+class _Linear(torch.autograd.Function):
+    """A linear function of what the ranks hold, and its transpose: each with what it takes beside x and the group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, there: tuple[Any, ...], back: tuple[Any, ...]) -> Tensor:
+        ctx.group, ctx.back = group, back
+        function, *arguments = there
+        return function(x, group, *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        function, *arguments = ctx.back
+        return function(grads[0], ctx.group, *arguments), None, None, None
 
 
 def _all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
@@ -97,77 +112,9 @@ def _exchange_rows(x: Tensor, group: Group, got: list[int], sent: list[int]) -> 
     return out
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _all_gather(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce_scatter(grads[0], ctx.group, ctx.dim), None, None
+def _same(x: Tensor, group: Group) -> Tensor:
+    return x.view_as(x)
 
 
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _reduce_scatter(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _all_gather(grads[0], ctx.group, ctx.dim), None, None
-
-
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grads[0], ctx.group), None
-
-
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return _all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, cut: int, join: int) -> Tensor:
-        ctx.group, ctx.cut, ctx.join = group, cut, join
-        return _all_to_all(x, group, cut, join)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grads[0], ctx.group, ctx.join, ctx.cut), None, None, None
-
-
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, got: list[int], sent: list[int]) -> Tensor:
-        ctx.group, ctx.got, ctx.sent = group, got, sent
-        return _exchange_rows(x, group, got, sent)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange_rows(grads[0], ctx.group, ctx.sent, ctx.got), None, None, None
-
-
-class _Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.place, ctx.dim, ctx.length = dist.get_rank(group), dim, x.shape[dim]
-        return _all_gather(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].narrow(ctx.dim, ctx.place * ctx.length, ctx.length), None, None
+def _own_part(x: Tensor, group: Group, dim: int) -> Tensor:
+    return x.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]

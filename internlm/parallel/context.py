@@ -1,8 +1,8 @@
 """Long rows over several ranks: a row's tokens are cut in equal stretches, one per rank.
 
-Everything but attention looks at one token at a time. For attention the ranks trade tokens for heads (Jacobs et al.
-2023, DeepSpeed Ulysses): each gets all tokens of its share of the heads, runs the plain attention of one device, with
-the same documents, and trades back. Four all-to-alls a block, each of 1 / C of the activations.
+For attention, which alone looks at more than one token, the ranks trade tokens for heads (Jacobs et al. 2023, DeepSpeed
+Ulysses): each gets all tokens of its share of the heads, runs the plain attention of one device, and trades back. Four
+all-to-alls a block, each of 1 / C of the activations.
 
     rank 0   tokens 0-3, heads 0-3      ⇄      tokens 0-7, heads 0-1
     rank 1   tokens 4-7, heads 0-3      ⇄      tokens 0-7, heads 2-3

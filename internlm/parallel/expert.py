@@ -5,8 +5,8 @@
              sort by expert, compute, sort back, → all-to-all → the order they had
 
 The group's ranks are neighbours of the shard axis: they see different rows, and share what is not an expert as ever.
-How many rows go where is known after the router only, so that one exchange of counts, and one wait for the device, come
-before each layer's rows. Nothing is dropped: a rank whose experts are popular needs more memory than others.
+How many rows go where is known after the router only: an exchange of counts, and a wait for the device, come before
+each layer's rows. Nothing is dropped: a rank whose experts are popular needs more memory than others.
 
 A stacked weight [E, out, in] is cut along E over the expert group, along `out` or `in` over the tensor axis as other
 matrices are, and what is left by `fully_shard` over the ranks that hold the same experts.
@@ -41,11 +41,7 @@ class PartLinear(StackedLinear):
 
 
 class Dispatch:
-    """Sends rows to the ranks that hold their experts, and back.
-
-    Args:
-        group: the ranks that hold all experts together, in order.
-    """
+    """Sends rows to the ranks of a group, which hold all experts together, in order, and back."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.size = group, dist.get_world_size(group)
@@ -78,11 +74,7 @@ class Dispatch:
 
 
 class Stretches(Rows):
-    """Rows whose tokens are parted over a context group.
-
-    Args:
-        group: the ranks that hold a row together.
-    """
+    """Rows whose tokens are parted over a context group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group

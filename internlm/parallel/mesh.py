@@ -23,14 +23,11 @@ from typing import Annotated, Literal, NamedTuple
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from internlm.config import or_number, section
+from internlm.config import or_number, require, require_positive, section
 from internlm.errors import ConfigError
 from internlm.model.config import ModelConfig
 from internlm.parallel import float8
 from internlm.parallel.recompute import RecomputeConfig
-
-Zero = Annotated[Literal["1", "2", "2-gather", "3"], or_number()]
-Schedule = Literal["1f1b", "gpipe", "interleaved", "zero-bubble", "zbv"]
 
 
 @section
@@ -54,7 +51,7 @@ class ParallelConfig:
     async_tensor: bool = False
     """With sequence: send tokens in pieces, while the products with earlier ones are made. On GPUs of one machine, with
     runtime.compile. Written after torch's rules and checked on graphs; not yet run on several GPUs."""
-    zero: Zero = "2"
+    zero: Annotated[Literal["1", "2", "2-gather", "3"], or_number()] = "2"
     """What is kept between uses, from least traffic to least memory. 1: gathered weights and whole gradients, for the
     whole step. 2: gathered weights for the whole step, gradients in parts. 2-gather: weights are gathered once per
     micro-batch. 3: weights are gathered for each use."""
@@ -64,7 +61,7 @@ class ParallelConfig:
     """Ranks that optimizer states are cut over: as the weights, or over all replicas too."""
     offload: bool = False
     """Keep weights, gradients and optimizer states in the memory of the CPU, and update there."""
-    schedule: Schedule = "1f1b"
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zero-bubble", "zbv"] = "1f1b"
     """Order of the micro-batches in the pipeline."""
     stages_per_rank: int = 1
     """Stages of each pipeline rank: at least 2 for interleaved, 2 for zbv, 1 for the others."""
@@ -74,12 +71,8 @@ class ParallelConfig:
     """What is computed again in backward instead of kept."""
 
     def __post_init__(self) -> None:
-        for name in ("pipeline", "replicate", "context", "tensor", "expert", "stages_per_rank"):
-            if getattr(self, name) < 1:
-                raise ConfigError("must be at least 1", where=f"parallel.{name}", got=getattr(self, name))
-        for name in ("shard", "prefetch"):
-            if getattr(self, name) < 0:
-                raise ConfigError("must be 0 or more", where=f"parallel.{name}", got=getattr(self, name))
+        require_positive(self, "parallel", "pipeline", "replicate", "context", "tensor", "expert", "stages_per_rank")
+        require(self, "parallel", ("shard", "prefetch"), lambda number: number >= 0, "must be 0 or more")
         least, most = {"interleaved": (2, 99), "zbv": (2, 2), "zero-bubble": (1, 99)}.get(self.schedule, (1, 1))
         if not least <= self.stages_per_rank <= most:
             raise ConfigError(
@@ -148,15 +141,12 @@ class Layout:
         at = self.coordinates(rank)
         return at.replicate * self.shard + at.shard
 
-    def check(self, config: ParallelConfig, model: ModelConfig, seq_len: int, rows: int, micro_rows: int) -> None:
+    def check(
+        self, config: ParallelConfig, model: ModelConfig, seq_len: int, micro_rows: int, micro_batches: int
+    ) -> None:
         """Check that a model and its batches can be cut so, before anything is allocated.
 
-        Args:
-            config: the section this layout is of.
-            model: shape of the model.
-            seq_len: tokens per row.
-            rows: rows of a step, over all ranks.
-            micro_rows: rows of a micro-batch on one rank.
+        Rows of a micro-batch, and micro-batches of a step, are those of one rank.
 
         Raises:
             ConfigError: every reason why not, with the numbers.
@@ -167,22 +157,15 @@ class Layout:
             if number % size:
                 problems.append(f"parallel.{axis} {size} does not divide {what} {number}")
 
-        divides("tensor", self.tensor, "model.num_heads", model.num_heads)
-        divides("tensor", self.tensor, "model.num_kv_heads", model.num_kv_heads)
-        divides("tensor", self.tensor, "model.ffn_size", model.ffn_size)
-        divides("tensor", self.tensor, "model.vocab_size", model.vocab_size)
+        for name in ("num_heads", "num_kv_heads", "ffn_size", "vocab_size"):
+            divides("tensor", self.tensor, f"model.{name}", getattr(model, name))
         divides("context", self.context, "data.seq_len", seq_len)
         if config.sequence and not seq_len % self.context:
             divides("tensor", self.tensor, "the tokens of a context rank", seq_len // self.context)
-        if rows % (self.data * micro_rows):
-            problems.append(
-                f"{rows} rows of a step do not divide over replicate {self.replicate} × shard {self.shard} ranks "
-                f"× train.micro_batch_rows {micro_rows}"
-            )
         if config.float8:
             problems += self._float8_problems(model, micro_rows * (seq_len // self.context))
         problems += self._expert_problems(config, model)
-        problems += self._pipeline_problems(config, model, rows // max(1, self.data * micro_rows))
+        problems += self._pipeline_problems(config, model, micro_batches)
         if problems:
             raise ConfigError("; ".join(problems), where="layout")
 
@@ -192,12 +175,8 @@ class Layout:
         dims = {f"{name} × model.head_dim / tensor": n * model.head_dim // self.tensor for name, n in heads.items()}
         dims |= {"model.hidden_size": model.hidden_size, "model.ffn_size / tensor": model.ffn_size // self.tensor}
         dims["the tokens of a micro-batch on a rank"] = tokens
-        multiple = float8.MULTIPLE
-        return [
-            f"parallel.float8 needs multiples of {multiple}, and {what} is {n}"
-            for what, n in dims.items()
-            if n % multiple
-        ]
+        needs = f"parallel.float8 needs multiples of {float8.MULTIPLE}"
+        return [f"{needs}, and {what} is {n}" for what, n in dims.items() if n % float8.MULTIPLE]
 
     def _expert_problems(self, config: ParallelConfig, model: ModelConfig) -> list[str]:
         size, problems = config.expert, []
@@ -270,12 +249,9 @@ def _ranks(count: int) -> str:
 
 
 class Mesh:
-    """The groups of this rank, for one layout. Every rank must build it, in the same order.
+    """The groups of this rank, for one layout of all ranks. Every rank must build it, in the same order.
 
-    Args:
-        layout: sizes; their product is the size of the process group.
-        device_type: "cpu" or "cuda".
-        expert: ranks that hold the experts of a block together.
+    `expert`: ranks that hold the experts of a block together.
     """
 
     def __init__(self, layout: Layout, device_type: str, expert: int = 1) -> None:
@@ -285,9 +261,9 @@ class Mesh:
         sizes = (layout.pipeline, layout.replicate, layout.shard * layout.context, layout.tensor)
         self.world = init_device_mesh(device_type, sizes, mesh_dim_names=("pipeline", "replicate", "shard", "tensor"))
         """Weights live on ["replicate", "shard"], and on "tensor"."""
-        rows = (layout.pipeline, layout.data, layout.context, layout.tensor)
         self._rows: DeviceMesh | None = None
         if layout.context > 1:
+            rows = (layout.pipeline, layout.data, layout.context, layout.tensor)
             self._rows = init_device_mesh(device_type, rows, mesh_dim_names=("pipeline", "data", "context", "tensor"))
         self.experts: DeviceMesh | None = None
         """The same ranks, with those that hold all experts together as an axis; None where each rank does."""
@@ -295,11 +271,6 @@ class Mesh:
             apart = (*sizes[:2], sizes[2] // expert, expert, layout.tensor)
             names = ("pipeline", "replicate", "shard", "expert", "tensor")
             self.experts = init_device_mesh(device_type, apart, mesh_dim_names=names)
-
-    @property
-    def weights(self) -> DeviceMesh:
-        """The two axes over which a stage's weights are replicated and cut."""
-        return self.world["replicate", "shard"]
 
     def group(self, axis: Axis) -> dist.ProcessGroup:
         """Return this rank's group on an axis; "shard" has the context ranks in it."""

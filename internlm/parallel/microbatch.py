@@ -26,15 +26,9 @@ Loss = Callable[[Tensor, Batch], Tensor]
 
 
 class Runner:
-    """Runs micro-batches through this rank's part of a model.
+    """Runs micro-batches through this rank's part of a model: the whole of it, or pipeline stages.
 
-    Args:
-        parts: the model, or this rank's pipeline stages.
-        config: how it is spread.
-        mesh: None in a single process.
-        replicas: sums the gradients of whole copies.
-        pipeline: passes micro-batches between stages.
-        autocast: in which matrix products are made, where the weights are not in it already.
+    `autocast`: in which matrix products are made, where the weights are not in it already.
     """
 
     def __init__(
@@ -106,12 +100,7 @@ class Runner:
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch], loss: Loss) -> None:
-        """Run forward only, any number of micro-batches.
-
-        Args:
-            batches: as for `train`.
-            loss: called where the hidden states are, for what it does with them.
-        """
+        """Run forward only; `loss` is called where the hidden states are, for what it does with them."""
         for number, batch in enumerate(batches):
             if self.pipeline is not None:
                 self.pipeline.forward(number, self._inputs(batch), lambda hidden, number: loss(hidden, batches[number]))
@@ -119,11 +108,9 @@ class Runner:
                 loss(self._hidden(self.parts[0], batch), batch)
 
     def score(self, hidden: Tensor, labels: Tensor, coefficients: Tensor | None) -> TokenOutputs:
-        """Return what the head says of all tokens of each row, whichever ranks hold them.
+        """Return what the head says of all tokens of each row, from this rank's hidden states.
 
-        Args:
-            hidden: this rank's hidden states.
-            labels, coefficients: [B, T], as for the head.
+        Labels and coefficients [B, T] are those of all ranks.
         """
         with self.autocast:
             out = self.parts[-1].head(
@@ -146,7 +133,6 @@ class Runner:
         return self._own(batch.tokens), self._own(batch.positions), batch.documents
 
     def _own(self, x: Tensor) -> Tensor:
-        """Return this rank's tokens of [B, T]."""
         if self.mesh is None or self.mesh.layout.context == 1:
             return x
         return own_tokens(x, self.mesh.at.context, self.mesh.layout.context)

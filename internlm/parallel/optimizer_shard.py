@@ -5,10 +5,9 @@
     after backward                          reduce-scatter over replicas: the slice's gradient, summed
     after the step                          all-gather over replicas: the whole part again
 
-That moves what the all-reduce of gradients moved (which is the same two halves), once per step, and leaves 1 / R of the
-optimizer states on each rank. Weights are still gathered from the ranks of the shard axis only. One collective each
-way per group of weights that `fully_shard` gathers at once: the first runs inside backward, the second, on GPUs, on a
-stream of its own, until the group's weights are needed again.
+These are the two halves of the all-reduce of gradients, once per step, and leave 1 / R of the optimizer states on each
+rank. One collective each way per group of weights that `fully_shard` gathers at once: the first runs inside backward,
+the second, on GPUs, on a stream of its own, until the group's weights are needed again.
 
 A slice is a DTensor, [_StridedShard, Shard(0)] or [Shard(1), Shard(0)], so a checkpoint holds whole states by name and
 any other layout reads them. A parameter is sliced along its last dim that the other axes cut evenly and that has an
@@ -99,9 +98,7 @@ class Slice:
 
     def own(self, piece: Tensor) -> Tensor:
         """Return the piece without its padding, contiguous."""
-        if self.dim is None:
-            return piece
-        return piece.narrow(self.dim, 0, _local(self.owned).shape[self.dim]).contiguous()
+        return piece[tuple(map(slice, _local(self.owned).shape))].contiguous()
 
     def refresh(self) -> None:
         """Take the values of the slice from the part: weights may have been loaded, or changed otherwise."""
@@ -111,17 +108,13 @@ class Slice:
         """Set the gradient of the slice, and drop that of the part."""
         self.parameter.grad = self.owned.grad = None
         if gradient is not None:
-            self.owned.grad = _like(gradient, self.owned)
+            like: Tensor = self.owned
+            assert is_parted(like), "slices are"
+            self.owned.grad = _placed(gradient, like, like.device_mesh, list(like.placements))
 
 
 class Group:
-    """The slices of what one module gathers at once.
-
-    Args:
-        slices: of its trainable parameters.
-        group: this rank's replicas.
-        device: on which they talk.
-    """
+    """The slices of the trainable parameters that one module gathers at once; replicas talk in `group` on `device`."""
 
     def __init__(self, slices: list[Slice], group: dist.ProcessGroup, device: torch.device) -> None:
         self.slices, self.group, self.device = slices, group, device
@@ -168,7 +161,7 @@ class Group:
         sent = torch.zeros(sum(self.sizes), device=self.device)
         for each, place in zip(self.cut, sent.split(self.sizes), strict=True):
             own = _local(each.owned)
-            place.view(each.piece)[tuple(slice(length) for length in own.shape)].copy_(own)
+            place.view(each.piece)[tuple(map(slice, own.shape))].copy_(own)
         got = sent.new_empty(dist.get_world_size(self.group), sent.numel())
         if got.numel():
             groups.all_gather(got.view(-1), sent, self.group)
@@ -181,17 +174,14 @@ class Group:
 class Slices:
     """The slices of a model, or of a pipeline stage, that `shard` has cut over the shard axis alone.
 
-    Args:
-        model: has memory; values may come later.
-        mesh: of this rank.
-        ahead: groups whose weights are gathered ahead of their use.
-
-    They act on the model from outside: gradients leave in the step's last backward, and come to `owned`.
+    They act on the model from outside: gradients leave in the step's last backward, and come to `owned`. Weights of
+    `ahead` groups are gathered ahead of their use.
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh, ahead: int) -> None:
         self.model, self.ahead = model, ahead
-        self.is_last = True  # a pipeline reduces once per step
+        self.is_last = True
+        """Whether the next backward is the step's last, in which gradients leave; a pipeline reduces once per step."""
         device = torch.device(mesh.world.device_type)
         self.streams = torch.get_device_module(device)  # CPUs have streams too, which do nothing
         self.side = self.streams.Stream()
@@ -212,10 +202,6 @@ class Slices:
         for group in self.groups:
             for each in group.slices:
                 yield each.name, each.owned
-
-    def begin_backward(self, *, is_last: bool) -> None:
-        """Say whether the next backward is the step's last, in which gradients leave."""
-        self.is_last = is_last
 
     def finish_backward(self) -> None:
         """Send what has not left: groups in which a parameter had no gradient. Replicas must agree on these."""
@@ -302,7 +288,7 @@ def _slice(name: str, parameter: nn.Parameter, mesh: Mesh) -> Slice:
 
 
 def _placement(parameter: DTensor, replicas: int) -> tuple[int | None, Placement]:
-    """Return the dim along which a parameter is sliced, and how that is said of the replicate axis."""
+    """Return the dim along which a parameter is sliced, and the placement of it on the replicate axis."""
     from torch.distributed.tensor import Replicate
 
     sizes = parameter.device_mesh.shape
@@ -321,11 +307,6 @@ def _gradient(each: Slice) -> Tensor:
 
 def _local(tensor: Tensor) -> Tensor:
     return part_of(tensor.detach())
-
-
-def _like(local: Tensor, like: Tensor) -> DTensor:
-    assert is_parted(like), "slices are"
-    return _placed(local, like, like.device_mesh, list(like.placements))
 
 
 def _placed(local: Tensor, whole: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:

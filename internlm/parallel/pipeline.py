@@ -49,13 +49,7 @@ def stages_of(config: ParallelConfig, place: int) -> list[int]:
 
 
 def take(model: Transformer, stage: int, layers: list[int]) -> None:
-    """Leave only one stage of a model, in place.
-
-    Args:
-        model: on the meta device.
-        stage: which.
-        layers: blocks of every stage.
-    """
+    """Leave only one stage of a model on the meta device, in place; `layers`: how many blocks each stage has."""
     bounds = list(itertools.accumulate(layers, initial=0))
     kept = range(bounds[stage], bounds[stage + 1])
     model.blocks = nn.ModuleDict({name: block for name, block in model.blocks.items() if int(name) in kept})
@@ -80,16 +74,7 @@ class Shapes:
 
 
 class Pipeline:
-    """The stages of this rank and their schedule.
-
-    Args:
-        parts: this rank's stages, in the order of `stages_of`.
-        config: sizes and schedule.
-        group: this rank's pipeline.
-        shapes: of what passes.
-        micro_batches: per step.
-        device: of the rank.
-    """
+    """The stages of this rank, in the order of `stages_of`, and their schedule."""
 
     def __init__(
         self,
@@ -122,8 +107,7 @@ class Pipeline:
         """Pass the micro-batches of a step through all stages, forward and backward.
 
         Args:
-            tokens: [B, T], all micro-batches one after the other; likewise positions.
-            positions: [B, T].
+            tokens, positions: [B, T], all micro-batches one after the other.
             documents: [B, all tokens of a row].
             loss: called in the last stage.
         """
@@ -135,12 +119,9 @@ class Pipeline:
 
     @torch.no_grad()
     def forward(self, number: int, inputs: tuple[Tensor, Tensor, Tensor], loss: Loss) -> None:
-        """Pass one micro-batch forward only. Ranks go on to the next as soon as they have sent it on.
+        """Pass one micro-batch forward only: tokens, positions, documents. The last stage calls `loss` with its number.
 
-        Args:
-            number: of the micro-batch, for `loss`.
-            inputs: its tokens, positions, documents.
-            loss: called in the last stage.
+        Ranks go on to the next as soon as they have sent it on.
         """
         tokens, positions, documents = inputs
         x = tokens

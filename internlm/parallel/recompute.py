@@ -21,8 +21,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from internlm.compat import graphs
-from internlm.config import section
-from internlm.errors import ConfigError
+from internlm.config import require, section
 from internlm.model.moe import Mixture
 from internlm.model.transformer import Transformer
 
@@ -37,8 +36,7 @@ class RecomputeConfig:
     """Share of the blocks it applies to, spread evenly."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= 1:
-            raise ConfigError("must lie between 0 and 1", where="parallel.recompute.ratio", got=self.ratio)
+        require(self, "parallel.recompute", ("ratio",), lambda share: 0 <= share <= 1, "must lie between 0 and 1")
 
 
 def chosen(count: int, ratio: float) -> list[int]:
@@ -50,12 +48,16 @@ def recompute(model: Transformer, config: RecomputeConfig) -> None:
     """Make the chosen blocks forget, or put away, what backward needs."""
     if config.kind == "none":
         return
-    wrap = {"full": _full, "operators": _operators, "offload": _offload}[config.kind]
-    numbers = sorted(int(name) for name in model.blocks)
+    selective = functools.partial(create_selective_checkpoint_contexts, _policy)
+    wrap: dict[str, Callable[..., Any]] = {
+        "full": _again,
+        "operators": functools.partial(_again, context_fn=selective),
+        "offload": _offload,
+    }
     for index in chosen(model.config.num_layers, config.ratio):
-        if index in numbers:  # a pipeline stage holds some of them
+        if str(index) in model.blocks:  # a pipeline stage holds some of them
             for module in _regions(model.blocks[str(index)], config.kind):
-                module.forward = wrap(module.forward)
+                module.forward = wrap[config.kind](module.forward)
 
 
 def _regions(block: nn.Module, kind: str) -> list[nn.Module]:
@@ -69,20 +71,10 @@ def _regions(block: nn.Module, kind: str) -> list[nn.Module]:
 
 
 # Functions, not partials of `checkpoint`: compiling a block passes over what has no Python frame, and says nothing.
-def _full(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _again(forward: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     @functools.wraps(forward)
     def run(*arguments: Any) -> Any:
-        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-    return run
-
-
-def _operators(forward: Callable[..., Any]) -> Callable[..., Any]:
-    context = functools.partial(create_selective_checkpoint_contexts, _policy)
-
-    @functools.wraps(forward)
-    def run(*arguments: Any) -> Any:
-        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
     return run
 

@@ -15,12 +15,7 @@ from internlm.cost import traffic
 
 
 class Replicas:
-    """Sums the gradients of a model over the ranks of a group.
-
-    Args:
-        model: equal on all ranks.
-        group: the ranks.
-    """
+    """Sums the gradients of a model, which is equal on all ranks of a group, over these."""
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -33,7 +28,6 @@ class Replicas:
             self._add(members)
 
     def _add(self, members: list[nn.Parameter]) -> None:
-        """Make a bucket whose parts are the gradients of some parameters."""
         number = len(self.buckets)
         flat = torch.zeros(sum(p.numel() for p in members), dtype=members[0].dtype, device=members[0].device)
         for parameter, part in zip(members, flat.split([p.numel() for p in members]), strict=True):

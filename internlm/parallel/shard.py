@@ -2,20 +2,10 @@
 
 A block's weights are gathered from the ranks of its shard axis (one node, usually) before use, and its gradients are
 added over the same ranks, each keeping its part; over the replicate axis (between nodes) only those parts are added,
-once per step. What is kept in between is `parallel.zero`. Collectives of a step with L blocks and M micro-batches, G =
-L + 3 groups of weights (the blocks, embedding, head, final norm; with tied embeddings L + 1):
+once per step. What is kept in between is `parallel.zero`; what that costs is written in `internlm.cost.traffic`.
 
-    zero        gathers                      reductions in the shard axis      between replicas
-    3           (2 · G − 1) · M              G · M                             G
-    2-gather    G · M                        G · M                             G
-    2           G                            G · M                             G
-    1           G                            G                                 G
-
-With zero 3 the final norm stays for its backward. In a pipeline all three are G, once a step. The bytes are in
-`internlm.cost.traffic`.
-
-Weights are kept and reduced in fp32 (`reduce_dtype`), and computed with in `dtype`. Losses are divided by the token
-count of the whole step before backward, so gradients are summed, never averaged.
+Weights are kept and reduced in fp32, and computed with in `dtype`. Losses are divided by the token count of the whole
+step before backward, so gradients are summed, never averaged.
 """
 
 from __future__ import annotations
@@ -42,11 +32,7 @@ if TYPE_CHECKING:
 def shard(model: Transformer, mesh: Mesh, config: ParallelConfig, dtype: torch.dtype) -> None:
     """Cut the weights of a model, or of a pipeline stage, over the shard axis, in place.
 
-    Args:
-        model: on the meta device or filled; its matrices may be cut over the tensor axis.
-        mesh: of this rank.
-        config: the policy.
-        dtype: in which weights are gathered and products made.
+    Its matrices may be cut over the tensor axis. `dtype`: in which weights are gathered and products made.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -55,7 +41,8 @@ def shard(model: Transformer, mesh: Mesh, config: ParallelConfig, dtype: torch.d
     )
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.offload else OffloadPolicy()
     # What crosses replicas is the all-reduce of torch, or the two halves of it in `optimizer_shard`.
-    axes = mesh.world["shard"] if optimizer_shard.applies(config, mesh.layout) else mesh.weights
+    sliced = optimizer_shard.applies(config, mesh.layout)
+    axes = mesh.world["shard"] if sliced else mesh.world["replicate", "shard"]
 
     def cut(module: nn.Module, over: DeviceMesh, again: bool) -> Any:
         place = functools.partial(_placed, ranks=over["shard"].size())
@@ -93,10 +80,7 @@ def shard(model: Transformer, mesh: Mesh, config: ParallelConfig, dtype: torch.d
 def begin_backward(model: nn.Module, config: ParallelConfig, *, is_last: bool) -> None:
     """Say what the next backward leaves behind: nothing but gradients in the step's last, what `zero` says before.
 
-    Args:
-        model: from `shard`; anything else is left alone.
-        config: the policy.
-        is_last: whether it is the step's last micro-batch.
+    A model that was not cut is left alone.
     """
     slices = optimizer_shard.of(model)
     if not is_sharded(model):
@@ -106,7 +90,7 @@ def begin_backward(model: nn.Module, config: ParallelConfig, *, is_last: bool) -
     model.set_requires_all_reduce(is_last)  # after the line above, which sets this too
     model.set_reshard_after_backward(is_last or config.zero not in ("1", "2"))
     if slices is not None:
-        slices.begin_backward(is_last=is_last)
+        slices.is_last = is_last
 
 
 def finish_backward(model: nn.Module) -> None:

@@ -5,9 +5,9 @@
 
 A matrix cut by columns gives each rank its own heads or ffn channels; the matrix after it is cut by rows, so that each
 rank has a partial sum of the whole output, and one collective adds them (Shoeybi et al. 2019). With `sequence` that
-collective leaves each rank its part of the tokens, and norms and residuals are computed once instead of on every rank
-(Korthikanti et al. 2022); it moves no byte more. A norm's weight then sees a part of the tokens only: its gradient is
-the sum over ranks. So is that of a norm over heads, of which each rank has its own, with `sequence` or without.
+collective, which moves no byte more, leaves each rank its part of the tokens, and norms and residuals are computed once
+instead of on every rank (Korthikanti et al. 2022). A norm's weight then sees a part of the tokens only: its gradient is
+the sum over ranks.
 
 The vocabulary is cut too: embedding and head hold V / T ids each, and the loss needs three numbers per token from the
 others (the largest logit, the sum of exponentials, the label's logit).
@@ -158,12 +158,9 @@ ENDS: dict[str, tuple[type[nn.Module], Placement]] = {
 
 
 def cut(model: Transformer, mesh: DeviceMesh, *, sequence: bool) -> None:
-    """Cut the matrices of a model over the ranks of a mesh, in place; the model may be on the meta device.
+    """Cut the matrices of a model, or of a pipeline stage, over the tensor axis, in place; it may have no memory yet.
 
-    Args:
-        model: a whole model or a pipeline stage (parts that are None are passed over).
-        mesh: the tensor axis.
-        sequence: whether tokens are parted between the matrices.
+    `sequence`: whether tokens are parted between the matrices.
     """
     tokens = Tokens(mesh.get_group(), sequence)
     for path, (kind, placement) in ENDS.items():
@@ -215,11 +212,9 @@ def _slice(vocab_size: int, mesh: DeviceMesh) -> Slice:
 
 
 def own(parameter: Tensor, gradient: list[Placement] | None = None) -> Tensor:
-    """Return this rank's part of a parameter.
+    """Return this rank's part of a DTensor on the tensor axis.
 
-    Args:
-        parameter: a DTensor on the tensor axis.
-        gradient: how the part's gradient is placed, where not as the parameter is.
+    `gradient`: how the part's gradient is placed, where not as the parameter is.
     """
     assert isinstance(parameter, DTensor), "every parameter was placed by `cut`"
     return parameter.to_local(grad_placements=gradient)

@@ -9,8 +9,8 @@ often, and whatever is asked of a number (is it finite? how many tokens?) is ans
 attention takes the path for whole rows, and blocks are not compiled. The second step is the one that counts, because
 the first also sets up.
 
-A group that answers nothing never disagrees: that ranks wait for each other in vain, or compute wrong numbers, cannot
-be seen here. It takes each pipeline stage, and the last rank beside the first, to see a step whole.
+That ranks wait for each other in vain, or compute wrong numbers, cannot be seen here. It takes each pipeline stage, and
+the last rank beside the first, to see a step whole.
 """
 
 from __future__ import annotations
@@ -153,11 +153,7 @@ def shape_of(recipe: Recipe) -> ModelConfig:
 
 
 class Recorder(TorchDispatchMode):
-    """Counts what a rank exchanges, by group and kind. It asks the groups, not the layout, which ranks they hold.
-
-    Args:
-        mesh: of this rank; None: it is alone.
-    """
+    """Counts what a rank exchanges, by group and kind. It asks the groups, not the layout, which ranks they hold."""
 
     def __init__(self, mesh: Mesh | None) -> None:
         super().__init__()
@@ -201,12 +197,7 @@ class Recorder(TorchDispatchMode):
 
 
 class Rows:
-    """Gives the same rows in every step, with nothing in them, in place of a Loader: one document each, all trained on.
-
-    Args:
-        config: of the data.
-        rows: that this rank gets.
-    """
+    """Gives the same rows in every step, in place of a Loader: empty, one document each, all trained on."""
 
     sources = ("nothing",)
 

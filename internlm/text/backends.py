@@ -1,7 +1,12 @@
 """The two libraries behind `Tokenizer`, brought to one form; nothing else of this package touches them.
 
-A back end turns text into ids and says what every id stands for. What text may never become (special tokens) and how
-a round trip stays exact is the business of `Tokenizer`.
+Of both back ends:
+
+    specials        written form → id of every token that is structure
+    roles           bos, eos, pad → written form, as far as the vocabulary file itself says
+    has_prefix      whether every text gets a space put before it
+    escapes_mark    whether `▁` stands for the space and every byte has a piece: a typed `▁` can be written in bytes
+    adds_around     whether the file says that special tokens are put around a text, which `encode` never does
 """
 
 from __future__ import annotations
@@ -12,66 +17,24 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from internlm.errors import TokenizerError
 
 SPACE_MARK = "▁"  # U+2581: the space inside SentencePiece vocabularies
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-class Backend(Protocol):
-    """What `Tokenizer` needs from a library."""
-
-    file_name: str
-    vocab_size: int
-    specials: dict[str, int]
-    """Written form → id of every token that is structure."""
-    roles: dict[str, str]
-    """bos, eos, pad → written form, as far as the vocabulary file itself says."""
-    has_prefix: bool
-    """Whether every text gets a space put before it."""
-    escapes_mark: bool
-    """Whether `▁` stands for the space and every byte has a piece, so that a typed `▁` can be written in bytes."""
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of whole texts."""
-
-    def encode_inner(self, text: str) -> list[int]:
-        """Return the ids of a later part of a text: the same, without a space put before it."""
-
-    def find(self, name: str) -> int | None:
-        """Return the id of a vocabulary entry, or None."""
-
-    def table(self) -> list[bytes]:
-        """Return the UTF-8 bytes of every id; those of special tokens are the bytes of their name."""
-
-    def identity(self) -> bytes:
-        """Return what decides ids: equal for files that give equal ids to every text."""
-
-    @property
-    def adds_around(self) -> bool:
-        """Whether the file says that special tokens are put around a text, which `encode` never does."""
-
-    def to_json(self) -> str:
-        """Return the content of an equivalent `tokenizer.json`, which adds no special tokens by itself."""
-
-
-def load_backend(data: bytes, *, is_json: bool, path: Path | None) -> Backend:
-    """Return the back end of a vocabulary file's bytes.
-
-    Raises:
-        TokenizerError: the bytes are damaged, or of a kind whose token bytes are not known.
-    """
-    backend: Backend = JsonBackend(data, path) if is_json else SentencePieceBackend(data, path)
-    return backend
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.Type of its .proto
 
 
 class SentencePieceBackend:
-    """A SentencePiece `.model`. Structure is what the file calls unknown, control or user-defined."""
+    """A SentencePiece `.model`. Structure is what the file calls unknown, control or user-defined.
+
+    Raises:
+        TokenizerError: the bytes are damaged.
+    """
 
     file_name = "tokenizer.model"
-    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.Type of its .proto
+    adds_around = False
 
     def __init__(self, data: bytes, path: Path | None) -> None:
         import sentencepiece
@@ -85,89 +48,78 @@ class SentencePieceBackend:
             self.has_prefix = self._outer.normalize("a").startswith(SPACE_MARK)
             # Serialised messages merge when they are joined: this sets normalizer_spec.add_dummy_prefix = false.
             without = data + b"\x1a\x02\x18\x00"
-            self._inner = self._outer
-            if self.has_prefix:
-                self._inner = sentencepiece.SentencePieceProcessor(model_proto=without)
+            self._inner = sentencepiece.SentencePieceProcessor(model_proto=without) if self.has_prefix else self._outer
             self.vocab_size: int = self._outer.get_piece_size()
-            self._pieces: list[str] = [self._outer.id_to_piece(id_) for id_ in range(self.vocab_size)]
+            self.pieces: list[str] = [self._outer.id_to_piece(id_) for id_ in range(self.vocab_size)]
             # The library may set a piece aside that the file calls normal: NUL, which it writes as a byte.
-            self._types = [
-                self.UNUSED if self._outer.is_unused(id_) else kind for id_, kind in enumerate(_piece_types(data))
-            ]
+            self.kinds = [UNUSED if self._outer.is_unused(id_) else kind for id_, kind in enumerate(_kinds(data))]
         except (RuntimeError, IndexError, ValueError) as error:
             raise TokenizerError(
                 "is no SentencePiece model, or is damaged", where=path, do="Copy the file again."
             ) from error
-        assert len(self._types) == self.vocab_size, "the message holds one type for each piece"
+        assert len(self.kinds) == self.vocab_size, "the message holds one type for each piece"
         self._data = data
-        structure = (self.UNKNOWN, self.CONTROL, self.USER_DEFINED)
         self.specials = {
             piece.replace(SPACE_MARK, " "): id_
-            for id_, (piece, kind) in enumerate(zip(self._pieces, self._types, strict=True))
-            if kind in structure
+            for id_, (piece, kind) in enumerate(zip(self.pieces, self.kinds, strict=True))
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
         }
         ids = {"bos": self._outer.bos_id(), "eos": self._outer.eos_id(), "pad": self._outer.pad_id()}
-        self.roles = {role: self._pieces[id_] for role, id_ in ids.items() if id_ >= 0}
-        self.escapes_mark = self.BYTE in self._types
+        self.roles = {role: self.pieces[id_] for role, id_ in ids.items() if id_ >= 0}
+        self.escapes_mark = BYTE in self.kinds
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of whole texts, on one thread: the callers work in many processes."""
         return self._outer.encode(list(texts), num_threads=1)
 
     def encode_inner(self, text: str) -> list[int]:
-        """Return the ids of a later part of a text."""
+        """Return the ids of a later part of a text: the same, without a space put before it."""
         return self._inner.encode(text)
+
+    def score(self, id_: int) -> float:
+        """Return the score of a piece."""
+        return float(self._outer.get_score(id_))
 
     def find(self, name: str) -> int | None:
         """Return the id of a piece, or None."""
         id_ = self._outer.piece_to_id(name)
-        return id_ if self._pieces[id_] == name else None
+        return id_ if self.pieces[id_] == name else None
 
     def table(self) -> list[bytes]:
-        """Return the UTF-8 bytes of every id."""
-        return [_piece_bytes(piece, kind == self.BYTE) for piece, kind in zip(self._pieces, self._types, strict=True)]
+        """Return the UTF-8 bytes of every id; those of special tokens are the bytes of their name."""
+        return [_piece_bytes(piece, kind == BYTE) for piece, kind in zip(self.pieces, self.kinds, strict=True)]
 
     def identity(self) -> bytes:
-        """Return the file."""
+        """Return what decides ids, equal for files that give equal ids to every text: all of the file."""
         return self._data
-
-    @property
-    def adds_around(self) -> bool:
-        """Whether special tokens are put around a text: no."""
-        return False
 
     def to_json(self) -> str:
         """Return a BPE `tokenizer.json` that gives the same ids.
 
         SentencePiece joins the neighbours whose union has the highest score, wherever they were split; so every split
         of a piece into two known pieces is a merge, ranked by the score of the piece. Where two unions have the same
-        score SentencePiece takes the left one and this one the lower id: the one place where they could differ. On
-        V7_sft.model (10,474 scores are shared) none of 226,724 documents and lines of English, Chinese, Japanese and
-        code differed, nor any of 100,000 random strings of pieces, punctuation, white space and Unicode.
-
-        Raises:
-            TokenizerError: the model is not BPE, or normalises its text.
+        score SentencePiece takes the left one and this one the lower id: the one place where they could differ. With
+        V7_sft.model (10,474 scores are shared) none of 226,724 texts did.
         """
         self._check_convertible()
-        vocabulary = {piece: id_ for id_, piece in enumerate(self._pieces)}
-        kinds = (self.NORMAL, self.USER_DEFINED)
-        known = {piece: id_ for piece, id_ in vocabulary.items() if self._types[id_] in kinds}
-        ranked = sorted(known, key=lambda piece: (-self._outer.get_score(known[piece]), known[piece]))
+        vocabulary = {piece: id_ for id_, piece in enumerate(self.pieces)}
+        known = {piece: id_ for piece, id_ in vocabulary.items() if self.kinds[id_] in (NORMAL, USER_DEFINED)}
+        ranked = sorted(known, key=lambda piece: (-self.score(known[piece]), known[piece]))
         merges = [
             (piece[:at], piece[at:])
             for piece in ranked
             for at in range(1, len(piece))
-            if self._types[known[piece]] == self.NORMAL and piece[:at] in known and piece[at:] in known
+            if self.kinds[known[piece]] == NORMAL and piece[:at] in known and piece[at:] in known
         ]
-        for id_ in (id_ for id_, kind in enumerate(self._types) if kind == self.UNUSED):
-            # Never made from text; under its own name it would be.
-            vocabulary[f"<unused_{id_}>"] = vocabulary.pop(self._pieces[id_])
+        for id_, kind in enumerate(self.kinds):
+            if kind == UNUSED:  # never made from text; under its own name it would be
+                vocabulary[f"<unused_{id_}>"] = vocabulary.pop(self.pieces[id_])
         return self._assemble(vocabulary, merges)
 
     def _assemble(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> str:
         """Return the JSON of a BPE tokenizer with these entries and our special tokens."""
         tokenizers = _import_tokenizers()
-        unknown = next((p for p, kind in zip(self._pieces, self._types, strict=True) if kind == self.UNKNOWN), None)
+        unknown = next((p for p, kind in zip(self.pieces, self.kinds, strict=True) if kind == UNKNOWN), None)
         made = tokenizers.Tokenizer(
             tokenizers.models.BPE(
                 vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=self.escapes_mark
@@ -203,17 +155,11 @@ class SentencePieceBackend:
 
 
 def with_added(model: bytes, added: Mapping[int, str], path: Path | None) -> bytes:
-    """Return a SentencePiece model in which ids have other names, and then are control pieces: tokens of structure.
-
-    Args:
-        model: the bytes of a `.model`.
-        added: id → name, beyond its pieces or over them; what the model has already is left as it is.
-        path: for messages.
+    """Return a SentencePiece model in which these ids, beyond its pieces or over them, are control pieces of that name.
 
     Raises:
         TokenizerError: a name is that of another piece; or the model is damaged.
     """
-    kinds = SentencePieceBackend
     try:
         fields = list(_fields(model))
         pieces = [value for number, value in fields if number == 1]
@@ -232,15 +178,19 @@ def with_added(model: bytes, added: Mapping[int, str], path: Path | None) -> byt
         if name in known or list(changed.values()).count(name) > 1:
             raise TokenizerError(f"gives the token {name!r} two ids, one of them {id_}", where=path)
     for id_ in range(len(pieces), max(changed) + 1):
-        pieces.append(_piece(f"<unused_{id_}>", kinds.UNUSED))
+        pieces.append(_piece(f"<unused_{id_}>", UNUSED))
     for id_, name in changed.items():
-        pieces[id_] = _piece(name, kinds.CONTROL)
+        pieces[id_] = _piece(name, CONTROL)
     others = [(number, value) for number, value in fields if number != 1]
     return b"".join(_field(number, value) for number, value in (*((1, piece) for piece in pieces), *others))
 
 
 class JsonBackend:
-    """A Hugging Face `tokenizer.json`: byte-level, or SentencePiece-like with `▁` and byte pieces."""
+    """A Hugging Face `tokenizer.json`: byte-level, or SentencePiece-like with `▁` and byte pieces.
+
+    Raises:
+        TokenizerError: the bytes are damaged, or of a kind whose token bytes are not known.
+    """
 
     file_name = "tokenizer.json"
 
@@ -255,15 +205,14 @@ class JsonBackend:
                 f"is no tokenizer.json, or is damaged: {str(error)[:200]}", where=path, do="Copy the file again."
             ) from error
         self._text, self._spec = text, spec
-        parts = list(_parts(spec, ("normalizer", "pre_tokenizer", "decoder")))
-        kinds = {part["type"] for part in parts}
-        self._is_byte_level = "ByteLevel" in {part["type"] for part in _parts(spec, ("decoder",))}
+        kinds = {part["type"] for name in ("normalizer", "pre_tokenizer", "decoder") for part in parts(spec.get(name))}
+        self._is_byte_level = any(part["type"] == "ByteLevel" for part in parts(spec.get("decoder")))
         if not self._is_byte_level and not kinds & {"Metaspace", "ByteFallback"}:
             raise TokenizerError(
                 "has tokens whose bytes are not known", where=path, got=(spec.get("decoder") or {}).get("type"),
                 allowed=["a ByteLevel, ByteFallback or Metaspace decoder"],
             )  # fmt: skip
-        vocabulary: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
+        vocabulary: dict[str, int] = self._library.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
         added = self._library.get_added_tokens_decoder()
         self._added = {id_: token.content for id_, token in added.items()}
@@ -271,6 +220,7 @@ class JsonBackend:
         self.roles: dict[str, str] = {}
         self.escapes_mark = not self._is_byte_level and "<0xE2>" in vocabulary
         probe = self._library.encode("a", add_special_tokens=False).ids
+        self.adds_around = bool(self._library.encode("a").ids != probe)
         mark = "Ġ" if self._is_byte_level else SPACE_MARK
         self.has_prefix = bool(probe) and self._library.id_to_token(probe[0]).startswith(mark)
         if self.has_prefix:
@@ -293,7 +243,7 @@ class JsonBackend:
         return [coded.ids for coded in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_inner(self, text: str) -> list[int]:
-        """Return the ids of a later part of a text."""
+        """Return the ids of a later part of a text: the same, without a space put before it."""
         return self._library.encode(text, add_special_tokens=False).ids
 
     def find(self, name: str) -> int | None:
@@ -316,7 +266,7 @@ class JsonBackend:
         return entries
 
     def identity(self) -> bytes:
-        """Return the file without its layout and without what is added around a text: `encode` adds nothing."""
+        """Return what decides ids: the file without its layout and without what is added around a text."""
         around = ("post_processor", "truncation", "padding")
         spec = {key: value for key, value in self._spec.items() if key not in around}
         merges = spec["model"].get("merges") or []
@@ -324,17 +274,10 @@ class JsonBackend:
             spec["model"] = {**spec["model"], "merges": [merge.split(" ") for merge in merges]}
         return json.dumps(spec, sort_keys=True).encode()
 
-    @property
-    def adds_around(self) -> bool:
-        """Whether the file says that special tokens are put around a text."""
-        return bool(self._library.encode("a").ids != self._library.encode("a", add_special_tokens=False).ids)
-
     def to_json(self) -> str:
         """Return the file, without a post-processor that puts special tokens around a text."""
-        text = (
-            json.dumps({**self._spec, "post_processor": None}, ensure_ascii=False) if self.adds_around else self._text
-        )
-        return _with_plain_merges(text)
+        spec = {**self._spec, "post_processor": None}
+        return _with_plain_merges(json.dumps(spec, ensure_ascii=False) if self.adds_around else self._text)
 
 
 def _with_plain_merges(text: str) -> str:
@@ -364,29 +307,27 @@ def _piece_bytes(piece: str, is_byte: bool) -> bytes:
 
 
 def _byte_characters() -> dict[int, str]:
-    """Return GPT-2's printable character for every byte.
+    """Return GPT-2's printable character for every byte (https://github.com/openai/gpt-2, `bytes_to_unicode`).
 
-    Printable Latin-1 stands for itself, the other 68 bytes for U+0100 on, in order (Radford et al. 2019,
-    https://github.com/openai/gpt-2, `bytes_to_unicode`).
+    Printable Latin-1 stands for itself, the other 68 bytes for U+0100 on, in order.
     """
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {**{byte: chr(byte) for byte in plain}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
 
 
-def _parts(spec: dict[str, Any], sections: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield every normaliser, pre-tokenizer or decoder of a `tokenizer.json`, sequences taken apart."""
-    waiting = [spec[name] for name in sections if spec.get(name)]
-    while waiting:
-        part = waiting.pop()
-        waiting += [inner for key in ("normalizers", "pretokenizers", "decoders") for inner in part.get(key, [])]
-        yield part
+def parts(section: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """Yield a section of a `tokenizer.json` and the parts that it is a sequence of, in order."""
+    if section:
+        yield section
+        for key in ("normalizers", "pretokenizers", "decoders"):
+            for part in section.get(key, []):
+                yield from parts(part)
 
 
 def _without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a `tokenizer.json` that puts no space before a text."""
     spec = copy.deepcopy(spec)
-    for part in _parts(spec, ("normalizer", "pre_tokenizer")):
+    for part in (*parts(spec.get("normalizer")), *parts(spec.get("pre_tokenizer"))):
         if part["type"] == "Prepend":
             part["prepend"] = ""
         elif part["type"] == "Metaspace":
@@ -396,11 +337,11 @@ def _without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
-def _piece_types(model: bytes) -> Iterator[int]:
+def _kinds(model: bytes) -> Iterator[int]:
     """Yield the type of each piece of a serialised ModelProto: the library does not tell user-defined from normal."""
     for number, piece in _fields(model):
         if number == 1:
-            yield next((kind for inner, kind in _fields(piece) if inner == 3), SentencePieceBackend.NORMAL)
+            yield next((kind for inner, kind in _fields(piece) if inner == 3), NORMAL)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
@@ -426,7 +367,6 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _field(number: int, value: bytes) -> bytes:
-    """Return a field of a protobuf message that is text, or a message."""
     return _as_varint(number << 3 | 2) + _as_varint(len(value)) + value
 
 
@@ -436,7 +376,6 @@ def _piece(name: str, kind: int) -> bytes:
 
 
 def _as_varint(value: int) -> bytes:
-    """Return an integer as a variable-length one."""
     written = bytearray()
     while value > 0x7F:
         written.append(value & 0x7F | 0x80)

@@ -5,15 +5,14 @@ r"""Conversations → ids. The one renderer: training, chat, serving and evaluat
     # <|bos|> <|user|> hello <|end|> <|assistant|> Hi. <|end|>
     #    0       0       0      0         0         1     1      mask: what the model learns to write
 
-Special tokens are appended by id; the text between two of them, structure and content, is encoded as one string, which
-is what every program does that renders the Jinja template of an export. Encoding gives no special token, so content
-cannot become one. The one border inside text is the beginning of an answer, where generation begins: no token reaches
-over it, `render(conversation)` begins with the ids of `render_prompt(conversation[:-1])`, and an answer is trained on
-just the ids after which it will be generated.
+Special tokens are appended by id; the text between two of them, structure and content, is encoded as one string, as
+every program does that renders the Jinja template of an export. Encoding gives no special token, so content cannot
+become one. The one border inside text is the beginning of an answer: no token reaches over it, so that an answer is
+trained on just the ids after which it will be generated, those of `render_prompt(conversation[:-1])`.
 
-What a template has no place for, calls of tools and their results, a format of `tool_formats` writes out first.
+Calls of tools and their results are written out by a format of `tools` first.
 
-Limit: with a vocabulary that puts a space before every text (Llama 1 and 2) each stretch of text gets one.
+With a vocabulary that puts a space before every text each stretch of text gets one.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from internlm.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant", "tool")
-"""Of messages; a template may know fewer, and `tool` is written out by a format of `internlm.text.tool_formats`."""
+"""Of messages; a template may know fewer."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +48,20 @@ class Message:
     """What one party of a conversation says."""
 
     role: str
-    """system, user, assistant, or tool: the result of a call, which a format of `tool_formats` writes out."""
+    """One of ROLES; tool: the result of a call."""
     content: str
     name: str | None = None
     """Who says it; no format writes it yet."""
     calls: tuple[ToolCall, ...] = ()
-    """Calls that an assistant message ends with; written out by a format of `internlm.text.tool_formats`."""
+    """Calls that an assistant message ends with."""
     call_id: str | None = None
     """Which call a tool's result belongs to."""
     thought: str = ""
-    """What an assistant said to itself before; of the formats of `internlm.text.tool_formats` react alone writes it."""
-
-
-@dataclass(frozen=True)
-class Framed(Message):
-    """A message that a tool format wrote out: with special tokens in its content, or in a frame of its own."""
-
+    """What an assistant said to itself before; of the tool formats react alone writes it."""
     parts: tuple[Part, ...] = ()
-    """The content again, its special tokens as such."""
+    """The content again, its special tokens as such, where a tool format wrote it out."""
     frame: Frame | None = None
-    """What stands around it instead of the template's frame."""
+    """What stands around it then, instead of the template's frame."""
 
 
 Conversation = Sequence[Message]
@@ -80,8 +73,8 @@ def render(messages: Conversation, template: Template, tokenizer: Tokenizer) -> 
     Trained are the content of every assistant message and its suffix up to the last special token.
 
     Raises:
-        DataError: the messages are not [system], user, assistant, user, assistant …, or the last is no assistant
-            message, or an assistant message is empty (the model would learn to say nothing).
+        DataError: the messages are not [system], user, assistant, …, assistant, or an assistant message is empty (the
+            model would learn to say nothing).
         TokenizerError: the tokenizer lacks a special token of the template.
     """
     _check(messages, template)
@@ -101,9 +94,7 @@ def render(messages: Conversation, template: Template, tokenizer: Tokenizer) -> 
 def render_prompt(
     messages: Conversation, template: Template, tokenizer: Tokenizer, begin: Sequence[Part] = ()
 ) -> list[int]:
-    """Return the ids after which the model writes the next answer; the last message is the user's.
-
-    With `begin` they end with the beginning of that answer, encoded by itself as an answer is.
+    """Return the ids after which the model writes the next answer, which begins with `begin`.
 
     Raises:
         DataError: the messages are not [system], user, assistant, …, user.
@@ -116,8 +107,7 @@ def render_prompt(
             do="Take off the answer, or add the next question.",
         )  # fmt: skip
     writer = _Writer(tokenizer)
-    writer.conversation(messages, template, answer_follows=True)
-    writer.begin_answer(begin)
+    writer.conversation(messages, template, begin)
     return writer.ids
 
 
@@ -139,63 +129,70 @@ def _check(messages: Conversation, template: Template) -> None:
             raise DataError(problem, where=where, got=message.role, allowed=template.roles)
         if not isinstance(message.content, str):
             raise DataError("the content is not a text", where=where, got=message.content)
-        if message.role == "system" and number > 1:
-            raise DataError("a system message can only be the first", where=where)
         if message.calls:
             raise DataError(
                 "the calls of a message are not written out", where=where, got=message.calls[0].name,
-                do="Render the conversation with a format of internlm.text.tool_formats first.",
+                do="Render the conversation with a format of internlm.text.tools first.",
             )  # fmt: skip
         if message.name is not None:
             warn_once(logger, f"template {template.name} does not write names: {message.name!r} has no effect")
-    offset = len(messages) - len(_turns(messages)) + 1
-    for index, message in enumerate(_turns(messages)):
-        expected = ("user", "assistant")[index % 2]
-        if message.role != expected:
-            problem = "user and assistant must take turns, the user first"
-            raise DataError(problem, where=f"message {offset + index}", got=message.role, allowed=[expected])
-    if not _turns(messages):
+    check_turns(messages)
+    turns = _turns(messages)
+    if not turns:
         raise DataError("the conversation has a system message only", do="Add a user message.")
-    if template.single_turn and len(_turns(messages)) > 2:
+    if template.single_turn and len(turns) > 2:
         raise DataError(
-            f"template {template.name} has one question and one answer", got=f"{len(_turns(messages))} messages",
+            f"template {template.name} has one question and one answer", got=f"{len(turns)} messages",
             do="Split the conversation, or choose another template.",
         )  # fmt: skip
+
+
+def check_turns(messages: Conversation) -> None:
+    """Raise DataError unless user and assistant take turns; results of tools, not written out yet, come between."""
+    expected = "user"
+    for number, message in enumerate(messages, 1):
+        if message.role == "system" and number > 1:
+            raise DataError("a system message can only be the first", where=f"message {number}")
+        if message.role in ("user", "assistant"):
+            if message.role != expected:
+                problem = "user and assistant must take turns, the user first"
+                raise DataError(problem, where=f"message {number}", got=message.role, allowed=[expected])
+            expected = "assistant" if message.role == "user" else "user"
+        elif message.role == "tool":
+            expected = "assistant"
 
 
 def _turns(messages: Conversation) -> Conversation:
     return messages[1:] if messages[0].role == "system" else messages
 
 
-def _content(message: Message) -> tuple[Part, ...]:
-    return message.parts if isinstance(message, Framed) else (message.content,)
-
-
-def _framed(message: Message, usual: Frame) -> tuple[Part, ...]:
+def framed(message: Message, usual: Frame) -> tuple[Part, ...]:
     """Return the parts of a message in its own frame, or in the usual one of its role."""
-    frame = message.frame if isinstance(message, Framed) and message.frame is not None else usual
+    frame = message.frame or usual
     return (*frame.prefix, *_content(message), *frame.suffix)
 
 
-class _Writer:
-    """Ids in the making."""
+def _content(message: Message) -> tuple[Part, ...]:
+    return message.parts or (message.content,)
 
+
+class _Writer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
         self.mask: list[bool] = []
         self._text = ""
 
-    def conversation(self, messages: Conversation, template: Template, *, answer_follows: bool = False) -> None:
-        """Write messages that have been checked; with `answer_follows`, what stands before the next answer too."""
+    def conversation(self, messages: Conversation, template: Template, begin: Sequence[Part] | None = None) -> None:
+        """Write messages that have been checked, and `begin` as the beginning of an answer that follows."""
         if template.bos:
             self._role("bos", self.tokenizer.bos_id)
         first = messages[0] if messages[0].role == "system" else Message("system", template.default_system or "")
         if template.system is not None and first.content:
-            self._parts(_framed(first, template.system))
+            self._parts(framed(first, template.system))
         for message in _turns(messages):
             if message.role == "user":
-                self._parts(_framed(message, template.user))
+                self._parts(framed(message, template.user))
                 continue
             suffix = template.assistant.suffix
             end = max((index + 1 for index, part in enumerate(suffix) if not isinstance(part, str)), default=0)
@@ -204,13 +201,10 @@ class _Writer:
             self._parts((*_content(message), *suffix[:end]))
             self._cut(trained=True)
             self._parts(suffix[end:])
-        if answer_follows:
+        if begin is not None:
             self._parts(template.assistant.prefix)
-        self._cut()
-
-    def begin_answer(self, parts: Sequence[Part]) -> None:
-        """Write the beginning of the answer that follows."""
-        self._parts(parts)
+            self._cut()
+            self._parts(begin)
         self._cut()
 
     def _parts(self, parts: Iterable[Part]) -> None:

@@ -1,26 +1,25 @@
 r"""Chat formats as data: what stands around the messages of each role.
 
-A message is written as prefix + content + suffix of its role. Prefix and suffix are parts: plain text, a special token
-by name, or the tokenizer's own end of text. `chat.render` appends special tokens by id and encodes the text between
-them; `jinja` writes the same text as a Jinja template for other libraries, `tool_jinja` with tools.
+`chat.render` makes ids of them; `jinja` writes the same text as a Jinja template for other libraries, `tool_jinja` with
+tools.
 
     internlm-v1.1:  bos <|System|>:…\n <|User|>:hello\n <|Bot|>:Hi.<eoa>\n
                                                                 ^^^^^^^^  trained
 
 What other libraries make of `jinja(template)`: the same text, and the same ids of every prompt whose answers so far do
 not begin with something that joins a token with what stands before them (a line break after `<|Bot|>:`; white space in
-chatml, internlm2, llama3, alpaca). In `internlm` a special token stands there, and the ids are always equal. Content
-that holds the name of a special token becomes structure in those libraries; here it stays text.
+chatml, internlm2, llama3, alpaca; nothing in `internlm`). Content that holds the name of a special token becomes
+structure in those libraries; here it stays text.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from internlm.errors import ConfigError, did_you_mean
+from internlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,17 @@ class Template:
     name: str
     user: Frame
     assistant: Frame
-    """The loss covers content and suffix up to the last special token of the suffix; a line break after it is not
-    trained."""
+    """The loss covers content and suffix up to the last special token of the suffix."""
     system: Frame | None = None
     """None: the format has no place for a system message."""
     bos: bool = True
-    """Whether a conversation begins with the tokenizer's bos. Never more than once."""
+    """Whether a conversation begins with the tokenizer's bos."""
     default_system: str | None = None
-    """Content of the system message of conversations without one. An empty system message leaves the frame out."""
+    """The system message of conversations without one. An empty one leaves the frame out."""
     stops: tuple[str, ...] = ()
     """Special tokens that end an answer, beside eos."""
     single_turn: bool = False
-    """Whether the format has one question and one answer only."""
+    """Whether it has one question and one answer only."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -81,17 +79,24 @@ INTERNLM_SYSTEM = (
 ALPACA_SYSTEM = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
-_EOA, _END, _IM_END, _EOT = (Special(name) for name in ("<eoa>", "<|end|>", "<|im_end|>", "<|eot_id|>"))
+_EOA, _END = Special("<eoa>"), Special("<|end|>")
 
 
 def _chatml(role: str) -> Frame:
-    return Frame((Special("<|im_start|>"), f"{role}\n"), (_IM_END, "\n"))
+    return Frame((Special("<|im_start|>"), f"{role}\n"), (Special("<|im_end|>"), "\n"))
 
 
 def _llama3(role: str) -> Frame:
-    return Frame((Special("<|start_header_id|>"), role, Special("<|end_header_id|>"), "\n\n"), (_EOT,))
+    return Frame((Special("<|start_header_id|>"), role, Special("<|end_header_id|>"), "\n\n"), (Special("<|eot_id|>"),))
 
 
+_INTERNLM2 = Template(
+    name="internlm2",
+    system=_chatml("system"),
+    user=_chatml("user"),
+    assistant=_chatml("assistant"),
+    stops=("<|im_end|>",),
+)
 _ALL = (
     Template(
         name="internlm",
@@ -116,22 +121,8 @@ _ALL = (
         default_system=INTERNLM_SYSTEM,
         stops=("<eoa>",),
     ),
-    Template(
-        name="internlm2",
-        system=_chatml("system"),
-        user=_chatml("user"),
-        assistant=_chatml("assistant"),
-        stops=("<|im_end|>",),
-    ),
-    # As internlm2, for vocabularies without bos (Qwen).
-    Template(
-        name="chatml",
-        system=_chatml("system"),
-        user=_chatml("user"),
-        assistant=_chatml("assistant"),
-        bos=False,
-        stops=("<|im_end|>",),
-    ),
+    _INTERNLM2,
+    replace(_INTERNLM2, name="chatml", bos=False),  # for vocabularies without bos (Qwen)
     Template(
         name="llama3",
         system=_llama3("system"),
@@ -153,27 +144,22 @@ TEMPLATES: dict[str, Template] = {template.name: template for template in _ALL}
 
 
 def get_template(name: str) -> Template:
-    """Return the chat format of this name.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the chat format of this name; raise ConfigError where there is none."""
     if name in TEMPLATES:
         return TEMPLATES[name]
-    raise ConfigError("no such chat template", got=name, allowed=TEMPLATES, do=did_you_mean(name, TEMPLATES))
+    raise ConfigError("no such chat template", got=name, allowed=TEMPLATES)
 
 
 def jinja(template: Template, tools: str = "") -> str:
     """Return the format as a Jinja chat template.
 
     It renders the text whose ids `chat.render` gives, bos included (so the tokenizer must add none), and with
-    `add_generation_prompt` that of `chat.render_prompt`. It uses `messages`, `bos_token`, `eos_token` and
-    `raise_exception`, which `apply_chat_template` of transformers provides.
+    `add_generation_prompt` that of `chat.render_prompt`.
 
     Args:
         template: the format.
-        tools: Jinja that writes tools and calls out into `messages`; one that is `written` has its frame in its
-            content. `tool_jinja.chat_template` gives it; without, the template knows no tools.
+        tools: Jinja that writes tools and calls out into `messages`, from `tool_jinja`; one that is `written` has its
+            frame in its content. Without, the template knows no tools.
     """
 
     def framed(frame: Frame, message: str, content: str) -> str:
@@ -186,7 +172,7 @@ def jinja(template: Template, tools: str = "") -> str:
     system = tools + "{% set turns = messages %}"
     if template.system is not None:
         system += (
-            "{% set system = " + quoted(template.default_system or "") + " %}"
+            "{% set system = " + json_text(template.default_system or "") + " %}"
             "{% if messages and messages[0]['role'] == 'system' %}"
             "{% set turns = messages[1:] %}{% set system = messages[0]['content'] %}{% endif %}"
             "{% if system %}" + framed(template.system, "messages[0]", "system") + "{% endif %}"
@@ -208,19 +194,24 @@ def text_of(parts: Iterable[Part]) -> str:
     return "".join(part if isinstance(part, str) else getattr(part, "name", "") for part in parts)
 
 
-def quoted(text: str) -> str:
-    """Return a text as Jinja writes one."""
-    return json.dumps(text, ensure_ascii=False)
+def json_text(value: object) -> str:
+    """Return JSON on one line, as it is written into texts; Jinja writes texts so too."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def refusal(template: Template) -> str:
     """Return Jinja that raises: the messages are in no order that the format can write."""
     order = "user and assistant in turn" if template.system is None else "an optional system, then user and assistant"
     order += ", once" if template.single_turn else ""
-    return "{{ raise_exception(" + quoted(f"{template.name}: the messages must be {order}") + ") }}"
+    return raising(f"{template.name}: the messages must be {order}")
+
+
+def raising(problem: str) -> str:
+    """Return Jinja that raises."""
+    return "{{ raise_exception(" + json_text(problem) + ") }}"
 
 
 def _written(parts: tuple[Part, ...]) -> str:
     """Return parts as Jinja expressions: bare text would lose line breaks to Jinja's white-space rules."""
-    texts = ["eos_token" if isinstance(part, EndOfText) else quoted(text_of([part])) for part in parts]
+    texts = ["eos_token" if isinstance(part, EndOfText) else json_text(text_of([part])) for part in parts]
     return "".join("{{ " + text + " }}" for text in texts)

@@ -1,7 +1,7 @@
 """One Tokenizer over two kinds of vocabulary: SentencePiece (`tokenizer.model`) and Hugging Face (`tokenizer.json`).
 
-Text is only ever text. `encode` adds no bos or eos, and no string a person can type becomes a special token: the ids of
-structure (`<eoa>`, `<|im_end|>`, …) are appended by the caller through `special(name)`.
+Text is only ever text: `encode` adds no bos or eos, and no string a person can type becomes a special token. The caller
+appends ids of structure (`<eoa>`, `<|im_end|>`, …) through `special(name)`.
 
     tokenizer = Tokenizer.load("V7_sft.model")
     tokenizer.encode("hello")          # [15115]
@@ -9,16 +9,15 @@ structure (`<eoa>`, `<|im_end|>`, …) are appended by the caller through `speci
     tokenizer.encode("<eoa>")          # the ids of "<" and "eoa>": text, not structure
 
 Where a library does turn typed text into a special token (SentencePiece matches its user-defined pieces anywhere), the
-text is cut after the first character of every special name in it and the parts are encoded one by one. The same path
-keeps a typed `▁` (U+2581, SentencePiece's mark of a space) apart from a space, by writing it as three byte tokens.
+text is cut after the first character of every special name in it and the parts are encoded one by one. A typed `▁`
+(U+2581, SentencePiece's mark of a space) is written as three byte tokens.
 
 Limits: `decode(encode(text)) == text` is exact for vocabularies that cover every byte and do not normalise (InternLM's,
-our own, GPT's, Llama's). A file that normalises (NFC, lower case, collapsed spaces) or knows no bytes loses what it
-does not keep, and its unknown token can come from text. Added tokens that a tokenizer.json itself calls not special
-(`<think>`, `<tool_call>` of some chat models) are text, typed and shown as such. Unpaired surrogates are no characters
-and become U+FFFD. Where the file puts a space before a text (Llama 1 and 2), `encode` does too and `decode` takes it
-off again, so the token bytes of a text begin with it. A special token of one character, or of white space only, is
-treated as text. Tokens that files of Transformers add to a `.model`, or rename in it, are special, whatever they say.
+our own, GPT's, Llama's). A file that normalises or knows no bytes loses what it does not keep, and its unknown token
+can come from text. Added tokens that a tokenizer.json itself calls not special (`<think>` of some chat models) are
+text. Unpaired surrogates become U+FFFD. Where the file puts a space before a text (Llama 1 and 2), `encode` does too
+and `decode` takes it off again. A special token of one character, or of white space only, is treated as text. Tokens
+that files of Transformers add to a `.model`, or rename in it, are special, whatever they say.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ import itertools
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from internlm import hub, storage
 from internlm.errors import StorageError, TokenizerError, did_you_mean
 from internlm.log import warn_once
-from internlm.text.backends import SPACE_MARK, load_backend, with_added
+from internlm.text.backends import SPACE_MARK, JsonBackend, SentencePieceBackend, with_added
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +53,8 @@ class Tokenizer:
     """Strings to ids and back. Made by `load` or `from_json`; picklable; never changes.
 
     Args:
-        data: the bytes of the vocabulary file.
-        is_json: whether they are a `tokenizer.json` (else a SentencePiece model).
+        data: the bytes of a `tokenizer.json` (`is_json`) or a SentencePiece model.
+        is_json: which it is.
         roles: bos, eos, pad → name of the token, None for none, where the caller knows more than the file.
         path: where the bytes came from, for messages.
     """
@@ -70,8 +69,16 @@ class Tokenizer:
     ) -> None:
         self.path = None if path is None else Path(path)
         self._data, self._is_json, self._given_roles = data, is_json, dict(roles or {})
-        self._backend = load_backend(data, is_json=is_json, path=self.path)
+        self._backend = JsonBackend(data, self.path) if is_json else SentencePieceBackend(data, self.path)
+        self.vocab_size: int = self._backend.vocab_size
+        """The largest id + 1."""
+        self.puts_space_first: bool = self._backend.has_prefix
+        """Whether the vocabulary puts a space before every text (Llama 1 and 2)."""
+        self.adds_around: bool = self._backend.adds_around
+        """Whether the vocabulary file has special tokens put around a text, by other programs."""
         self._roles = self._find_roles()
+        ids = {role: id_ for role, (_, id_) in self._roles.items()}
+        self.bos_id, self.eos_id, self.pad_id = (ids.get(role) for role in CONVENTIONAL)
         by_name = {**self._backend.specials, **dict(self._roles.values())}
         # A role may name an ordinary entry ("!" as padding, a newline as eos): such a text must stay possible.
         kept = {name: id_ for name, id_ in by_name.items() if len(name) > 1 and not name.isspace()}
@@ -80,10 +87,9 @@ class Tokenizer:
         self.special_ids: frozenset[int] = frozenset(kept.values())
         """The ids that `encode` never gives."""
         self.fingerprint: str = hashlib.sha256(self._backend.identity()).hexdigest()
-        """SHA-256, in hexadecimal, of what decides ids in the vocabulary file (all of a `.model`)."""
+        """SHA-256, in hexadecimal, of what decides ids in the vocabulary file."""
         longest_first = sorted(map(re.escape, kept), key=len, reverse=True)
         self._name_starts = re.compile(f"(?={'|'.join(longest_first)})" if kept else "(?!)")
-        self._tables: tuple[list[bytes], list[bytes]] | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -107,11 +113,7 @@ class Tokenizer:
 
     @classmethod
     def find(cls, folder: str | Path) -> Tokenizer | None:
-        """Return the tokenizer of a folder, None if it holds none.
-
-        Raises:
-            TokenizerError: there is one, and it is damaged or of a kind that is not known.
-        """
+        """Return the tokenizer of a folder, None if it holds none; errors as of `load`."""
         folder = Path(folder)
         if any((folder / name).is_file() for name in VOCABULARY_FILES):
             return cls.load(folder)
@@ -122,47 +124,12 @@ class Tokenizer:
         return None
 
     @classmethod
-    def from_json(cls, text: str, roles: Mapping[str, str] | None = None) -> Tokenizer:
-        """Return the tokenizer in the content of a `tokenizer.json`; `roles` maps bos, eos, pad to token names."""
-        return cls(text.encode(), is_json=True, roles=roles)
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of ids, special ones included: the largest id + 1."""
-        return self._backend.vocab_size
-
-    @property
-    def bos_id(self) -> int | None:
-        """The id that begins a document, or None."""
-        return self._roles["bos"][1] if "bos" in self._roles else None
-
-    @property
-    def eos_id(self) -> int | None:
-        """The id that ends a document, or None."""
-        return self._roles["eos"][1] if "eos" in self._roles else None
-
-    @property
-    def pad_id(self) -> int | None:
-        """The id that fills rows up, or None."""
-        return self._roles["pad"][1] if "pad" in self._roles else None
-
-    @cached_property
-    def puts_space_first(self) -> bool:
-        """Whether the vocabulary puts a space before every text (Llama 1 and 2)."""
-        ids = self.encode("a")
-        return bool(ids) and self.token_bytes(ids[0]).startswith(b" ")
-
-    @property
-    def adds_around(self) -> bool:
-        """Whether the vocabulary file has special tokens put around a text, by other programs."""
-        return self._backend.adds_around
+    def from_json(cls, text: str) -> Tokenizer:
+        """Return the tokenizer in the content of a `tokenizer.json`."""
+        return cls(text.encode(), is_json=True)
 
     def special(self, name: str) -> int:
-        """Return the id of a special token by its written form, such as `<eoa>`.
-
-        Raises:
-            TokenizerError: there is none of this name.
-        """
+        """Return the id of a special token by its written form, such as `<eoa>`; raise TokenizerError for any other."""
         if name in self.special_tokens:
             return self.special_tokens[name]
         advice = did_you_mean(name, self.special_tokens) or "Take a template whose special tokens this tokenizer has."
@@ -190,7 +157,7 @@ class Tokenizer:
         Raises:
             TokenizerError: an id is outside the vocabulary.
         """
-        silent, spoken = self._byte_tables()
+        silent, spoken = self._byte_tables
         table = silent if skip_special else spoken
         if len(ids) and not (min(ids) >= 0 and max(ids) < len(table)):
             raise self._outside(next(id_ for id_ in ids if not 0 <= id_ < len(table)))
@@ -200,14 +167,10 @@ class Tokenizer:
         return joined.decode("utf-8", "replace")
 
     def token_bytes(self, id: int, *, skip_special: bool = True) -> bytes:
-        """Return the UTF-8 bytes that a token stands for; b"" for a special token, or its name.
-
-        Raises:
-            TokenizerError: the id is outside the vocabulary.
-        """
+        """Return the UTF-8 bytes that a token stands for; b"" for a special token, or its name. Raises as `decode`."""
         if not 0 <= id < self.vocab_size:
             raise self._outside(id)
-        return self._byte_tables()[0 if skip_special else 1][id]
+        return self._byte_tables[0 if skip_special else 1][id]
 
     def config(self) -> dict[str, Any]:
         """Return the content of a `tokenizer_config.json`: what the vocabulary file does not say by itself."""
@@ -218,9 +181,7 @@ class Tokenizer:
         return {**names, "add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False, **own}
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Copy the vocabulary file and the roles of its tokens into a folder, and return the paths.
-
-        `Tokenizer.load(folder)` gives an equal tokenizer with the same fingerprint.
+        """Write what `load` makes an equal tokenizer of into a folder, and return the paths.
 
         Raises:
             StorageError: the folder holds another vocabulary, or could not be written.
@@ -256,20 +217,22 @@ class Tokenizer:
         return f"Tokenizer({str(self.path or self._backend.file_name)!r}, vocab_size={self.vocab_size})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._data, self._is_json, self._given_roles, self.path)
+        made = partial(Tokenizer, is_json=self._is_json, roles=self._given_roles, path=self.path)
+        return made, (self._data,)
 
     def _find_roles(self) -> dict[str, tuple[str, int]]:
         """Return name and id of the bos, eos and pad tokens: as given, as the file says, or by convention."""
         given = {**self._backend.roles, **self._given_roles}
         found: dict[str, tuple[str, int]] = {}
         for role, usual in CONVENTIONAL.items():
-            named = given[role] if role in given else next((n for n in usual if n in self._backend.specials), None)
-            for name in [] if named is None else [named]:
-                id_ = self._backend.find(name)
-                if id_ is not None:
-                    found.setdefault(role, (name, id_))
-                else:
-                    warn_once(logger, f"{self.path}: the {role} token {name!r} is not in the vocabulary: left out")
+            name = given[role] if role in given else next((n for n in usual if n in self._backend.specials), None)
+            if name is None:
+                continue
+            id_ = self._backend.find(name)
+            if id_ is None:
+                warn_once(logger, f"{self.path}: the {role} token {name!r} is not in the vocabulary: left out")
+            else:
+                found[role] = (name, id_)
         return found
 
     def _encode_in_parts(self, text: str) -> list[int]:
@@ -278,9 +241,8 @@ class Tokenizer:
         escapes = self._backend.escapes_mark
         if escapes:
             cuts.update(at for match in re.finditer(SPACE_MARK, text) for at in match.span())
-        order = sorted(cuts)
         ids: list[int] = []
-        for start, end in itertools.pairwise(order):
+        for start, end in itertools.pairwise(sorted(cuts)):
             part = text[start:end]
             if escapes and part == SPACE_MARK:
                 ids += [self._byte_id(byte) for byte in part.encode()]
@@ -299,13 +261,11 @@ class Tokenizer:
         assert found is not None, "a vocabulary that escapes the mark has a piece for every byte"
         return found
 
+    @cached_property
     def _byte_tables(self) -> tuple[list[bytes], list[bytes]]:
-        """Return the bytes of every id: special tokens as b"", and as their name."""
-        if self._tables is None:
-            spoken = self._backend.table()
-            silent = [b"" if id_ in self.special_ids else entry for id_, entry in enumerate(spoken)]
-            self._tables = silent, spoken
-        return self._tables
+        """The bytes of every id: special tokens as b"", and as their name."""
+        spoken = self._backend.table()
+        return [b"" if id_ in self.special_ids else entry for id_, entry in enumerate(spoken)], spoken
 
     def _outside(self, id: int) -> TokenizerError:
         return TokenizerError("this id is outside the vocabulary", got=int(id), allowed=[f"0 to {self.vocab_size - 1}"])
@@ -318,10 +278,6 @@ def well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
-
-
-def _rebuild(data: bytes, is_json: bool, roles: dict[str, str | None], path: Path | None) -> Tokenizer:
-    return Tokenizer(data, is_json=is_json, roles=roles, path=path)
 
 
 def _vocabulary_file(path: Path, beside: Sequence[dict[str, Any]]) -> Path:
@@ -358,11 +314,7 @@ def _roles(beside: Sequence[dict[str, Any]]) -> dict[str, str | None]:
 
 
 def _added(folder: Path, beside: Sequence[dict[str, Any]]) -> dict[int, str]:
-    """Return the tokens, by id, that files of Transformers say beside a `.model`.
-
-    Raises:
-        TokenizerError: a file is damaged.
-    """
+    """Return the tokens, by id, that files of Transformers say beside a `.model`."""
     try:
         older = storage.read_json(folder / "added_tokens.json", TokenizerError)
         added = {int(id_): str(name) for name, id_ in older.items()}

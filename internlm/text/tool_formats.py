@@ -6,12 +6,10 @@
     internlm2   InternLM2 and later  <|action_start|><|plugin|> ⏎ {"name": "add", "parameters": {…}}<|action_end|>
     hermes      Hermes, Qwen, ours   <tool_call> ⏎ {"name": "add", "arguments": {…}} ⏎ </tool_call>
 
-InternLM2 was trained on special tokens alone, so a tokenizer that lacks one is an error of `render_prompt`, and hermes
-is the format for it. The tags of hermes are text in its own models too.
-
-Limits: InternLM2's code interpreter (`<|interpreter|>`) is no tool here; its calls come out as content.
+InternLM2 was trained on special tokens alone, so a tokenizer that lacks one is an error of `render_prompt`. The tags of
+hermes are text in its own models too. Calls of InternLM2's code interpreter (`<|interpreter|>`) come out as content.
 Sources: lagent 0.1 (ReAct: its keys, results as system messages), Qwen2.5's chat template, and
-https://github.com/InternLM/InternLM/blob/main/chat/chat_format.md. The words around the descriptions are our own.
+https://github.com/InternLM/InternLM/blob/main/chat/chat_format.md.
 """
 
 from __future__ import annotations
@@ -19,18 +17,44 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from internlm.errors import ConfigError, DataError, did_you_mean
-from internlm.text.chat import Framed, Message, ToolCall
-from internlm.text.templates import Frame, Part, Special, get_template, text_of
+from internlm.errors import ConfigError, DataError
+from internlm.text.chat import Message, ToolCall
+from internlm.text.templates import Frame, Part, Special, get_template, json_text, text_of
 from internlm.text.tool_json import moved_schema
 from internlm.text.tool_parser import ReActParser, TaggedParser, ToolParser
-from internlm.text.tools import Forced, Tool, ToolFormat, json_text
+from internlm.text.tools import Forced, Tool, ToolFormat
 
 
-class Hermes(ToolFormat):
-    """Calls as JSON between `<tool_call>` tags, which are text; results in a user message."""
+class _Tagged(ToolFormat):
+    """Calls as JSON between a start and an end."""
+
+    start: tuple[Part, ...]
+    end: Part
+    key: str
+    """Under which a call has its arguments."""
+
+    def parser(self, known: Collection[str], parallel: bool = True) -> ToolParser:
+        """Return a parser of one answer; `known` names the tools that may be called."""
+        return TaggedParser(text_of(self.start), text_of([self.end]), known, parallel)
+
+    def _json(self, call: ToolCall) -> str:
+        return f'\n{{"name": {json_text(call.name)}, "{self.key}": {call.arguments.strip()}}}'
+
+    def _forced(self, tools: Sequence[Tool]) -> Forced:
+        schemas = []
+        for number, tool in enumerate(tools):
+            place = f"/properties/{self.key}" if len(tools) == 1 else f"/anyOf/{number}/properties/{self.key}"
+            properties = {"name": {"enum": [tool.name]}, self.key: _arguments_schema(tool, place)}
+            schema = {"type": "object", "properties": properties, "required": [*properties]}
+            schemas.append(schema | {"additionalProperties": False})
+        return Forced((*self.start, "\n"), "json_schema", schemas[0] if len(schemas) == 1 else {"anyOf": schemas})
+
+
+class Hermes(_Tagged):
+    """Tags are text; results stand in a user message."""
 
     name = "hermes"
+    start, end, key = ("<tool_call>",), "</tool_call>", "arguments"
     words = (
         "# Tools\n\nThese functions can be called:\n<tools>\n",
         "\n</tools>\n\nA call is a JSON object with the function's name and arguments, between two tags:\n"
@@ -39,57 +63,40 @@ class Hermes(ToolFormat):
         "Make one call at most in an answer.",
     )
 
-    def parser(self, known: Collection[str], parallel: bool = True) -> ToolParser:
-        """Return a parser of one answer; `known` names the tools that may be called."""
-        return TaggedParser("<tool_call>", "</tool_call>", known, parallel)
-
-    def _system(self, content: str, tools: Sequence[Tool], parallel: bool) -> Message:
+    def _told(self, tools: Sequence[Tool], parallel: bool) -> str:
         before, after, several, one = self.words
         described = "\n".join(f'{{"type": "function", "function": {tool.text}}}' for tool in tools)
-        told = before + described + after + (several if parallel else one)
-        return Message("system", f"{content}\n\n{told}" if content else told)
+        return before + described + after + (several if parallel else one)
 
     def _calls(self, message: Message, results: list[str] | None) -> list[Message]:
-        calls = [f"<tool_call>\n{_call_json(call, 'arguments')}\n</tool_call>" for call in message.calls]
+        calls = [f"<tool_call>{self._json(call)}\n</tool_call>" for call in message.calls]
         written = [Message("assistant", "\n".join([message.content] * bool(message.content) + calls), message.name)]
         if results is not None:
             answers = (f"<tool_response>\n{result}\n</tool_response>" for result in results)
             written.append(Message("user", "\n".join(answers)))
         return written
 
-    def _forced(self, tools: Sequence[Tool]) -> Forced:
-        return Forced(("<tool_call>\n",), "json_schema", _call_schema(tools, "arguments"))
 
-
-_START, _END, _PLUGIN = Special("<|action_start|>"), Special("<|action_end|>"), Special("<|plugin|>")
-
-
-class InternLM2(ToolFormat):
-    """Calls as JSON between special tokens; tools in a second system message, results from the environment."""
+class InternLM2(_Tagged):
+    """Special tokens; tools in a second system message, results from the environment."""
 
     name = "internlm2"
-    specials = (_START.name, _PLUGIN.name, _END.name)
-
-    def parser(self, known: Collection[str], parallel: bool = True) -> ToolParser:
-        """Return a parser of one answer; `known` names the tools that may be called."""
-        return TaggedParser(_START.name + _PLUGIN.name, _END.name, known, parallel)
+    specials = ("<|action_start|>", "<|plugin|>", "<|action_end|>")
+    start, end, key = (Special("<|action_start|>"), Special("<|plugin|>")), Special("<|action_end|>"), "parameters"
 
     def _system(self, content: str, tools: Sequence[Tool], parallel: bool) -> Message:
         described = f"[{', '.join(tool.text for tool in tools)}]"
         own = [(("system",), content)] if content else []
-        return _chatml("system", [*own, (("system name=", _PLUGIN), described)])
+        return _chatml("system", [*own, (("system name=", self.start[1]), described)])
 
     def _calls(self, message: Message, results: list[str] | None) -> list[Message]:
         parts: list[Part] = [message.content] if message.content else []
         for call in message.calls:
-            parts += [_START, _PLUGIN, "\n" + _call_json(call, "parameters"), _END]
-        written: list[Message] = [Framed("assistant", text_of(parts), message.name, parts=tuple(parts))]
+            parts += [*self.start, self._json(call), self.end]
+        written = [Message("assistant", text_of(parts), message.name, parts=tuple(parts))]
         if results is not None:
-            written.append(_chatml("user", [(("environment name=", _PLUGIN), result) for result in results]))
+            written.append(_chatml("user", [(("environment name=", self.start[1]), result) for result in results]))
         return written
-
-    def _forced(self, tools: Sequence[Tool]) -> Forced:
-        return Forced((_START, _PLUGIN, "\n"), "json_schema", _call_schema(tools, "parameters"))
 
 
 class ReAct(ToolFormat):
@@ -98,7 +105,7 @@ class ReAct(ToolFormat):
     name = "react"
     writes_thoughts = True
     stops = ("\nResponse:",)
-    """What comes after it, a model makes up. A final answer with such a line ends there too."""
+    """What comes after it, a model makes up."""
     words = (
         "You can use these tools:\n",
         "\n\nTo use one, write\nThought:what has to be found out next\nAction:the tool's name, one of ",
@@ -110,11 +117,10 @@ class ReAct(ToolFormat):
         """Return a parser of one answer; `known` names the tools that may be called."""
         return ReActParser(known)
 
-    def _system(self, content: str, tools: Sequence[Tool], parallel: bool) -> Message:
+    def _told(self, tools: Sequence[Tool], parallel: bool) -> str:
         before, between, after = self.words
         described, names = "\n".join(tool.text for tool in tools), ", ".join(tool.name for tool in tools)
-        told = before + described + between + names + after
-        return Message("system", f"{content}\n\n{told}" if content else told)
+        return before + described + between + names + after
 
     def _calls(self, message: Message, results: list[str] | None) -> list[Message]:
         if results is None and len(message.calls) > 1:
@@ -130,7 +136,7 @@ class ReAct(ToolFormat):
             written.append(Message("assistant", text if number else thought + text, message.name))
             if results is not None:
                 result = f"Response:{results[number]}\n"
-                written.append(Framed("user", result, parts=(result,), frame=self.template.system))
+                written.append(Message("user", result, parts=(result,), frame=self.template.system))
         return written
 
     def _answer(self, message: Message) -> Message:
@@ -153,49 +159,24 @@ _USUAL = {"internlm-v1.0": "react", "internlm-v1.1": "react", "internlm2": "inte
 
 
 def get_format(name: str, template: str = "chatml") -> ToolFormat:
-    """Return the tool format of this name, for the chat template of that.
-
-    Raises:
-        ConfigError: there is no such format, or no such template.
-    """
+    """Return the tool format of this name, for the chat template of that; raise ConfigError where one is not known."""
     if name not in FORMATS:
-        raise ConfigError("no such tool format", got=name, allowed=FORMATS, do=did_you_mean(name, FORMATS))
+        raise ConfigError("no such tool format", got=name, allowed=FORMATS)
     return FORMATS[name](get_template(template))
 
 
 def format_of(template: str) -> ToolFormat:
-    """Return the tool format that models with this chat template are used with.
-
-    Raises:
-        ConfigError: there is no such template.
-    """
+    """Return the tool format that models with this chat template are used with."""
     return get_format(_USUAL.get(template, "hermes"), template)
 
 
-def _chatml(role: str, blocks: list[tuple[tuple[Part, ...], str]]) -> Framed:
+def _chatml(role: str, blocks: list[tuple[tuple[Part, ...], str]]) -> Message:
     """Return ChatML messages with these headers and contents as one message of a role."""
     frames = [Frame((Special("<|im_start|>"), *header, "\n"), (Special("<|im_end|>"), "\n")) for header, _ in blocks]
     parts: list[Part] = [blocks[0][1]]
     for frame, (_, content) in zip(frames[1:], blocks[1:], strict=True):
         parts += [*frame.suffix, *frame.prefix, content]
-    return Framed(role, text_of(parts), parts=tuple(parts), frame=frames[0])
-
-
-def _call_json(call: ToolCall, key: str) -> str:
-    return f'{{"name": {json_text(call.name)}, "{key}": {call.arguments.strip()}}}'
-
-
-def _call_schema(tools: Sequence[Tool], key: str) -> dict[str, Any]:
-    """Return the JSON schema of a call of any of the tools."""
-    schemas = []
-    for number, tool in enumerate(tools):
-        place = f"/properties/{key}" if len(tools) == 1 else f"/anyOf/{number}/properties/{key}"
-        properties = {"name": {"enum": [tool.name]}, key: _arguments_schema(tool, place)}
-        required = ["name", key]
-        schemas.append(
-            {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-        )
-    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    return Message(role, text_of(parts), parts=tuple(parts), frame=frames[0])
 
 
 def _arguments_schema(tool: Tool, place: str) -> dict[str, Any]:

@@ -5,12 +5,12 @@ r"""The chat format of an export, tools included, as a Jinja template: `internlm
 
 The template writes tools, calls and results out as messages of system, user and assistant first, as a format's
 `render` does, and renders those as `templates.jinja` does. It takes what OpenAI's clients send: `tools`, `tool_calls`
-whose arguments are a text or an object, results with `tool_call_id` in any order. Where a program passes it on,
-`parallel_tool_calls=False` counts too. Its ids are those of `render_prompt`, within the limits that `templates` names.
+whose arguments are a text or an object, results with `tool_call_id` in any order, and `parallel_tool_calls=False` where
+a program passes it on. Its ids are those of `render_prompt`, within the limits that `templates` names.
 
-Limits: whether arguments are a JSON object, and names are names, is not checked there. System, user and assistant must
-take turns: what `ToolFormat.render_history` writes beside, an export refuses. `tojson` is to write JSON as
-Transformers has it: with Python's separators, letters as they are, keys in their order.
+Limits: whether arguments are a JSON object, and names are names, is not checked there. What
+`ToolFormat.render_history` writes beside, an export refuses. `tojson` is to write JSON as Transformers has it: with
+Python's separators, letters as they are, keys in their order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from internlm.text.templates import TEMPLATES, Template, jinja, quoted, refusal, text_of
+from internlm.text.templates import TEMPLATES, Template, jinja, json_text, raising, refusal, text_of
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.tool_formats import format_of
 from internlm.text.tools import Tool
@@ -99,13 +99,13 @@ class _Format(NamedTuple):
     each_tool: str
     system: str
     """The message that tells of the tools."""
-    answer: str
-    """The content of an assistant message without calls."""
-    beginning: str
-    """What calls are added to."""
     each_call: str
     called: str
     """What comes after the last call."""
+    answer: str = "said"
+    """The content of an assistant message without calls."""
+    beginning: str = "said"
+    """What calls are added to."""
 
 
 _HERMES = _Format(
@@ -117,8 +117,6 @@ _HERMES = _Format(
         {'role': 'system', 'content': (own ~ '\n\n' if own else '') ~ words[0] ~ made.text ~ words[1]
             ~ (words[3] if parallel_tool_calls is defined and parallel_tool_calls == false else words[2])}
     """,
-    answer="said",
-    beginning="said",
     each_call=r"""
         {% set made.text = made.text ~ ('\n' if made.text else '') ~ '<tool_call>\n{"name": '
             ~ function['name'] | tojson ~ ', "arguments": ' ~ arguments ~ '}\n</tool_call>' %}
@@ -142,8 +140,6 @@ _INTERNLM2 = _Format(
             ('<|im_start|>system\n' ~ own ~ '<|im_end|>\n' if own else '')
             ~ '<|im_start|>system name=<|plugin|>\n[' ~ made.text ~ ']<|im_end|>\n'}
     """,
-    answer="said",
-    beginning="said",
     each_call=r"""
         {% set made.text = made.text ~ '<|action_start|><|plugin|>\n{"name": '
             ~ function['name'] | tojson ~ ', "parameters": ' ~ arguments ~ '}<|action_end|>' %}
@@ -184,10 +180,7 @@ _FORMATS = {"hermes": _HERMES, "internlm2": _INTERNLM2, "react": _REACT}
 
 
 def chat_template(template: Template, tokenizer: Tokenizer | None = None) -> str:
-    """Return a chat format as a Jinja chat template that knows tools.
-
-    With a tokenizer that lacks a special token of the tool format it refuses tools, as `render_prompt` does.
-    """
+    """Return a chat format as a Jinja chat template with tools, which it refuses where the tokenizer lacks a token."""
     specials = format_of(template.name).specials
     if tokenizer is not None and not tokenizer.special_tokens.keys() >= set(specials):
         return _without_tools(template)
@@ -195,7 +188,7 @@ def chat_template(template: Template, tokenizer: Tokenizer | None = None) -> str
 
 
 def name_of(text: str) -> str | None:
-    """Return the name of the chat format that was written so, now or when its Jinja knew no tools; None: no such."""
+    """Return the name of the chat format that was written so, with tools or without; None: no such."""
     for name, template in TEMPLATES.items():
         if text in (chat_template(template), _without_tools(template), jinja(template)):
             return name
@@ -203,14 +196,14 @@ def name_of(text: str) -> str | None:
 
 
 def refuses_tools(text: str) -> bool:
-    """Return whether `chat_template` wrote a format so because the tokenizer lacks a token that tools need."""
+    """Return whether `chat_template` wrote a format that refuses tools."""
     return text.startswith(_REFUSED)
 
 
 def _without_tools(template: Template) -> str:
     needed = " ".join(format_of(template.name).specials)
     problem = f"{template.name}: this tokenizer lacks a special token that tools need: {needed}"
-    return _REFUSED + _raise(problem) + "{% endif %}" + jinja(template)
+    return _REFUSED + raising(problem) + "{% endif %}" + jinja(template)
 
 
 def _writer(template: Template) -> str:
@@ -221,15 +214,11 @@ def _writer(template: Template) -> str:
     for name, gap in gaps._asdict().items():
         text = text.replace(name.upper(), gap)
     text += _FOLDED if template.system is None else ""
-    text = text.replace("NO_RESULT", _raise(f"{template.name}: each call needs one result, right after it"))
+    text = text.replace("NO_RESULT", raising(f"{template.name}: each call needs one result, right after it"))
     text = text.replace("NO_CALL", refusal(template))
-    text = text.replace("NOTHING", quoted(json.dumps(Tool("a").parameters)))
+    text = text.replace("NOTHING", json_text(json.dumps(Tool("a").parameters)))
     frame = template.system or template.user
-    ends = ", ".join(quoted(text_of(parts)) for parts in frame)
-    words = ", ".join(map(quoted, format_.words))
+    ends = ", ".join(json_text(text_of(parts)) for parts in frame)
+    words = ", ".join(map(json_text, format_.words))
     given = f"{{% set words = [{words}] %}}{{% set frame = [{ends}] %}}"
     return given + "".join(line.strip() for line in text.splitlines())
-
-
-def _raise(problem: str) -> str:
-    return "{{ raise_exception(" + quoted(problem) + ") }}"

@@ -1,14 +1,7 @@
 """JSON of tool calls: followed while it comes, and as something that a grammar can ask for.
 
-    scan = ObjectScan()
-    text = '{"a": [1, 2]} and more'
-    at = 0
-    while at < len(text) and not (scan.is_whole or scan.is_broken):
-        at = scan.step(text, at)
-    text[:at]        # {"a": [1, 2]}
-
-Python's own reader wants the whole text, and gives up at a depth that depends on the caller's stack. Here a text may
-come in any pieces, each character is looked at once, and the depth is bounded.
+Python's own reader wants the whole text, and gives up at a depth that depends on the caller's stack. Here it may come
+in any pieces.
 """
 
 from __future__ import annotations
@@ -18,7 +11,7 @@ import re
 from typing import Any
 
 MAX_DEPTH = 100
-"""Levels of nesting in the JSON of a call; deeper is no call. Python's own reader takes about 1000."""
+"""Levels of nesting in the JSON of a call; deeper is no call."""
 
 _BLANKS = re.compile(r"[ \t\n\r]+")
 _CHARACTERS = re.compile(r'[^"\\\x00-\x1f]+')
@@ -35,7 +28,7 @@ class ObjectScan:
         self.is_key = False
         """Whether the last string or scalar was, or is, a key."""
         self.is_between = False
-        """Whether the last step went over a mark or white space, no part of a string or scalar."""
+        """Whether the last step went over a mark or white space."""
         self._closers: list[str] = []
         self._next = "object"
         """What may come: object, value, item (or the end of a list), key, member (or the end), colon, more."""

@@ -5,12 +5,11 @@ r"""A model's answer → content, thoughts and tool calls, while it comes.
     parser.add('ments": {"a": 1}}\n</tool_call>')                     # [ArgumentsGrow(0, '{"a": 1}')]
     parser.finish()                                                   # []
 
-However the answer is cut into pieces, the events joined are the same. Every character is looked at once, nothing is
-searched twice, and nesting is bounded: a hostile answer costs no more than its length.
+However the answer is cut into pieces, the events joined are the same. Every character is looked at once, and nesting is
+bounded: a hostile answer costs no more than its length.
 
-What looked like a call and is none comes out as content, character for character: an unknown name, no JSON object, a
-key too few. Arguments stream, so it may turn out late: then `CallFails` takes the call back. White space before a call,
-and after the last one, belongs to the format and is dropped.
+What looked like a call and is none comes out as content, character for character. Arguments stream, so it may turn out
+late: then `CallFails` takes the call back. White space before a call, and after the last one, is dropped.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class ArgumentsGrow:
 
 @dataclass(frozen=True)
 class CallFails:
-    """A call that has begun is none after all: its JSON is wrong, or the answer ended within it."""
+    """A call that has begun is none after all."""
 
     index: int
     text: str
@@ -74,13 +73,13 @@ class ToolParser:
 
     def __init__(self, known: Collection[str], parallel: bool = True) -> None:
         self.finished = False
-        """Whether the answer is over for its reader: nothing that still comes counts, generation may stop."""
+        """Whether nothing that still comes counts: generation may stop."""
         self._known, self._parallel = frozenset(known), parallel
         self._state = self._text
         self._held = ""
         """The end of what came: the beginning of a tag or key, perhaps."""
         self._space: list[str] = []
-        """White space at the end of what was said, which a call after it would drop."""
+        """White space at the end of what was said."""
         self._source: list[str] = []
         """What the call at hand is made of so far, with the white space before it."""
         self._index = -1
@@ -233,8 +232,8 @@ _THOUGHT, _ACTION, _INPUT, _FINAL = (
 class ReActParser(ToolParser):
     """Reads `Thought:…`, `Action:…`, `ActionInput:…`, `FinalAnswer:…`, each at the beginning of a line.
 
-    All after `FinalAnswer:` is content, and so is text before the first key: a model that does not keep to the form
-    is still heard. A call ends the answer; what follows would be a tool's result that the model made up.
+    All after `FinalAnswer:` is content, and so is text before the first key. A call ends the answer; what follows would
+    be a tool's result that the model made up.
     """
 
     def __init__(self, known: Collection[str]) -> None:
@@ -245,7 +244,7 @@ class ReActParser(ToolParser):
         self._drops_space = False
         """Whether nothing was said since the last key."""
         self._spoken: set[type[Event]] = set()
-        """What was said already: content, thoughts. What goes on with it later begins a line of its own."""
+        """What was said already: content, thoughts. What goes on with it begins a line of its own."""
         self._name = ""
         self._longest = max(map(len, self._known), default=0) + 16
         self._scan = ObjectScan()

@@ -1,47 +1,38 @@
-"""Tool calls between a conversation and a model's text: what a format of them is.
+"""Tool calls between a conversation and a model's text: what a format of them is; `tool_formats` has the three.
 
-    format = format_of("chatml")                                      # one of `tool_formats`, hermes
     messages = format.render([Message("user", "What is 2 + 3?")], [Tool("add", "Adds numbers.", {...})])
     ids = render_prompt(messages, get_template("chatml"), tokenizer)  # the one renderer, as without tools
     parser = format.parser({"add"})
     parser.add(text), …, parser.finish()                              # events, while the answer comes
     [*history, Message("assistant", "", calls=(call,)), Message("tool", "5", call_id=call.id)]   # and once more
 
-Special tokens get in by id, as all structure does: `render` gives them as parts of a message, never as text, and
-content that looks like them stays text. Read back from an answer they are text: generate with `show_special` where a
-format has `specials`.
+Special tokens get in by id: `render` gives them as parts of a message, and content that looks like them stays text.
+Read back from an answer they are text: generate with `show_special` where a format has `specials`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import secrets
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Any, Literal
 
 from internlm.errors import DataError
 from internlm.log import warn_once
-from internlm.text.chat import Framed, Message, ToolCall
-from internlm.text.templates import Frame, Part, Template, text_of
+from internlm.text.chat import Message, ToolCall, check_turns, framed
+from internlm.text.templates import Frame, Part, Template, json_text, text_of
 from internlm.text.tool_json import MAX_DEPTH, is_object
 from internlm.text.tool_parser import (
     ArgumentsGrow,
     CallBegins,
     CallFails,
     Event,
-    Text,
     Thought,
     ToolParser,
 )
-
-__all__ = [
-    "ArgumentsGrow", "CallBegins", "CallFails", "Event", "Text", "Thought", "ToolParser",
-    "Answer", "Forced", "Message", "Tool", "ToolCall", "ToolFormat", "collect", "json_text", "new_call_id",
-]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +98,7 @@ class Answer:
 
 
 class ToolFormat:
-    """How calls, their results and the tools themselves are written for a chat template.
-
-    Args:
-        template: the chat template that renders what `render` returns.
-    """
+    """How calls, their results and the tools are written for a chat template, which renders what `render` returns."""
 
     name: str
     stops: tuple[str, ...] = ()
@@ -121,7 +108,7 @@ class ToolFormat:
     words: tuple[str, ...] = ()
     """What is said around the tools' descriptions, in the order in which it stands there."""
     writes_thoughts = False
-    """Whether what an assistant said to itself is written too."""
+    """Whether what an assistant said to itself is written."""
 
     def __init__(self, template: Template) -> None:
         self.template = template
@@ -129,14 +116,13 @@ class ToolFormat:
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] = (), parallel: bool = True) -> list[Message]:
         """Return the conversation as system, user and assistant messages that `chat.render` and `render_prompt` take.
 
-        The tools are told in the system message, after its own words; without tools there the messages stay as they
-        are. Results of several calls may come in any order.
+        The tools are told in the system message, after its own words. Results of several calls may come in any order.
 
         Raises:
             DataError: arguments are no JSON object, or results and calls do not belong together, or user and assistant
                 do not take turns.
         """
-        _check_turns(messages)
+        check_turns(messages)  # here: `chat` would count messages that nobody wrote
         for number, message in enumerate(messages, 1):
             _check_arguments(message, number)
         return self._write(messages, tools, parallel)
@@ -151,18 +137,15 @@ class ToolFormat:
         first turn. Arguments that are no JSON object stand there as they are: the model shall see its mistake.
 
         Raises:
-            DataError: results and calls do not belong together. What the template cannot write, `render_prompt` says.
+            DataError: results and calls do not belong together.
         """
         return _in_turns(self._write(messages, tools, parallel), self.template)
 
     def _write(self, messages: Sequence[Message], tools: Sequence[Tool], parallel: bool) -> list[Message]:
-        written: list[Message] = []
-        system = messages[0].content if messages and messages[0].role == "system" else ""
         at = 1 if messages and messages[0].role == "system" else 0
+        written = list(messages[:at])
         if tools:
-            written.append(self._system(system, tools, parallel))
-        else:
-            written += messages[:at]
+            written = [self._system(messages[0].content if at else "", tools, parallel)]
         while at < len(messages):
             message = messages[at]
             if message.thought and not self.writes_thoughts:
@@ -171,7 +154,7 @@ class ToolFormat:
                 raise DataError("a tool's result without a call before it", where=f"message {at + 1}")
             results: list[str] | None = None
             if message.calls:
-                _check_calls(message, at + 1)
+                _check_calls(message, f"message {at + 1}")
                 results = _results(messages, at)
                 written += self._calls(message, results)
             else:
@@ -183,11 +166,10 @@ class ToolFormat:
         """Return a parser of one answer; `known` names the tools that may be called."""
         raise NotImplementedError
 
-    def schema(self, tools: Sequence[Tool], choice: str, parallel: bool = True) -> Forced | None:
+    def schema(self, tools: Sequence[Tool], choice: str) -> Forced | None:
         """Return how to make the model call a tool: any ("required"), or the one named by `choice`.
 
-        None for "auto" and "none". A forced answer has exactly one call, whatever `parallel` says: the grammar ends
-        with its JSON.
+        None for "auto" and "none". A forced answer has exactly one call: the grammar ends with its JSON.
 
         Raises:
             DataError: no tool has this name, or there is none.
@@ -202,6 +184,11 @@ class ToolFormat:
 
     def _system(self, content: str, tools: Sequence[Tool], parallel: bool) -> Message:
         """Return the system message that tells of the tools."""
+        told = self._told(tools, parallel)
+        return Message("system", f"{content}\n\n{told}" if content else told)
+
+    def _told(self, tools: Sequence[Tool], parallel: bool) -> str:
+        """Return what the system message says of the tools."""
         raise NotImplementedError
 
     def _calls(self, message: Message, results: list[str] | None) -> list[Message]:
@@ -209,7 +196,6 @@ class ToolFormat:
         raise NotImplementedError
 
     def _answer(self, message: Message) -> Message:
-        """Return an assistant message without calls."""
         return message
 
     def _forced(self, tools: Sequence[Tool]) -> Forced:
@@ -240,29 +226,12 @@ def collect(events: Iterable[Event]) -> Answer:
     return Answer("".join(content), "".join(thought), made)
 
 
-def _check_turns(messages: Sequence[Message]) -> None:
-    """Raise DataError unless user and assistant take turns; `chat` would count messages that nobody wrote."""
-    expected = "user"
-    for number, message in enumerate(messages, 1):
-        if message.role == "system" and number > 1:
-            raise DataError("a system message can only be the first", where=f"message {number}")
-        if message.role in ("user", "assistant"):
-            if message.role != expected:
-                problem = "user and assistant must take turns, the user first"
-                raise DataError(problem, where=f"message {number}", got=message.role, allowed=[expected])
-            expected = "assistant" if message.role == "user" else "user"
-        elif message.role == "tool":
-            expected = "assistant"
-
-
 def _check_name(name: str, where: str) -> None:
     if not _NAME.fullmatch(name):
         raise DataError("a tool's name is 1 to 64 letters, digits, '_', '.' or '-'", where=where, got=name)
 
 
-def _check_calls(message: Message, number: int) -> None:
-    """Raise DataError unless the calls of a message can be written."""
-    where = f"message {number}"
+def _check_calls(message: Message, where: str) -> None:
     if message.role != "assistant":
         raise DataError("only an assistant message has calls", where=where, got=message.role)
     for call in message.calls:
@@ -270,7 +239,6 @@ def _check_calls(message: Message, number: int) -> None:
 
 
 def _check_arguments(message: Message, number: int) -> None:
-    """Raise DataError unless the arguments of each call are a JSON object."""
     for call in message.calls:
         text = call.arguments
         if not isinstance(text, str) or not is_object(text.strip()):
@@ -279,10 +247,7 @@ def _check_arguments(message: Message, number: int) -> None:
 
 
 def _results(messages: Sequence[Message], at: int) -> list[str] | None:
-    """Return the results of the calls of `messages[at]`, in their order; None where the conversation ends with them.
-
-    Results are matched by id, or by order where none has one.
-    """
+    """Return the results of the calls of `messages[at]`, in their order; None where the conversation ends with them."""
     calls, where = messages[at].calls, f"message {at + 1}"
     following = list(takewhile(lambda message: message.role == "tool", messages[at + 1 :]))
     if not following and at + 1 == len(messages):
@@ -305,7 +270,7 @@ def _results(messages: Sequence[Message], at: int) -> list[str] | None:
 
 def _folded(messages: list[Message]) -> list[Message]:
     """Return the messages with the system message as a part of the first that is a user's own."""
-    at = next((n for n, one in enumerate(messages) if one.role == "user" and not isinstance(one, Framed)), None)
+    at = next((n for n, one in enumerate(messages) if one.role == "user" and not one.parts), None)
     if at is None:
         return messages
     system, first = messages[0], messages[at]
@@ -314,42 +279,29 @@ def _folded(messages: list[Message]) -> list[Message]:
 
 
 def _in_turns(messages: list[Message], template: Template) -> list[Message]:
-    """Return messages with all that comes between two answers as one turn; see `ToolFormat.render_history`.
-
-    A template of one question and one answer, or without a place for a system message, leaves them as they are.
-    """
+    """Return messages with all that comes between two answers as one turn; see `ToolFormat.render_history`."""
     if template.single_turn:
         return messages
     begun = 1 if messages and messages[0].role == "system" else 0
-    turns: list[list[Message]] = [[]]  # what is asked, the answer, what is asked …
-    for message in messages[begun:]:
-        answers = message.role == "assistant" and turns != [[]]
-        if answers == bool(len(turns) % 2):
-            turns.append([])
-        turns[-1].append(message)
     found = messages[:begun]
-    for number, turn in enumerate(turns):
-        roles = {message.role for message in turn}
-        can_be_one = number % 2 == 0 and roles != {"assistant"} and ("system" not in roles or template.system)
-        found += [_together(turn, template)] if can_be_one and (len(turn) > 1 or "system" in roles) else turn
+    numbered = enumerate(messages[begun:])
+    for answers, turn in groupby(numbered, lambda item: item[0] > 0 and item[1].role == "assistant"):
+        members = [message for _, message in turn]
+        roles = {message.role for message in members}
+        can_be_one = not answers and roles != {"assistant"} and ("system" not in roles or template.system)
+        found += [_together(members, template)] if can_be_one and (len(members) > 1 or "system" in roles) else members
     return found
 
 
-def _together(turn: Sequence[Message], template: Template) -> Framed:
+def _together(turn: Sequence[Message], template: Template) -> Message:
     """Return messages, each in its own frame, as one of the user's."""
     usual = {"system": template.system, "user": template.user, "assistant": template.assistant}
     parts: list[Part] = []
     for message in turn:
-        frame = (message.frame if isinstance(message, Framed) else None) or usual[message.role]
+        frame = usual[message.role]
         assert frame is not None, "who calls this has seen that there is one"
-        content = message.parts if isinstance(message, Framed) else (message.content,)
-        parts += [*frame.prefix, *content, *frame.suffix]
-    return Framed("user", text_of(parts), parts=tuple(parts), frame=Frame((), ()))
-
-
-def json_text(value: object) -> str:
-    """Return JSON as it is written into texts, on one line."""
-    return json.dumps(value, ensure_ascii=False)
+        parts += framed(message, frame)
+    return Message("user", text_of(parts), parts=tuple(parts), frame=Frame((), ()))
 
 
 def _children(value: Any) -> list[Any]:

@@ -27,15 +27,8 @@ class TrainConfig:
     traced step is slower. None: no step is."""
 
     def __post_init__(self) -> None:
-        names = (
-            "tokens",
-            "batch_tokens",
-            "micro_batch_rows",
-            "max_skipped_steps",
-            "log_every_steps",
-            "trace_every_steps",
-        )
-        require_positive(self, "train", *names)
+        require_positive(self, "train", "tokens", "batch_tokens", "micro_batch_rows")
+        require_positive(self, "train", "max_skipped_steps", "log_every_steps", "trace_every_steps")
         if self.batch_tokens > self.tokens:
             raise ConfigError(
                 f"one step is more than the whole budget, train.tokens {self.tokens}",
@@ -46,17 +39,13 @@ class TrainConfig:
             raise ConfigError("must not be negative", where="train.max_grad_norm", got=self.max_grad_norm)
 
     def micro_rows(self, seq_len: int, data_ranks: int) -> int:
-        """Return the rows of a micro-batch on one rank.
-
-        Args:
-            seq_len: tokens per row.
-            data_ranks: ranks that see different rows.
+        """Return the rows of a micro-batch on each of `data_ranks` ranks that see different rows of `seq_len` tokens.
 
         Raises:
             ConfigError: the rows of a step cannot be cut so.
         """
         rows = self.batch_tokens // seq_len
-        if rows < 1 or self.batch_tokens % seq_len:
+        if self.batch_tokens % seq_len:
             raise ConfigError(
                 f"is not a multiple of data.seq_len {seq_len}", where="train.batch_tokens", got=self.batch_tokens
             )
@@ -65,9 +54,10 @@ class TrainConfig:
                 f"{self.batch_tokens} tokens are {rows} rows, which do not divide over {data_ranks} ranks",
                 where="train.batch_tokens",
             )
-        micro = self.micro_batch_rows or rows // data_ranks
-        if rows // data_ranks % micro:
-            what = f"does not divide the {rows // data_ranks} rows of a step on each rank"
+        own = rows // data_ranks
+        micro = self.micro_batch_rows or own
+        if own % micro:
+            what = f"does not divide the {own} rows of a step on each rank"
             raise ConfigError(what, where="train.micro_batch_rows", got=micro)
         return micro
 

@@ -51,11 +51,11 @@ class Evaluator:
         Every rank must call it; each scores its share of the rows.
         """
         metrics: Metrics = {}
-        limit = None if final else self.config.limit_rows
+        limit, layout = None if final else self.config.limit_rows, parallel.layout
         for name in self.loader.config.validation:
             started = time.monotonic()
             rows = parallel.run.micro_rows or self.config.rows
-            share = None if parallel.mesh is None else (parallel.data_rank, parallel.layout.data)
+            share = None if parallel.mesh is None else (layout.data_rank(parallel.rank), layout.data)
             batches = self.loader.validation_batches(name, rows, limit, share)
             loss, bits = score(parallel, batches, self.label_bytes)
             metrics |= {f"valid/loss/{name}": loss, f"valid/bits_per_byte/{name}": bits}
@@ -86,5 +86,5 @@ def score(parallel: Parallel, batches: Iterator[Batch], label_bytes: torch.Tenso
 
     for batch in batches:
         parallel.run.forward([batch.to(parallel.device)], count)
-    nats, tokens, size = parallel.total(sums, counted=parallel.counts).tolist()
+    nats, tokens, size = parallel.total(sums if parallel.counts else torch.zeros_like(sums)).tolist()
     return nats / tokens if tokens else math.nan, nats / math.log(2) / size if size else math.nan

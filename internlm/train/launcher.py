@@ -8,8 +8,7 @@ torch's launcher starts them, and starts them again where that was asked for; wh
     a signal to us           each rank gets it, saves and ends so; `patience_s` later it is killed; no restart
     a second signal          at once
 
-torch passes SIGTERM and SIGINT on too, but kills after 30 s, forgets the exit codes, and restarts ranks that ended with
-75.
+torch kills after 30 s, forgets the exit codes, and restarts ranks that ended with 75.
 """
 
 from __future__ import annotations
@@ -79,18 +78,16 @@ class Agent(LocalElasticAgent):
     def _hear(self, number: int, frame: FrameType | None) -> None:
         """Pass a signal on to the ranks, and note from when on they are killed."""
         wishes, name = self._wishes, signal.Signals(number)
-        patience_s = wishes.patience_s if wishes.first is None else _AT_ONCE_S
+        wishes.kill_at = time.monotonic() + (wishes.patience_s if wishes.first is None else _AT_ONCE_S)
         wishes.first = wishes.first or name
-        wishes.kill_at = time.monotonic() + patience_s
         if not self._living():
             raise SignalException(f"{name.name} while no rank was there", name)
         self._send(signal.SIGTERM if name.name == "SIGHUP" else name)
 
     def _monitor_workers(self, worker_group: Any) -> Any:
-        codes = [process.poll() for process in self._processes()]
-        failed = [code for code in codes if code]
+        failed = {process.poll() for process in self._processes()} - {None, 0}
         if failed:
-            self._await_end(CRASH_PATIENCE_S if set(failed) - _ON_PURPOSE else self._wishes.patience_s)
+            self._await_end(CRASH_PATIENCE_S if failed - _ON_PURPOSE else self._wishes.patience_s)
         elif self._wishes.kill_at is not None and time.monotonic() > self._wishes.kill_at:
             self._await_end(0)
         result = super()._monitor_workers(worker_group)
@@ -102,12 +99,11 @@ class Agent(LocalElasticAgent):
         """Wait for all ranks of this machine to end, and kill those that do not."""
         wishes, begun = self._wishes, time.monotonic()
         while living := self._living():
-            now = time.monotonic()
-            late = now > (wishes.kill_at or begun + patience_s)
-            if late and now > (wishes.kill_at or begun + patience_s) + CRASH_PATIENCE_S:
+            late_s = time.monotonic() - (wishes.kill_at or begun + patience_s)
+            if late_s > CRASH_PATIENCE_S:
                 return  # not even a kill ends a process that waits for a broken device
             for process in living:
-                if late or _is_stopped(process.pid):
+                if late_s > 0 or _is_stopped(process.pid):
                     wishes.killed.add(process.pid)
                     _kill(process.pid, signal.SIGKILL)
             time.sleep(_LOOK_EVERY_S)
@@ -121,8 +117,8 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = 0
         elif self._remaining_restarts:
             _tell(_own(failures, self._wishes.killed))
-            number = self._worker_group.spec.max_restarts - self._remaining_restarts + 1
             most = self._worker_group.spec.max_restarts
+            number = most - self._remaining_restarts + 1
             logger.warning("internlm launch: all ranks start again (%d of %d times)", number, most)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *arguments: Any, **options: Any) -> None:
@@ -162,11 +158,7 @@ def start(words: list[str], patience_s: float) -> int:
 
     The code is that of a rank that failed, or 128 + the signal that ended it or this process; 75 or 130 where all
     ranks have ended on purpose. Variables PET_*, which are torchrun's options to others (Kubeflow sets them), are
-    dropped: the command line says everything.
-
-    Args:
-        words: options of torchrun, and what every rank runs.
-        patience_s: how long ranks may take to end that were asked to.
+    dropped: the command line says everything. `patience_s`: how long ranks may take to end that were asked to.
 
     Raises:
         TrainingError: the launchers of the nodes did not find each other.
@@ -199,12 +191,9 @@ def start(words: list[str], patience_s: float) -> int:
 
 
 def report(failures: dict[int, Any], asked: signal.Signals | None = None, killed: Collection[int] = ()) -> int:
-    """Say how ranks ended that failed; return the exit code of the run.
+    """Say how ranks ended that failed, by their number; return the exit code of the run.
 
-    Args:
-        failures: by their number.
-        asked: the signal that this process got and passed on.
-        killed: processes that were killed from here.
+    `asked` is the signal that this process got and passed on, `killed` are processes that were killed from here.
     """
     codes = {failure.exitcode for failure in failures.values()}
     if asked is not None and codes <= _ON_PURPOSE | {0, -asked, -signal.SIGTERM} and asked.name != "SIGQUIT":
@@ -227,14 +216,8 @@ def _own(failures: dict[int, Any], killed: Collection[int]) -> dict[int, Any]:
 
 
 def _tell(failures: dict[int, Any]) -> None:
+    signals = {each.value: each.name for each in signal.Signals}  # most real-time signals have no name
     for number, failure in sorted(failures.items()):
         code = failure.exitcode
-        how = f"ended with exit code {code}" if code >= 0 else f"was ended by {_signal_name(-code)}"
+        how = f"ended with exit code {code}" if code >= 0 else f"was ended by {signals.get(-code, f'signal {-code}')}"
         logger.error("internlm launch: rank %d (process %d) %s", number, failure.pid, how)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # most real-time signals have no name
-        return f"signal {number}"

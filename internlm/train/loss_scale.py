@@ -38,9 +38,7 @@ class LossScale:
     def update(self, is_finite: bool) -> bool:
         """Learn how a step went; return whether it failed for no other reason than too large a scale.
 
-        Args:
-            is_finite: whether loss and gradient norm are, summed over all ranks: one rank's overflow is everybody's,
-                and scales never part.
+        `is_finite` is about sums over all ranks: one rank's overflow is everybody's, and scales never part.
         """
         if not self.is_dynamic:
             return False

@@ -1,14 +1,12 @@
 """What a run measures: sums on the device during a step, one flat dict per logged step, one JSON line per dict.
 
-Names and units: `train/loss` nats per token, `train/loss/<source>`, `train/accuracy` share of labels that were the most
-probable token, `train/step_loss` of the one step, `optim/lr`, `optim/grad_norm`, `optim/skipped_steps`, `optim/spikes`,
-`optim/rollbacks`, `optim/loss_scale`, `perf/tokens_per_s_per_device`, `perf/tflops`, `perf/mfu` (useful operations over
-the device's dense peak), `perf/hfu` (the same with what is computed again), `perf/step_s`, `perf/data_wait_s`,
-`mem/peak_gib` of the rank with the most, `goodput/<phase>` share of the run's wall time, see `goodput`; of a traced
-step `perf/comm_s` (something is exchanged), `perf/comm_wait_s` (and nothing computed meanwhile), `ranks/slowest_rank`
-and `ranks/slowest_ratio` (its time over the median), see `stragglers`; `progress/tokens`; validation:
-`valid/loss/<source>` and `valid/bits_per_byte/<source>`; with experts: `moe/balance` (1 where all are chosen alike),
-`moe/z`, `moe/busiest_expert` (how often the most chosen expert of any layer was chosen, over the mean of its layer).
+Of the names and units: `train/loss` and `valid/loss/<source>` are nats per token, `train/step_loss` is that of the one
+step, `train/accuracy` the share of labels that were the most probable token; `perf/mfu` is useful operations over the
+device's dense peak, `perf/hfu` the same with what is computed again; `mem/peak_gib` is of the rank with the most,
+`goodput/<phase>` the share of the run's wall time. Of a traced step: `perf/comm_s` (something is exchanged),
+`perf/comm_wait_s` (and nothing computed meanwhile), `ranks/slowest_ratio` (the time of `ranks/slowest_rank` over the
+median). With experts: `moe/balance` (1 where all are chosen alike), `moe/z`, `moe/busiest_expert` (how often the most
+chosen expert of any layer was chosen, over the mean of its layer).
 """
 
 from __future__ import annotations
@@ -89,20 +87,21 @@ class Meter:
         peaks = self.sums.new_zeros(self.parallel.layout.world_size)
         peaks[self.parallel.rank] = runtime.peak_memory_bytes(self.parallel.device)[0]
         own = [self.sums, self._choices(), self.sums.new_tensor([self.tokens, self.flops, self.recomputed]), peaks]
-        totals = self.parallel.total(torch.cat([part.flatten() for part in own]), counted=True).cpu()  # waits
+        totals = self.parallel.total(torch.cat([part.flatten() for part in own])).cpu()  # waits
         spent = max(time.perf_counter() - self.started, 1e-9)
         sums, choices, rates, peaks = (
             part.view(like.shape) for part, like in zip(totals.split([part.numel() for part in own]), own, strict=True)
         )
         tokens, operations, recomputed = (rates / self.parallel.layout.world_size).tolist()
         loss, weight, correct = sums.sum(0).tolist()
+        weight, peak = weight or math.nan, self.peak_flops or math.nan
         metrics = {
-            "train/loss": loss / weight if weight else float("nan"),
-            "train/accuracy": correct / weight if weight else float("nan"),
+            "train/loss": loss / weight,
+            "train/accuracy": correct / weight,
             "perf/tokens_per_s_per_device": tokens / spent,
             "perf/tflops": operations / spent / 1e12,
-            "perf/mfu": operations / spent / self.peak_flops if self.peak_flops else float("nan"),
-            "perf/hfu": (operations + recomputed) / spent / self.peak_flops if self.peak_flops else float("nan"),
+            "perf/mfu": operations / spent / peak,
+            "perf/hfu": (operations + recomputed) / spent / peak,
             "perf/step_s": spent / max(1, self.steps),
             "perf/data_wait_s": self.data_wait_s / max(1, self.steps),
             "mem/peak_gib": float(peaks.max()) / 2**30,
@@ -192,8 +191,3 @@ def step_line(step: int, total: int, metrics: Metrics, memory: int, eta_s: float
         f"| grad {metrics['optim/grad_norm']:.2f} | {quantity(metrics['perf/tokens_per_s_per_device'])} tok/s/device "
         f"| mfu {metrics['perf/mfu']:.1%} | mem {used:.1f}/{size:.1f} GiB | eta {duration(eta_s)}{waiting}"
     )
-
-
-def is_finite(value: Tensor) -> bool:
-    """Return whether a scalar is finite; waits for the device."""
-    return bool(torch.isfinite(value).item())

@@ -21,19 +21,15 @@ class Objective(Protocol):
     @property
     def is_linear(self) -> bool:
         """Whether the loss is linear in log-probabilities, so that the head needs no product more for its gradient."""
-        ...
 
     def count(self, batch: Batch) -> Tensor:
         """Return this micro-batch's share of the denominator, a scalar known before forward."""
-        ...
 
     def coefficients(self, batch: Batch) -> Tensor | None:
         """Return d loss / d logp [B, T], known before forward, of a linear loss; of another None."""
-        ...
 
     def loss(self, outputs: TokenOutputs, batch: Batch) -> Tensor:
         """Return the sum over this micro-batch, a scalar with a gradient."""
-        ...
 
 
 Objectives = LanguageModeling

@@ -58,12 +58,6 @@ def newest(run: Path, checkpoints: CheckpointConfig) -> Checkpoint | None:
 def check_begun(begun: Checkpoint, run: Path, shape: ModelConfig | None, optim: OptimConfig) -> None:
     """Check that a run is still of the model and the optimizer that it was begun with.
 
-    Args:
-        begun: its newest checkpoint.
-        run: its folder, for messages.
-        shape: that the recipe gives; None: that of the checkpoint.
-        optim: that the recipe gives.
-
     Raises:
         ConfigError: naming what differs.
     """
@@ -174,7 +168,6 @@ def _as_models(there: ModelConfig, here: ModelConfig, free: tuple[str, ...]) -> 
 
 
 def _named(rope: Tree) -> str:
-    """Return what distinguishes rotary positions, in words."""
     scaling = rope["scaling"] or {"kind": "none"}
     details = [f"{key} {value}" for key, value in scaling.items() if key != "kind" and value is not None]
     return f"base {rope['base']:g} and scaling {' '.join([scaling['kind'], *details])}"

@@ -17,7 +17,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +31,10 @@ from internlm.optim.schedule import ScheduleConfig, rate
 from internlm.parallel.apply import Parallel
 from internlm.train.budget import TrainConfig
 from internlm.train.loss_scale import LossScale
-from internlm.train.metrics import Meter, Metrics, is_finite
+from internlm.train.metrics import Meter, Metrics
 from internlm.train.objective import Objective
 from internlm.train.stop import Reason, Stop
+from internlm.train.watch.alerts import Alerts
 from internlm.train.watch.goodput import Goodput
 from internlm.train.watch.spikes import Spikes
 
@@ -53,11 +54,6 @@ class Progress:
     """Data that rollbacks left out: the step and loss of the spike, and rows of each source, from and to."""
 
 
-def _nothing(*_: str) -> float:
-    """Tell no one; wish for nothing."""
-    return 0.0
-
-
 @dataclass
 class Stepper:
     """Takes the steps of a run, and holds all that they change."""
@@ -72,11 +68,11 @@ class Stepper:
     scale: LossScale = field(default_factory=LossScale)
     spikes: Spikes = field(default_factory=Spikes)
     goodput: Goodput = field(default_factory=Goodput)
-    tell: Callable[[Literal["spike", "skipped"], str], object] = _nothing
-    """Is told of a spike or a skipped step: its kind, and what happened."""
-    wish: Callable[[], float] = _nothing
-    """Says, on this rank, why the run is to end after this step (`Stop.wish`); 0: it is not."""
-    before_update: Callable[[], object] = _nothing
+    alerts: Alerts = field(default_factory=Alerts)
+    """Tell of a spike or a skipped step."""
+    stop: Stop = field(default_factory=lambda: Stop(None))
+    """Says, on this rank, why the run is to end after this step."""
+    before_update: Callable[[], object] = lambda: None
     """Is called when weights are about to change."""
     way_back: Callable[[], Checkpoint | str] = lambda: "there is no checkpoint yet"
     """Says, at a spike, which checkpoint the run can go back to, or why it cannot. Every rank calls it."""
@@ -111,7 +107,7 @@ class Stepper:
         shares = torch.stack([self.objective.count(part) for part in micro_batches]).double().sum()
         tokens = shares.new_tensor(batch.tokens.numel() - batch.num_padding)
         own = torch.stack([shares, tokens]) * self.parallel.leads
-        totals = self.parallel.total(torch.cat([own, own.new_tensor([self.wish()])]), counted=True)
+        totals = self.parallel.total(torch.cat([own, own.new_tensor([self.stop.wish()])]))
         count, tokens = totals[:2].unbind()
 
         # 3. Forward and backward, one micro-batch after the other.
@@ -187,7 +183,7 @@ class Stepper:
         progress = Progress(**{name: meta(name) for name in vars(self.progress)})
         position, losses, scale = meta("loader"), meta("losses"), meta("loss_scale")
         state = self.state()
-        if not checkpoint.holds("random.cuda"):  # it was made on a CPU: the GPU's stream starts at the seed
+        if "random.cuda" not in checkpoint.index:  # it was made on a CPU: the GPU's stream starts at the seed
             state.pop("random.cuda", None)
         checkpoint.load(state)
         self.optimizer.restore({name.removeprefix("optim."): value for name, value in state.items()})
@@ -199,11 +195,12 @@ class Stepper:
         self.progress, saved = progress, LossScale(**scale)
         self.spikes.losses.clear()
         self.spikes.losses.extend(losses)
-        self.scale = saved if saved.is_dynamic == self.scale.is_dynamic else self.scale  # begun in another dtype
+        if saved.is_dynamic == self.scale.is_dynamic:  # else it was begun in another dtype
+            self.scale = saved
 
     def _update(self, loss: Tensor, norm: Tensor, count: Tensor, lr_share: float) -> bool:
         """Update the weights, if this step's numbers are fit for it; return whether they were."""
-        is_good = bool(count > 0) and is_finite(norm + loss)
+        is_good = bool(count > 0) and bool((norm + loss).isfinite())
         spike = self.spikes.add(float(loss)) if is_good else None
         updates = is_good if spike is None else self._answer(float(loss), spike)
         if updates:
@@ -227,7 +224,7 @@ class Stepper:
         """Return loss and gradient norm of the whole step, in one collective, and without the loss scale."""
         mine = loss.double() if self.parallel.counts else torch.zeros_like(loss, dtype=torch.float64)
         squares = squared_norm(self.parameters, self.parallel.layout.world_size)
-        loss, squares = self.parallel.total(torch.stack([mine, squares.to(mine.device)]), counted=True).unbind()
+        loss, squares = self.parallel.total(torch.stack([mine, squares.to(mine.device)])).unbind()
         return loss / self.scale.value, squares.sqrt() / self.scale.value
 
     def _answer(self, loss: float, z: float) -> bool:
@@ -243,7 +240,7 @@ class Stepper:
             done = f"; not going back: {way}" if isinstance(way, str) else "; going back"
         what = f"loss {loss:.4g} lies {z:.1f} spreads above the last {len(self.spikes.losses) - 1}{done}"
         logger.warning("warning: step %d: %s", self.progress.step, what)
-        self.tell("spike", what)
+        self.alerts.tell("spike", what)
         return policy == "warn" or (policy == "rollback" and self.back is None)
 
     def _skip(self, loss: Tensor, norm: Tensor, count: Tensor) -> None:
@@ -251,7 +248,7 @@ class Stepper:
         self.progress.skipped_in_a_row += 1
         why = f"loss {float(loss):.3g}, gradient norm {float(norm):.3g}" if count > 0 else "nothing to train on in it"
         logger.warning("warning: step %d skipped: %s", self.progress.step, why)
-        self.tell("skipped", f"no update was made: {why}")
+        self.alerts.tell("skipped", f"no update was made: {why}")
         if self.progress.skipped_in_a_row >= self.config.max_skipped_steps:
             do = "Lower optim.lr or lengthen schedule.warmup_ratio" if count > 0 else "Look at the masks of the data"
             raise TrainingError(

@@ -6,11 +6,8 @@
             …
             if reason := Stop.reason(total): …   # save, then `raise Stopped(reason)`
 
-    SIGTERM, SIGUSR1   preemption: exit code 75, by which a scheduler or a launcher knows to start the run again
-    SIGINT (Ctrl-C)    exit code 130
-    a file RUN/stop    exit code 0; the file is removed
-
-A second signal ends the process at once; so does the first where the launcher of one machine among others is gone.
+SIGTERM and SIGUSR1 are preemption, SIGINT is Ctrl-C, and a file RUN/stop, which is removed, ends a run as well. A
+second signal ends the process at once; so does the first where the launcher of one machine among others is gone.
 """
 
 from __future__ import annotations
@@ -58,8 +55,7 @@ class Stopped(Exception):
 class Stop:
     """Listens, inside a `with` block of the main thread, for what asks this process to end.
 
-    Args:
-        run: folder where the file may appear; None: another rank looks.
+    `run` is the folder where the file may appear; None: another rank looks.
     """
 
     def __init__(self, run: Path | None) -> None:

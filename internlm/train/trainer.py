@@ -27,7 +27,7 @@ from internlm.model.transformer import Transformer
 from internlm.parallel.apply import Parallel
 from internlm.train.evaluate import Evaluator
 from internlm.train.metrics import Metrics, MetricsFile, read_metrics, step_line
-from internlm.train.profile.windows import Parts, ProfileConfig, Trace, Windows
+from internlm.train.profile.windows import ProfileConfig, Trace, Windows
 from internlm.train.step import Progress, Stepper
 from internlm.train.stop import Stop, Stopped
 from internlm.train.watch.alerts import Alerts
@@ -69,13 +69,11 @@ class Trainer:
         stepper, parallel = self.stepper, self.parallel
         self.config, self.meter = stepper.config, stepper.meter
         self.stragglers = Stragglers(parallel.layout)
-        parts = Parts(parallel, stepper.optimizer, stepper.loader)
-        self.windows = Windows(self.profile, self.run / "profile", parts, self.config.trace_every_steps)
+        self.windows = Windows(self.profile, self.run / "profile", stepper, self.config.trace_every_steps)
         self.alerts.step = lambda: self.progress.step
-        self.stop = Stop(self.run if parallel.rank == 0 else None)
+        self.stop = stepper.stop = Stop(self.run if parallel.rank == 0 else None)
         self.watch = Watchdog(self.run, self.watching, parallel.rank, parallel.layout.world_size, told=self._stalled)
-        stepper.tell, stepper.wish, stepper.before_update = self.alerts.tell, self.stop.wish, self._before_update
-        stepper.way_back = self._way_back
+        stepper.alerts, stepper.before_update, stepper.way_back = self.alerts, self._before_update, self._way_back
 
     @property
     def parallel(self) -> Parallel:
@@ -193,7 +191,7 @@ class Trainer:
             waiting = self.goodput.seconds["data"]
             own = time.perf_counter() - started - (waiting - waited)
         row = self.stragglers.row([trace.communication_s, trace.waiting_s, own], waiting, self.progress.step)
-        found, warning = self.stragglers.look(self.parallel.total(row.to(self.parallel.device), counted=True))
+        found, warning = self.stragglers.look(self.parallel.total(row.to(self.parallel.device)))
         if warning:
             logger.warning("warning: step %d: %s", self.progress.step, warning)
             self.alerts.tell("straggler", warning)
@@ -202,8 +200,7 @@ class Trainer:
     def save(self, *, wait: bool = True) -> Place:
         """Write a checkpoint of the present state, then drop those that need not be kept; return its folder.
 
-        Args:
-            wait: return when it is there, after more than one try; else the run goes on, and a failure is a warning.
+        With `wait` when it is there, after more than one try; else the run goes on, and a failure is a warning.
 
         Raises:
             StorageError: it was waited for, and no try succeeded.
@@ -257,15 +254,11 @@ class Trainer:
         """Keep the time of a run that stands still, and send what is known; the process ends afterwards."""
         self.goodput.stall()
         if report is not None:
-            self.alerts.tell_stall(report)
+            self.alerts.tell("stall", report)
+            self.alerts.close()
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint of the same model and data, exactly where it stopped.
-
-        Raises:
-            StorageError: tensors are missing, damaged or of another shape. DataError: the data is another.
-            ConfigError: steps had another size.
-        """
+        """Continue from a checkpoint, exactly where it stopped. Raises as `Stepper.restore`."""
         self.stepper.restore(checkpoint)
         self.goodput.go_back(checkpoint.meta.get("useful_s"))
 

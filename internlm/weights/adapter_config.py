@@ -4,7 +4,7 @@
 
 Layers go by their names in Transformers there. A target is a name's end, or one regular expression of whole names; a
 pattern of `rank_pattern` and `alpha_pattern` is a regular expression of a name's end, of which the first that fits
-counts. Both are resolved here, layer by layer, against the shape of the base.
+counts.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from internlm import storage
-from internlm.config import decode
-from internlm.errors import ConfigError, WeightsError, did_you_mean
+from internlm.errors import WeightsError, did_you_mean
 from internlm.model import lora
 from internlm.model.config import ModelConfig
 from internlm.model.lora import ALL_LINEAR, LoraConfig
-from internlm.weights.families.names import TRANSFORMERS, Names, to_transformers
+from internlm.weights.families.table import TRANSFORMERS, Names, to_transformers
+from internlm.weights.load import decoded
 
 logger = logging.getLogger(__name__)
 
@@ -31,42 +30,31 @@ _UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
     "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
-"""Settings with which an adapter computes something else, or that train something else."""
+"""Settings with which an adapter computes, or trains, something else."""
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Of `init_lora_weights`: those that leave the base as it was. PiSSA, OLoRA, CorDA … change it when training begins."""
-_WITHOUT_EFFECT = (
-    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "inference_mode",
-    "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size",
-    "revision", "runtime_config", "task_type",
-)  # fmt: skip
-_READ = (
-    "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern",
-    "target_modules", "use_dora", "use_rslora",
-)  # fmt: skip
+_KNOWN = {
+    *("alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "init_lora_weights", "layers_pattern"),
+    *("layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern"),
+    *("target_modules", "use_dora", "use_rslora"),
+    # Without effect here:
+    *("auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "inference_mode"),
+    *("loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size"),
+    *("revision", "runtime_config", "task_type"),
+}
 V = TypeVar("V")
-
-
-@dataclass(frozen=True)
-class Described:
-    """What an adapter_config.json says about the adapter of a certain base."""
-
-    lora: LoraConfig
-    saved: tuple[str, ...]
-    """`modules_to_save`: ends of the Transformers names of modules that were trained whole."""
-    base: str | None
 
 
 def theirs(layer: str, names: Names = TRANSFORMERS) -> str:
     """Return the name there of one of our layers."""
-    return to_transformers(f"{layer}.weight", None, names).removesuffix(".weight")
+    return to_transformers(f"{layer}.weight", names).removesuffix(".weight")
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return the content of an adapter_config.json, of a kind of adapter that is known.
+    """Return the content of an adapter_config.json.
 
     Raises:
-        WeightsError: it cannot be read, or is of another.
+        WeightsError: it cannot be read, or the adapter is of a kind that is not known.
     """
     if not path.exists():
         raise WeightsError("cannot be read: there is no such file", where=path)
@@ -87,18 +75,18 @@ def load(path: Path) -> dict[str, Any]:
             where=f"{path}: init_lora_weights", got=fields["init_lora_weights"], allowed=_STARTS[1:],
             do="Save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain adapter of it.",
         )  # fmt: skip
-    for name in sorted(set(fields) - {*_READ, *_UNSUPPORTED, *_WITHOUT_EFFECT}):
+    for name in sorted(fields.keys() - _KNOWN - set(_UNSUPPORTED)):
         if fields[name]:
             logger.warning("warning: %s: the setting %s is not known here and passed over", path, name)
     return fields
 
 
-def read(fields: dict[str, Any], path: Path, model: ModelConfig, names: Names = TRANSFORMERS) -> Described:
-    """Return what an adapter_config.json says.
+def read(fields: dict[str, Any], path: Path, model: ModelConfig, names: Names) -> LoraConfig:
+    """Return the adapter that an adapter_config.json describes.
 
     Args:
         fields: its content, from `load`.
-        path: of the file, for errors.
+        path: of the file.
         model: shape of the base.
         names: the base's, in which several of our layers may be one.
 
@@ -124,22 +112,11 @@ def read(fields: dict[str, Any], path: Path, model: ModelConfig, names: Names = 
         "ranks": _without(_compact(ranks, targets, _ours_short, str), rank),
         "alphas": _without(_compact(alphas, targets, _ours_short, str), alpha),
     }
-    try:
-        config = decode(LoraConfig, tree)
-    except ConfigError as error:
-        problems = "; ".join(line.strip() for line in str(error).splitlines()[1:]) or str(error)
-        raise WeightsError(f"describes no adapter: {problems}", where=path) from None
-    return Described(config, tuple(fields.get("modules_to_save") or ()), fields.get("base_model_name_or_path") or None)
+    return decoded(LoraConfig, tree, path, "adapter")
 
 
 def write(config: LoraConfig, model: ModelConfig, saved: Iterable[str], base: str | None) -> dict[str, Any]:
-    """Return the content of an adapter_config.json.
-
-    Args:
-        config: the adapter.
-        model: shape of the base.
-        saved: Transformers names of modules that are kept whole.
-        base: what the base is called.
+    """Return the content of an adapter_config.json; `saved` are Transformers names of modules that are kept whole.
 
     Raises:
         ConfigError: the adapter's targets are no layers of the base.
@@ -171,14 +148,7 @@ def write(config: LoraConfig, model: ModelConfig, saved: Iterable[str], base: st
 def _target(fields: dict[str, Any], layers: list[str], tables: list[str], path: Path) -> Callable[[str], bool]:
     """Return the function that says whether a layer, by its Transformers name, is a target.
 
-    Args:
-        fields: of the file.
-        layers: names of all that can be one.
-        tables: names of embedding and head, which cannot.
-        path: of the file.
-
-    Raises:
-        WeightsError: a target is no linear layer of the base, or there is none.
+    Any of `layers` can be one; `tables`, embedding and head, cannot.
     """
     targets, excluded = fields.get("target_modules"), fields.get("exclude_modules") or []
     is_named, is_excluded = _matcher(targets, path), _matcher(excluded, path)
@@ -208,11 +178,7 @@ def _target(fields: dict[str, Any], layers: list[str], tables: list[str], path: 
 
 
 def _matcher(targets: Any, path: Path) -> Callable[[str], bool]:
-    """Return PEFT's rule: one regular expression of whole names, or a list of names and ends of names.
-
-    Raises:
-        WeightsError: it is neither.
-    """
+    """Return PEFT's rule: one regular expression of whole names, or a list of names and ends of names."""
     if targets == ALL_LINEAR:
         return lambda name: True
     if isinstance(targets, str):
@@ -245,14 +211,7 @@ def _regex(pattern: str, path: Path) -> re.Pattern[str]:
 def _compact(
     values: Mapping[str, V], layers: Iterable[str], short: Callable[[str], str], full: Callable[[str], str]
 ) -> dict[str, V]:
-    """Return values of layers by as few names as possible: one for layers of the same place that share theirs.
-
-    Args:
-        values: of some layers.
-        layers: those that a short name stands for.
-        short: a layer's name without its number.
-        full: its name with it.
-    """
+    """Return values of layers by as few names as possible: `short` ones, without a number, where all `layers` agree."""
     places: dict[str, list[str]] = {}
     for layer in layers:
         places.setdefault(short(layer), []).append(layer)

@@ -5,26 +5,24 @@
     attach(model, adapter)                                # or beside the weights of a model, to go on training
     export(of_model(model, lora), "my-lora")              # adapter_config.json, adapter_model.safetensors
 
-PEFT names a layer as Transformers does, behind a prefix of its own:
+PEFT names a layer as Transformers does, behind a prefix of its own, base_model.model.:
 
-    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight            [r, in]
-    base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight            [out, r]
-    base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector    [out], with DoRA
-    base_model.model.lm_head.weight                                           kept whole, `modules_to_save`
+    model.layers.0.self_attn.q_proj.lora_A.weight            [r, in]
+    model.layers.0.self_attn.q_proj.lora_B.weight            [out, r]
+    model.layers.0.self_attn.q_proj.lora_magnitude_vector    [out], with DoRA
+    lm_head.weight                                           kept whole, `modules_to_save`
 
-Which of them there must be, and of which shape, follows from adapter_config.json and the shape of the base; what is
-missing, left over or of another shape is an error. `fan_in_fan_out` says how the base stores its matrix, never how A
-and B lie: it makes no difference to a base whose format we know.
+`fan_in_fan_out` says how the base stores its matrix: it makes no difference to a base whose format we know.
 
 InternLM2 has one `wqkv` where we have three matrices. An adapter on it is read as three, with an A in common: rows of
-the product are rows of B. What is written has Llama's names, as our exports have.
+the product are rows of B. What is written has Llama's names.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,9 +39,8 @@ from internlm.model.transformer import Transformer
 from internlm.weights import adapter_config, card, files
 from internlm.weights import weight as lazy
 from internlm.weights.adapter_config import FILE, theirs
-from internlm.weights.bin_files import open_bin
-from internlm.weights.families.names import INTERNLM2, TRANSFORMERS, Names, to_transformers
-from internlm.weights.load import Check, check, shapes
+from internlm.weights.families.table import INTERNLM2, TRANSFORMERS, Names, to_transformers
+from internlm.weights.load import Check, check, check_shapes, shapes
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import Weight, Weights
 
@@ -68,11 +65,11 @@ class Adapter:
     config: LoraConfig
     """Which layers it changes, and how."""
     weights: Weights
-    """By our names: `blocks.0.attention.wq.lora_a` …, one for each parameter that `apply_lora` makes."""
+    """By our names: `blocks.0.attention.wq.lora_a` …, as `apply_lora` makes them."""
     saved: Weights = field(default_factory=dict)
     """Weights that were trained whole and take the place of the base's, by our names."""
     base: str | None = None
-    """Folder or name of the base, as whoever made the adapter called it."""
+    """What whoever made the adapter called the base."""
 
 
 def is_one(path: str | Path) -> bool:
@@ -81,20 +78,12 @@ def is_one(path: str | Path) -> bool:
 
 
 def base_of(path: str | Path) -> str | None:
-    """Return what an adapter calls its base, None where it does not say.
-
-    Raises:
-        WeightsError: its adapter_config.json cannot be read, or is of another kind.
-    """
+    """Return what an adapter calls its base, None where it does not say; raises as `adapter_config.load`."""
     return adapter_config.load(Path(path) / FILE).get("base_model_name_or_path")
 
 
 def open_adapter(path: str | Path, model: ModelConfig) -> Adapter:
-    """Open the folder of an adapter.
-
-    Args:
-        path: adapter_config.json, and adapter_model.safetensors or adapter_model.bin.
-        model: shape of the base that it belongs to.
+    """Open the folder of an adapter to a base of this shape.
 
     Raises:
         WeightsError: it is of a kind that is not known, or does not fit the base.
@@ -102,11 +91,11 @@ def open_adapter(path: str | Path, model: ModelConfig) -> Adapter:
     path = Path(path)
     fields, stored = adapter_config.load(path / FILE), _open_weights(path)
     names = INTERNLM2 if any(map(_INTERNLM2.search, stored)) else TRANSFORMERS
-    described = adapter_config.read(fields, path / FILE, model, names)
-    needed, base, known = _needed(described.lora, model), shapes(model), _by_their_names(model, names)
-    saved = {name: base[name] for name in _saved(described.saved, known, path) if name in base}
-    wanted = needed | saved
-    fitting = Check(wanted, False)
+    config = adapter_config.read(fields, path / FILE, model, names)
+    needed, base, known = _needed(config, model), shapes(model), _by_their_names(model, names)
+    saved = _saved(fields.get("modules_to_save") or (), known, path)
+    wanted = needed | {name: base[name] for name in saved if name in base}
+    fitting = Check(wanted)
     found: Weights = {}
     for name, weight in stored.items():
         for ours, part in _ours(name, weight, known, model).items():
@@ -114,7 +103,8 @@ def open_adapter(path: str | Path, model: ModelConfig) -> Adapter:
                 wanted[ours] = base[_TABLES[0]]
             if fitting.accepts(ours, torch.Size(part.shape)):
                 found[ours] = part
-    made_for = f"It was made for {described.base!r}." if described.base else None
+    called = fields.get("base_model_name_or_path") or None
+    made_for = f"It was made for {called!r}." if called else None
     try:
         fitting.finish()
     except WeightsError as error:
@@ -123,7 +113,7 @@ def open_adapter(path: str | Path, model: ModelConfig) -> Adapter:
     if tables and model.tie_embeddings:
         raise WeightsError(f"brings its own {tables[0]}, and embedding and head of the base are one", where=path)
     whole = {name: found[name] for name in found if name not in needed}
-    return Adapter(model, described.lora, {name: found[name] for name in needed}, whole, described.base)
+    return Adapter(model, config, {name: found[name] for name in needed}, whole, called)
 
 
 def merge(weights: Weights, adapter: Adapter) -> Weights:
@@ -131,12 +121,8 @@ def merge(weights: Weights, adapter: Adapter) -> Weights:
 
     A matrix is computed in fp32 when it is read, a few rows at a time, and has the dtype of the base's.
 
-    Args:
-        weights: of the base, by our names.
-        adapter: opened for its shape.
-
     Raises:
-        WeightsError: the weights are those of another model.
+        WeightsError: the weights, by our names, are those of another model than the adapter was opened for.
     """
     check(weights, adapter.model)
     updates = lora.updates(adapter.config, adapter.model)
@@ -153,11 +139,7 @@ def merge(weights: Weights, adapter: Adapter) -> Weights:
 
 
 def attach(model: Transformer, adapter: Adapter) -> None:
-    """Give a model, or a part of it, the adapter, in fp32, beside its weights, and freeze everything else, in place.
-
-    Args:
-        model: the base, maybe without memory yet.
-        adapter: opened for its shape.
+    """Give a model, maybe without memory yet, the adapter, in fp32, and freeze everything else, in place.
 
     Raises:
         WeightsError: the adapter belongs to another shape, or brings weights that take the place of the base's.
@@ -167,10 +149,7 @@ def attach(model: Transformer, adapter: Adapter) -> None:
         raise WeightsError(
             "the adapter brings weights that take the place of the base's", got=list(adapter.saved), do="Merge it."
         )
-    fitting = Check(_needed(adapter.config, model.config), False)
-    for name, weight in adapter.weights.items():
-        fitting.accepts(name, torch.Size(weight.shape))
-    fitting.finish()
+    check_shapes(adapter.weights, _needed(adapter.config, model.config))
     lora.apply_lora(model, adapter.config)
     for name, parameter in lora.lora_parameters(model).items():
         tensor = lazy.read(name, adapter.weights[name])
@@ -178,46 +157,29 @@ def attach(model: Transformer, adapter: Adapter) -> None:
             layer, _, own = name.rpartition(".")
             setattr(model.get_submodule(layer), own, nn.Parameter(tensor.to(torch.float32, copy=True)))
         else:
-            with torch.no_grad():
-                parameter.copy_(tensor)
+            parameter.data.copy_(tensor)
 
 
 def of_model(model: Transformer, config: LoraConfig, base: str | None = None) -> Adapter:
-    """Return the adapter of a whole model.
-
-    Args:
-        model: with adapters.
-        config: what `apply_lora` was given.
-        base: folder or name of the base, for whoever loads the adapter.
-    """
+    """Return the adapter of a whole model; `config` is what `apply_lora` was given, `base` what the base is called."""
     return Adapter(model.config, config, lazy.of_tensors(lora.lora_parameters(model).items()), base=base)
 
 
 def export(adapter: Adapter, out: str | Path, options: ExportOptions = ExportOptions()) -> Weights:  # noqa: B008
-    """Write the folder that `PeftModel.from_pretrained(base, folder)` loads.
+    """Write the folder that `PeftModel.from_pretrained(base, folder)` loads, and return what was written, by its names.
 
-    Args:
-        adapter: of a model, or opened.
-        out: the folder; complete or absent.
-        options: dtype, replace, notes and progress are used.
-
-    Returns:
-        what was written, by the names written.
+    Of the options dtype, replace, notes and progress are used.
 
     Raises:
         WeightsError: weights are missing, left over or of another shape.
         StorageError: the folder exists, or could not be written.
     """
     out = Path(out)
-    fitting = Check(_needed(adapter.config, adapter.model), False)
-    for name, weight in adapter.weights.items():
-        fitting.accepts(name, torch.Size(weight.shape))
-    fitting.finish()
+    check_shapes(adapter.weights, _needed(adapter.config, adapter.model))
     named = {_theirs(name): weight.to(options.dtype) for name, weight in (adapter.weights | adapter.saved).items()}
     modules = [to_transformers(name).removesuffix(".weight") for name in adapter.saved]
     described = adapter_config.write(adapter.config, adapter.model, modules, adapter.base)
     total = sum(weight.nbytes for weight in named.values())
-    storage.check_free(out, KIND, replace=options.replace)
     storage.require_space(out, total, f"adapter {out.name}")
     with storage.writing(out, KIND, replace=options.replace) as folder:
         files.write(folder, named, total, options.progress)
@@ -247,16 +209,12 @@ def _by_their_names(model: ModelConfig, names: Names) -> dict[str, list[str]]:
     known = [name for name in shapes(model) if ".router." not in name and ".experts." not in name]
     found: dict[str, list[str]] = {}
     for name in dict.fromkeys([*known, *_TABLES]):
-        found.setdefault(to_transformers(name, None, names), []).append(name)
+        found.setdefault(to_transformers(name, names), []).append(name)
     return found
 
 
-def _saved(modules: tuple[str, ...], known: dict[str, list[str]], path: Path) -> list[str]:
-    """Return our names of the weights of modules that PEFT keeps whole.
-
-    Raises:
-        WeightsError: the base has no such module, or we have several in its place.
-    """
+def _saved(modules: Iterable[str], known: dict[str, list[str]], path: Path) -> list[str]:
+    """Return our names of the weights of modules that PEFT keeps whole."""
     found = []
     for module in modules:
         of_module = [name for name in known if name.rpartition(".")[0].endswith(module)]  # a plain end, as PEFT has it
@@ -292,43 +250,26 @@ def _ours(name: str, weight: Weight, known: dict[str, list[str]], model: ModelCo
 
 def _rows(weight: Weight, layers: list[str], model: ModelConfig) -> list[Weight]:
     """Return the rows of each of the layers that are one in the base: they lie together for every key head."""
-    shapes_of, groups = lora.linear_layers(model), model.num_kv_heads
-    rows = [shapes_of[layer][0] // groups for layer in layers]
-    if len(layers) == 1 or weight.shape[0] != groups * sum(rows):
+    known = lora.linear_layers(model)
+    parts = [(known[layer][0], *weight.shape[1:]) for layer in layers]
+    if len(layers) == 1 or weight.shape[0] != sum(part[0] for part in parts):
         return [weight] * len(layers)  # of another shape: the caller sees that
-
-    def part(number: int) -> Weight:
-        shape = (groups * rows[number], *weight.shape[1:])
-        return weight.turned(
-            shape,
-            lambda t: t.reshape(groups, sum(rows), -1).split(rows, 1)[number].reshape(shape),
-            f"[{layers[number].rpartition('.')[2]}]",
-        )
-
-    return [part(number) for number in range(len(layers))]
+    return lazy.apart(weight, model.num_kv_heads, parts, [f"[{layer.rpartition('.')[2]}]" for layer in layers])
 
 
 def _theirs(name: str) -> str:
-    """Return PEFT's name of one of our weights."""
     layer, _, own = name.rpartition(".")
     return _PREFIX + (f"{theirs(layer)}.{_ENDS[own]}" if own in _ENDS else to_transformers(name))
 
 
 def _open_weights(folder: Path) -> Weights:
-    """Return the weights of an adapter by PEFT's names, not read yet.
-
-    Raises:
-        WeightsError: there are none, or they cannot be read.
-    """
-    if (folder / WEIGHTS).is_file():
-        return files.open_safetensors(folder / WEIGHTS)
-    if not (folder / BIN).is_file():
+    path = next((path for path in (folder / WEIGHTS, folder / BIN) if path.is_file()), None)
+    if path is None:
         raise WeightsError(f"holds neither {WEIGHTS} nor {BIN}", where=folder)
-    return open_bin(folder / BIN)
+    return files.open_files([path])[path]
 
 
 def _card(adapter: Adapter, notes: Mapping[str, Any]) -> str:
-    """Return the README.md of an adapter."""
     config = adapter.config
     kind = ("rank-stabilised " if config.rank_stabilized else "") + ("DoRA" if config.dora else "LoRA")
     parameters = sum(torch.Size(weight.shape).numel() for weight in adapter.weights.values())
@@ -339,4 +280,4 @@ def _card(adapter: Adapter, notes: Mapping[str, Any]) -> str:
         'model = PeftModel.from_pretrained(base, ".")', "```",
     ]  # fmt: skip
     about = [f"A {kind} adapter of rank {config.rank} with {parameters:,} parameters, for `{base}`."]
-    return card.page("peft", about, use, {"name": "Adapter", **notes}, card.window(adapter.model))
+    return card.page("peft", about, use, {"name": "Adapter", **notes}, adapter.model)

@@ -2,9 +2,8 @@
 
     card(config, "LlamaForCausalLM", "bfloat16", talk, {"recipe": {...}, "tokens": 2_700_000, "licence": "apache-2.0"})
 
-The sections follow Mitchell et al. 2019 (https://arxiv.org/abs/1810.03993): what it is, how to use it, how it was
-trained and on what, how it was evaluated, its limits and its licence. Every section is always there; what nobody
-recorded is said to be not recorded, so that a reader can tell it from what is none.
+The sections follow Mitchell et al. 2019 (https://arxiv.org/abs/1810.03993). What nobody recorded is said to be not
+recorded.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ def card(config: ModelConfig, model: str, dtype: str, talk: Talk, notes: Mapping
         talk: how it is talked to.
         notes: what is known beyond; the card takes `name`, `source`, `recipe` (text, or a recipe as a dict), `step`,
             `tokens`, `data` (text, or names), `evaluation` (text, or numbers by name), `limits` (text), `licence`
-            (its SPDX name) and `remote_code` (whether the folder carries its code). All are optional.
+            (its SPDX name) and `remote_code` (whether the folder carries its code), where they are given.
     """
     about = [_summary(config, model, talk), "", *shape(config, dtype)]
     use = _use(talk, bool(notes.get("remote_code")))
-    return page("transformers", about, use, notes, window(config))
+    return page("transformers", about, use, notes, config)
 
 
 def licence_of(folder: Path) -> str | None:
@@ -53,30 +52,26 @@ def licence_of(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def page(library: str | None, about: list[str], use: list[str], notes: Mapping[str, Any], window: str = "") -> str:
+def page(library: str | None, about: list[str], use: list[str], notes: Mapping[str, Any], config: ModelConfig) -> str:
     """Return a README.md with every section, whatever is exported.
 
     Args:
-        library: of the Hub's names, which loads it; None: there is none.
-        about: what it is.
-        use: how it is used.
-        notes: as of `card`.
-        window: a sentence on what it can read.
+        library: which loads it, as the Hub calls it; None: there is none.
+        about, use: lines on what it is, and how it is used.
+        notes, config: as of `card`.
     """
     licence = notes.get("licence")
-    head: dict[str, Any] = {"pipeline_tag": "text-generation"}
-    if library is not None:
-        head = {"library_name": library, **head}
-    if licence is not None:
-        head["license"] = licence
+    head = {"library_name": library, "pipeline_tag": "text-generation", "license": licence}
+    head = {name: value for name, value in head.items() if value is not None}
     limits = [notes["limits"], ""] if notes.get("limits") else []
+    window = f"It reads {config.context_length:,} tokens at most, prompt and answer together."
     sections = {
         "": about,
         "Use": use,
         "Training": _training(notes),
         "Data": _data(notes),
         "Evaluation": _evaluation(notes.get("evaluation")),
-        "Limits": [*limits, *([window] if window else []), LIMITS],
+        "Limits": [*limits, window, LIMITS],
         "Licence": [f"`{licence}`" if licence else f"{UNKNOWN} Ask who gave you the model before you use it."],
     }
     lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "", f"# {notes.get('name', 'Model')}", ""]
@@ -111,7 +106,6 @@ def shape(config: ModelConfig, dtype: str) -> list[str]:
 
 
 def _use(talk: Talk, remote_code: bool) -> list[str]:
-    """Return the lines that load the model and let it write."""
     trust = ", trust_remote_code=True" if remote_code else ""
     lines = [
         "```python",
@@ -155,7 +149,7 @@ def _training(notes: Mapping[str, Any]) -> list[str]:
 
 
 def _data(notes: Mapping[str, Any]) -> list[str]:
-    """Return what the model was trained on: as noted, else the names of the recipe's sources."""
+    """Return what is noted, else the names of the recipe's sources."""
     data, recipe = notes.get("data"), notes.get("recipe")
     if data is None and isinstance(recipe, Mapping):
         sources = (recipe.get("data") or {}).get("train") or {}
@@ -171,8 +165,3 @@ def _evaluation(results: Any) -> list[str]:
     if isinstance(results, str):
         return [results]
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in results.items())]
-
-
-def window(config: ModelConfig) -> str:
-    """Return the sentence on what a model can read."""
-    return f"It reads {config.context_length:,} tokens at most, prompt and answer together."

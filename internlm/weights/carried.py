@@ -3,20 +3,20 @@
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)      # AutoModel gives the same model
     AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
-What is carried lies in `remote_code/`: four files that import Transformers (4.30 to 5), torch and sentencepiece, and
-nothing of this package. They know plain and dynamic rotary positions, and biases on all of attention or on none.
+The four files in `remote_code/` import Transformers (4.30 to 5), torch and sentencepiece, and nothing of this package.
+They know plain and dynamic rotary positions, and biases on all of attention or on none.
 """
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from internlm import storage
 from internlm.errors import WeightsError
-from internlm.text.chat import stop_ids
-from internlm.text.templates import EndOfText, Frame, Special, Template, get_template
+from internlm.text.templates import EndOfText, Frame, Special, get_template
 from internlm.text.tokenizer import CONFIG_FILE, Tokenizer
 from internlm.weights.talk import Talk
 
@@ -43,8 +43,7 @@ def fields(talk: Talk) -> dict[str, Any]:
 def chat_format(talk: Talk) -> dict[str, Any] | None:
     """Return the chat format with its special tokens as ids, None where the model has none.
 
-    A model without a recorded format gets that of InternLM's chat models, if its vocabulary has `<eoa>`: the README's
-    lines ask for no format.
+    A model without a recorded format gets that of InternLM's chat models, if its vocabulary has `<eoa>`.
     """
     tokenizer = talk.tokenizer
     if tokenizer is None:
@@ -55,23 +54,21 @@ def chat_format(talk: Talk) -> dict[str, Any] | None:
     if name is None:
         return None
     template = get_template(name)
+    frames = {"system": template.system, "user": template.user, "assistant": template.assistant}
     return {
         "name": name,
         "bos": tokenizer.bos_id if template.bos else None,
-        "system": None if template.system is None else _frame(template.system, tokenizer),
-        "user": _frame(template.user, tokenizer),
-        "assistant": _frame(template.assistant, tokenizer),
+        **{role: frame and _frame(frame, tokenizer) for role, frame in frames.items()},
         "default_system": template.default_system,
         "single_turn": template.single_turn,
-        "stops": _stops(template, talk),
+        "stops": replace(talk, template=name).stop_ids(),
     }
 
 
 def is_ours(folder: Path) -> bool:
     """Return whether the code of a folder is the one carried here, to the byte, and all that would be run.
 
-    A folder in it is enough to say no: Transformers also runs `custom_generate/generate.py`, unasked, and whatever an
-    `auto_map` names in a folder.
+    A folder in it is enough to say no: Transformers also runs `custom_generate/generate.py`, unasked.
     """
     if any(path.is_dir() for path in folder.iterdir()):
         return False
@@ -82,7 +79,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def _is_known(path: Path) -> bool:
-    """Return whether a file maps to nothing but the code carried here, not to `owner/name--module.Class` or others."""
+    """Return whether a file maps to nothing but the code carried here."""
     found = storage.read_json(path, WeightsError).get("auto_map") or {}
     return isinstance(found, dict) and all(_KNOWN.get(name) == loader for name, loader in found.items())
 
@@ -113,8 +110,3 @@ def _part(part: str | Special | EndOfText, tokenizer: Tokenizer) -> str | int | 
     if isinstance(part, EndOfText):
         return tokenizer.eos_id
     return tokenizer.special(part.name) if isinstance(part, Special) else part
-
-
-def _stops(template: Template, talk: Talk) -> list[int]:
-    assert talk.tokenizer is not None, "the caller has seen to it"
-    return list(dict.fromkeys([*stop_ids(template, talk.tokenizer), *talk.stops]))

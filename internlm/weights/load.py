@@ -1,24 +1,26 @@
 """Fill a model from a stream of (name, tensor), strictly: every parameter once, nothing left over.
 
-    model = empty(config)                          # no memory yet
-    fill(model, tensors(checkpoint.weights()))     # one tensor in memory at a time beside the model
-
-    model = read_model(config, checkpoint.weights(), pack="fp16")      # packed while it is read
+    model = empty(config)                                             # no memory yet
+    fill(model, tensors(checkpoint.weights()))                        # one tensor at a time beside the model
+    model = read_model(config, checkpoint.weights(), pack="fp16")     # packed while it is read
 
 Packed while it is read, a model takes the memory of its packed weights, and that of one block, or the head, in the
-dtype that it is packed from: a block is packed as soon as its last weight is there.
+dtype that it is packed from.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from internlm.errors import WeightsError, did_you_mean
+from internlm.config import decode
+from internlm.errors import ConfigError, WeightsError, did_you_mean
 from internlm.model import quant
 from internlm.model.config import ModelConfig
 from internlm.model.layers import Block
@@ -27,6 +29,7 @@ from internlm.model.transformer import Transformer, empty
 from internlm.weights import weight as lazy
 from internlm.weights.weight import Weights
 
+T = TypeVar("T")
 _SHOWN = 8
 """Complaints that one error lists."""
 
@@ -35,6 +38,24 @@ _SHOWN = 8
 def shapes(config: ModelConfig) -> Mapping[str, torch.Size]:
     """Return the shape of every parameter by name, in the model's order; a tied head is not listed."""
     return MappingProxyType({name: parameter.shape for name, parameter in empty(config).named_parameters()})
+
+
+def ordered(weights: Weights, config: ModelConfig) -> Weights:
+    """Return weights in the model's order; what the model does not know comes last."""
+    return {name: weights[name] for name in shapes(config) if name in weights} | weights
+
+
+def decoded(schema: type[T], tree: Mapping[str, Any], where: Path, what: str = "model") -> T:
+    """Return the configuration that a tree of plain values is.
+
+    Raises:
+        WeightsError: it is none; says what is wrong with it.
+    """
+    try:
+        return decode(schema, tree)
+    except ConfigError as error:
+        problems = "; ".join(line.strip() for line in str(error).splitlines()[1:]) or error
+        raise WeightsError(f"describes no {what}: {problems}", where=where) from None
 
 
 def read_model(
@@ -61,32 +82,9 @@ def read_model(
     check(weights, config)
     if pack is not None:  # files may mix the weights of blocks, and those begun would all be held
         weights = {name: weights[name] for name in shapes(config)}
-    return load_model(config, lazy.tensors(weights), dtype=dtype, device=device, pack=pack)
-
-
-def load_model(
-    config: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    pack: Kind | None = None,
-) -> Transformer:
-    """Return a model with its weights, brought to the device one by one.
-
-    Args:
-        config: shape of the model.
-        tensors: names as in the model.
-        dtype: of the weights before they are packed; None: as they come.
-        device: where they go.
-        pack: form of the linear layers, on a CPU.
-
-    Raises:
-        WeightsError, EngineError: as `fill`.
-    """
     model = empty(config)
     # A copy: what is read may map a file, which must stay replaceable under a running process.
-    fill(model, ((name, tensor.to(device, dtype, copy=True)) for name, tensor in tensors), pack)
+    fill(model, ((name, tensor.to(device, dtype, copy=True)) for name, tensor in lazy.tensors(weights)), pack)
     return model
 
 
@@ -95,24 +93,20 @@ def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]], pack: Kind |
     """Give every parameter its value, in place.
 
     A parameter on the meta device takes the tensor itself, without a copy; any other is copied into.
-    The head of a tied model may be in the stream or not; it is the embedding either way.
-
-    Args:
-        model: built by `empty`, or one that has weights already.
-        tensors: names as in the model.
-        pack: as `quant.pack`, each block and the head as soon as its weights are there; None: nothing is packed.
+    The head of a tied model may be in the stream or not; it is the embedding either way. With `pack` each block and the
+    head is packed as soon as its weights are there.
 
     Raises:
         WeightsError: tensors are missing, left over, given twice or of another shape; what came before is filled.
-        EngineError: as `quant.pack`; what came before is filled and packed.
+        EngineError: as `quant.pack_block`; what came before is filled and packed.
     """
     check = Check({name: parameter.shape for name, parameter in model.named_parameters()}, model.config.tie_embeddings)
     packing = None if pack is None else _Packing(model, pack)
     for name, tensor in tensors:
         if not check.accepts(name, tensor.shape):
             continue
-        module = model.get_submodule(name.rpartition(".")[0])
-        key = name.rpartition(".")[2]
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
         parameter = module.get_parameter(key)
         if parameter.is_meta:
             setattr(module, key, nn.Parameter(tensor.detach(), requires_grad=parameter.requires_grad))
@@ -128,12 +122,7 @@ def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]], pack: Kind |
 
 
 class _Packing:
-    """Packs each part of a model whose weights are all there.
-
-    Args:
-        model: not packed yet.
-        kind: of packed weights.
-    """
+    """Packs each part of a model whose weights are all there."""
 
     def __init__(self, model: Transformer, kind: Kind) -> None:
         self.model, self.kind = model, kind
@@ -143,7 +132,7 @@ class _Packing:
             self.missing.setdefault(_part(name), set()).add(name)
 
     def came(self, name: str) -> None:
-        """Take note of a weight, and pack what it was the last of."""
+        """Pack what this weight was the last of."""
         part = _part(name)
         self.missing[part].discard(name)
         if self.missing[part]:
@@ -166,7 +155,12 @@ def check(weights: Weights, config: ModelConfig) -> None:
     Raises:
         WeightsError: some are missing, left over or of another shape.
     """
-    found = Check(shapes(config), config.tie_embeddings)
+    check_shapes(weights, shapes(config), config.tie_embeddings)
+
+
+def check_shapes(weights: Weights, needed: Mapping[str, torch.Size], tied: bool = False) -> None:
+    """Check weights as `Check` does, and raise as its `finish`."""
+    found = Check(needed, tied)
     for name, weight in weights.items():
         found.accepts(name, torch.Size(weight.shape))
     found.finish()
@@ -180,7 +174,7 @@ class Check:
         tied: whether `head.weight` is the embedding and may come along.
     """
 
-    def __init__(self, needed: Mapping[str, torch.Size], tied: bool) -> None:
+    def __init__(self, needed: Mapping[str, torch.Size], tied: bool = False) -> None:
         self.needed, self.tied = needed, tied
         self.seen: set[str] = set()
         self.complaints: list[str] = []

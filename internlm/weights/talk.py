@@ -3,9 +3,8 @@
     talk = read_talk("llama-folder")        # tokenizer, chat format, ids that end an answer
     talk.write(folder)                      # tokenizer.json, *_config.json, special_tokens_map.json
 
-A chat format that is known here goes by its name and is written by us. One that is not is carried along as the Jinja
-text it is, and so is the tokenizer.json it was written for. Where our template begins with bos, a tokenizer.json that
-adds one too is written without that: no path to the model has bos twice.
+A chat format that is not known here is carried along as the Jinja text it is, with its tokenizer.json. Where our
+template begins with bos, a tokenizer.json that adds one too is written without that.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from internlm import storage
 from internlm.errors import TokenizerError, WeightsError
 from internlm.text.chat import Message, render, stop_ids
 from internlm.text.templates import TEMPLATES, Template, get_template
-from internlm.text.tokenizer import CONFIG_FILE, VOCABULARY_FILES, Tokenizer
+from internlm.text.tokenizer import CONFIG_FILE, CONVENTIONAL, VOCABULARY_FILES, Tokenizer
 from internlm.text.tool_jinja import chat_template, name_of
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,6 @@ TEMPLATE_KEY = "internlm_template"
 TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
 SPECIAL_FILE = "special_tokens_map.json"
-ROLES = ("bos", "eos", "pad")
 Jinja = str | list[dict[str, str]]
 """What `chat_template` of a tokenizer_config.json holds: one chat format, or several with their names."""
 
@@ -42,19 +40,15 @@ class Talk:
     template: str | None = None
     """Name of the chat format; None for a base model, and for a format that is not known here."""
     foreign: Jinja | None = None
-    """A chat format that is not known here, as `chat_template` of a tokenizer_config.json."""
+    """One that is not known here, as `chat_template` of a tokenizer_config.json."""
     stops: tuple[int, ...] = ()
     """Ids that end an answer, beside eos and those of the template."""
     generation: dict[str, Any] = field(default_factory=dict)
-    """Further fields of a generation_config.json, such as `temperature`, carried along."""
+    """Further fields of a generation_config.json, such as `temperature`."""
 
     @cached_property
     def format(self) -> Template | None:
-        """The chat format of the name `template`.
-
-        Raises:
-            ConfigError: there is none of this name.
-        """
+        """The chat format of the name `template`."""
         return None if self.template is None else get_template(self.template)
 
     @property
@@ -75,7 +69,7 @@ class Talk:
 
         Raises:
             WeightsError: the tokenizer has more ids than the model, or there is a template and no tokenizer.
-            TokenizerError, DataError: the template is not known, or needs tokens that the tokenizer lacks.
+            ConfigError, TokenizerError: the template is not known, or needs tokens that the tokenizer lacks.
         """
         if self.tokenizer is not None and self.tokenizer.vocab_size > vocab_size:
             raise WeightsError(
@@ -90,7 +84,7 @@ class Talk:
 
     def role_ids(self) -> dict[str, int | None]:
         """Return the ids of bos, eos and pad under the names of a config.json."""
-        return {f"{role}_token_id": getattr(self.tokenizer, f"{role}_id", None) for role in ROLES}
+        return {f"{role}_token_id": getattr(self.tokenizer, f"{role}_id", None) for role in CONVENTIONAL}
 
     def write(self, folder: Path) -> None:
         """Write the files into a folder."""
@@ -116,7 +110,7 @@ class Talk:
         storage.write_json(folder / CONFIG_FILE, described)
         # The same names again, where older programs look; said to take no white space from the text beside them.
         exact = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-        keys = [f"{role}_token" for role in ROLES if described.get(f"{role}_token") is not None]
+        keys = [f"{role}_token" for role in CONVENTIONAL if described.get(f"{role}_token") is not None]
         storage.write_json(folder / SPECIAL_FILE, {key: {"content": described[key], **exact} for key in keys})
 
 
@@ -143,17 +137,13 @@ def read_talk(folder: str | Path) -> Talk:
     if not generation:  # Transformers takes it from there then
         eos = storage.read_json(folder / "config.json", WeightsError).get("eos_token_id")
     stops = tuple(id_ for id_ in (eos if isinstance(eos, list) else [eos]) if isinstance(id_, int))
-    ours = {"transformers_version", "_from_model_config", *(f"{role}_token_id" for role in ROLES)}
+    ours = {"transformers_version", "_from_model_config", *(f"{role}_token_id" for role in CONVENTIONAL)}
     further = {name: value for name, value in generation.items() if name not in ours}
     return Talk(Tokenizer.find(folder), name, None if name else found, stops, further)
 
 
 def read_template(folder: Path) -> tuple[Jinja | None, str]:
-    """Return the chat format of a Transformers folder, None where there is none, and the file that it stands in.
-
-    Raises:
-        WeightsError: a file is damaged.
-    """
+    """Return the chat format of a Transformers folder, None where there is none, and the file that it stands in."""
     path = folder / TEMPLATE_FILE
     if not path.is_file():
         return storage.read_json(folder / CONFIG_FILE, WeightsError).get("chat_template"), CONFIG_FILE

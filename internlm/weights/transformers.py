@@ -1,30 +1,27 @@
 """Transformers folders, both ways: a plain `LlamaForCausalLM`, so that every other tool loads what we train.
 
 With experts it is a `MixtralForCausalLM`, with norms of queries and keys a `Qwen3ForCausalLM`, with both a
-`Qwen3MoeForCausalLM`; `ExportOptions.family` names any other. Those of InternLM (`internlm`, `internlm2`, `internlm3`)
-are read and written too; Transformers itself loads them with their authors' code only.
+`Qwen3MoeForCausalLM`; `ExportOptions.family` names any other of `families.table`.
 
     export(of_tensors(model.named_parameters()), config, Path("out"), Talk(tokenizer, "chatml"))
     AutoModelForCausalLM.from_pretrained("out")            # no remote code
     model = load("out")                                     # and back: the same bits
 
-Tensors pass one at a time: memory holds one, never a second model. `export(open_weights(a), read_config(a), b)`
-writes the same weight files again.
+`export(open_weights(a), read_config(a), b)` writes the same weight files again.
 
 Where the formats differ:
-- Most families have one switch for the biases of all four attention matrices. Where only some of ours have one, the
-  others are written as zeros, which is exact.
 - Transformers measures dynamic NTK from `max_position_embeddings`, so that is our `original_length`; the context goes
   into `internlm_context_length`. Early 4.x measures YaRN from there too: exact only where both lengths are equal.
-- Where a chat template of ours writes BOS nothing else does: `tokenizer(text)` gives the ids of `Tokenizer.encode`, so
-  no path adds it twice. A base model is asked with `tokenizer(tokenizer.bos_token + text)`, one whose `tokenizer.json`
-  puts BOS before a text itself with `tokenizer(text)`: the card says which.
+- Where a chat template of ours writes BOS nothing else does: `tokenizer(text)` gives the ids of `Tokenizer.encode`. A
+  base model is asked with `tokenizer(tokenizer.bos_token + text)`, one whose `tokenizer.json` puts BOS before a text
+  itself with `tokenizer(text)`: the card says which.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,24 +29,20 @@ from typing import Any
 import torch
 
 from internlm import storage
-from internlm.errors import WeightsError
+from internlm.errors import StorageError, WeightsError
 from internlm.model.config import ModelConfig
-from internlm.model.quant import Kind
 from internlm.model.transformer import Transformer
 from internlm.runtime import dtype_name
 from internlm.weights import carried, files
 from internlm.weights import weight as lazy
 from internlm.weights.card import card
+from internlm.weights.families import fields
 from internlm.weights.families import translate as families
 from internlm.weights.load import check, read_model
 from internlm.weights.talk import Talk
-from internlm.weights.weight import Weights
+from internlm.weights.weight import Weight, Weights
 
 KIND = "export"
-
-
-def _nobody(done_bytes: int) -> None:
-    """Take no notice of progress."""
 
 
 @dataclass(frozen=True)
@@ -59,27 +52,43 @@ class ExportOptions:
     dtype: torch.dtype | None = None
     """Of the written tensors; None: as they come."""
     max_shard_bytes: int = 5 * 2**30
-    """A file that would grow over this is followed by another."""
+    """Of a file, unless one tensor is larger."""
     replace: bool = False
     """Whether an earlier export may be replaced."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """JSON-able facts for the manifest; the model card takes some (see `card`)."""
+    """JSON-able facts for the manifest and the model card (see `card`)."""
     resume: str | None = None
-    """Says all that the weights depend on: what an interrupted export with the same text has written is kept."""
+    """All that the weights depend on: what an interrupted export with the same text has written is kept."""
     family: str | None = None
-    """`model_type` to write; None: the plainest that fits and that Transformers loads without further code."""
+    """`model_type` to write; None: the plainest that fits (`table.fitting`)."""
     remote_code: bool = False
     """Whether the folder carries the code that gives it `model.chat`; its family is then `internlm`."""
     licences: tuple[Path, ...] = ()
     """Files that say how the weights may be used, copied in."""
-    progress: Callable[[int], None] = _nobody
+    progress: Callable[[int], None] = lambda done_bytes: None
     """Told the bytes of each tensor that was written."""
 
-    def copy_licences(self, folder: Path) -> None:
-        """Put the files of the licence into a folder that is being written."""
-        for file in self.licences:
+
+@contextlib.contextmanager
+def exporting(out: Path, weights: Iterable[Weight], talk: Talk, options: ExportOptions) -> Iterator[storage.Writing]:
+    """Yield the folder of an export with these weights; licences and what is known go in when the block ends.
+
+    What an interrupted export has left counts as room on the disk; without enough, an empty folder is removed.
+    """
+    with storage.writing(out, KIND, replace=options.replace, resume=options.resume) as folder:
+        there = sum(file.stat().st_size for file in folder.path.iterdir())
+        try:
+            needed = sum(weight.nbytes for weight in weights)
+            storage.require_space(folder.path, needed - there, f"export {out.name}")
+        except StorageError:
+            with contextlib.suppress(OSError):  # not empty: the next try goes on with it
+                folder.path.rmdir()
+            raise
+        yield folder
+        for file in options.licences:
             with storage.explained(f"copying {file}"):
-                shutil.copyfile(file, folder / file.name)
+                shutil.copyfile(file, folder.path / file.name)
+        folder.meta.update({"internlm_template": talk.template, **options.notes})
 
 
 def export(
@@ -99,7 +108,7 @@ def export(
         options: how the folder is written.
 
     Returns:
-        what was written: the weights by the names of the folder, each with its origin.
+        the weights by the names that were written, each with its origin.
 
     Raises:
         WeightsError: weights are missing, left over or of another shape, or the family cannot express the shape.
@@ -113,9 +122,7 @@ def export(
     talk.check(config.vocab_size)
     if options.remote_code:
         described |= carried.fields(talk)
-    storage.check_free(out, KIND, replace=options.replace)
-    with storage.writing(out, KIND, replace=options.replace, resume=options.resume) as folder:
-        files.require_space(folder, sum(weight.nbytes for weight in theirs.values()), f"export {out.name}")
+    with exporting(out, theirs.values(), talk, options) as folder:
         files.write(folder, theirs, options.max_shard_bytes, options.progress)
         stored = dtype_name(lazy.main_dtype(theirs))
         # Transformers 4 reads `torch_dtype`, 5 writes `dtype` and reads both.
@@ -124,10 +131,9 @@ def export(
         talk.write(folder.path)
         if options.remote_code:
             carried.write(folder.path, talk)
-        options.copy_licences(folder.path)
         notes = {"remote_code": options.remote_code, **options.notes}
         storage.write_text(folder.path / "README.md", card(config, described["architectures"][0], stored, talk, notes))
-        folder.meta.update({"internlm_template": talk.template, "dtype": stored, **options.notes})
+        folder.meta["dtype"] = stored
     return theirs
 
 
@@ -137,45 +143,25 @@ def read_config(folder: str | Path) -> ModelConfig:
     Raises:
         WeightsError: there is no config.json, or it describes something this decoder does not have.
     """
-    return families.read_config(_fields(Path(folder)), Path(folder) / "config.json")
+    return fields.read_config(_fields(Path(folder)), Path(folder) / "config.json")
 
 
 def open_weights(folder: str | Path) -> Weights:
     """Return the weights of a Transformers folder by our names, not read yet.
 
     Raises:
-        WeightsError: there are no weight files, one is damaged, or a name is not one of the family's.
+        WeightsError: as `files.open_folder` and `families.read`.
     """
     folder = Path(folder)
     return families.read(files.open_folder(folder), _fields(folder), folder / "config.json")
 
 
-def load(
-    folder: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    pack: Kind | None = None,
-) -> Transformer:
-    """Return the model of a Transformers folder.
-
-    Args:
-        folder: config.json and weight files.
-        dtype, device, pack: as of `read_model`.
-
-    Raises:
-        WeightsError: as `read_config`, `open_weights` and `read_model`.
-        EngineError: the layers cannot be packed.
-    """
-    return read_model(read_config(folder), open_weights(folder), dtype=dtype, device=device, pack=pack)
+def load(folder: str | Path, dtype: torch.dtype | None = None) -> Transformer:
+    """Return the model of a Transformers folder; errors as of `read_model`."""
+    return read_model(read_config(folder), open_weights(folder), dtype=dtype)
 
 
 def _family(options: ExportOptions) -> str | None:
-    """Return the family to write.
-
-    Raises:
-        WeightsError: another is asked for than the one that the carried code is of.
-    """
     if not options.remote_code or options.family == carried.FAMILY:
         return options.family
     if options.family is not None:
@@ -187,7 +173,6 @@ def _family(options: ExportOptions) -> str | None:
 
 
 def _fields(folder: Path) -> dict[str, Any]:
-    """Return the content of config.json."""
     if not (folder / "config.json").exists():
         raise WeightsError("no config.json: this is no Transformers folder", where=folder)
     return storage.read_json(folder / "config.json", WeightsError)

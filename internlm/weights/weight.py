@@ -4,14 +4,15 @@
     ours = to_ours(weights, config)                      # our names, still nothing read
     ours["blocks.0.attention.wq.weight"].read()          # now
 
-A format is a function from one dict of weights to another. Renaming, cutting, joining and turning are written once, as
-what they do to shapes, and run when a tensor is read: a conversion holds one tensor in memory, never a model.
+A format is a function from one dict of weights to another; what it does to tensors is done when one is read: a
+conversion holds one tensor in memory, never a model.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ class Weight:
     origin: str = ""
     """Where it comes from, by the names of the source, for people."""
     place: tuple[Path, int] | None = None
-    """File and offset where its bytes lie as they are, for whoever copies them; None: only `read` gives them."""
+    """File and offset where its bytes lie as they are; None: only `read` gives them."""
 
     @property
     def nbytes(self) -> int:
@@ -60,13 +61,7 @@ Weights = dict[str, Weight]
 def joined(
     parts: Sequence[Weight], shape: Sequence[int], join: Callable[[list[Tensor]], Tensor], note: str = ""
 ) -> Weight:
-    """Return the weight that `join` makes of several, when it is read.
-
-    Args:
-        parts: of one dtype.
-        shape: of the result.
-        join: takes the tensors of the parts.
-        note: how they are joined, after their origin.
+    """Return the weight that `join` makes of several, when it is read; `note` says how, after their origin.
 
     Raises:
         WeightsError: the dtypes differ.
@@ -80,6 +75,30 @@ def joined(
         return join([part.read() for part in parts])
 
     return Weight(tuple(shape), parts[0].dtype, read, origin)
+
+
+def pairs_apart(weight: Weight, head_dim: int) -> Weight:
+    """Return wq or wk, or a bias of them, with rotary pairs that were neighbours half a head apart."""
+
+    def turn(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, head_dim // 2, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+    return weight.turned(weight.shape, turn, " (pairs apart)")
+
+
+def apart(weight: Weight, groups: int, parts: Sequence[tuple[int, ...]], notes: Sequence[str]) -> list[Weight]:
+    """Return the weights of these shapes, whose rows lie one after another in each group; notes: after their origin."""
+    rows = [rows_of(shape, groups) for shape in parts]
+
+    def take(number: int) -> Callable[[Tensor], Tensor]:
+        return lambda t: t.reshape(groups, sum(rows), -1).split(rows, 1)[number].reshape(parts[number])
+
+    return [weight.turned(shape, take(n), note) for n, (shape, note) in enumerate(zip(parts, notes, strict=True))]
+
+
+def rows_of(shape: tuple[int, ...], groups: int) -> int:
+    """Return the rows that a weight has in each group."""
+    return math.prod(shape) // groups // (shape[-1] if len(shape) > 1 else 1)
 
 
 def shared(weight: Weight, times: int) -> Weight:
@@ -113,20 +132,15 @@ def zeros(shape: Sequence[int], dtype: torch.dtype) -> Weight:
 
 
 def tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor), read one at a time.
-
-    Raises:
-        WeightsError: what was read is not what was announced: the source changed, or is damaged.
-    """
-    for name, weight in weights.items():
-        yield name, read(name, weight)
+    """Yield (name, tensor), read one at a time as by `read`."""
+    yield from ((name, read(name, weight)) for name, weight in weights.items())
 
 
 def read(name: str, weight: Weight) -> Tensor:
     """Return the tensor of a weight.
 
     Raises:
-        WeightsError: it has another shape or dtype than announced.
+        WeightsError: it has another shape or dtype than announced: the source changed, or is damaged.
     """
     tensor = weight.read()
     if tuple(tensor.shape) != weight.shape or tensor.dtype != weight.dtype:
@@ -137,19 +151,18 @@ def read(name: str, weight: Weight) -> Tensor:
 
 def main_dtype(weights: Weights) -> torch.dtype:
     """Return the dtype that most elements have."""
-    elements: dict[torch.dtype, int] = {}
+    elements: Counter[torch.dtype] = Counter()
     for weight in weights.values():
-        elements[weight.dtype] = elements.get(weight.dtype, 0) + math.prod(weight.shape)
-    return max(elements, key=lambda dtype: elements[dtype])
+        elements[weight.dtype] += math.prod(weight.shape)
+    return elements.most_common(1)[0][0]
 
 
 def table(weights: Weights) -> list[str]:
     """Return lines that say what each weight was made of; weights that differ in numbers alone share one."""
-    rows: dict[tuple[str, str, str], int] = {}
+    rows: Counter[tuple[str, str, str]] = Counter()
     for name, weight in weights.items():
         form = f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
-        row = (_NUMBER.sub("{i}", weight.origin), _NUMBER.sub("{i}", name), form)
-        rows[row] = rows.get(row, 0) + 1
+        rows[_NUMBER.sub("{i}", weight.origin), _NUMBER.sub("{i}", name), form] += 1
     wide = [max(len(row[column]) for row in rows) for column in range(2)]
     return [f"{a:{wide[0]}} → {b:{wide[1]}}  {form}" + (f" × {n}" if n > 1 else "") for (a, b, form), n in rows.items()]
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from internlm import recipe as recipes
 from internlm import storage
-from internlm.checkpoint import listing, saver, store
+from internlm.checkpoint import listing, store
 from internlm.cli import main
 from internlm.errors import InternLMError, StorageError
 from internlm.recipe import Recipe
 from internlm.text.tokenizer import Tokenizer
+from tests.models import save_checkpoint
 
 Make = Callable[..., Recipe]
 STATE = "tensors/state-00000.safetensors"
@@ -36,7 +37,7 @@ def make(recipe: Make, corpus: Path) -> Callable[[Path, float], Path]:
 
     def write(path: Path, factor: float) -> Path:
         tensors = {name: tensor * factor for name, tensor in TENSORS.items()}
-        saver.save(path, tensors, shape, tokenizer, {"step": 7, "factor": factor})
+        save_checkpoint(path, tensors, shape, tokenizer, {"step": 7, "factor": factor})
         return path
 
     return write

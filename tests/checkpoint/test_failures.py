@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from internlm import storage
-from internlm.checkpoint import listing, place, saver, store
+from internlm.checkpoint import listing, place, store
 from internlm.checkpoint.listing import CheckpointConfig
 from internlm.checkpoint.place import Place
 from internlm.checkpoint.remote import Unreachable
@@ -23,6 +23,7 @@ from internlm.errors import StorageError
 from internlm.model.config import ModelConfig
 from internlm.text.tokenizer import Tokenizer
 from tests.faults.runs import OPERATIONS
+from tests.models import save_checkpoint
 
 SHAPE = ModelConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=1, ffn_size=8)
 
@@ -99,7 +100,7 @@ def test_whichever_file_operation_fails_the_one_before_stays_and_the_next_is_wri
 
 def test_a_manifest_that_the_disk_does_not_give_is_a_damaged_checkpoint(disk: Disk, tmp_path: Path) -> None:
     for step in (1, 2):
-        saver.save(tmp_path / f"step-{step:08d}", {"x": torch.ones(3)}, SHAPE, None, {"step": step})
+        save_checkpoint(tmp_path / f"step-{step:08d}", {"x": torch.ones(3)}, SHAPE, None, {"step": step})
     disk.fail(tmp_path / "step-00000002" / storage.MANIFEST, 0, errno.EIO)
     assert listing.newest(tmp_path) == tmp_path / "step-00000001"
     disk.fail(tmp_path / "step-00000002" / storage.MANIFEST, 0, errno.EIO)
@@ -113,7 +114,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_gone_back_behind(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2):
-        saver.save(tmp_path / f"step-{step:08d}", {"x": torch.ones(3)}, SHAPE, None, {"step": step})
+        save_checkpoint(tmp_path / f"step-{step:08d}", {"x": torch.ones(3)}, SHAPE, None, {"step": step})
     newest = tmp_path / "step-00000002"
     for look in (listing.newest, listing.damaged, lambda run: listing.retain(run, CheckpointConfig(keep_last=1))):
         disk.fail(newest / storage.MANIFEST, 0, errno.EACCES)
@@ -136,7 +137,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_looked_at_is_not_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2):
-        saver.save(tmp_path / f"step-{step:08d}", {"x": torch.ones(3)}, SHAPE, None, {"step": step})
+        save_checkpoint(tmp_path / f"step-{step:08d}", {"x": torch.ones(3)}, SHAPE, None, {"step": step})
     sizes = place.sizes
 
     def after_a_removal(folder: Place) -> dict[str, int]:

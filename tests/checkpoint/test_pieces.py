@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from internlm.checkpoint import pieces, saver
+from internlm.checkpoint import pieces
 from internlm.checkpoint.pieces import Entry, Piece
 from internlm.errors import StorageError
 from internlm.model.config import ModelConfig
+from tests.models import save_checkpoint
 
 SHAPE = ModelConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=1, ffn_size=8)
 TENSORS = {
@@ -27,7 +28,7 @@ TENSORS = {
 
 
 def saved(folder: Path) -> Path:
-    saver.save(folder / "step-00000001", TENSORS, SHAPE, None, {"step": 1})
+    save_checkpoint(folder / "step-00000001", TENSORS, SHAPE, None, {"step": 1})
     return folder / "step-00000001"
 
 
@@ -50,16 +51,34 @@ def test_every_tensor_is_read_back_bitwise(tmp_path: Path) -> None:
         assert torch.equal(pieces.read(path, index[name]), tensor), name
 
 
-def test_a_tensor_is_put_together_from_its_pieces(tmp_path: Path) -> None:
+def in_three_pieces(folder: Path) -> tuple[torch.Tensor, Entry]:
     whole = torch.arange(24, dtype=torch.float32).view(4, 6)
     parts = [(0, 0, whole[:2, :4]), (0, 4, whole[:2, 4:]), (2, 0, whole[2:])]
     found, start = [], 0
-    with (tmp_path / "f").open("wb") as file:
+    with (folder / "f").open("wb") as file:
         for row, column, part in parts:
             file.write(part.contiguous().numpy().tobytes())
             found.append(Piece("f", start, (row, column), tuple(part.shape)))
             start += part.numel() * 4
-    assert torch.equal(pieces.read(tmp_path, Entry(torch.float32, (4, 6), tuple(found))), whole)
+    return whole, Entry(torch.float32, (4, 6), tuple(found))
+
+
+def test_a_tensor_is_put_together_from_its_pieces(tmp_path: Path) -> None:
+    whole, entry = in_three_pieces(tmp_path)
+    assert torch.equal(pieces.read(tmp_path, entry), whole)
+
+
+@pytest.mark.parametrize(
+    ("begin", "shape"), [((0, 0), (4, 6)), ((1, 2), (2, 3)), ((3, 1), (1, 5)), ((0, 4), (2, 2)), ((4, 0), (0, 6))]
+)
+def test_a_part_of_a_tensor_is_put_together_from_the_pieces_it_lies_in(
+    begin: tuple[int, int], shape: tuple[int, int], tmp_path: Path
+) -> None:
+    whole, entry = in_three_pieces(tmp_path)
+    part = torch.full(shape, -1.0)
+    pieces.fill(part, begin, tmp_path, entry)
+    (row, column), (rows, columns) = begin, shape
+    assert torch.equal(part, whole[row : row + rows, column : column + columns])
 
 
 def test_rows_of_a_piece_are_read_alone(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from internlm import recipe as recipes
 from internlm.checkpoint import listing, pieces, place, remote, store
 from internlm.checkpoint.listing import CheckpointConfig
 from internlm.checkpoint.remote import Remote, Unreachable
-from internlm.checkpoint.saver import Beside, Saved, Saver, save
+from internlm.checkpoint.saver import Beside, Saved, Saver
 from internlm.cli import main
 from internlm.errors import ConfigError, StorageError
 from internlm.model.config import ModelConfig
 from internlm.recipe import Recipe
 from internlm.source import open_source
+from tests.models import save_checkpoint
 from tests.parallel.ranks import Ranks
 
 Make = Callable[..., Recipe]
@@ -72,7 +73,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def put(folder: place.Place, step: int, value: float = 1.0, **facts: Any) -> place.Place:
     """Write a checkpoint of one tensor; return it."""
     path = folder / listing.name_of(step)
-    save(path, {"model.x": torch.full((4, 3), value)}, SHAPE, None, {"step": step, **facts})
+    save_checkpoint(path, {"model.x": torch.full((4, 3), value)}, SHAPE, None, {"step": step, **facts})
     return path
 
 
@@ -105,7 +106,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_saved_to_a_store_is_read_from_it(folder: Remote) -> None:
     tensors = {"model.x": torch.randn(5, 3), "optim.x.step": torch.tensor(7), "random.cpu": torch.get_rng_state()}
-    save(folder / listing.name_of(3), tensors, SHAPE, None, {"step": 3, "tokens": 12})
+    save_checkpoint(folder / listing.name_of(3), tensors, SHAPE, None, {"step": 3, "tokens": 12})
     found = store.open_checkpoint(folder)
     assert (found.step, found.meta["tokens"], found.config, found.tokenizer_path) == (3, 12, SHAPE, None)
     into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}

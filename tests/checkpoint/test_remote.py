@@ -210,15 +210,18 @@ def test_a_run_goes_on_while_the_store_is_down_and_two_ranks_write_what_one_read
 
 UPLOAD = """
 import resource, sys, torch
-from internlm.checkpoint import listing, place, remote, saver, store
+from internlm.checkpoint import listing, place, remote, store
+from internlm.checkpoint.saver import Beside, Saver
 from internlm.model.config import ModelConfig
 remote.BLOCK = 5 << 20
 shape = ModelConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=1, ffn_size=8)
 folder = place.at(sys.argv[1])
 state = {"model.x": torch.ones(int(sys.argv[2]) << 18)}
-saver.save(folder / listing.name_of(1), {"model.x": torch.ones(9)}, shape, None, {"step": 1})  # all is imported
+saver = Saver(folder, background=False)
+saver.save(listing.name_of(1), {"model.x": torch.ones(9)}, Beside(shape, None, {"step": 1}))  # all is imported
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-saver.save(folder / listing.name_of(2), state, shape, None, {"step": 2})
+saver.save(listing.name_of(2), state, Beside(shape, None, {"step": 2}))
+assert saver.finish().problem is None
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from internlm import runtime, storage
-from internlm.checkpoint import listing, pieces, place, saver, store
+from internlm.checkpoint import listing, pieces, place, store
 from internlm.checkpoint.listing import CheckpointConfig
 from internlm.checkpoint.saver import Beside, Saved, Saver
 from internlm.errors import ConfigError, StorageError
 from internlm.hashed_file import HashedFile
 from internlm.model.config import ModelConfig
+from tests.models import save_checkpoint
 
 SHAPE = ModelConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=1, ffn_size=8)
 
@@ -160,7 +161,7 @@ def test_tensors_may_have_another_shape_in_the_next_save(tmp_path: Path) -> None
 
 
 def test_leftovers_of_killed_runs_are_cleared_and_what_was_moved_aside_comes_back(tmp_path: Path) -> None:
-    saver.save(tmp_path / "step-00000001", {"model.x": torch.ones(3)}, SHAPE, None, {"step": 1})
+    save_checkpoint(tmp_path / "step-00000001", {"model.x": torch.ones(3)}, SHAPE, None, {"step": 1})
     (tmp_path / "step-00000001").rename(tmp_path / "step-00000001.replaced-77")
     (tmp_path / "step-00000002.partial-77.1" / "tensors").mkdir(parents=True)
     Saver(tmp_path)
@@ -212,7 +213,7 @@ def test_a_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(os, "rename", look)
-    saver.save(tmp_path / "step-00000001", {"model.x": torch.ones(3)}, SHAPE, None, {"step": 1})
+    save_checkpoint(tmp_path / "step-00000001", {"model.x": torch.ones(3)}, SHAPE, None, {"step": 1})
     assert listing.newest(tmp_path) is not None
     assert not missing
     assert tmp_path.stat().st_ino in synced, "and its name too"
@@ -237,7 +238,7 @@ def test_what_a_rank_has_written_is_on_the_disk_when_it_says_so(
 def kept(folder: Path, facts: list[dict[str, Any]], **config: Any) -> list[int]:
     """Return the steps that are left of checkpoints with these facts."""
     for step, more in enumerate(facts, 1):
-        saver.save(folder / f"step-{step:08d}", {"x": torch.ones(1)}, SHAPE, None, {"step": step, **more})
+        save_checkpoint(folder / f"step-{step:08d}", {"x": torch.ones(1)}, SHAPE, None, {"step": step, **more})
         listing.retain(folder, CheckpointConfig(**config))
     return [int(path.name[5:]) for path in listing.listed(folder)]
 
@@ -310,7 +311,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(tmp_path:
 
 def test_damaged_ones_go_with_the_old_ones_but_not_what_is_newer(tmp_path: Path) -> None:
     for step in range(1, 5):
-        saver.save(tmp_path / f"step-{step:08d}", {"x": torch.ones(1)}, SHAPE, None, {"step": step})
+        save_checkpoint(tmp_path / f"step-{step:08d}", {"x": torch.ones(1)}, SHAPE, None, {"step": step})
     for step in (1, 4):
         (tmp_path / f"step-{step:08d}" / storage.MANIFEST).unlink()
     listing.retain(tmp_path, CheckpointConfig(keep_last=1))
@@ -320,7 +321,7 @@ def test_damaged_ones_go_with_the_old_ones_but_not_what_is_newer(tmp_path: Path)
 def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver.save(tmp_path / "step-00000001", {"model.x": torch.ones(3)}, SHAPE, None, {"step": 1})
+    save_checkpoint(tmp_path / "step-00000001", {"model.x": torch.ones(3)}, SHAPE, None, {"step": 1})
     monkeypatch.setattr(place.shutil, "rmtree", lambda *_, **__: None)
     place.remove(tmp_path / "step-00000001")
     assert (tmp_path / "step-00000001").exists()

@@ -12,9 +12,10 @@ import torch
 
 from internlm import recipe as recipes
 from internlm import storage
-from internlm.checkpoint import listing, saver, store
+from internlm.checkpoint import listing, store
 from internlm.cli import main
 from tests.conftest import recipe_over
+from tests.models import save_checkpoint
 from tests.processes import internlm
 
 
@@ -129,7 +130,7 @@ def test_programs_read_one_object_a_line(run: Path, capsys: pytest.CaptureFixtur
 def test_the_layout_that_wrote_it_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Path) -> None:
     shape = store.open_checkpoint(run).config
     meta = {"step": 1, "tokens": 5_000_000_000, "layout": {"replicate": 2, "shard": 8, "tensor": 1}}
-    saver.save(tmp_path / "other" / "step-00000001", {"x": torch.ones(3)}, shape, None, meta)
+    save_checkpoint(tmp_path / "other" / "step-00000001", {"x": torch.ones(3)}, shape, None, meta)
     assert main(["checkpoints", str(tmp_path / "other")]) == 0
     line = capsys.readouterr().out.splitlines()[1]
     assert line.endswith("complete  replicate 2 × shard 8")

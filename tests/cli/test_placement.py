@@ -43,8 +43,13 @@ def test_a_gpu_is_taken_where_there_is_one_and_nothing_is_packed_there(monkeypat
     [
         ("cuda", 0, "--device: no CUDA device here (got 'cuda'). Leave it out, or give cpu."),
         ("cuda:0", 0, "--device: no CUDA device here (got 'cuda:0'). Leave it out, or give cpu."),
-        ("tpu", 0, "--device: no such device here (got 'tpu'); allowed: auto, cpu"),
-        ("cuda:2", 2, "--device: no such device here (got 'cuda:2'); allowed: auto, cpu, cuda, cuda:0, cuda:1"),
+        ("tpu", 0, "--device: no such device here (got 'tpu'); allowed: auto, cpu. Did you mean 'cpu'?"),
+        (
+            "cuda:2",
+            2,
+            "--device: no such device here (got 'cuda:2'); allowed: auto, cpu, cuda, cuda:0, cuda:1. "
+            "Did you mean 'cuda:1'?",
+        ),
     ],
 )
 def test_a_device_that_is_not_here_is_refused_and_none_that_is_not_here_is_offered(

@@ -17,6 +17,7 @@ import yaml
 from internlm import config, runtime
 from internlm import recipe as recipes
 from internlm.errors import ConfigError
+from internlm.model.config import LinearScaling
 from internlm.optim.optimizer import MuonConfig
 from internlm.parallel.mesh import Layout
 from internlm.recipe import Recipe
@@ -255,6 +256,13 @@ def test_a_preset_takes_the_place_of_a_shape_that_was_written_below_it(recipe: M
     shape = recipes.load(tmp_path / "more.yaml").value.model
     assert shape is not None
     assert (shape.hidden_size, shape.num_layers) == (4096, 5)
+
+
+def test_another_scaling_takes_the_place_of_a_presets(recipe: Make, tmp_path: Path) -> None:
+    words = ["model.preset=internlm3-8b", "model.rope.scaling.kind=linear", "model.rope.scaling.factor=2.5"]
+    shape = recipes.load(write(tmp_path / "r.yaml", recipe()), words).value.model
+    assert shape is not None
+    assert (shape.rope.base, shape.rope.scaling) == (5e7, LinearScaling(factor=2.5))
 
 
 def test_a_kind_that_is_no_variant_keeps_what_stands_beside_it(recipe: Make, tmp_path: Path) -> None:

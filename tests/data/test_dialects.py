@@ -71,7 +71,7 @@ def test_a_completion_of_messages_may_call_tools(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"conversations": []}, "a.jsonl:1: 'conversations' is not a list of at least one turn"),
+        ({"conversations": []}, "a.jsonl:1: 'conversations' is empty"),
         ({"conversations": [{"role": "user", "content": "a"}]},
          "turn 1: a turn is an object with 'from' and 'value'. A list of"),
         ({"conversations": [TURNS[0], {"from": "function_call", "value": "{}"}]},

@@ -256,7 +256,8 @@ def test_what_is_learned_is_the_prompt_and_the_answer_of_serving(
         asked = {**record, "messages": [as_sent(message) for message in record["messages"][:number]]}
         body = ChatRequest.model_validate({"model": "m", **asked})
         use = tools_of(body, template)
-        prompt = render_prompt(use.render(turns_of(body.messages)), get_template(template), tokenizer)
+        turns = use.format.render_history(turns_of(body.messages), use.tools, use.parallel)
+        prompt = render_prompt(turns, get_template(template), tokenizer)
         assert ids[: len(prompt)] == prompt
         end = mask.index(False, len(prompt)) if False in mask[len(prompt) :] else len(mask)
         learned[len(prompt) : end] = [True] * (end - len(prompt))

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from internlm import storage
 from internlm.data.batch import Batch
-from internlm.data.loader import DataConfig, Loader
-from internlm.data.mixture import Mixture, SourceConfig
+from internlm.data.loader import DataConfig, Loader, Mixture, SourceConfig
 from internlm.data.pack import PackedRow, Packing, best_fit, shuffled
 from internlm.data.shards import Shards, ShardWriter
 from internlm.errors import ConfigError, DataError, StorageError

@@ -51,7 +51,7 @@ def test_every_container_gives_its_samples(tmp_path: Path) -> None:
         ("a.jsonl", '{"body": "x", "id": 1}\n', r"a\.jsonl:1: has no key 'text'; its keys: body, id\. .*--text-key"),
         ("a.jsonl", '["x"]\n', r"a\.jsonl:1: a record is a JSON object, not list\. A file that is one list is named"),
         ("a.jsonl", '{"messages": []}\n', r"a\.jsonl:1: 'messages' is empty"),
-        ("a.jsonl", '{"messages": {}}\n', r"a\.jsonl:1: 'messages' is not a list of at least one"),
+        ("a.jsonl", '{"messages": {}}\n', r"a\.jsonl:1: 'messages' is dict, not a list"),
         (
             "a.jsonl",
             '{"messages": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]}',

@@ -14,6 +14,7 @@ import torch
 from internlm.infer.cache import Cache, Piece
 from internlm.serve.api.replies import Reply
 from internlm.text.tokenizer import Tokenizer
+from tests.infer.engines import check_blocks
 from tests.processes import until
 from tests.serve.servers import TOKENIZER, Running, serving, slow_engine
 
@@ -67,7 +68,7 @@ def check(server: Running, problem: str, written: int = FAULTY_STEP) -> None:
     assert server.get("/health").status_code == 200
     assert until(lambda: server.engine.stats.blocks_used == server.engine.stats.running == 0)
     assert not server.server.config.app.state.service.inbox.tickets
-    server.engine.blocks.check()
+    check_blocks(server.engine.blocks)
 
 
 Run = Callable[[Sequence[Piece]], torch.Tensor]

@@ -230,7 +230,7 @@ def test_a_training_gives_signs_of_its_steps_and_phases(recipe: Make, tmp_path: 
 
     def noted(work: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            seen.append((trainer.watch.heart.step, trainer.watch.heart.phase))
+            seen.append((trainer.watch.step, trainer.watch.doing))
             return work(*arguments, **options)
 
         return call

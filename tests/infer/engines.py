@@ -9,6 +9,7 @@ from typing import Any
 import sentencepiece
 import torch
 
+from internlm.infer.blocks import Blocks
 from internlm.infer.engine import Engine
 from internlm.infer.request import Delta
 from internlm.model.config import ModelConfig
@@ -86,3 +87,17 @@ class SlowEngine(Engine):
         if self.fail is not None:
             raise self.fail
         return super().step()
+
+
+def check_blocks(blocks: Blocks) -> None:
+    """Assert that every block of a cache is in one place."""
+    used = {block for block, users in enumerate(blocks._users) if users}
+    idle = set(blocks._idle)
+    assert not used & blocks._empty, "a used block is not empty"
+    assert not used & idle, "a used block is not idle"
+    assert not blocks._empty & idle, "an idle block is not empty"
+    assert len(used) + len(blocks._empty) + len(idle) == blocks.count, "no block is lost"
+    assert set(blocks._known.values()) == set(blocks._node_of) == set(blocks._number_of), (
+        "what is known is known both ways"
+    )
+    assert not blocks._empty & set(blocks._node_of), "an empty block holds nothing known"

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from internlm.infer.blocks import Blocks
+from tests.infer.engines import check_blocks
 
 
 def fill(blocks: Blocks, tokens: list[int], kind: object = None) -> list[int]:
@@ -27,7 +28,7 @@ def test_texts_that_begin_alike_share_full_blocks() -> None:
     assert first[:2] == second[:2]
     assert first[2] != second[2]
     assert blocks.free == 16 - 4
-    blocks.check()
+    check_blocks(blocks)
 
 
 def test_the_last_token_is_never_taken_from_the_cache() -> None:
@@ -46,7 +47,7 @@ def test_what_is_released_is_found_again_until_its_room_is_needed() -> None:
     blocks.release(table[:2])
     other = blocks.take(2)
     assert other is not None
-    blocks.check()
+    check_blocks(blocks)
     # The end of the old text went first: its beginning is there still.
     assert blocks.match([*range(12), 99]) == table[:2]
 
@@ -80,7 +81,7 @@ def test_what_is_not_to_be_trusted_is_not_found() -> None:
     blocks.disown(table)
     assert blocks.match(list(range(10))) == []
     blocks.release(table)
-    blocks.check()
+    check_blocks(blocks)
     assert blocks.free == 16
 
 
@@ -121,7 +122,7 @@ def test_where_a_kernel_reads_blocks_anywhere_a_text_lies_together_as_it_comes_a
         assert len(blocks.runs(table, 8 * 32)) == 1
         blocks.release(table)
     assert time.perf_counter() - begun < 2
-    blocks.check()
+    check_blocks(blocks)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -153,8 +154,8 @@ def test_no_block_is_lost_or_used_twice_whatever_happens(seed: int) -> None:
             if action < 0.5:
                 blocks.disown(table)
             blocks.release(table)
-        blocks.check()
+        check_blocks(blocks)
     for _, table in texts.values():
         blocks.release(table)
-    blocks.check()
+    check_blocks(blocks)
     assert blocks.free == blocks.count

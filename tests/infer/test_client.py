@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from internlm.errors import EngineError
-from internlm.infer.client import Client, Refused, TokenScore
+from internlm.infer.client import Client, Refused
 
 Respond = Callable[[BaseHTTPRequestHandler, Any], None]
 
@@ -100,25 +100,27 @@ def test_the_first_listed_model_is_asked_and_looked_up_once() -> None:
         if body is None:
             send_json(handler, {"data": [{"id": "one"}, {"id": "two"}]})
         else:
-            text = {"choices": [{"text": body["prompt"] * 2, "finish_reason": "length"}]}
-            send(handler, events(text), "text/event-stream")
+            text = body["messages"][0]["content"] * 2
+            answer = {"choices": [{"delta": {"content": text}, "finish_reason": "length"}]}
+            send(handler, events(answer), "text/event-stream")
 
     with serving(respond) as url:
         client = Client(url)
         for _ in range(2):
-            reply = client.complete("ab")
+            reply = client.chat([{"role": "user", "content": "ab"}])
             assert (list(reply), reply.finished, reply.usage) == (["abab"], "length", None)
         assert client.models() == ["one", "two"]
-    lookup, completion = ("/v1/models", None, None), ("/v1/completions", None, "one")
+    lookup, completion = ("/v1/models", None, None), ("/v1/chat/completions", None, "one")
     assert got == [lookup, completion, completion, lookup]
 
 
 def test_events_may_have_comments_other_fields_carriage_returns_and_several_lines() -> None:
     data = (
-        b': ping\r\nevent: message\r\ndata: {"choices":\r\ndata: [{"text": "a\\nb", "finish_reason": "stop"}]}\r\n\r\n'
+        b': ping\r\nevent: message\r\ndata: {"choices":\r\ndata: '
+        b'[{"delta": {"content": "a\\nb"}, "finish_reason": "stop"}]}\r\n\r\n'
     )
     with serving(streaming(data + b"id: 7\n\n\ndata:[DONE]\n\nnever read")) as url:
-        assert list(Client(url, "m").complete([1, 2])) == ["a\nb"]
+        assert list(Client(url, "m").chat(HELLO)) == ["a\nb"]
 
 
 def test_a_stream_that_breaks_off_is_an_error_after_its_text() -> None:
@@ -176,7 +178,7 @@ def test_a_busy_server_says_when_to_come_back() -> None:
         send_json(handler, {"error": {"message": "full"}}, 429, Retry_After="7")
 
     with serving(respond) as url, pytest.raises(EngineError, match=r"full.*in 7 seconds"):
-        Client(url, "m").complete("a")
+        Client(url, "m").chat(HELLO)
 
 
 def test_a_redirect_is_not_followed_with_the_key() -> None:
@@ -198,7 +200,7 @@ def test_a_redirect_is_not_followed_with_the_key() -> None:
 def test_an_answer_of_another_form_is_an_error(data: bytes) -> None:
     with serving(lambda handler, _: send(handler, data, "text/html")) as url:
         client = Client(url, "m")
-        for ask in (client.models, lambda: client.chat(HELLO), lambda: client.score("a")):
+        for ask in (client.models, lambda: client.chat(HELLO)):
             with pytest.raises(EngineError, match="OpenAI-style"):
                 ask()
 
@@ -234,7 +236,8 @@ def test_closing_early_closes_the_connection() -> None:
         assert noticed.wait(5), "the server still writes to one that was never read"
 
 
-def test_silence_ends_after_the_timeout() -> None:
+def test_silence_ends_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("internlm.infer.client._MOST_SILENCE_SECONDS", 0.2)
     over = threading.Event()
 
     def respond(handler: BaseHTTPRequestHandler, body: Any) -> None:
@@ -245,7 +248,7 @@ def test_silence_ends_after_the_timeout() -> None:
 
     with serving(respond) as url:
         try:
-            client = Client(url, "m", timeout=0.2)
+            client = Client(url, "m")
             with pytest.raises(EngineError, match="timed out"):
                 client.models()
             reply = client.chat(HELLO)
@@ -282,28 +285,3 @@ def test_several_answers_and_settings_that_are_no_json_are_refused() -> None:
         client.chat(HELLO, n=2)
     with pytest.raises(EngineError, match="settings: cannot be sent"):
         client.chat(HELLO, temperature=float("nan"))
-
-
-def test_scores_are_those_of_the_prompt_alone() -> None:
-    got: list[Any] = []
-
-    def respond(handler: BaseHTTPRequestHandler, body: Any) -> None:
-        got.append(body)
-        told = {
-            "tokens": ["a", "b", "c"],
-            "token_logprobs": [None, -1.5, -0.25],
-            "top_logprobs": [None, {"b": -1.5}, {"c": -0.25}],
-        }
-        send_json(handler, {"choices": [{"text": "abc", "logprobs": told}], "usage": {"prompt_tokens": 2}})
-
-    with serving(respond) as url:
-        scores = Client(url, "m").score("ab")
-    assert scores == [TokenScore("a", None, {}), TokenScore("b", -1.5, {"b": -1.5})]
-    assert got[0] == {"model": "m", "prompt": "ab", "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
-
-
-def test_a_server_that_does_not_echo_is_an_error() -> None:
-    told = {"tokens": ["c"], "token_logprobs": [-1.0], "top_logprobs": [{"c": -1.0}]}
-    body = {"choices": [{"text": "c", "logprobs": told}], "usage": {"prompt_tokens": 2}}
-    with serving(lambda handler, _: send_json(handler, body)) as url, pytest.raises(EngineError, match="echo"):
-        Client(url, "m").score("ab")

@@ -16,10 +16,10 @@ from internlm import runtime
 from internlm.errors import EngineError, WeightsError
 from internlm.infer.cache import Cache, Piece
 from internlm.infer.engine import Engine, Limits
-from internlm.infer.request import Constraint, Request
+from internlm.infer.request import Request
 from internlm.model.config import DynamicScaling, RopeConfig
 from internlm.model.transformer import build
-from tests.infer.engines import MODEL, SHAPE, TOKENIZER, Dictated, finish, prompt
+from tests.infer.engines import MODEL, SHAPE, TOKENIZER, Dictated, check_blocks, finish, prompt
 from tests.models import random_model
 
 
@@ -28,7 +28,7 @@ class Counting:
 
     begun = 0
 
-    def start(self) -> Constraint:
+    def start(self) -> Any:
         type(self).begun += 1
         return type(self)()
 
@@ -150,7 +150,7 @@ class Unready(Counting):
 
     fails = 1
 
-    def start(self) -> Constraint:
+    def start(self) -> Any:
         if type(self).begun == self.fails:
             type(self).begun += 1
             raise MemoryError("no room for a matcher")
@@ -173,7 +173,7 @@ def test_an_answer_that_cannot_begin_ends_alone(which: int) -> None:
     ]
     assert results[1 + which].problem == "MemoryError: no room for a matcher"
     assert results[0].tokens == results[-1].tokens == wanted
-    engine.blocks.check()
+    check_blocks(engine.blocks)
     assert engine.blocks.free == engine.blocks.count
 
 
@@ -421,7 +421,7 @@ def test_nothing_of_an_answer_is_kept_when_it_has_ended() -> None:
     gc.collect()
     assert len(watched) > 12
     assert not any(one() for one in watched)
-    assert engine._inboxes == {}
+    assert not engine.is_busy
 
 
 def test_a_failed_request_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

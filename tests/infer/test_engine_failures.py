@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from internlm.infer.cache import Piece
 from internlm.infer.engine import Engine
-from internlm.infer.request import Constraint, Request
-from tests.infer.engines import MODEL, TOKENIZER, finish, prompt
+from internlm.infer.request import Request
+from tests.infer.engines import MODEL, TOKENIZER, check_blocks, finish, prompt
 
 
 class Faulty(Engine):
@@ -39,7 +41,7 @@ def test_a_step_that_fails_ends_only_the_request_that_makes_it_fail(error: Excep
     assert [r.tokens for r in (results[0], *results[2:])] == wanted
     assert results[1].finished == "error"
     assert str(error) in (results[1].problem or "")
-    engine.blocks.check()
+    check_blocks(engine.blocks)
     assert engine.blocks.free == engine.blocks.count
 
 
@@ -79,7 +81,7 @@ class Countdown:
     def is_complete(self) -> bool:
         return not self.left
 
-    def start(self) -> Constraint:
+    def start(self) -> Any:
         return Countdown()
 
 
@@ -98,14 +100,14 @@ def test_a_constraint_decides_what_may_come_and_when_it_is_enough() -> None:
 
 def test_a_constraint_that_fails_or_leaves_nothing_ends_its_request_alone() -> None:
     class Broken(Countdown):
-        def start(self) -> Constraint:
+        def start(self) -> Any:
             return Broken()
 
         def mask(self, logits: torch.Tensor) -> None:
             raise ValueError("bad grammar")
 
     class Empty(Broken):
-        def start(self) -> Constraint:
+        def start(self) -> Any:
             return Empty()
 
         def mask(self, logits: torch.Tensor) -> None:

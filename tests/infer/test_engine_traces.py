@@ -12,6 +12,7 @@ from internlm.infer.cache import Piece
 from internlm.infer.engine import Engine, Limits
 from internlm.infer.request import Delta, Request
 from internlm.model.config import ModelConfig
+from tests.infer.engines import check_blocks
 from tests.models import random_model
 
 MODEL = random_model(
@@ -111,7 +112,7 @@ def test_every_answer_ends_once_as_it_would_alone_and_no_block_is_lost(limits: L
             engine.abort(action)
         else:
             note(seen, engine.step())
-        engine.blocks.check()
+        check_blocks(engine.blocks)
         ages = [(s.id, s.index) for s in engine.scheduler.running]
         assert ages == sorted(ages), "the oldest first"
         assert len(ages) <= limits.batch
@@ -122,7 +123,7 @@ def test_every_answer_ends_once_as_it_would_alone_and_no_block_is_lost(limits: L
             break
         note(seen, engine.step())
     assert not engine.is_busy, "every answer ends"
-    engine.blocks.check()
+    check_blocks(engine.blocks)
     assert engine.blocks.free == engine.blocks.count
     assert not engine.scheduler.running
     for id_, one in seen.items():

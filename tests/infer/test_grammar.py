@@ -413,42 +413,6 @@ def test_what_breaks_the_compiler_breaks_another_process(tmp_path: Path, monkeyp
         grammar.compile("regex", "tried out in a process that breaks", BPE, SIZE, STOPS)
 
 
-def test_a_grammar_is_compiled_once() -> None:
-    first = grammar.compile("regex", "once", BPE, SIZE, STOPS)
-    assert grammar.compile("regex", "once", BPE, SIZE, STOPS[::-1]) is first
-    assert grammar.compile("choice", '["once"]', BPE, SIZE, STOPS) is not first
-    assert grammar.compile("regex", "once", BPE, SIZE, STOPS[:1]) is not first
-    assert grammar.compile("regex", "once", TOKENIZERS["sentencepiece"], SIZE, ()) is not first
-
-
-def test_what_is_wrong_with_a_text_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    trials: list[str] = []
-    plain = grammar._try_out
-
-    def counted(lark: str, kind: str, where: str) -> str:
-        trials.append(lark)
-        return plain(lark, kind, where)
-
-    monkeypatch.setattr(grammar, "_try_out", counted)
-    told = []
-    for _ in range(3):
-        with pytest.raises(EngineError, match="response_format: ") as caught:
-            grammar.compile("json_schema", '{"not": {"type": "once"}}', BPE, SIZE, STOPS)
-        told.append(caught.value)
-    assert len(trials) == 1
-    assert len({str(error) for error in told}) == 1
-    assert [error.where for error in told] == ["response_format"] * 3
-    assert told[1] is not told[2], "a raised error grows a traceback"
-
-
-def test_a_text_that_took_too_long_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MOST_SECONDS", 0.001)
-    with pytest.raises(EngineError, match="regex: takes over"):
-        grammar.compile("regex", "only slow today", BPE, SIZE, STOPS)
-    monkeypatch.undo()
-    assert grammar.compile("regex", "only slow today", BPE, SIZE, STOPS)
-
-
 def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(EngineError, match=re.escape(install_command("serve"))):

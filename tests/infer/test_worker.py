@@ -170,8 +170,11 @@ def test_a_thread_that_dies_ends_every_answer_and_is_unhealthy(worker: Worker, e
         worker.submit(ask(), receiver)
 
 
-def test_a_step_that_takes_too_long_is_a_stall_and_sleeping_is_none(engine: SlowEngine) -> None:
-    worker = Worker(engine, stall_seconds=0.1)
+def test_a_step_that_takes_too_long_is_a_stall_and_sleeping_is_none(
+    engine: SlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internlm.infer.worker._STALL_SECONDS", 0.1)
+    worker = Worker(engine)
     time.sleep(0.3)
     assert worker.health.is_good, "without work there is nothing to be late with"
     engine.pause = 0.6

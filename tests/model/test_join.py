@@ -10,7 +10,7 @@ import torch
 from internlm.infer.engine import Engine
 from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.model.lora import LoraConfig, apply_lora
-from internlm.model.quant import Joined, join, lay_together
+from internlm.model.quant import PackedLinear, join, lay_together
 from internlm.model.transformer import Transformer, build, empty, initialize
 from internlm.weights.load import fill
 
@@ -42,7 +42,7 @@ def test_a_joined_model_says_the_same(name: str, dtype: torch.dtype) -> None:
     wanted, names = logits(model), [name for name, _ in model.named_parameters()]
     join(model)
     for block in model.blocks.values():
-        assert isinstance(block.attention.wqkv, Joined)
+        assert isinstance(block.attention.wqkv, PackedLinear)
         assert (name == "experts") == (getattr(block.feed_forward, "w_gate_up", None) is None)
     assert (logits(model) - wanted).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
     assert [name for name, _ in model.named_parameters()] == names
@@ -56,10 +56,10 @@ def test_joining_holds_nothing_twice_and_takes_new_values() -> None:
     fill(ours, model.named_parameters())
     join(ours)
     for block, theirs, place in zip(ours.blocks.values(), model.blocks.values(), memory, strict=True):
-        whole = block.attention.wqkv.product.weight
+        whole = block.attention.wqkv.weight
         assert whole.data_ptr() == place == theirs.attention.wq.weight.data_ptr()
         assert whole.shape[0] == PLAIN.hidden_size * 2
-        assert block.feed_forward.w_gate_up.product.weight.data_ptr() == theirs.feed_forward.w_gate.weight.data_ptr()
+        assert block.feed_forward.w_gate_up.weight.data_ptr() == theirs.feed_forward.w_gate.weight.data_ptr()
     other = build(PLAIN, 1)
     fill(ours, other.named_parameters())
     assert torch.allclose(logits(ours), logits(other), atol=1e-5)
@@ -82,7 +82,7 @@ def test_layers_that_are_no_plain_ones_are_left() -> None:
     join(model)
     block = model.blocks["0"]
     assert block.attention.wqkv is None
-    assert isinstance(block.feed_forward.w_gate_up, Joined)
+    assert isinstance(block.feed_forward.w_gate_up, PackedLinear)
     assert torch.allclose(logits(model), wanted, atol=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_a_model_that_trains_on_keeps_its_gradients_after_its_weights_moved() ->
 def test_an_engine_on_a_gpu_joins_and_can_be_given_other_weights() -> None:
     model, other = build(PLAIN, 0).to("cuda"), build(PLAIN, 1)
     engine = Engine(model)
-    assert isinstance(engine.model.blocks["0"].attention.wqkv, Joined)
+    assert isinstance(engine.model.blocks["0"].attention.wqkv, PackedLinear)
     text = [1, 5, 9, 13]
     assert torch.allclose(engine.score(text).cpu(), Engine(model.cpu()).score(text), atol=1e-3)
     engine.load((name, parameter.cuda()) for name, parameter in other.named_parameters())

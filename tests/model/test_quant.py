@@ -21,8 +21,9 @@ from internlm.errors import EngineError
 from internlm.model import quant
 from internlm.model.config import ModelConfig
 from internlm.model.lora import LoraConfig, apply_lora
-from internlm.model.quant import KINDS, Kind, pack, pack_block, pack_head, pack_weight
+from internlm.model.quant import KINDS, Kind, pack_head, pack_weight
 from internlm.model.transformer import Transformer, build
+from tests.models import pack
 from tests.processes import forked
 
 HAVE = {
@@ -96,15 +97,6 @@ def test_every_product_is_packed_and_only_embedding_and_norms_stay_parameters() 
     packed = [module for module in made.modules() if isinstance(module, quant.PackedLinear)]
     assert len(packed) == made.config.num_layers * 4 + 1
     assert not any(p.requires_grad for p in made.parameters())
-
-
-def test_packing_block_by_block_is_packing_the_model() -> None:
-    whole, parts = model(), model()
-    pack(whole, "fp16")
-    for block in parts.blocks.values():
-        pack_block(block, "fp16")  # type: ignore[arg-type]
-    pack_head(parts.head, "fp16")
-    assert torch.equal(logits(whole), logits(parts))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -276,7 +268,7 @@ def test_what_cannot_be_packed_is_refused_and_left_as_it_was() -> None:
     far.blocks["1"].attention.wq.weight = weight  # type: ignore[union-attr]
     with pytest.raises(EngineError, match=r"for the CPU \(got 'cuda'\)"):
         pack(far, "fp16")
-    assert not any(isinstance(module, quant.PackedLinear) for module in far.modules())
+    assert not any(isinstance(module, quant.PackedLinear) for module in far.blocks["1"].modules())
     adapted = model()
     apply_lora(adapted, LoraConfig(targets=("w_down",)))
     with pytest.raises(EngineError, match=r"feed_forward\.w_down: .*LoraLinear.*Merge"):
@@ -306,8 +298,8 @@ _WEIGH = """
 import json, torch
 from internlm.compat import products, simulated
 from internlm.model.config import ModelConfig
-from internlm.model.quant import pack
 from internlm.model.transformer import build
+from tests.models import pack
 
 def held():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

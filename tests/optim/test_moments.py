@@ -215,7 +215,7 @@ def test_moments_are_continued_in_another_dtype(recipe: Make, tmp_path: Path) ->
             assert (value.float() - wanted[name]).abs().max() / largest < 0.015, name
         other.stepper.step()
     checkpoint = store.open_checkpoint(tmp_path / "run")
-    assert checkpoint.holds("optim.blocks.0.attention.wq.weight.exp_avg_sq")
+    assert "optim.blocks.0.attention.wq.weight.exp_avg_sq" in checkpoint.index
 
 
 def test_vectors_and_muon_keep_float32() -> None:

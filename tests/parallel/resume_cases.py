@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from internlm import config
 from internlm import recipe as recipes
-from internlm.checkpoint import listing, saver, store
+from internlm.checkpoint import listing, store
 from internlm.checkpoint.place import Place
 from internlm.data.batch import Batch
 from internlm.errors import InternLMError
@@ -23,6 +23,7 @@ from internlm.model.transformer import build
 from internlm.recipe import Recipe
 from internlm.text.tokenizer import Tokenizer
 from internlm.train.trainer import Trainer
+from tests.models import save_checkpoint
 from tests.parallel.optimizer_cases import whole
 
 __all__ = ["go_on", "newest_seen", "save_and_go_on", "save_around_a_validation", "save_parts"]
@@ -124,4 +125,4 @@ def save_parts(shape: dict[str, Any], path: str, folder: str) -> None:
         own = parameter.detach().chunk(dist.get_world_size())[dist.get_rank()]
         for slot in ("model.{}", "optim.{}.exp_avg", "optim.{}.exp_avg_sq"):
             state[slot.format(name)] = DTensor.from_local(own, mesh, [Shard(0)])
-    saver.save(Path(path), state, model, Tokenizer.load(Path(folder) / "tokenizer"), {"step": 7})
+    save_checkpoint(Path(path), state, model, Tokenizer.load(Path(folder) / "tokenizer"), {"step": 7})

@@ -12,6 +12,7 @@ from internlm.errors import ConfigError
 from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.parallel.mesh import Layout, ParallelConfig
 from internlm.parallel.recompute import RecomputeConfig, chosen
+from internlm.train.budget import TrainConfig
 
 SHAPE = ModelConfig(vocab_size=96, hidden_size=32, num_layers=4, num_heads=8, num_kv_heads=4, ffn_size=48)
 sizes = st.integers(1, 5)
@@ -82,7 +83,6 @@ def test_sizes_that_do_not_make_the_world_are_named(config: dict[str, Any], worl
         ({"tensor": 8}, {}, r"tensor 8 does not divide model.num_kv_heads 4"),
         ({"context": 3}, {}, "context 3 does not divide data.seq_len 64"),
         ({"context": 16, "tensor": 8}, {}, "tensor 8 does not divide the tokens of a context rank 4"),
-        ({"replicate": 3}, {}, "16 rows of a step do not divide over replicate 3 × shard 1 ranks"),
         ({"pipeline": 8}, {}, "8 pipeline stages have only 4 layers"),
         ({"pipeline": 4}, {"micro": 8}, "a pipeline of 4 needs as many micro-batches per step, and there are 2"),
         ({"pipeline": 2}, {"tie_embeddings": True}, "tie_embeddings"),
@@ -114,16 +114,18 @@ def test_what_cannot_be_cut_so_is_refused_with_the_numbers(
         tie_embeddings=changes.get("tie_embeddings", False),
         experts=ExpertsConfig(count=changes["experts"]) if "experts" in changes else None,
     )  # fmt: skip
-    layout = Layout.of(options, world)
+    layout, micro = Layout.of(options, world), changes.get("micro", 1)
     with pytest.raises(ConfigError, match=message):
-        layout.check(options, shape, 64, changes.get("rows", 16), changes.get("micro", 1))
+        layout.check(options, shape, 64, micro, changes.get("rows", 16) // layout.data // micro)
 
 
 def test_rows_of_a_step_divide_into_micro_batches_on_every_rank() -> None:
-    shape = ModelConfig(vocab_size=96, hidden_size=32, num_layers=4, num_heads=8, ffn_size=48)
-    Layout(replicate=2).check(ParallelConfig(replicate=2), shape, 64, 12, 3)
-    with pytest.raises(ConfigError, match="16 rows of a step do not divide over replicate 2 × shard 1 ranks"):
-        Layout(replicate=2).check(ParallelConfig(replicate=2), shape, 64, 16, 3)
+    assert TrainConfig(tokens=1024, batch_tokens=12 * 64, micro_batch_rows=3).micro_rows(64, 2) == 3
+    train = TrainConfig(tokens=1024, batch_tokens=16 * 64, micro_batch_rows=16)
+    with pytest.raises(ConfigError, match="does not divide the 8 rows of a step on each rank"):
+        train.micro_rows(64, 2)
+    with pytest.raises(ConfigError, match="are 16 rows, which do not divide over 3 ranks"):
+        train.micro_rows(64, 3)
 
 
 @pytest.mark.parametrize(

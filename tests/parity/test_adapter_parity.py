@@ -22,8 +22,7 @@ from internlm.model.transformer import Transformer
 from internlm.weights import adapters
 from internlm.weights import transformers as folders
 from internlm.weights.adapters import Adapter
-from internlm.weights.load import load_model
-from internlm.weights.weight import tensors
+from internlm.weights.load import read_model
 from tests.models import roughen
 
 reference = pytest.importorskip("transformers")
@@ -157,7 +156,7 @@ def test_what_peft_saves_has_the_same_logits_here(saved: tuple[Path, Any], base:
     merge_lora(model)
     assert_same_logits(logits(model), theirs, base)
     merged = adapters.merge(folders.open_weights(base), adapter)
-    again = load_model(model.config, tensors(merged))
+    again = read_model(model.config, merged)
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
 
 
@@ -199,7 +198,8 @@ def test_five_steps_of_adamw_are_those_of_peft(case: str, base: Path, tmp_path: 
     assert losses["ours"] == pytest.approx(losses["theirs"], rel=1e-5)
     assert losses["ours"][-1] < losses["ours"][0] - 0.5
     for name, parameter in parameters.items():
-        assert_close(parameter, theirs.get_parameter(in_theirs(name)))
+        # A step of Adam is a quotient of gradients: what rounding leaves in them grows from step to step.
+        assert_close(parameter, theirs.get_parameter(in_theirs(name)), 5e-5)
 
 
 OURS = {
@@ -274,12 +274,12 @@ def test_modules_that_were_kept_whole_are_merged(base: Path, tmp_path: Path) -> 
     adapter = adapters.open_adapter(tmp_path / "theirs", config)
     assert set(adapter.saved) == {"head.weight", *(f"blocks.{i}.feed_forward_norm.weight" for i in range(3))}
     merged = adapters.merge(folders.open_weights(base), adapter)
-    assert_same_logits(logits(load_model(config, tensors(merged))), theirs, base)
+    assert_same_logits(logits(read_model(config, merged)), theirs, base)
     with pytest.raises(WeightsError, match=r"take the place of the base's.*head\.weight.*Merge it"):
         adapters.attach(folders.load(base), adapter)
     adapters.export(adapter, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy_of(base), tmp_path / "ours").eval()
-    assert_same_logits(logits(load_model(config, tensors(merged))), again, base)
+    assert_same_logits(logits(read_model(config, merged)), again, base)
 
 
 def test_dropout_is_not_in_the_way(base: Path, tmp_path: Path) -> None:

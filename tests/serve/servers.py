@@ -118,17 +118,17 @@ def serving(
 ) -> Iterator[Running]:
     """Serve inside the block."""
     engine = engine or slow_engine()
-    metrics = Metrics()
     worker = Worker(engine, max_waiting=max_waiting)
     served = Served(engine, Talk(TOKENIZER, template), names, timeout=timeout)
     address = address or Address(port=0)
     listener = bind(address)
-    server = Server(make_app(served, worker, access or Access(), metrics), worker, address, drain_seconds=drain)
+    app = make_app(served, worker, access or Access())
+    server = Server(app, worker, address, drain_seconds=drain)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     assert until(lambda: server.started)
     try:
-        yield Running(url_of(address, listener), server, worker, engine, metrics, thread)
+        yield Running(url_of(address, listener), server, worker, engine, app.state.service.metrics, thread)
     finally:
         server.should_exit = server.force_exit = True
         thread.join(10)

@@ -21,7 +21,6 @@ from internlm.serve.api import asked as asking
 from internlm.serve.api.app import Service
 from internlm.serve.api.asked import Served
 from internlm.serve.api.gate import Access
-from internlm.serve.api.metrics import Metrics
 from internlm.weights.talk import Talk
 from tests.processes import until
 from tests.serve.servers import TOKENIZER, Running, serving, slow_engine
@@ -78,8 +77,9 @@ def test_each_request_has_a_line_in_the_log_without_keys_and_texts(caplog: pytes
     assert not [one for one in caplog.messages if "hidden" in one or "my words" in one]
 
 
-def test_a_body_that_comes_too_slowly_is_given_up() -> None:
-    with serving(access=Access(body_seconds=0.3)) as server:
+def test_a_body_that_comes_too_slowly_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("internlm.serve.api.gate._BODY_SECONDS", 0.3)
+    with serving() as server:
         with socket.create_connection(("127.0.0.1", port_of(server))) as link:
             link.settimeout(10)
             link.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
@@ -120,7 +120,7 @@ def test_a_client_that_reads_nothing_of_its_stream_is_let_go(version: str, monke
 
 def test_only_so_many_prompts_wait_to_be_read() -> None:
     worker = Worker(slow_engine(batch=1), max_waiting=1)
-    service = Service(Served(worker.engine, Talk(TOKENIZER, None), ("m",)), worker, Metrics())
+    service = Service(Served(worker.engine, Talk(TOKENIZER, None), ("m",)), worker)
 
     async def crowd() -> list[Any]:
         return await asyncio.gather(*(service.prepare(time.sleep, 0.1) for _ in range(5)), return_exceptions=True)

@@ -332,9 +332,10 @@ def test_special_tokens_are_text_wherever_a_client_writes_them(server: Running) 
     assert len(specials("x")) > 4
 
 
-def test_a_conversation_of_very_many_messages_is_refused_soon() -> None:
+def test_a_conversation_of_very_many_messages_is_refused_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = json.dumps({"messages": [{"role": "user", "content": ""}] * 100_000}).encode()
-    with serving(access=Access(body_bytes=2**24)) as server:
+    monkeypatch.setattr("internlm.serve.api.app._LEAST_BODY_BYTES", 2**24)
+    with serving() as server:
         start = time.monotonic()
         error = refused(server.post(CHAT, content=raw, headers={"content-type": "application/json"}))
         assert error["param"] == "messages"

@@ -161,7 +161,7 @@ def test_draining_finishes_what_runs_and_takes_nothing_new() -> None:
         assert until(lambda: server.worker.stats.running == 1)
         with httpx.Client(base_url=server.url) as kept:
             assert kept.get("/ready").status_code == 200
-        server.server.stop()
+        server.server.handle_exit(signal.SIGTERM, None)
         thread.join(20)
         assert found["a"].json()["choices"][0]["finish_reason"] == "length"
         server.thread.join(10)
@@ -175,7 +175,7 @@ def test_what_is_not_done_when_the_drain_is_over_ends_with_abort() -> None:
         with httpx.stream("POST", server.url + "/v1/completions", json={**LONG, "stream": True}, timeout=20) as stream:
             lines = stream.iter_lines()
             next(lines)
-            server.server.stop()
+            server.server.handle_exit(signal.SIGTERM, None)
             rest = [line for line in lines if line]
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "abort"
         assert rest[-1] == "data: [DONE]"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm.checkpoint import listing, saver
+from internlm.checkpoint import listing
 from internlm.cli import main
 from internlm.errors import EngineError, InternLMError, TokenizerError, UsageError
 from internlm.infer.engine import Engine, Limits
@@ -23,6 +23,7 @@ from internlm.text.chat import Message, render_prompt
 from internlm.text.templates import TEMPLATES, get_template
 from internlm.text.tokenizer import Tokenizer
 from internlm.weights.talk import Talk
+from tests.models import save_checkpoint
 from tests.serve.parrots import ENDLESS, SHAPE, TOKENIZER, chain_model, export
 
 TEMPLATE = get_template("internlm")
@@ -283,7 +284,7 @@ def test_a_checkpoint_of_a_run_answers_too(tmp_path: Path, capsys: pytest.Captur
     for template in ("internlm", None):
         run = tmp_path / str(template)
         meta = {"step": 3, "template": template}
-        saver.save(run / "checkpoints" / listing.name_of(3), tensors, SHAPE, TOKENIZER, meta)
+        save_checkpoint(run / "checkpoints" / listing.name_of(3), tensors, SHAPE, TOKENIZER, meta)
         assert main(["chat", str(run), "-p", "What?", *OPTIONS]) == 0
         said = capsys.readouterr()
         assert said.out

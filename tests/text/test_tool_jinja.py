@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from internlm.errors import InternLMError
-from internlm.text.chat import Message, render, render_prompt
+from internlm.text.chat import Message, ToolCall, render, render_prompt
 from internlm.text.templates import TEMPLATES, get_template, jinja
 from internlm.text.tool_formats import format_of
 from internlm.text.tool_jinja import chat_template, name_of
-from internlm.text.tools import Tool, ToolCall
+from internlm.text.tools import Tool
 from internlm.text.training import train_bpe
 
 transformers = pytest.importorskip("transformers")

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from internlm.text.tool_formats import get_format
 from internlm.text.tool_json import MAX_DEPTH, is_object
-from internlm.text.tools import ArgumentsGrow, CallBegins, CallFails, Text, Thought, collect
+from internlm.text.tool_parser import ArgumentsGrow, CallBegins, CallFails, Text, Thought
+from internlm.text.tools import collect
 
 many = settings(max_examples=120, deadline=None)
 some = settings(max_examples=60, deadline=None)

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -311,7 +312,12 @@ def test_a_run_tells_of_its_spikes_skipped_steps_and_failed_checkpoints(
     recipe: Make, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = watched(recipe, server, train__tokens=6 * 256, checkpoint={"every_steps": 4})
-    monkeypatch.setattr("internlm.train.step.is_finite", lambda _: trainer.progress.step != 2)
+    sums = trainer.stepper._sums
+
+    def spoilt(loss: torch.Tensor) -> Any:
+        return [value * (math.nan if trainer.progress.step == 1 else 1) for value in sums(loss)]  # of step 2
+
+    monkeypatch.setattr(trainer.stepper, "_sums", spoilt)
     trainer.stepper.spikes.add = lambda _: 20.0 if trainer.progress.step == 3 else None  # type: ignore[method-assign]
     space = storage.require_space
 

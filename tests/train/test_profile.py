@@ -109,10 +109,10 @@ def test_every_trace_of_communication_is_taken_outside_of_windows(
     config = ProfileConfig(start=start, steps=steps, modules=modules)
     if again is not None:
         config = ProfileConfig(start=start, steps=steps, modules=modules, every=config.length + again)
-    parts: Any = SimpleNamespace(
+    stepper: Any = SimpleNamespace(
         parallel=SimpleNamespace(device=torch.device("cpu"), rank=0, layout=SimpleNamespace(world_size=2))
     )
-    windows = Windows(config, Path("nowhere"), parts, every)
+    windows = Windows(config, Path("nowhere"), stepper, every)
     expected, owed = [], False
     for step in range(1, 60):
         owed |= (step - 1) % every == 1 % every
@@ -266,7 +266,7 @@ def test_looking_changes_no_number(recipe: Make, tmp_path: Path, change: dict[st
 def test_a_run_that_goes_on_inside_a_window_looks_at_the_rest_of_it(recipe: Make, tmp_path: Path) -> None:
     made = recipe(train__tokens=8 * 256, profile={"start": 3, "steps": 4})
     trainer = recipes.prepare(made)
-    trainer.stepper.wish = lambda: float(Reason.FILE.value) if trainer.progress.step == 3 else 0.0  # type: ignore[method-assign]
+    trainer.stop.wish = lambda: float(Reason.FILE.value) if trainer.progress.step == 3 else 0.0  # type: ignore[method-assign]
     with pytest.raises(Stopped):
         trainer.fit()
     folder = tmp_path / "run" / "profile"

@@ -30,6 +30,7 @@ from internlm.train.metrics import Metrics
 from internlm.train.step import Stepper
 from internlm.train.trainer import Trainer
 from internlm.weights import transformers
+from tests.models import save_checkpoint
 from tests.processes import forked
 
 Make = Callable[..., Recipe]
@@ -288,7 +289,7 @@ def test_weights_that_are_missing_or_left_over_are_named_and_refused(
     state = {name: state[name] for name in names} | ({} if added is None else {f"model.{added}": torch.ones(2)})
     path = tmp_path / "first" / "checkpoints" / listing.name_of(1)
     meta = first.stepper.meta() | {"step": 1, "tokens": 256}
-    saver.save(path, state, first.model.config, first.stepper.loader.tokenizer, meta)
+    save_checkpoint(path, state, first.model.config, first.stepper.loader.tokenizer, meta)
     with pytest.raises(WeightsError, match=re.escape(said)):
         recipes.prepare(recipe(init_from=str(path)))
     if lost is not None:
@@ -319,7 +320,7 @@ def test_weights_of_another_tokenizer_are_refused(recipe: Make, tmp_path: Path, 
     other = train_bpe(["another text than that of the corpus"] * 9, 270)
     source = tmp_path / "first" / "checkpoints" / listing.name_of(1)
     state = {f"model.{name}": p.detach() for name, p in trainer.model.named_parameters()}
-    saver.save(source, state, trainer.model.config, other, {"step": 1})
+    save_checkpoint(source, state, trainer.model.config, other, {"step": 1})
     with pytest.raises(ConfigError, match="trained with another tokenizer"):
         recipes.prepare(recipe(init_from=str(source if step_folder else tmp_path / "first")))
 

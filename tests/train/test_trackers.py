@@ -187,9 +187,10 @@ def test_a_sink_that_fails_is_one_warning_and_the_training_goes_on(
     assert trainer.progress.step == 4
 
 
-def test_a_sink_that_hangs_is_not_waited_for(heard: pytest.LogCaptureFixture) -> None:
+def test_a_sink_that_hangs_is_not_waited_for(heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "CLOSE_S", 0.2)
     over = threading.Event()
-    sink = Sink("slow", lambda: over.wait(60), close_s=0.2)  # type: ignore[arg-type,return-value]
+    sink = Sink("slow", lambda: over.wait(60) and None)  # type: ignore[arg-type,return-value]
     begun = time.monotonic()
     for step in range(3000):  # more than the queue holds
         sink.write(step, {"a": 1.0})
@@ -201,9 +202,10 @@ def test_a_sink_that_hangs_is_not_waited_for(heard: pytest.LogCaptureFixture) ->
     assert "dropped from step 1000 on" in record.getMessage()
 
 
-def test_sinks_that_hang_are_waited_for_together() -> None:
+def test_sinks_that_hang_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "CLOSE_S", 0.5)
     over = threading.Event()
-    sinks = [Sink(f"slow {number}", lambda: over.wait(60), close_s=0.5) for number in range(4)]  # type: ignore[arg-type,return-value]
+    sinks = [Sink(f"slow {number}", lambda: over.wait(60) and None) for number in range(4)]  # type: ignore[arg-type,return-value]
     for sink in sinks:
         sink.peers = sinks
     begun = time.monotonic()

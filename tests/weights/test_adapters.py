@@ -21,7 +21,7 @@ from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.model.lora import LoraConfig, apply_lora, initialize_lora, lora_parameters, merge_lora
 from internlm.model.transformer import Transformer, build, empty
 from internlm.weights import adapters
-from internlm.weights.families import fused
+from internlm.weights.families import translate
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import Weight, of_tensors, table, tensors
 
@@ -325,7 +325,7 @@ def test_an_adapter_on_the_fused_matrix_of_internlm2_is_three_of_ours(dora: bool
 
     def put(target: dict[str, Weight], i: int, tensor: Tensor) -> None:
         names = [f"blocks.{i}.attention.{w}.weight" for w in ("wq", "wk", "wv")]
-        target.update(zip(names, fused.cut(of_tensors([("wqkv", tensor)])["wqkv"], names, SHAPE), strict=True))
+        target.update(zip(names, translate.cut(of_tensors([("wqkv", tensor)])["wqkv"], names, SHAPE), strict=True))
 
     wanted = dict(base)
     for i, weight in whole.items():

@@ -18,10 +18,9 @@ import torch
 from internlm.errors import WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
-from internlm.weights import bin_files, files
+from internlm.weights import files, pickles
 from internlm.weights import transformers as folders
 from internlm.weights import weight as lazy
-from internlm.weights.native import pickles
 from internlm.weights.weight import of_tensors
 
 SHAPE = ModelConfig(vocab_size=50, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=24)
@@ -71,7 +70,7 @@ def test_tensors_are_mapped_and_one_file_is_open_at_a_time(tmp_path: Path) -> No
     gc.collect()
     gc.freeze()  # what a long session holds is not looked at again: that takes longer than the rest
     before = resident()
-    opened = bin_files.open_bins(paths)
+    opened = pickles.open_bins(paths)
     assert resident() - before < 10**7
     for _ in range(2):
         for path, weights in opened.items():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from internlm.checkpoint import listing, saver
+from internlm.checkpoint import listing
 from internlm.cli import main
 from internlm.cli.convert import QUANTIZED_TOLERANCE, TOLERANCE, size_in_bytes, verify
 from internlm.errors import UsageError, WeightsError
@@ -20,9 +20,10 @@ from internlm.source import Hints, open_source
 from internlm.text.training import train_bpe
 from internlm.weights import transformers as folders
 from internlm.weights.families import translate as families
-from internlm.weights.families.names import to_transformers
+from internlm.weights.families.table import to_transformers
 from internlm.weights.talk import read_talk
 from internlm.weights.weight import of_tensors
+from tests.models import save_checkpoint
 
 SHAPE = ModelConfig(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, ffn_size=40, qkv_bias=True)
 
@@ -34,7 +35,7 @@ def run(tmp_path: Path) -> Path:
     for step in (5, 10):
         tensors = {f"model.{name}": p.detach() for name, p in build(SHAPE, step).named_parameters()}
         meta = {"step": step, "template": "internlm"}
-        saver.save(tmp_path / "run" / "checkpoints" / listing.name_of(step), tensors, SHAPE, tokenizer, meta)
+        save_checkpoint(tmp_path / "run" / "checkpoints" / listing.name_of(step), tensors, SHAPE, tokenizer, meta)
     return tmp_path / "run"
 
 

@@ -31,7 +31,7 @@ from internlm.model.transformer import Transformer, build
 from internlm.text.training import train_bpe
 from internlm.weights.gguf import header
 from internlm.weights.gguf import model as gguf
-from internlm.weights.load import load_model, shapes
+from internlm.weights.load import read_model, shapes
 from internlm.weights.talk import Talk
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import of_tensors, tensors
@@ -201,7 +201,7 @@ def test_a_file_is_read_back_as_the_same_model(changes: dict[str, Any], tmp_path
     assert gguf.read_config(tmp_path / "out") == gguf.read_config(file) == model.config
     weights = gguf.open_weights(file)
     assert list(weights) == list(shapes(model.config))
-    loaded = load_model(gguf.read_config(file), tensors(weights))
+    loaded = read_model(gguf.read_config(file), weights)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, loaded.get_parameter(name)), name
 

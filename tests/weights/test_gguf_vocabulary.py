@@ -105,7 +105,8 @@ def test_a_byte_level_vocabulary_is_written_with_merges_and_a_known_cut(
     tokenizer = train_bpe(["What is the sum of 12 and 30? The sum is 42."], 290)
     spec, size = json_of(tokenizer, tmp_path), tokenizer.vocab_size
     spec["added_tokens"].append({**spec["added_tokens"][0], "id": size, "content": "<think>", "special": False})
-    tokenizer = Tokenizer.from_json(json.dumps(spec), {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>"})
+    roles = {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>"}
+    tokenizer = Tokenizer(json.dumps(spec).encode(), is_json=True, roles=roles)
     said = with_tokenizer(tokenizer, tmp_path / "out", "internlm")
     assert said["model"] == "gpt2"
     assert said["merges"] == [p if isinstance(p, str) else " ".join(p) for p in spec["model"]["merges"]]

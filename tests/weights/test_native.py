@@ -16,9 +16,9 @@ from internlm.errors import WeightsError
 from internlm.model.config import DynamicScaling, ModelConfig, RopeConfig
 from internlm.model.transformer import Transformer
 from internlm.source import open_source
-from internlm.weights.load import load_model, shapes
+from internlm.weights.load import read_model, shapes
 from internlm.weights.native import read as native
-from internlm.weights.weight import table, tensors
+from internlm.weights.weight import of_tensors, table, tensors
 from tests.weights.old_layout import Old, every_layout, write
 
 SHAPE = ModelConfig(
@@ -37,8 +37,8 @@ def random(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str
 
 def compare(path: Path, weights: dict[str, Tensor], config: ModelConfig, **overrides: object) -> None:
     """The checkpoint is exactly this model."""
-    assert native.read_config(path, overrides) == config
-    found = dict(tensors(native.open_weights(path, overrides)))
+    assert native.open_checkpoint(path, overrides).config == config
+    found = dict(tensors(native.open_checkpoint(path, overrides).weights))
     assert list(found) == list(shapes(config))
     for name, tensor in weights.items():
         assert found[name].dtype == tensor.dtype
@@ -112,8 +112,9 @@ def test_layouts_do_not_change_logits(tmp_path: Path) -> None:
     old = replace(V02, tensor=4, pipeline=3, embed_split_hidden=False)
     path = write({name: t * 0.1 for name, t in weights.items()}, old, tmp_path)
     ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
-    expected = load_model(SHAPE, ((name, t * 0.1) for name, t in weights.items()))
-    loaded = load_model(native.read_config(path), tensors(native.open_weights(path)))
+    expected = read_model(SHAPE, of_tensors((name, t * 0.1) for name, t in weights.items()))
+    found = native.open_checkpoint(path)
+    loaded = read_model(found.config, found.weights)
     assert torch.equal(logits(loaded, ids), logits(expected, ids))
 
 
@@ -131,7 +132,7 @@ def test_neighbouring_rotary_pairs_are_those_of_the_old_attention(tmp_path: Path
     x = torch.randn(64)
     old = (there @ x).reshape(4, 8)
     old = torch.cat([old[:, ::2], old[:, 1::2]], -1)
-    ours = dict(tensors(native.open_weights(path)))["blocks.0.attention.wk.weight"]
+    ours = dict(tensors(native.open_checkpoint(path).weights))["blocks.0.attention.wk.weight"]
     assert torch.allclose((ours @ x).reshape(4, 8), old)
 
 
@@ -140,11 +141,11 @@ def test_square_feed_forwards_ask_which_matrix_is_which(tmp_path: Path) -> None:
     weights = random(config)
     path = write(weights, replace(V02, layers=1, w2_is_down=True), tmp_path)
     with pytest.raises(WeightsError, match="--set w2=up"):
-        native.read_config(path)
+        native.open_checkpoint(path)
     compare(path, weights, config, w2="down")
     wide = write(random(SHAPE), replace(V02, w2_is_down=True), tmp_path / "wide")
     with pytest.raises(WeightsError, match="where w2 is up"):
-        native.read_config(wide, {"w2": "up"})
+        native.open_checkpoint(wide, {"w2": "up"})
 
 
 def test_shards_that_are_square_by_chance_ask_too(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_shards_that_are_square_by_chance_ask_too(tmp_path: Path) -> None:
     weights = random(config)
     path = write(weights, replace(V02, tensor=2), tmp_path)
     with pytest.raises(WeightsError, match="same shape"):
-        native.read_config(path)
+        native.open_checkpoint(path)
     compare(path, weights, config, w2="up")
 
 
@@ -163,14 +164,14 @@ def test_without_a_config_the_user_is_asked_what_weights_do_not_say(
     path = write(weights, replace(LLAMA, tensor=2), tmp_path)
     (path / "model_config.pt").unlink()
     with pytest.raises(WeightsError, match="--set rotary="):
-        native.read_config(path)
+        native.open_checkpoint(path)
     with pytest.raises(WeightsError, match="--set num_heads="):
-        native.read_config(path, {"rotary": "half"})
+        native.open_checkpoint(path, {"rotary": "half"})
     said = {"num_heads": "8", "rotary": "half", "context_length": 4096}
     with caplog.at_level(logging.WARNING):
         compare(path, weights, GROUPED, **said)
     assert "norm_eps is taken to be 1e-05" in caplog.text
-    assert native.read_config(path, {**said, "norm_eps": 1e-6}).norm_eps == 1e-6
+    assert native.open_checkpoint(path, {**said, "norm_eps": 1e-6}).config.norm_eps == 1e-6
 
 
 def test_the_config_is_read(tmp_path: Path) -> None:
@@ -182,8 +183,8 @@ def test_the_config_is_read(tmp_path: Path) -> None:
     }
     path = write(random(SHAPE), replace(V02, config=stored), tmp_path)
     rope = RopeConfig(base=1e6, scaling=DynamicScaling(original_length=512))
-    assert native.read_config(path) == replace(SHAPE, norm_eps=1e-6, rope=rope)
-    assert native.read_config(path, {"norm_eps": "0.5"}).norm_eps == 0.5
+    assert native.open_checkpoint(path).config == replace(SHAPE, norm_eps=1e-6, rope=rope)
+    assert native.open_checkpoint(path, {"norm_eps": "0.5"}).config.norm_eps == 0.5
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_what_cannot_be_expressed_or_contradicts_is_refused(
 ) -> None:
     path = write(random(SHAPE), replace(V02, config=stored), tmp_path)
     with pytest.raises(WeightsError, match=why):
-        native.read_config(path)
+        native.open_checkpoint(path)
 
 
 def test_a_tool_s_checkpoint_without_prefix_and_mark_is_read(tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ def test_a_missing_rank_is_refused(lost: str, tmp_path: Path) -> None:
     path = write(random(SHAPE), replace(V02, tensor=2, pipeline=3), tmp_path)
     (path / lost).unlink()
     with pytest.raises(WeightsError, match=f"{lost} missing"):
-        native.open_weights(path)
+        native.open_checkpoint(path)
 
 
 @pytest.mark.parametrize("of", ["pp2", "tp1"])
@@ -235,14 +236,14 @@ def test_missing_last_ranks_are_noticed_by_what_they_held(of: str, tmp_path: Pat
     for file in path.glob(f"model_*{of}*"):
         file.unlink()
     with pytest.raises(WeightsError, match="is not whole"):
-        native.open_weights(path)
+        native.open_checkpoint(path)
 
 
 def test_an_odd_rank_in_a_name_is_answered_at_once(tmp_path: Path) -> None:
     path = write(random(SHAPE), replace(V02, tensor=1, pipeline=1), tmp_path)
     shutil.copyfile(path / "model_tp0_pp0.pt", path / f"model_tp{10**9}_pp{10**9}.pt")
     with pytest.raises(WeightsError, match=r"model_tp1_pp0\.pt, .* missing"):
-        native.open_weights(path)
+        native.open_checkpoint(path)
 
 
 def test_a_missing_weight_rank_is_refused(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_a_missing_weight_rank_is_refused(tmp_path: Path) -> None:
     for lost, told in (("tp1_wp3", "last ranks are missing"), ("tp1_wp1", "wp1 in pp0 missing")):
         (path / f"model_{lost}_pp0.pt").unlink()
         with pytest.raises(WeightsError, match=told):
-            native.open_weights(path)
+            native.open_checkpoint(path)
 
 
 def test_a_checkpoint_without_its_mark_is_refused_unless_asked_for(tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_a_checkpoint_without_its_mark_is_refused_unless_asked_for(tmp_path: Pat
     (path / "7.step").unlink()
     assert native.is_one(path)
     with pytest.raises(WeightsError, match="--set unfinished=true"):
-        native.open_weights(path)
+        native.open_checkpoint(path)
     compare(path, weights, SHAPE, unfinished="true")
 
 
@@ -284,12 +285,12 @@ def test_fsdp_and_experts_are_refused_by_their_files(tmp_path: Path) -> None:
     path = write(random(SHAPE), V02, tmp_path)
     shutil.copy(path / "model_tp0_pp0.pt", path / "model_moe_layer0_expert0_tp0.pt")
     with pytest.raises(WeightsError, match="mixture of experts"):
-        native.open_weights(path)
+        native.open_checkpoint(path)
     (path / "model_moe_layer0_expert0_tp0.pt").unlink()
     (path / "model_tp0_pp0.pt").rename(path / "model_tp0_pp0_dp0.pt")
     assert native.is_one(path)
     with pytest.raises(WeightsError, match=r"zero1\.fsdp=False"):
-        native.open_weights(path)
+        native.open_checkpoint(path)
 
 
 def test_unknown_weights_are_named(tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_unknown_weights_are_named(tmp_path: Path) -> None:
     states = torch.load(path / "model_tp0_pp0.pt", map_location="cpu")
     torch.save({**states, "model.blocks.3.mixer.gate.weight": torch.zeros(2)}, path / "model_tp0_pp0.pt")
     with pytest.raises(WeightsError, match=r"model\.blocks\.3\.mixer\.gate\.weight"):
-        native.open_weights(path)
+        native.open_checkpoint(path)
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "blocks.3.mlp.w2.weight", "blocks.0.mixer.out_proj.weight"])
@@ -307,11 +308,11 @@ def test_a_weight_that_is_missing_or_no_plain_tensor_is_named(name: str, tmp_pat
     tensor = states.pop(f"model.{name}")
     torch.save(states, path / "model_tp0_pp0.pt")
     with pytest.raises(WeightsError, match=r"norm\.weight|w_up\.weight is missing|wo\.weight"):
-        native.open_weights(path)
+        native.open_checkpoint(path)
     for odd in (tensor.to_sparse(), 3.0, tensor.to("meta"), tensor[None]):
         torch.save({**states, f"model.{name}": odd}, path / "model_tp0_pp0.pt")
-        with pytest.raises(WeightsError, match=r"no plain tensor|another form|not \(|no feed-forward"):
-            native.open_weights(path)
+        with pytest.raises(WeightsError, match=r"named tensors|not plain|another form|not \(|no feed-forward"):
+            native.open_checkpoint(path)
 
 
 def test_copies_that_differ_between_ranks_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -319,7 +320,7 @@ def test_copies_that_differ_between_ranks_are_told(tmp_path: Path, caplog: pytes
     path = write(weights, replace(V02, tensor=2), tmp_path)
     states = torch.load(path / "model_tp1_pp0.pt", map_location="cpu")
     torch.save({**states, "model.norm.weight": torch.zeros(64).bfloat16()}, path / "model_tp1_pp0.pt")
-    found = native.open_weights(path)["norm.weight"]
+    found = native.open_checkpoint(path).weights["norm.weight"]
     with caplog.at_level(logging.WARNING):
         assert torch.equal(found.read(), weights["norm.weight"])
     assert "norm.weight differ" in caplog.text
@@ -330,18 +331,18 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     file = path / "model_tp0_pp0.pt"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(WeightsError, match=r"model_tp0_pp0\.pt: cannot be read"):
-        native.open_weights(path)
+        native.open_checkpoint(path)
 
 
 def test_wrong_overrides_are_errors(tmp_path: Path) -> None:
     path = write(random(SHAPE), V02, tmp_path)
     with pytest.raises(WeightsError, match="num_heads"):
-        native.read_config(path, {"num_head": 4})
+        native.open_checkpoint(path, {"num_head": 4})
     for name, value in (("norm_eps", "nan"), ("norm_eps", "0"), ("rope_base", "-1"), ("rope_base", "inf")):
         with pytest.raises(WeightsError, match=f"{name}: has no such value"):
-            native.read_config(tmp_path, {name: value})
+            native.open_checkpoint(tmp_path, {name: value})
     with pytest.raises(WeightsError, match="w2: has no such value"):
-        native.read_config(path, {"w2": "left"})
+        native.open_checkpoint(path, {"w2": "left"})
 
 
 def test_progress_says_how_far_training_had_come(tmp_path: Path) -> None:
@@ -353,7 +354,7 @@ def test_progress_says_how_far_training_had_come(tmp_path: Path) -> None:
 
 def test_the_table_says_how_parts_were_joined(tmp_path: Path) -> None:
     path = write(random(SHAPE), replace(V02, tensor=2, pipeline=3), tmp_path)
-    lines = "\n".join(table(native.open_weights(path)))
+    lines = "\n".join(table(native.open_checkpoint(path).weights))
     assert "model.blocks.{i}.mixer.Wqkv.weight (q of 2)" in lines
     assert "model.blocks.{i}.mlp.w3.weight (columns of 2)" in lines
     assert lines.count("\n") + 1 == 16

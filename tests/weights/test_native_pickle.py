@@ -17,7 +17,7 @@ import torch
 from internlm import storage
 from internlm.errors import WeightsError
 from internlm.weights.native import read as native
-from internlm.weights.native.pickles import load
+from internlm.weights.pickles import load
 from tests.weights.old_layout import Config, ParallelMode, framework
 
 
@@ -57,7 +57,7 @@ def test_a_pickle_that_would_run_something_is_refused(function: Any, name: str, 
         load(path)
     (tmp_path / "1.step").touch()
     with pytest.raises(WeightsError):
-        native.open_weights(tmp_path)
+        native.open_checkpoint(tmp_path)
     assert not mark.exists()
     pickle.loads(pickle.dumps(Call(function, code)))  # it would have
     assert mark.exists()

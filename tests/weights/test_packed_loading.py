@@ -17,14 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from internlm.checkpoint import saver
 from internlm.cli import main, serve
 from internlm.errors import EngineError, WeightsError
 from internlm.infer.engine import Engine
 from internlm.infer.placement import Placement
 from internlm.model import lora
 from internlm.model.config import ExpertsConfig, ModelConfig
-from internlm.model.quant import KINDS, Kind, PackedLinear, pack
+from internlm.model.quant import KINDS, Kind, PackedLinear
 from internlm.model.transformer import Transformer, build, empty
 from internlm.source import Source, open_source
 from internlm.text.training import train_bpe
@@ -34,6 +33,7 @@ from internlm.weights.load import fill, read_model
 from internlm.weights.talk import Talk
 from internlm.weights.transformers import ExportOptions
 from internlm.weights.weight import Weights, of_tensors
+from tests.models import pack, save_checkpoint
 
 SHAPE = ModelConfig(
     vocab_size=300, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=256, qkv_bias=True
@@ -101,7 +101,7 @@ def as_bins(folder: Path, out: Path) -> None:
 
 def as_checkpoint(folder: Path, out: Path) -> None:
     tensors = {f"model.{name}": tensor.clone() for name, tensor in open_source(folder).tensors()}
-    saver.save(out, tensors, open_source(folder).config, None, {"step": 1})
+    save_checkpoint(out, tensors, open_source(folder).config, None, {"step": 1})
 
 
 def as_adapter(folder: Path, out: Path) -> None:
@@ -295,7 +295,7 @@ def test_memory_is_that_of_the_packed_weights_and_of_one_block(tmp_path: Path) -
     shared = torch.randn(LARGE.vocab_size * LARGE.hidden_size).bfloat16()
     tensors = {name: shared[: shape.numel()].view(shape) for name, shape in load.shapes(LARGE).items()}
     folders.export(of_tensors(tensors.items()), LARGE, tmp_path / "folder")
-    saver.save(tmp_path / "step-1", {f"model.{name}": t for name, t in tensors.items()}, LARGE, None, {"step": 1})
+    save_checkpoint(tmp_path / "step-1", {f"model.{name}": t for name, t in tensors.items()}, LARGE, None, {"step": 1})
     cases: list[tuple[str, str, int]] = [("folder", "fp16", 2), ("step-1", "int8", 1)]
     words = [word for name, kind, _ in cases for word in (str(tmp_path / name), kind)]
     # Large blocks then go back to the system at once, and what is held is what is used.

@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, TypeVar, TypeVarTuple
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from internlm import __version__
@@ -64,7 +64,6 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 405, 408, 413, 429, 500, 503)
 }
-_ANYONE = Access()
 _ID_BYTES = 8
 """Of an id in JSON, `123456, `."""
 _LEAST_BODY_BYTES, _MOST_BODY_BYTES = 2**20, 2**22
@@ -75,17 +74,11 @@ _GONE = 499
 
 
 class Service:
-    """What the routes call.
+    """What the routes call: a model, the worker of its engine, and what is measured."""
 
-    Args:
-        served: the model.
-        worker: with the same engine.
-        metrics: what is measured.
-    """
-
-    def __init__(self, served: Served, worker: Worker, metrics: Metrics) -> None:
-        self.served, self.worker, self.metrics = served, worker, metrics
-        self.inbox = Inbox(worker, metrics)
+    def __init__(self, served: Served, worker: Worker) -> None:
+        self.served, self.worker, self.metrics = served, worker, Metrics()
+        self.inbox = Inbox(worker, self.metrics)
         self.pool = ThreadPoolExecutor(4, thread_name_prefix="prompt")
         self.compilers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
         self.grammars = structure.Grammars(served.engine)
@@ -93,8 +86,8 @@ class Service:
 
     async def ask(
         self, function: Callable[[Served, _Body, structure.Compile], Asked], body: _Body, request: Request
-    ) -> Asked:
-        """Return what a request asks of the engine; compiling a grammar for one holds up no other.
+    ) -> Response:
+        """Return the response to a request of the engine; compiling a grammar for one holds up no other.
 
         Raises:
             ApiError: it cannot be done.
@@ -102,18 +95,16 @@ class Service:
             Gone: the client has closed the connection before its grammar was compiled.
         """
         try:
-            return await self.prepare(function, self.served, body, self.grammars.known)
+            found = await self.prepare(function, self.served, body, self.grammars.known)
         except structure.Later:
             slow = self.prepare(function, self.served, body, self.grammars.compile, pool=self.compilers)
-            return await unless_gone(slow, request.receive)
+            found = await unless_gone(slow, request.receive)
+        return await self._respond(found, request)
 
     async def prepare(
-        self,
-        function: Callable[[*_Given], _Found],
-        *given: *_Given,
-        pool: ThreadPoolExecutor | None = None,
+        self, function: Callable[[*_Given], _Found], *given: *_Given, pool: ThreadPoolExecutor | None = None
     ) -> _Found:
-        """Return what a function gives that may take a while, run off the event loop.
+        """Return what a function gives, run off the event loop.
 
         Raises:
             Busy: as many wait for that as may be answered at once. Each of them holds its whole body.
@@ -126,33 +117,24 @@ class Service:
         finally:
             self._preparing -= 1
 
-    async def respond(self, request: Request, asked: Asked) -> Response:
-        """Return the response to a request of the engine: a stream, or one body."""
+    async def _respond(self, asked: Asked, request: Request) -> Response:
         most = self.worker.capacity
         if sum(one.n for one in asked.requests) > most and len(asked.requests) > 1:
             raise ApiError(f"prompt: over {most} answers at once are too many for this server", param="prompt")
+        reply = Reply(self.served, asked)
         ticket = self.inbox.open(asked.requests)
+        ticket.watch(request.receive)
+        if asked.stream:
+            return _Stream(self._events(ticket, reply), ticket)
         try:
-            ticket.watch(request.receive)
-            reply = Reply(self.served, asked)
-            if asked.stream:
-                return _Stream(self._events(ticket, reply), ticket)
-            body = await self._whole(ticket, reply)
-        except BaseException:
+            async for mail in ticket:
+                for place, delta in mail:
+                    reply.add(place, delta)
+                if reply.is_settled:
+                    ticket.abort()
+            return _json(reply.whole())
+        finally:
             ticket.close()
-            raise
-        ticket.close()
-        return body
-
-    async def _whole(self, ticket: Ticket, reply: Reply) -> Response:
-        async for mail in ticket:
-            for place, delta in mail:
-                if delta.finished == "error":
-                    raise ApiError(delta.problem or "the answer failed", status=500, code="engine_error")
-                reply.add(place, delta)
-            if reply.is_settled:
-                ticket.abort()
-        return _json(reply.whole())
 
     async def _events(self, ticket: Ticket, reply: Reply) -> AsyncIterator[bytes]:
         """Yield the events of a stream; it ends with [DONE], unless the client has gone."""
@@ -163,8 +145,6 @@ class Service:
                 if not mail:
                     yield b": the answer is being written\n\n"
                 for place, delta in mail:
-                    if delta.finished == "error":
-                        raise ApiError(delta.problem or "the answer failed", status=500, code="engine_error")
                     for chunk in reply.chunks(place, delta):
                         yield _event(chunk)
                 if reply.is_settled:
@@ -174,22 +154,19 @@ class Service:
         except Gone:
             return
         except Exception as error:
-            told = str(error)
             if not isinstance(error, ApiError):
                 logger.exception("a stream failed")
-                told = "the server has a defect; its log says more"
+                error = ApiError(problems.DEFECT, status=500, code="engine_error")
             self.metrics.errors[500] += 1
-            yield b"data: " + problems.body_of(told, 500, code="engine_error") + b"\n\n"
+            yield b"data: " + problems.body_of(error) + b"\n\n"
         yield b"data: [DONE]\n\n"
 
 
 class _Stream(StreamingResponse):
     """A stream of events; however it ends, and even if it never began, its ticket is closed."""
 
-    media_type = "text/event-stream"
-
     def __init__(self, events: AsyncIterator[bytes], ticket: Ticket) -> None:
-        super().__init__(events, headers=_STREAM_HEADERS)
+        super().__init__(events, headers=_STREAM_HEADERS, media_type="text/event-stream")
         self.ticket = ticket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -205,10 +182,9 @@ class _Stream(StreamingResponse):
             self.ticket.close()
 
 
-def make_app(served: Served, worker: Worker, access: Access = _ANYONE, metrics: Metrics | None = None) -> FastAPI:
-    """Return the application. `metrics`: None begins new ones."""
-    metrics = metrics or Metrics()
-    service = Service(served, worker, metrics)
+def make_app(served: Served, worker: Worker, access: Access) -> FastAPI:
+    """Return the application."""
+    service = Service(served, worker)
     app = FastAPI(
         title="internlm",
         version=__version__,
@@ -218,14 +194,13 @@ def make_app(served: Served, worker: Worker, access: Access = _ANYONE, metrics: 
         redoc_url=None,
     )
     app.state.service = service
-    for routes in (_answers(service), _models(service), _texts(service), _operations(service)):
-        app.include_router(routes)
+    for add in (_add_answers, _add_models, _add_texts, _add_operations):
+        add(app, service)
     open_paths = {"/health", "/ready", *_add_page(app)}
     _add_handlers(app)
     _correct_schema(app, open_paths if access.keys else None)
-    if access.body_bytes is None:
-        access = replace(access, body_bytes=_body_bytes(served.engine))
-    app.add_middleware(Gate, access=access, open_paths=open_paths, metrics=metrics)
+    body_bytes = _body_bytes(served.engine)
+    app.add_middleware(Gate, access=access, body_bytes=body_bytes, open_paths=open_paths, metrics=service.metrics)
     if access.origins:  # outside the gate: a browser's question beforehand (OPTIONS) has no key
         app.add_middleware(
             CORSMiddleware,
@@ -240,63 +215,50 @@ def make_app(served: Served, worker: Worker, access: Access = _ANYONE, metrics: 
 def _body_bytes(engine: Engine) -> int:
     """Return how many bytes a request may have: those of as many prompts of ids as are answered at once.
 
-    Bounded, as the event loop reads the whole body in one go (0.1 to 0.4 s a MiB on a 2-core x86 server).
+    Bounded, as the event loop parses the body in one go (0.1 to 0.4 s a MiB on a 2-core x86 server).
     """
     prompt = _ID_BYTES * engine.length
     return max(_LEAST_BODY_BYTES, prompt, min(prompt * engine.limits.batch, _MOST_BODY_BYTES))
 
 
-def _answers(service: Service) -> APIRouter:
-    """Return the routes that write."""
-    router = APIRouter()
+def _add_answers(app: FastAPI, service: Service) -> None:
+    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
+    @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=streams)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        return await service.respond(request, await service.ask(asked.ask_chat, body, request))
+        return await service.ask(asked.ask_chat, body, request)
 
+    @app.post("/internlm/chat/completions", response_model=ChatAnswer, responses=streams)
     async def legacy(body: LegacyChatRequest, request: Request) -> Response:
         """Answer a conversation; `max_length` counts the prompt's tokens too."""
-        return await service.respond(request, await service.ask(asked.ask_chat, body, request))
+        return await service.ask(asked.ask_chat, body, request)
 
+    @app.post("/v1/completions", response_model=CompletionAnswer, responses=streams)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Go on with texts."""
-        return await service.respond(request, await service.ask(asked.ask_completion, body, request))
-
-    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-    for path, function, model in (
-        ("/v1/chat/completions", chat, ChatAnswer),
-        ("/internlm/chat/completions", legacy, ChatAnswer),
-        ("/v1/completions", complete, CompletionAnswer),
-    ):
-        router.add_api_route(path, function, methods=["POST"], response_model=model, responses=streams)
-    return router
+        return await service.ask(asked.ask_completion, body, request)
 
 
-def _models(service: Service) -> APIRouter:
-    """Return the routes that say what is served."""
-    router = APIRouter()
+def _add_models(app: FastAPI, service: Service) -> None:
     served = service.served
 
     def card(name: str) -> ModelCard:
         return ModelCard(id=name, created=served.created, root=served.names[0], max_model_len=served.engine.length)
 
-    @router.get("/v1/models", response_model=ModelList)
-    @router.get("/internlm/models", response_model=ModelList, operation_id="legacy_models")
+    @app.get("/v1/models", response_model=ModelList)
+    @app.get("/internlm/models", response_model=ModelList, operation_id="legacy_models")
     async def models() -> ModelList:
         """List the names that the model answers to."""
         return ModelList(data=[card(name) for name in served.names])
 
-    @router.get("/v1/models/{name:path}", response_model=ModelCard)
+    @app.get("/v1/models/{name:path}", response_model=ModelCard)
     async def model(name: str) -> ModelCard:
         """Describe one of them."""
         return card(served.check_name(name))
 
-    return router
 
-
-def _texts(service: Service) -> APIRouter:
-    """Return the routes between texts and ids."""
-    router = APIRouter()
+def _add_texts(app: FastAPI, service: Service) -> None:
     served = service.served
 
     def tokenize_now(body: TokenizeRequest) -> TokenizeAnswer:
@@ -306,82 +268,76 @@ def _texts(service: Service) -> APIRouter:
             names = [served.tokenizer.token_bytes(id_, skip_special=False).decode("utf-8", "replace") for id_ in ids]
         return TokenizeAnswer(count=len(ids), max_model_len=served.engine.length, tokens=ids, token_strs=names)
 
-    @router.post("/tokenize", response_model=TokenizeAnswer)
+    @app.post("/tokenize", response_model=TokenizeAnswer)
     async def tokenize(body: TokenizeRequest) -> TokenizeAnswer:
         """Return the ids of a text or of a conversation."""
         served.check_name(body.model)
         return await service.prepare(tokenize_now, body)
 
-    @router.post("/detokenize", response_model=DetokenizeAnswer)
+    @app.post("/detokenize", response_model=DetokenizeAnswer)
     async def detokenize(body: DetokenizeRequest) -> DetokenizeAnswer:
         """Return the text of ids, special tokens by name."""
         served.check_name(body.model)
         return DetokenizeAnswer(prompt=await service.prepare(served.tokenizer.decode, body.tokens))
 
+    def ids_of(text: str, body: EncodeRequest) -> list[int]:
+        if not body.do_preprocess:
+            return asked.encode_text(served, text, special=body.add_bos)
+        turn = ChatMessage(role="user", content=text)
+        return asked.render_chat(served, ChatRequest(messages=[turn]))[0]
+
     def encode_now(body: EncodeRequest) -> EncodeAnswer:
-        texts = [body.input] if isinstance(body.input, str) else body.input
-        found: list[list[int]] = []
-        for text in texts:
-            if body.do_preprocess:
-                found.append(asked.render_chat(served, [ChatMessage(role="user", content=text)]))
-            else:
-                found.append(asked.encode_text(served, text, special=body.add_bos))
         if isinstance(body.input, str):
-            return EncodeAnswer(input_ids=found[0], length=len(found[0]))
+            ids = ids_of(body.input, body)
+            return EncodeAnswer(input_ids=ids, length=len(ids))
+        found = [ids_of(text, body) for text in body.input]
         return EncodeAnswer(input_ids=found, length=[len(ids) for ids in found])
 
-    @router.post("/v1/encode", response_model=EncodeAnswer)
+    @app.post("/v1/encode", response_model=EncodeAnswer)
     async def encode(body: EncodeRequest) -> EncodeAnswer:
         """Return the ids of texts, under LMDeploy's names."""
         return await service.prepare(encode_now, body)
 
-    return router
 
-
-def _operations(service: Service) -> APIRouter:
-    """Return the routes for those who run the server."""
-    router = APIRouter()
-
+def _add_operations(app: FastAPI, service: Service) -> None:
     def state(ready: bool) -> Response:
         health, stats = service.worker.health, service.worker.stats
         good = health.is_good and not (ready and health.draining)
-        words = {"status": "ok" if good else "unavailable", "alive": health.alive, "stalled": health.stalled}
-        facts = {**words, "draining": health.draining, "running": stats.running, "waiting": stats.waiting}
-        return _json(facts, 200 if good else 503)
+        facts = {"status": "ok" if good else "unavailable", **vars(health)}
+        return _json({**facts, "running": stats.running, "waiting": stats.waiting}, 200 if good else 503)
 
-    @router.get("/health")
+    @app.get("/health")
     async def health() -> Response:
         """Say whether the engine works."""
         return state(ready=False)
 
-    @router.get("/ready")
+    @app.get("/ready")
     async def ready() -> Response:
         """Say whether new requests are taken."""
         return state(ready=True)
 
     text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
-    @router.get("/metrics", response_class=Response, responses=text)
+    @app.get("/metrics", response_class=Response, responses=text)
     async def metrics() -> Response:
         """Return all figures in Prometheus' text format."""
         figures = service.metrics.text(service.worker)
         return Response(figures, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    return router
 
 
 def _add_page(app: FastAPI) -> list[str]:
     """Serve the files of the chat page, each by its own route, and return their paths."""
     files = web.files()
     for path, file in files.items():
-        app.router.add_route(path, _sender(file), methods=["GET"], include_in_schema=False)
+        response = Response(file.content, media_type=file.kind, headers=_PAGE_HEADERS)
+        app.router.routes.append(Route(path, response, methods=["GET"], include_in_schema=False))
     return list(files)
 
 
 def _correct_schema(app: FastAPI, open_paths: Collection[str] | None) -> None:
     """Leave 422 out of the OpenAPI schema: a body that does not fit gets 400, with our error object.
 
-    Every path but the open ones needs a key; None: there is no key.
+    All but the open paths need a key; None: there is none.
     """
     make = app.openapi
 
@@ -402,19 +358,10 @@ def _correct_schema(app: FastAPI, open_paths: Collection[str] | None) -> None:
     app.openapi = corrected  # type: ignore[method-assign]
 
 
-def _sender(file: web.File) -> Callable[[Request], Awaitable[Response]]:
-    async def send(request: Request) -> Response:
-        return Response(file.content, media_type=file.kind, headers=_PAGE_HEADERS)
-
-    return send
-
-
 def _add_handlers(app: FastAPI) -> None:
-    """Tell every error as OpenAI does."""
 
     def told(error: ApiError, headers: dict[str, str] | None = None) -> Response:
-        body = problems.body_of(str(error), error.status, error.param, error.code)
-        return Response(body, error.status, media_type="application/json", headers=headers)
+        return Response(problems.body_of(error), error.status, media_type="application/json", headers=headers)
 
     @app.exception_handler(InternLMError)
     async def ours(request: Request, error: InternLMError) -> Response:

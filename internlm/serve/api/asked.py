@@ -26,7 +26,6 @@ from internlm.serve.api import structure
 from internlm.serve.api.problems import ApiError, from_error
 from internlm.serve.api.schema import (
     Body,
-    ChatMessage,
     ChatRequest,
     CompletionRequest,
     LegacyChatRequest,
@@ -39,7 +38,6 @@ from internlm.serve.api.unsupported import INSTEAD
 from internlm.text.chat import Message, render_prompt
 from internlm.text.templates import TEMPLATES, Part, Template
 from internlm.text.tokenizer import Tokenizer, well_formed
-from internlm.text.tool_formats import format_of
 from internlm.weights.talk import Talk
 
 
@@ -55,7 +53,7 @@ class Served:
     engine: Engine
     talk: Talk
     names: tuple[str, ...]
-    """What it may be asked for by; the first is its own."""
+    """The first is its own."""
     timeout: float | None = None
     """Most seconds for an answer."""
     created: int = field(init=False, default_factory=lambda: int(time.time()))
@@ -70,7 +68,7 @@ class Served:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that decides an answer beside the weights and the request: where it differs, a seed may too."""
+        """Of all that decides an answer beside weights and request: where it differs, a seed may mean another."""
         engine = self.engine
         weight = next(engine.model.parameters())
         parts = (__version__, torch.__version__, engine.model.config, engine.limits, engine.pack, weight.dtype)
@@ -85,15 +83,11 @@ class Served:
 
     @property
     def template(self) -> Template | None:
-        """The chat format, None for a model without one."""
+        """The chat format."""
         return self.talk.format
 
     def check_name(self, name: str | None) -> str:
-        """Return the name that a request asks for; the first where it asks for none.
-
-        Raises:
-            ApiError: there is no such model here.
-        """
+        """Return the name that a request asks for, the first where it asks for none, or raise ApiError."""
         if name is None:
             return self.names[0]
         if name not in self.names:
@@ -110,17 +104,15 @@ class Asked:
     """What one HTTP request asks of the engine."""
 
     requests: tuple[Checked, ...]
-    """One for each prompt."""
     model: str
     stream: bool
     include_usage: bool
     usage_each: bool
-    """Whether the usage is told with every chunk too."""
+    """Whether it is told with every chunk."""
     is_chat: bool
     echoes: tuple[str, ...] | None = None
     """The text of each prompt, where it is to be repeated before the answer."""
     tools: ToolUse | None = None
-    """What the model may call."""
 
 
 def ask_chat(served: Served, body: ChatRequest, compile: Compile) -> Asked:
@@ -131,7 +123,7 @@ def ask_chat(served: Served, body: ChatRequest, compile: Compile) -> Asked:
         ApiError: it cannot be done.
     """
     model = _admit(served, body)
-    tokens, use = _render(served, body)
+    tokens, use = render_chat(served, body)
     room = served.engine.room(len(tokens))
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if isinstance(body, LegacyChatRequest) and body.max_length is not None:
@@ -146,19 +138,14 @@ def ask_chat(served: Served, body: ChatRequest, compile: Compile) -> Asked:
         "continuation": bool(body.continue_final_message),
     }
     request = _request(served, body, tokens, room if most is None else most, extra, compile)
-    if use is not None and use.tools:
+    if use.tools:
         request = _with_tools(request, use, compile)
     checked = _check(served, request, "messages")
-    return Asked((checked,), model, *_streaming(body), is_chat=True, tools=use if use and use.tools else None)
+    return Asked((checked,), model, *_streaming(body), is_chat=True, tools=use if use.tools else None)
 
 
 def ask_completion(served: Served, body: CompletionRequest, compile: Compile) -> Asked:
-    """Return what a completion request asks.
-
-    Raises:
-        Later: of `compile`.
-        ApiError: it cannot be done.
-    """
+    """Return what a completion request asks; errors as of `ask_chat`."""
     model = _admit(served, body)
     prompts, texts = _prompts(served, body)
     given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
@@ -177,11 +164,7 @@ def ask_completion(served: Served, body: CompletionRequest, compile: Compile) ->
 
 
 def ask_ids(served: Served, body: TokenizeRequest) -> list[int]:
-    """Return the ids of a text, or those that the model would get for a conversation.
-
-    Raises:
-        ApiError: it cannot be written.
-    """
+    """Return the ids of a text, or those that the model would get for a conversation; errors as of `render_chat`."""
     if body.messages is None:
         return encode_text(served, body.prompt or "", special=body.add_special_tokens)
     chat = ChatRequest(
@@ -190,23 +173,25 @@ def ask_ids(served: Served, body: TokenizeRequest) -> list[int]:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
     )
-    return _render(served, chat)[0]
+    return render_chat(served, chat)[0]
 
 
-def render_chat(
-    served: Served, messages: Sequence[ChatMessage], use: ToolUse | None = None, *, goes_on: bool = False
-) -> list[int]:
-    """Return the ids of a conversation, after which the answer comes; with `goes_on` its last message has begun it.
+def render_chat(served: Served, body: ChatRequest) -> tuple[list[int], ToolUse]:
+    """Return the ids of a chat request's prompt, after which the answer comes, and its tools.
 
     Raises:
         ApiError: the model has no chat format, or none that is known here, or it cannot write these messages.
     """
+    goes_on = bool(body.continue_final_message)
+    if body.add_generation_prompt is not None and body.add_generation_prompt == goes_on:
+        text = "goes without continue_final_message" if goes_on else "can be false with continue_final_message alone"
+        raise ApiError(f"add_generation_prompt: {text}", param="add_generation_prompt")
     if served.template is None:
         known = "has a chat format that is not known here" if served.talk.foreign is not None else "has no chat format"
         do = f"use /v1/completions, or start the server with --template and one of {', '.join(TEMPLATES)}"
         raise ApiError(f"the model {known}: {do}", code="no_chat")
-    turns = turns_of(messages)
-    use = use or ToolUse(format_of(served.template.name), (), True, None)
+    use = tools_of(body, served.template.name)
+    turns = turns_of(body.messages)
     begin: Sequence[Part] = use.forced.begin if use.forced is not None else ()
     if goes_on:
         begun = turns.pop()
@@ -215,7 +200,8 @@ def render_chat(
             raise ApiError(f"continue_final_message: {text}", param="continue_final_message")
         begin = (begun.content,)
     try:
-        return render_prompt(use.render(turns), served.template, served.tokenizer, begin)
+        written = use.format.render_history(turns, use.tools, use.parallel)
+        return render_prompt(written, served.template, served.tokenizer, begin), use
     except InternLMError as error:
         raise ApiError(str(error), param="messages") from error
 
@@ -226,18 +212,8 @@ def encode_text(served: Served, text: str, *, special: bool) -> list[int]:
     return ([bos] if special and bos is not None else []) + served.tokenizer.encode(text)
 
 
-def _render(served: Served, body: ChatRequest) -> tuple[list[int], ToolUse | None]:
-    """Return the ids of a chat request's prompt, and its tools."""
-    goes_on = bool(body.continue_final_message)
-    if body.add_generation_prompt is not None and body.add_generation_prompt == goes_on:
-        text = "goes without continue_final_message" if goes_on else "can be false with continue_final_message alone"
-        raise ApiError(f"add_generation_prompt: {text}", param="add_generation_prompt")
-    use = tools_of(body, served.talk.template) if served.talk.template is not None else None
-    return render_chat(served, body.messages, use, goes_on=goes_on), use
-
-
 def _streaming(body: Sampling) -> tuple[bool, bool, bool]:
-    """Return whether the answer is streamed, whether with its usage, and whether that comes with every chunk."""
+    """Return `stream`, `include_usage` and `usage_each` of `Asked`."""
     options = body.stream_options
     usage = bool(options and options.include_usage)
     each = usage and bool(options and options.continuous_usage_stats)
@@ -245,7 +221,6 @@ def _streaming(body: Sampling) -> tuple[bool, bool, bool]:
 
 
 def _prompts(served: Served, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
-    """Return the ids and the text of each prompt."""
     given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if given and isinstance(given[0], int):
         given = [given]
@@ -265,10 +240,10 @@ def _admit(served: Served, body: Sampling) -> str:
     """Return the model's name, if nothing is asked that cannot be done."""
     nested: list[Body | None] = [body, body.response_format, body.structured_outputs, body.stream_options]
     for part in nested:
-        found = part.refuse_unsupported() if part is not None else None
-        if found is not None:
-            do = f"; {INSTEAD[found[0]]} is what it has" if found[0] in INSTEAD else ""
-            raise ApiError(f"{found[0]}: this server does not support it{do}", param=found[0], code="unsupported")
+        name = part.unsupported if part is not None else None
+        if name is not None:
+            do = f"; {INSTEAD[name]} is what it has" if name in INSTEAD else ""
+            raise ApiError(f"{name}: this server does not support it{do}", param=name, code="unsupported")
     return served.check_name(body.model)
 
 
@@ -305,7 +280,6 @@ def _request(
 
 
 def _with_tools(request: Request, use: ToolUse, compile: Compile) -> Request:
-    """Return the request with what its tools ask for."""
     if use.forced is not None:
         if request.grammar is not None:
             raise ApiError("a call that must be made leaves no room for response_format", param="response_format")
@@ -318,10 +292,10 @@ def _with_tools(request: Request, use: ToolUse, compile: Compile) -> Request:
 
 
 def _check(served: Served, request: Request, prompt: str) -> Checked:
-    """Return a request that the engine can serve; `prompt` is the field its tokens came from."""
+    """Return the request as checked; `prompt` is the field its tokens came from."""
     try:
         return served.engine.check(request)
     except InternLMError as error:
         told = from_error(error)
-        param = prompt if told.param == "prompt" else told.param
-        raise ApiError(str(told), status=told.status, param=param, code=told.code) from error
+        told.param = prompt if told.param == "prompt" else told.param
+        raise told from error

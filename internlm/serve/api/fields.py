@@ -1,8 +1,7 @@
 """The types of the fields in `schema`: what JSON may stand there, and what is said of anything else.
 
-A field that takes several kinds of value is told apart by its first look, so that a client reads of the kind that it
-meant, not of all. Lists end at their first fault: a body of a megabyte can hold 300,000, and each costs microseconds of
-the event loop.
+A field of several kinds is told apart at the first look, so that a client reads of the kind that it meant, not of all.
+Lists end at their first fault: a body of a megabyte can hold 300,000, and each costs microseconds of the event loop.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def _check_bias(biases: Any) -> Any:
     for id_, bias in biases.items():
         if not (isinstance(id_, str) and id_.isascii() and id_.isdigit() and len(id_) < 10):
             raise ValueError(f"{str(id_)[:40]!r} is no id of a token: /tokenize tells the ids of a text")
-        if not isinstance(bias, int | float) or isinstance(bias, bool) or not -100 <= bias <= 100:
+        if type(bias) not in (int, float) or not -100 <= bias <= 100:
             raise ValueError(f"the bias of {id_} must be a number from -100 to 100")
     return biases
 
@@ -72,16 +71,15 @@ Many = Annotated[list[_Item], Field(fail_fast=True)]
 """A list that is looked through up to its first fault."""
 Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
 Bool = Annotated[bool, Field(strict=True)]
-Probability = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1)]
-Penalty = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-2, le=2)]
+Count = Annotated[Whole, Field(ge=0, lt=2**31)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Probability = Annotated[Number, Field(ge=0, le=1)]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Name = Annotated[str, Field(max_length=512)]
 Text = Annotated[str, Tag("[text]")]
 Ids = Annotated[Many[Annotated[int, Field(strict=True, ge=0, lt=2**31)]], BeforeValidator(_wholes)]
 Bias = Annotated[
-    dict[
-        Annotated[str, Field(pattern="^[0-9]{1,9}$")],
-        Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-100, le=100)],
-    ],
+    dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[Number, Field(ge=-100, le=100)]],
     BeforeValidator(_check_bias),
 ]
 """Id, as JSON's keys are texts → what is added to its logit."""

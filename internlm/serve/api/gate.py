@@ -1,7 +1,7 @@
 """What every request passes before it is looked at: its number, the key, the size of its body.
 
-The whole body is read here, up to the limit, so that nothing behind ever holds more. On the way back failed responses
-are counted, a defect becomes a proper response, and the log gets a line.
+The whole body is read here, so that nothing behind ever holds more than the limit. On the way back failed responses are
+counted, a defect becomes a proper response, and the log gets a line.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from internlm.errors import UsageError
 from internlm.serve.api import problems
 from internlm.serve.api.metrics import Metrics
+from internlm.serve.api.problems import ApiError
 
 logger = logging.getLogger(__name__)
 
@@ -28,31 +29,24 @@ _NUMBER = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#@:\s\[\]]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
 _PORTS = {"http": "80", "https": "443"}
 _DROPPED_BYTES = 2**26
-"""Of a body that is too large, so much is read and thrown away: who still sends it reads no answer before it is out."""
+"""Read beyond the limit, and thrown away: who still sends reads no answer before it is out."""
+_BODY_SECONDS = 60.0
 RETRY_SECONDS = 5
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask, and how much.
-
-    Raises:
-        UsageError: a key or an origin is none that a client could send.
-    """
+    """Who may ask; a key or an origin that no client could send is a UsageError."""
 
     keys: tuple[str, ...] = ()
-    """One of them must come with every request, but for health, readiness and the page; none: everyone may."""
+    """One must come with every request, but for health, readiness and the page; none: everyone may."""
     origins: tuple[str, ...] = ()
     """Other origins whose pages may call the server (CORS), as browsers write them; `*`: all."""
     hosts: tuple[str, ...] | None = None
-    """Public names that a client may call the server by, beside addresses and names of private networks; None: any.
+    """Public names that a client may call the server by, beside addresses and private names; None: any.
 
-    A page of a stranger can let a name of its own point to 127.0.0.1 (DNS rebinding), and then counts as our origin.
+    A stranger's page can let a name of its own point to 127.0.0.1 (DNS rebinding), and then counts as our origin.
     """
-    body_bytes: int | None = None
-    """Most bytes of a request; None: as many as the model's context and batch need."""
-    body_seconds: float = 60.0
-    """Most seconds until it has come."""
 
     def __post_init__(self) -> None:
         for key in self.keys:
@@ -63,11 +57,7 @@ class Access:
 
 
 def _origin(text: str) -> str:
-    """Return an origin as a browser sends it: without a slash at its end, and without the port that is usual.
-
-    Raises:
-        UsageError: it is none.
-    """
+    """Return an origin as a browser sends it: without a slash at its end, and without the port that is usual."""
     if text in ("*", "null"):
         return text
     found = _ORIGIN.fullmatch(text.lower().removesuffix("/"))
@@ -79,19 +69,12 @@ def _origin(text: str) -> str:
 
 
 class Gate:
-    """ASGI middleware around the whole application.
+    """ASGI middleware around the whole application; open paths need no key."""
 
-    Args:
-        app: what is behind it.
-        access: who may enter, and with how much; `body_bytes` must be set.
-        open_paths: need no key.
-        metrics: failed responses are counted there.
-    """
-
-    def __init__(self, app: ASGIApp, *, access: Access, open_paths: Iterable[str], metrics: Metrics) -> None:
-        self.app, self.access, self.metrics = app, access, metrics
-        assert access.body_bytes is not None, "`make_app` sets it"
-        self._body_bytes = access.body_bytes
+    def __init__(
+        self, app: ASGIApp, *, access: Access, body_bytes: int, open_paths: Iterable[str], metrics: Metrics
+    ) -> None:
+        self.app, self.access, self.body_bytes, self.metrics = app, access, body_bytes, metrics
         self.keys = [key.encode() for key in access.keys]
         self.open_paths = frozenset(open_paths)
 
@@ -118,79 +101,62 @@ class Gate:
             await send(event)
 
         try:
-            await self._admit(scope, headers, receive, send_marked)
+            try:
+                body = await self._admit(scope, headers, receive)
+            except ApiError as refusal:
+                await _refuse(send_marked, refusal)
+            else:
+                await self.app(scope, _replay(body, receive), send_marked)
         except Exception:
             if status:
                 raise  # it has begun: the connection breaks, and the traceback is the server's to tell
             logger.exception("a defect: %s (%s)", _name(scope), number.decode())
-            await _refuse(send_marked, 500, "the server has a defect; its log says more", "internal_error")
+            await _refuse(send_marked, ApiError(problems.DEFECT, status=500, code="internal_error"))
         finally:
             if scope["path"] not in self.open_paths and scope["path"] != "/metrics":  # those are asked all the time
                 seconds = time.monotonic() - began
                 logger.info("%s: %d after %.3f s (%s)", _name(scope), status, seconds, number.decode())
 
-    async def _admit(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
-        """Let a request through if it may enter."""
-        if self.access.hosts is not None and not _is_ours(headers.get(b"host", b""), self.access.hosts):
+    async def _admit(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        """Return the body of a request that may enter, or raise ApiError."""
+        access = self.access
+        if access.hosts is not None and not _is_ours(headers.get(b"host", b""), access.hosts):
             text = "this server is not known by this name: --allow-origin names it, or --api-key asks for a key"
-            await _refuse(send, 403, text, "unknown_host")
-            return
+            raise ApiError(text, status=403, code="unknown_host")
         if scope["path"] not in self.open_paths and not self._may_enter(headers.get(b"authorization", b"")):
-            await _refuse(send, 401, "the API key is missing or wrong", "invalid_api_key")
-            return
+            raise ApiError("the API key is missing or wrong", status=401, code="invalid_api_key")
         try:
-            async with asyncio.timeout(self.access.body_seconds):
-                body = await self._read(headers, receive)
-        except TimeoutError:
-            text = f"the body did not come within {self.access.body_seconds:g} seconds"
-            await _refuse(send, 408, text, "body_too_slow")
-            return
-        if body is None:
-            text = f"the body is larger than {self._body_bytes} bytes, which is the limit of this server"
-            await _refuse(send, 413, f"{text}: send fewer or shorter prompts in one request", "body_too_large")
-            return
-        await self.app(scope, _replay(body, receive), send)
+            async with asyncio.timeout(_BODY_SECONDS):
+                return await self._read(headers, receive)
+        except TimeoutError as error:
+            text = f"the body did not come within {_BODY_SECONDS:g} seconds"
+            raise ApiError(text, status=408, code="body_too_slow") from error
 
     def _may_enter(self, header: bytes) -> bool:
         """Whether the header holds one of the keys; all are compared, in constant time."""
-        if not self.keys:
-            return True
         scheme, _, given = header.partition(b" ")
         fitting = [hmac.compare_digest(given.strip(), key) for key in self.keys]
-        return scheme.lower() == b"bearer" and any(fitting)
+        return not fitting or (scheme.lower() == b"bearer" and any(fitting))
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """Return the body, None if it is too large; then it is read, up to a bound, and thrown away."""
+    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > self._body_bytes:
-            if headers.get(b"expect", b"").lower() != b"100-continue":  # who asks so has not sent it, and will not
-                await _drop(receive)
-            return None
+        too_large = length.isdigit() and int(length[:20]) > self.body_bytes
+        # Who asks before a body that is too large has not sent it, and will not.
+        more = not too_large or headers.get(b"expect", b"").lower() != b"100-continue"
         parts: list[bytes] = []
         size = 0
-        while True:
-            event = await receive()
-            if event["type"] != "http.request":
-                return b"".join(parts)  # the client has gone: what is behind notices
+        while more and size < self.body_bytes + _DROPPED_BYTES:
+            event = await receive()  # of a client that has gone it is the end: what is behind notices
             parts.append(event.get("body", b""))
-            size += len(parts[-1])
-            more = event.get("more_body")
-            if size > self._body_bytes:
-                if more:
-                    await _drop(receive)
-                return None
-            if not more:
-                return b"".join(parts)
-
-
-async def _drop(receive: Receive) -> None:
-    """Read the rest of a body, up to a bound, and throw it away."""
-    left = _DROPPED_BYTES
-    while left > 0:
-        event = await receive()
-        if not event.get("more_body"):  # the end, or the client has gone
-            return
-        left -= len(event.get("body", b""))
+            size, more = size + len(parts[-1]), event.get("more_body", False)
+            too_large = too_large or size > self.body_bytes
+            if too_large:
+                parts.clear()
+        if too_large:
+            text = f"the body is larger than {self.body_bytes} bytes, which is the limit of this server"
+            do = "send fewer or shorter prompts in one request"
+            raise ApiError(f"{text}: {do}", status=413, code="body_too_large")
+        return b"".join(parts)
 
 
 def _is_ours(header: bytes, hosts: Iterable[str]) -> bool:
@@ -207,31 +173,27 @@ def _is_ours(header: bytes, hosts: Iterable[str]) -> bool:
 
 
 def _name(scope: Scope) -> str:
-    """Return what was asked for, as a log can hold it: a client must not be able to write lines of its own."""
+    """Return what was asked for, so that a client cannot write lines of its own into the log."""
     path = scope["path"][:200].encode("unicode_escape").decode()
     return f"{scope['method']} {path}"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """Return a `receive` that gives the body once, and then what the connection gives."""
-    given = False
+    events: list[Message] = [{"type": "http.request", "body": body}]
 
     async def again() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return events.pop() if events else await receive()
 
     return again
 
 
-async def _refuse(send: Send, status: int, message: str, code: str) -> None:
-    body = problems.body_of(message, status, code=code)
+async def _refuse(send: Send, error: ApiError) -> None:
+    body = problems.body_of(error)
     kinds = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 401:
+    if error.status == 401:
         kinds.append((b"www-authenticate", b"Bearer"))
-    if status in (408, 413):
+    if error.status in (408, 413):
         kinds.append((b"connection", b"close"))  # the rest of the body is not read
-    await send({"type": "http.response.start", "status": status, "headers": kinds})
+    await send({"type": "http.response.start", "status": error.status, "headers": kinds})
     await send({"type": "http.response.body", "body": body})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from internlm.serve.api.metrics import Metrics
 _Found = TypeVar("_Found")
 Mail = list[tuple[int, Delta]]
 _QUIET_SECONDS = 15.0
-"""After so long without a delta a ticket gives an empty list, so that a stream can show life."""
+"""Without a delta, until a ticket gives an empty list, so that a stream can show life."""
 
 
 class Gone(Exception):
@@ -33,17 +34,12 @@ class Gone(Exception):
 
 
 class Inbox:
-    """Takes the engine's deltas to those who wait for them. Belongs to one event loop.
-
-    Args:
-        worker: with the engine.
-        metrics: what is measured.
-    """
+    """Takes the engine's deltas to those who wait for them. Belongs to one event loop."""
 
     def __init__(self, worker: Worker, metrics: Metrics) -> None:
         self.worker, self.metrics = worker, metrics
         self.tickets: dict[int, Ticket] = {}
-        """By the id of each request that has not ended."""
+        """By the ids of their requests."""
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def open(self, requests: Sequence[Checked]) -> Ticket:
@@ -89,14 +85,14 @@ class Ticket:
 
     def __init__(self, inbox: Inbox, requests: Sequence[Checked]) -> None:
         self.places: dict[int, int] = {}
-        """Id of a request → its place among them."""
+        """By the id of each."""
         self._inbox = inbox
         self._left = sum(request.n for request in requests)
         self._queue: asyncio.Queue[Mail | None] = asyncio.Queue()
         self._watch: asyncio.Task[None] | None = None
         self._began = time.monotonic()
         self._first: float | None = None
-        self._counts: dict[tuple[int, int], int] = {}
+        self._counts: Counter[tuple[int, int]] = Counter()
 
     def watch(self, receive: Receive) -> None:
         """End with `Gone` when the client closes the connection."""
@@ -117,8 +113,7 @@ class Ticket:
                 if self._first is None:
                     self._first = now
                     metrics.first_token.observe(now - self._began)
-                key = place, delta.index
-                self._counts[key] = self._counts.get(key, 0) + len(delta.tokens)
+                self._counts[place, delta.index] += len(delta.tokens)
             self._left -= delta.finished is not None
         if not self._left:
             metrics.total.observe(now - self._began)
@@ -155,11 +150,7 @@ class Ticket:
 
 
 async def unless_gone(waiting: Coroutine[Any, Any, _Found], receive: Receive) -> _Found:
-    """Return what is waited for, which is cancelled when the client closes the connection.
-
-    Raises:
-        Gone: it did.
-    """
+    """Return what is waited for; when the client closes the connection cancel it, and raise Gone."""
     task, left = asyncio.create_task(waiting), asyncio.create_task(_disconnected(receive))
     try:
         await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
@@ -172,6 +163,5 @@ async def unless_gone(waiting: Coroutine[Any, Any, _Found], receive: Receive) ->
 
 
 async def _disconnected(receive: Receive) -> None:
-    """Wait until the client closes the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

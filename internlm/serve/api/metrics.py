@@ -18,7 +18,7 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2
 
 
 class Histogram:
-    """How often values fell under each of some bounds. One thread writes, any may read."""
+    """How often values fell under each of some bounds."""
 
     def __init__(self, name: str, about: str, bounds: Sequence[float]) -> None:
         self.name, self.about, self.bounds = name, about, tuple(bounds)
@@ -52,9 +52,8 @@ class Metrics:
         self.total = Histogram("internlm:e2e_request_latency_seconds", "From the request to its end.", _SECONDS)
         self.queue = Histogram("internlm:request_queue_time_seconds", "Before the first step.", _SECONDS)
         self.ended: Counter[str] = Counter()
-        """Answers by why they ended."""
         self.errors: Counter[int] = Counter()
-        """Responses by status of 400 and above; 500 counts answers that failed in the midst of a stream too."""
+        """Failed responses by status; 500 counts answers that failed in the midst of a stream too."""
 
     def text(self, worker: Worker) -> str:
         """Return all figures as Prometheus reads them."""
@@ -77,10 +76,12 @@ class Metrics:
             ("aborts_total", "counter", "Answers that were aborted.", self.ended["abort"]),
         ):
             lines += [*_head(f"internlm:{name}", kind, about), f"internlm:{name} {value}"]
-        lines += _head("internlm:answers_total", "counter", "Answers by why they ended.")
-        lines += [f'internlm:answers_total{{finished="{k}"}} {n}' for k, n in sorted(self.ended.items())]
-        lines += _head("internlm:http_errors_total", "counter", "Failed responses by status.")
-        lines += [f'internlm:http_errors_total{{code="{k}"}} {n}' for k, n in sorted(self.errors.items())]
+        for name, label, about, counts in (
+            ("answers_total", "finished", "Answers by why they ended.", self.ended),
+            ("http_errors_total", "code", "Failed responses by status.", self.errors),
+        ):
+            lines += _head(f"internlm:{name}", "counter", about)
+            lines += [f'internlm:{name}{{{label}="{key}"}} {count}' for key, count in sorted(counts.items())]
         for histogram in (self.first_token, self.per_token, self.total, self.queue):
             lines += histogram.lines()
         return "\n".join(lines) + "\n"

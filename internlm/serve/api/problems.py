@@ -17,33 +17,26 @@ _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
-    413: "invalid_request_error",
     429: "rate_limit_error",
 }
+DEFECT = "the server has a defect; its log says more"
 PARAMS = {"tokens": "prompt", "stop_strings": "stop", "prompt_logprobs": "logprobs", "stop_ids": "stop_token_ids"}
 """Field of an engine's request → of the client's, where they differ."""
 
 
 class ApiError(InternLMError):
-    """A request that gets an error response.
-
-    Args:
-        message: what was wrong, and what to do.
-        status: of the response.
-        param: the field it is about.
-        code: a word that programs look at.
-    """
+    """A request that gets an error response; `param` is the field it is about, `code` a word for programs."""
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
 
-def body_of(message: str, status: int, param: str | None = None, code: str | None = None) -> bytes:
+def body_of(error: ApiError) -> bytes:
     """Return the body of an error response: ASCII, since a message may hold what UTF-8 cannot write."""
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    return json.dumps({"error": error}).encode()
+    kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    told = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    return json.dumps({"error": told}).encode()
 
 
 def from_error(error: InternLMError) -> ApiError:
@@ -62,12 +55,8 @@ def from_error(error: InternLMError) -> ApiError:
 def from_validation(errors: Sequence[Any], body: Any = None) -> ApiError:
     """Return how a body that does not fit its type is told: the first fault that pydantic found, without its input.
 
-    Args:
-        errors: of FastAPI.
-        body: its text where it is no JSON, its bytes where no header says that they are.
+    `body` is its text where it is no JSON, its bytes where no header says that they are.
     """
-    if not errors:
-        return ApiError("the body cannot be read")
     if isinstance(body, bytes):
         return ApiError("no header says that the body is JSON: send it with Content-Type: application/json")
     first = errors[0]

@@ -1,9 +1,9 @@
 """The server as a process: a socket, signals, an orderly end.
 
-    code = run(served, worker, metrics, Address("127.0.0.1", 8000))
+    code = run(Server(app, worker, address, drain_seconds=30), bind(address))
 
-The first SIGTERM or Ctrl-C stops listening, lets answers end for some seconds, aborts what is left and says so to its
-clients; a second one ends at once. A worker that has died ends the process with code 1.
+The first SIGTERM or Ctrl-C stops listening, lets answers end for some seconds, and aborts what is left; a second one
+ends at once. A worker that has died ends the process with code 1.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from internlm.errors import UsageError
 from internlm.infer.worker import Worker
 
 _IDLE_SECONDS = 75
-"""How long a connection is kept for another request. Proxies keep theirs for 60 s: who closes first must not be us,
-since a request may be on its way."""
+"""That a connection is kept for another request: longer than by proxies (60 s), whose next one may be on its way."""
 _ALIVE_SECONDS = 1.0
 _DEAD_SECONDS = 3.0
 """How long a server whose engine has died goes on saying so."""
@@ -38,15 +37,12 @@ class Address:
     certificate: str | None = None
     """File of a TLS certificate (PEM); with it the server speaks https."""
     key: str | None = None
-    """File of its private key."""
 
 
 class Server(uvicorn.Server):
     """Uvicorn that drains the worker before it ends."""
 
-    def __init__(
-        self, app: ASGIApp, worker: Worker, address: Address = Address(), *, drain_seconds: float = 30.0
-    ) -> None:
+    def __init__(self, app: ASGIApp, worker: Worker, address: Address, *, drain_seconds: float) -> None:
         config = uvicorn.Config(
             app,
             ssl_certfile=address.certificate,
@@ -61,21 +57,14 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self.worker, self.drain_seconds = worker, drain_seconds
-        self._draining: threading.Thread | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End in order at the first signal, at once at the second."""
-        if self.should_exit:
-            self.force_exit = True
-        else:
-            self.stop()
-
-    def stop(self) -> None:
-        """Begin the orderly end."""
-        self.should_exit = True
-        # Its own thread: this may be a signal handler that interrupts one who holds the worker's lock.
-        self._draining = threading.Thread(target=self.worker.drain, args=(self.drain_seconds,), daemon=True)
-        self._draining.start()
+        self.force_exit = self.should_exit
+        if not self.should_exit:
+            self.should_exit = True
+            # A thread of its own: the handler may have interrupted one who holds the worker's lock.
+            threading.Thread(target=self.worker.drain, args=(self.drain_seconds,), daemon=True).start()
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal comes or the engine dies."""
@@ -93,11 +82,7 @@ class Server(uvicorn.Server):
 
 
 def bind(address: Address) -> socket.socket:
-    """Return a socket that listens there.
-
-    Raises:
-        UsageError: the address is not ours, or taken.
-    """
+    """Return a socket that listens there, or raise UsageError: the address is not ours, or taken."""
     if not 0 <= address.port < 65536:
         raise UsageError("is no port", where="--port", got=address.port, allowed=["0 to 65535"])
     try:

@@ -1,7 +1,7 @@
 """The bodies of the OpenAI-compatible API, as types: what is not written here is accepted and has no effect.
 
 Numbers are taken as numbers only (no "1", no true for 1), and none is NaN or infinite. What would change an answer and
-cannot be done is refused by `refuse_unsupported`, never passed over.
+cannot be done is refused (`Body.unsupported`), never passed over.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from internlm.serve.api.fields import (
     Bias,
     Bool,
     Choices,
+    Count,
     Expression,
     Ids,
     LongText,
     Many,
     Name,
+    Number,
     Penalty,
     Probability,
     Prompt,
@@ -42,18 +44,12 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": True})
 
-    def refuse_unsupported(self) -> tuple[str, Any] | None:
-        """Return name and value of the first field that would have an effect here and cannot; None: there is none."""
+    @property
+    def unsupported(self) -> str | None:
+        """The first field that would have an effect and has none here; None: there is none."""
         given = self.model_extra or {}
-        known = type(self).model_fields
-        for name, harmless in UNSUPPORTED.items():
-            if name in given and name not in known and given[name] not in harmless:
-                return name, given[name]
-        return None
-
-
-class Answer(BaseModel):
-    """What a response holds."""
+        wrong = (name for name, harmless in UNSUPPORTED.items() if name in given and given[name] not in harmless)
+        return next(wrong, None)
 
 
 class StreamOptions(Body):
@@ -69,11 +65,11 @@ class Sampling(Body):
 
     model: Name | None = None
     n: Annotated[Whole, Field(ge=1, le=128)] | None = None
-    temperature: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=2)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Probability | None = None
     top_k: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
     min_p: Probability | None = None
-    repetition_penalty: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0.01, le=100)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Bias | None = None
@@ -81,14 +77,14 @@ class Sampling(Body):
     stop: Stop | None = None
     stop_token_ids: StopIds | None = None
     include_stop_str_in_output: Bool | None = None
-    min_tokens: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
+    min_tokens: Count | None = None
     ignore_eos: Bool | None = None
     skip_special_tokens: Bool | None = None
-    max_tokens: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
+    max_tokens: Count | None = None
     max_completion_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
     stream: Bool | None = None
     stream_options: StreamOptions | None = None
-    timeout: Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)] | None = None
+    timeout: Annotated[Number, Field(gt=0)] | None = None
     """Seconds after which the answer ends where it is; the server may allow less."""
     best_of: Annotated[Whole, Field(ge=1, le=128)] | None = None
     response_format: ResponseFormat | None = None
@@ -226,13 +222,17 @@ ToolChoice = Annotated[
 ]
 
 
+Messages = Annotated[Many[ChatMessage], Field(min_length=1, max_length=4096)]
+Tools = Annotated[Many[Tool], Field(max_length=128)]
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[Many[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Messages
     logprobs: Bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
-    tools: Annotated[Many[Tool], Field(max_length=128)] | None = None
+    tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: Bool | None = None
     add_generation_prompt: Bool | None = None
@@ -270,10 +270,10 @@ class TokenizeRequest(Body):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Annotated[Many[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    messages: Messages | None = None
     add_special_tokens: Bool = True
     return_token_strs: Bool = False
-    tools: Annotated[Many[Tool], Field(max_length=128)] | None = None
+    tools: Tools | None = None
     add_generation_prompt: Bool | None = None
     continue_final_message: Bool | None = None
 
@@ -284,7 +284,7 @@ class TokenizeRequest(Body):
         return self
 
 
-class TokenizeAnswer(Answer):
+class TokenizeAnswer(BaseModel):
     """The ids of a text."""
 
     count: int
@@ -300,7 +300,7 @@ class DetokenizeRequest(Body):
     tokens: Ids
 
 
-class DetokenizeAnswer(Answer):
+class DetokenizeAnswer(BaseModel):
     """The text of ids."""
 
     prompt: str
@@ -315,14 +315,14 @@ class EncodeRequest(Body):
     add_bos: Bool = True
 
 
-class EncodeAnswer(Answer):
+class EncodeAnswer(BaseModel):
     """The ids of a text, or of several."""
 
     input_ids: list[int] | list[list[int]]
     length: int | list[int]
 
 
-class Problem(Answer):
+class Problem(BaseModel):
     """What went wrong."""
 
     message: str
@@ -331,13 +331,13 @@ class Problem(Answer):
     code: str | None = None
 
 
-class ErrorAnswer(Answer):
+class ErrorAnswer(BaseModel):
     """The body of every response that is not a success."""
 
     error: Problem
 
 
-class ModelCard(Answer):
+class ModelCard(BaseModel):
     """A model that can be asked for."""
 
     id: str
@@ -349,20 +349,20 @@ class ModelCard(Answer):
     max_model_len: int
 
 
-class ModelList(Answer):
+class ModelList(BaseModel):
     """The models that can be asked for."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
-class CachedTokens(Answer):
+class CachedTokens(BaseModel):
     """Tokens of the prompt that did not have to be computed."""
 
     cached_tokens: int
 
 
-class Usage(Answer):
+class Usage(BaseModel):
     """What was computed."""
 
     prompt_tokens: int
@@ -371,7 +371,7 @@ class Usage(Answer):
     prompt_tokens_details: CachedTokens
 
 
-class TopLogprob(Answer):
+class TopLogprob(BaseModel):
     """How probable a token was."""
 
     token: str
@@ -385,13 +385,13 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(Answer):
+class ChatLogprobs(BaseModel):
     """How probable the tokens of an answer were."""
 
     content: list[TokenLogprob]
 
 
-class ToolCallAnswer(Answer):
+class ToolCallAnswer(BaseModel):
     """A function that the model wants to be called."""
 
     id: str
@@ -399,7 +399,7 @@ class ToolCallAnswer(Answer):
     function: FunctionCall
 
 
-class AnswerMessage(Answer):
+class AnswerMessage(BaseModel):
     """What the model says."""
 
     role: Literal["assistant"] = "assistant"
@@ -409,7 +409,7 @@ class AnswerMessage(Answer):
     tool_calls: list[ToolCallAnswer] | None = None
 
 
-class ChatChoice(Answer):
+class ChatChoice(BaseModel):
     """An answer."""
 
     index: int
@@ -418,7 +418,7 @@ class ChatChoice(Answer):
     finish_reason: Finish
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(BaseModel):
     """The answers to a chat request."""
 
     id: str
@@ -430,7 +430,7 @@ class ChatAnswer(Answer):
     usage: Usage
 
 
-class CompletionLogprobs(Answer):
+class CompletionLogprobs(BaseModel):
     """How probable the tokens of a text were; the first of a prompt has no probability."""
 
     tokens: list[str]
@@ -439,7 +439,7 @@ class CompletionLogprobs(Answer):
     text_offset: list[int]
 
 
-class CompletionChoice(Answer):
+class CompletionChoice(BaseModel):
     """A continuation."""
 
     index: int
@@ -448,7 +448,7 @@ class CompletionChoice(Answer):
     finish_reason: Finish | None
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(BaseModel):
     """The continuations of the prompts."""
 
     id: str

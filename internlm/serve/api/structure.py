@@ -6,23 +6,21 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from internlm.errors import EngineError, InternLMError
+from internlm.errors import InternLMError
 from internlm.infer import grammar
 from internlm.infer.engine import Engine
-from internlm.infer.request import Grammar
+from internlm.infer.grammar import Grammar
 from internlm.serve.api.problems import ApiError
 from internlm.serve.api.schema import ResponseFormat, Sampling, Structure
 
 _QUICK = ("json_object", "choice")
 """What is compiled in no time: there is a bound on its size, and no text of it is tried out."""
-_MOST_OPTIONAL = 400
-"""The library follows 2000 things at once, and each such property is four (llguidance 1.9: 450 work, 600 do not)."""
 _FAILED_SECONDS = 60.0
 _MOST_KNOWN = 64
-"""Each up to 64 kB of text; the library keeps as many."""
+"""Each up to 64 kB of text."""
 
 
 class Wanted(NamedTuple):
@@ -36,16 +34,38 @@ class Wanted(NamedTuple):
 
 
 def wanted_of(body: Sampling) -> Wanted | None:
-    """Return the one structure that a request asks for, None if it asks for none.
-
-    Raises:
-        ApiError: it asks for several.
-    """
-    found = _found(body)
+    """Return the one structure that a request asks for, if any; ApiError where it asks for several."""
+    found = [
+        Wanted(param, kind, value if isinstance(value, str) else json.dumps(value))
+        for param, kind, value in _fields(body)
+        if value is not None
+    ]
     if len(found) > 1:
-        text = f"an answer has one structure, and {' and '.join(one.param for one in found[:2])} each ask for one"
+        text = f"an answer has one structure, and {found[0].param} and {found[1].param} each ask for one"
         raise ApiError(text, param=found[1].param)
     return found[0] if found else None
+
+
+def _fields(body: Sampling) -> list[tuple[str, str, Any]]:
+    """Return all that may ask for a structure: the field, the kind and the value, None where it does not ask."""
+    form = body.response_format or ResponseFormat(type="text")
+    own = body.structured_outputs or Structure()
+    schema = form.json_schema.schema_ if form.json_schema is not None else None
+    return [
+        ("response_format", "json_object", "" if form.type == "json_object" else None),
+        ("response_format", "json_schema", schema if form.type == "json_schema" else None),
+        ("response_format", "regex", form.regex if form.type == "regex" else None),
+        ("response_format", "regex", form.regex_schema if form.type == "regex_schema" else None),
+        ("structured_outputs", "json_object", "" if own.json_object else None),
+        ("structured_outputs", "json_schema", own.json_),
+        ("structured_outputs", "regex", own.regex),
+        ("structured_outputs", "choice", own.choice),
+        ("structured_outputs", "grammar", own.grammar),
+        ("guided_json", "json_schema", body.guided_json),
+        ("guided_regex", "regex", body.guided_regex),
+        ("guided_choice", "choice", body.guided_choice),
+        ("guided_grammar", "grammar", body.guided_grammar),
+    ]
 
 
 Compile = Callable[[Wanted, tuple[int, ...]], Grammar]
@@ -53,7 +73,7 @@ Compile = Callable[[Wanted, tuple[int, ...]], Grammar]
 
 
 class _Failed(NamedTuple):
-    """What was wrong with a structure, and until when that is believed: what took too long may be quicker next time."""
+    """What was wrong with a structure, until when: what took too long may be quicker next time."""
 
     error: str
     until: float
@@ -64,11 +84,7 @@ class Later(Exception):
 
 
 class Grammars:
-    """The grammars of structures: those compiled last are known, and those that failed, for a time.
-
-    Args:
-        engine: its model and tokenizer will write them.
-    """
+    """The grammars of an engine's structures: those compiled last are known, and those that failed, for a time."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -88,19 +104,14 @@ class Grammars:
         return found or self.compile(wanted, stop_ids)
 
     def compile(self, wanted: Wanted, stop_ids: tuple[int, ...]) -> Grammar:
-        """Return the grammar of a structure, as soon as it has been compiled.
-
-        Raises:
-            ApiError: it is not valid or not supported.
-        """
+        """Return the grammar of a structure as soon as it has been compiled; ApiError as of `known`."""
         already = self._find(wanted, stop_ids)  # others may have asked for it while this waited
         if already is not None:
             return already
         found: Grammar | _Failed
         try:
-            _check_width(wanted)
             found = compile(self._engine, wanted, stop_ids)
-        except (InternLMError, RecursionError) as error:
+        except InternLMError as error:
             # The next second it would take as long again, and keep a thread from those that can be compiled.
             found = _Failed(str(error), time.monotonic() + _FAILED_SECONDS)
         with self._lock:
@@ -125,81 +136,10 @@ class Grammars:
 
 
 def compile(engine: Engine, wanted: Wanted, stop_ids: tuple[int, ...]) -> Grammar:
-    """Return the grammar of a structure; the engine's model and tokenizer will write it.
-
-    Raises:
-        EngineError, RecursionError: it is not valid or not supported.
-    """
+    """Return the grammar of a structure, or raise EngineError; the engine's model and tokenizer will write it."""
     assert engine.tokenizer is not None, "a served model has one"
     return grammar.compile(wanted.kind, wanted.text, engine.tokenizer, engine.model.config.vocab_size, stop_ids)
 
 
-def _check_width(wanted: Wanted) -> None:
-    """Check that the library can follow each object of a schema, which it says in the midst of an answer only.
-
-    Raises:
-        EngineError: one has too many properties that may be left out.
-    """
-    if not wanted.kind.endswith("_schema") or len(wanted.text) > grammar.MOST_SIZE:
-        return
-    try:
-        level = [json.loads(wanted.text)]
-    except (ValueError, RecursionError):
-        return  # `compile` says what is wrong
-    while level:
-        for part in level:
-            properties = part.get("properties") if isinstance(part, dict) else None
-            required = part.get("required") if isinstance(part, dict) else None
-            if not isinstance(properties, dict):
-                continue
-            needed = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
-            optional = len(properties.keys() - needed)
-            if optional > _MOST_OPTIONAL:
-                problem = f"an object has {optional} properties that may be left out, and {_MOST_OPTIONAL} are the most"
-                raise EngineError(problem, do="Name those that must come under `required`, or nest them.")
-        parts = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list))
-        level = [inner for part in parts for inner in part]
-
-
 def _refusal(wanted: Wanted, problem: str) -> ApiError:
     return ApiError(f"{wanted.param}: {problem}", param=wanted.param)
-
-
-def _found(body: Sampling) -> list[Wanted]:
-    return [*_of_format(body.response_format), *_of_structure(body.structured_outputs), *_of_guided(body)]
-
-
-def _of_format(given: ResponseFormat | None) -> Iterator[Wanted]:
-    if given is None or given.type == "text":
-        return
-    name = "response_format"
-    if given.type == "json_object":
-        yield Wanted(name, "json_object", "")
-    elif given.type == "json_schema" and given.json_schema is not None:
-        yield from _of_value(name, "json_schema", given.json_schema.schema_)
-    else:
-        yield from _of_value(name, "regex", given.regex_schema if given.type == "regex_schema" else given.regex)
-
-
-def _of_structure(given: Structure | None) -> Iterator[Wanted]:
-    if given is None:
-        return
-    name = "structured_outputs"
-    if given.json_object:
-        yield Wanted(name, "json_object", "")
-    yield from _of_value(name, "json_schema", given.json_)
-    yield from _of_value(name, "regex", given.regex)
-    yield from _of_value(name, "choice", given.choice)
-    yield from _of_value(name, "grammar", given.grammar)
-
-
-def _of_guided(body: Sampling) -> Iterator[Wanted]:
-    yield from _of_value("guided_json", "json_schema", body.guided_json)
-    yield from _of_value("guided_regex", "regex", body.guided_regex)
-    yield from _of_value("guided_choice", "choice", body.guided_choice)
-    yield from _of_value("guided_grammar", "grammar", body.guided_grammar)
-
-
-def _of_value(param: str, kind: str, value: str | dict[str, Any] | list[str] | None) -> Iterator[Wanted]:
-    if value is not None:
-        yield Wanted(param, kind, value if isinstance(value, str) else json.dumps(value))

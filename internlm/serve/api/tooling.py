@@ -1,7 +1,7 @@
 """Tools in a chat request: OpenAI's words for them → those of `internlm.text.tools`, and an answer's calls back.
 
-What the model writes is read while it comes. A call that turns out to be none in the midst of a stream was announced
-already; what the model wrote of it then comes as content, and `finish_reason` is not "tool_calls".
+A call that turns out to be none in the midst of a stream was announced already; what the model wrote of it then comes
+as content, and `finish_reason` is not "tool_calls".
 """
 
 from __future__ import annotations
@@ -16,44 +16,23 @@ from internlm.serve.api.problems import ApiError
 from internlm.serve.api.schema import ChatMessage, ChatRequest, NamedTool
 from internlm.text.chat import Message, ToolCall
 from internlm.text.tool_formats import format_of
-from internlm.text.tools import (
-    ArgumentsGrow,
-    CallBegins,
-    CallFails,
-    Event,
-    Forced,
-    Text,
-    Thought,
-    Tool,
-    ToolFormat,
-    collect,
-    new_call_id,
-)
+from internlm.text.tool_parser import ArgumentsGrow, CallBegins, CallFails, Event, Text, Thought
+from internlm.text.tools import Forced, Tool, ToolFormat, collect, new_call_id
 
 
 @dataclass(frozen=True)
 class ToolUse:
-    """The tools of a request."""
+    """The tools of a request that may be called."""
 
     format: ToolFormat
     tools: tuple[Tool, ...]
-    """None where the request has none, or forbids them."""
     parallel: bool
-    """Whether an answer may hold several calls."""
     forced: Forced | None
     """How an answer is made to be a call, where it must be one."""
 
-    def render(self, messages: Sequence[Message]) -> list[Message]:
-        """Return the conversation with tools, calls and results written out."""
-        return self.format.render_history(messages, self.tools, self.parallel)
-
 
 class CallReader:
-    """Reads the calls of one answer.
-
-    Args:
-        use: the tools.
-    """
+    """Reads the calls of one answer."""
 
     def __init__(self, use: ToolUse) -> None:
         self._parser = use.format.parser([tool.name for tool in use.tools], use.parallel)
@@ -64,7 +43,7 @@ class CallReader:
         """Whether nothing that still comes counts."""
 
     def add(self, text: str, finished: bool) -> list[dict[str, Any]]:
-        """Go on by a piece of the answer, its last one if `finished`; return what a stream says of it."""
+        """Go on by a piece of the answer; return what a stream says of it."""
         events, self._events = [*self._events, *self._parser.add(text)], []
         self.is_settled = self.is_settled or self._parser.finished
         if finished:
@@ -115,19 +94,18 @@ def tools_of(body: ChatRequest, template: str) -> ToolUse:
     parallel = body.parallel_tool_calls is not False
     if not body.tools or body.tool_choice == "none":
         return ToolUse(format_, (), parallel, None)
-    choice = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else body.tool_choice or "auto"
-    try:
-        functions = [tool.function for tool in body.tools]
-        tools = tuple(Tool.of(tool.name, tool.description, tool.parameters) for tool in functions)
-        if len({tool.name for tool in tools}) < len(tools):
-            raise ApiError("two tools have one name", param="tools")
-        if isinstance(body.tool_choice, NamedTool) and choice not in {tool.name for tool in tools}:
+    functions = [tool.function for tool in body.tools]
+    names = {function.name for function in functions}
+    if len(names) < len(functions):
+        raise ApiError("two tools have one name", param="tools")
+    choice: str | NamedTool = body.tool_choice or "auto"
+    if isinstance(choice, NamedTool):
+        choice = choice.function.name
+        if choice not in names:
             raise ApiError(f"no such tool: {choice}", param="tool_choice")
-        if body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool):
-            return ToolUse(format_, tools, parallel, format_.schema(tools, choice, parallel))
-        return ToolUse(format_, tools, parallel, None)
-    except ApiError:
-        raise
+    try:
+        tools = tuple(Tool.of(function.name, function.description, function.parameters) for function in functions)
+        return ToolUse(format_, tools, parallel, format_.schema(tools, choice))
     except InternLMError as error:
         raise ApiError(str(error), param="tools") from error
 
@@ -154,7 +132,6 @@ def turns_of(messages: Sequence[ChatMessage]) -> list[Message]:
 
 
 def _turn(message: ChatMessage) -> Message:
-    """Return a message in our words."""
     calls = tuple(
         ToolCall(call.id or "", call.function.name, call.function.arguments.strip() or "{}")
         for call in message.tool_calls or ()

@@ -12,22 +12,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from internlm.errors import EngineError, UsageError, did_you_mean
+from internlm.errors import EngineError, UsageError
 from internlm.infer.client import Client, Refused
 from internlm.infer.request import Rules, TooLong
 from internlm.text.chat import Message
 
 _TOO_LONG = re.compile(r"refuses \(4\d\d\).*(context|too long|tokens are too many|too many tokens)", re.I | re.S)
-"""Servers have no common code for it but OpenAI's: "maximum context length", "exceeds the available context size", …"""
+"""Such as "maximum context length": servers have no common code for it."""
 _NONE = ("none", "default")
+_ALWAYS_TOLD = ("temperature", "top_p", "max_tokens")
+"""Settings that a server hears of even where they are our defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Rules):
-    """How answers are written; names and meanings as of `Request`."""
+    """How answers are written, as of `Request`."""
 
     temperature: float = 0.8
     top_p: float = 0.8
@@ -35,22 +37,17 @@ class Settings(Rules):
     seed: int | None = None
     """The n-th answer is drawn with seed + n; None: at random."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer and are no part of it."""
 
     def changed(self, values: Mapping[str, Any]) -> Settings:
-        """Return settings with other values, as JSON has them.
+        """Return settings with other values, as JSON has them; ranges are the answerer's business.
 
         Raises:
-            UsageError: a name is not known, or a value is of the wrong kind. Ranges are the answerer's business.
+            UsageError: a name is not known, or a value is of the wrong kind.
         """
         return replace(self, **{name: _of_kind(name, value) for name, value in values.items()})
 
     def parsed(self, name: str, text: str) -> Settings:
-        """Return settings with one value as a person types it; `none` and `default` give the default.
-
-        Raises:
-            UsageError: as `changed`.
-        """
+        """Return settings with one value as a person types it (`none`, `default`: the default); errors of `changed`."""
         _of_kind(name, None)
         value: Any = text
         if text in _NONE:
@@ -66,31 +63,27 @@ class Settings(Rules):
 
     def as_json(self) -> dict[str, Any]:
         """Return all of them as JSON has them."""
-        return asdict(self) | {"stop": list(self.stop)}
+        return vars(self) | {"stop": list(self.stop)}
 
 
-_DEFAULTS = Settings().as_json()
+_DEFAULTS = vars(Settings())
 
 
 def _of_kind(name: str, value: Any) -> Any:
     """Return the value of a setting; None gives the default."""
     if name not in _DEFAULTS:
-        advice = did_you_mean(name, _DEFAULTS)
-        raise UsageError("no such setting", got=name, allowed=_DEFAULTS, do=advice)
+        raise UsageError("no such setting", got=name, allowed=_DEFAULTS)
+    default = _DEFAULTS[name]
+    if value is None:
+        return default
     if name == "stop":
-        texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        texts = tuple(value) if isinstance(value, list | tuple) else (value,)
         if not all(isinstance(text, str) and text for text in texts):
             raise UsageError("is no text, and no list of texts", where=name, got=value)
-        return tuple(texts)
-    if value is None:
-        return _DEFAULTS[name]
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(_DEFAULTS[name], float):
-        if not is_whole and not isinstance(value, float):
-            raise UsageError("is no number", where=name, got=value)
-        return value
-    if not is_whole:
-        raise UsageError("is no whole number", where=name, got=value)
+        return texts
+    kinds, what = ((int, float), "number") if isinstance(default, float) else ((int,), "whole number")
+    if type(value) not in kinds:
+        raise UsageError(f"is no {what}", where=name, got=value)
     return value
 
 
@@ -105,19 +98,16 @@ def _number(text: str) -> int | float | str:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of an answer."""
+    """What is known of an answer of `tokens`: its first text came after `first_s`, its end after `seconds`."""
 
     finished: str = "abort"
     """Why it ended: `Finished` of the engine, or what the server says."""
     prompt_tokens: int | None = None
     tokens: int | None = None
-    """Of the answer."""
     cached_tokens: int | None = None
     """Of the prompt, those that did not need to be computed."""
     first_s: float | None = None
-    """Seconds until the first text came."""
     seconds: float = 0.0
-    """Until the end."""
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -131,11 +121,11 @@ class Answerer(Protocol):
     """Who answers."""
 
     name: str
-    """What it is called in notes and saved conversations."""
+    """For notes and saved conversations."""
     length: int | None
     """Most tokens of prompt and answer together; None: not known."""
     facts: Facts
-    """Of the last answer, as far as it came. The times are the chat's to fill in."""
+    """Of the last answer, as far as it came; the chat fills in the times."""
 
     def check(self, settings: Settings, system: str | None) -> None:
         """Check what can be checked before a question is asked.
@@ -164,9 +154,6 @@ class Answerer(Protocol):
 class FromServer:
     """Lets a server answer.
 
-    Args:
-        client: of the server.
-
     Raises:
         EngineError: the client knows no model's name and the server tells none.
     """
@@ -182,11 +169,13 @@ class FromServer:
         """The server checks, with the next question."""
 
     def answer(self, messages: Sequence[Message], settings: Settings) -> Generator[str]:
-        """Yield the pieces of an answer; see `Answerer`."""
+        """Yield the pieces of an answer."""
         self.facts = Facts()
         try:
             spoken = [{"role": message.role, "content": message.content} for message in messages]
-            with self.client.chat(spoken, **_for_server(settings)) as reply:
+            given = vars(settings)
+            told = {name: given[name] for name in given if name in _ALWAYS_TOLD or given[name] != _DEFAULTS[name]}
+            with self.client.chat(spoken, **told) as reply:
                 yield from reply
         except EngineError as error:
             said = isinstance(error, Refused) and error.code == "context_length_exceeded"
@@ -206,19 +195,8 @@ class FromServer:
         raise KeyboardInterrupt
 
 
-def _for_server(settings: Settings) -> dict[str, Any]:
-    """Return the settings of a request: the usual ones, and of the others only those that change something."""
-    always = ("temperature", "top_p", "max_tokens")
-    told = settings.as_json()
-    return {
-        field.name: told[field.name]
-        for field in fields(Settings)
-        if field.name in always or told[field.name] != _DEFAULTS[field.name]
-    }
-
-
 def _count(usage: Any, *path: str) -> int | None:
-    """Return a number out of what the server says it used; None where it does not say."""
+    """Return a number out of what the server says it used."""
     for key in path:
         usage = usage.get(key) if isinstance(usage, dict) else None
     return usage if isinstance(usage, int) else None

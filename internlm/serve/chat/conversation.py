@@ -29,9 +29,8 @@ class Chat:
     """One conversation.
 
     Args:
-        answerer: who answers.
-        settings: how.
-        system: system message; None: the chat format's own, if it has one.
+        answerer, settings: who answers, and how.
+        system: message; None: the chat format's own, if it has one.
         note: told what the user should know (turns dropped, an answer cut).
 
     Raises:
@@ -47,17 +46,14 @@ class Chat:
         note: Callable[[str], None] | None = None,
     ) -> None:
         self.answerer = answerer
-        self.settings = settings or Settings()
-        self.system = None if system is None else clean(system)
+        self.use(settings or Settings(), system)
         self.note = note or (lambda text: None)
         self.history: list[Message] = []
         """User and assistant in turns."""
         self.answers = 0
-        """Given so far, forgotten ones too; the random stream of the next depends on it."""
+        """So far, forgotten ones too; the random stream of the next depends on it."""
         self.last: Facts | None = None
-        """Of the last answer."""
         self._unanswered: str | None = None
-        answerer.check(self.settings, self.system)
 
     def answer(self, question: str) -> Generator[str]:
         """Yield the pieces of an answer; then the turn belongs to the conversation, also if it is left early.
@@ -69,7 +65,7 @@ class Chat:
         return self._answer(clean(question), list(self.history))
 
     def retry(self) -> Generator[str]:
-        """Yield another answer to the last question; it takes the place of the one before as soon as it has a text.
+        """Yield another answer to the last question, in the place of the one before as soon as it has a text.
 
         Raises:
             UsageError: nothing was asked.
@@ -82,11 +78,7 @@ class Chat:
         return self._answer(self.history[-2].content, self.history[:-2])
 
     def undo(self) -> str:
-        """Take the last turn out of the conversation, and return its question.
-
-        Raises:
-            UsageError: there is none.
-        """
+        """Take the last turn out of the conversation, and return its question; UsageError where there is none."""
         if not self.history:
             raise UsageError("there is no turn to take back")
         question = self.history[-2].content
@@ -100,17 +92,13 @@ class Chat:
         self._unanswered = None
 
     def use(self, settings: Settings, system: str | None) -> None:
-        """Write the answers from now on in another way.
-
-        Raises:
-            EngineError, UsageError: as of the class; nothing has changed then.
-        """
+        """Write the answers from now on in another way; after an error, as of the class, nothing has changed."""
         system = None if system is None else clean(system)
         self.answerer.check(settings, system)
         self.settings, self.system = settings, system
 
     def save(self, path: Path) -> None:
-        """Write the conversation with its settings; readers see the whole file or none.
+        """Write the conversation with its settings.
 
         Raises:
             StorageError: it cannot be written, or the file is something else than a saved conversation.
@@ -162,7 +150,7 @@ class Chat:
                     with contextlib.closing(self.answerer.answer(messages, settings)) as pieces:
                         for piece in pieces:
                             if dropped and not turn.text:
-                                self.note(f"the context is full: the oldest {_turns(dropped)} dropped")
+                                self.note(f"the context is full: the oldest {turns(dropped)} dropped")
                             turn.add(piece)
                             yield piece
                     break
@@ -217,16 +205,14 @@ class _Turn:
 
 
 def clean(text: str) -> str:
-    """Return a text without what no tokenizer and no file can hold: bytes that were no UTF-8, and NUL.
-
-    Halves of a character that a server sent in two pieces become whole.
-    """
+    """Return a text without bytes that were no UTF-8, and NUL; halves of a character that came apart are joined."""
     paired = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
     return paired.encode("utf-8", "replace").decode().replace("\0", "")
 
 
-def _turns(count: int) -> str:
-    return f"{count} turn{'s' if count > 1 else ''}"
+def turns(count: int) -> str:
+    """Return `1 turn`, `2 turns`."""
+    return f"{count} turn{'s' if count != 1 else ''}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -254,10 +240,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise DataError(problem, where=f"{path}, message {number + 1}", got=turn.get("role"), allowed=[expected])
     if (len(turns) - offset) % 2:
         raise DataError("the last question has no answer", where=path, do="Take it off.")
-    if not isinstance(record.get("settings", {}), dict) or not _is_count(record.get("answers", 0)):
+    answers = record.get("answers", 0)
+    if not isinstance(record.get("settings", {}), dict) or type(answers) is not int or answers < 0:
         raise DataError("'settings' or 'answers' are something else", where=path)
     return record
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

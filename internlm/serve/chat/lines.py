@@ -3,8 +3,8 @@
     read = open_input(InputHistory(state_file()))
     text, is_plain = read_input(read)
 
-Enter sends. Several lines stand between """ and """; where prompt_toolkit is installed, Alt-Enter begins a new line
-too. Without it Python's readline edits the line, and where there is no terminal, or a dumb one, lines are just read.
+Several lines stand between """ and """; where prompt_toolkit is installed, Alt-Enter begins a new line too. Without it
+Python's readline edits the line, and where there is no terminal, or a dumb one, lines are just read.
 '''
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from internlm import storage
 from internlm.errors import StorageError
 
 Read = Callable[[str], str]
-"""Shows a prompt and returns what was typed; raises EOFError at the end and KeyboardInterrupt on Ctrl-C."""
+"""Shows a prompt and returns what was typed, as `input` does."""
 
 QUOTES = '"""'
 _KEPT = 1000
@@ -47,11 +47,7 @@ def read_input(read: Read) -> tuple[str, bool]:
 
 
 class InputHistory:
-    """Texts that were typed, the oldest first, in a file of the user alone.
-
-    Args:
-        path: of the file; None: nothing is kept beyond the process.
-    """
+    """Texts that were typed, the oldest first, in a file of the user alone; None: just in the process."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -72,10 +68,7 @@ class InputHistory:
                 self.path = None
 
     def add(self, text: str) -> None:
-        """Remember a text, unless it repeats the one before.
-
-        A file that cannot be written is left alone from then on.
-        """
+        """Remember a text, unless it repeats the one before; a file that cannot be written is left alone then."""
         if self.texts[-1:] == [text]:
             return
         self.texts.append(text)
@@ -92,7 +85,7 @@ class InputHistory:
 
 
 def state_file() -> Path | None:
-    """Return where inputs are remembered, under the user's state folder; None where there is no such folder."""
+    """Return where inputs are remembered; None where the user has no state folder."""
     folder = os.environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(folder):  # the specification says to ignore a relative one
         folder = os.path.expanduser("~/.local/state")
@@ -155,16 +148,16 @@ def _with_toolkit(history: InputHistory) -> Read:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     class Texts(History):
-        """Shows the texts; who has them adds to them."""
+        """Shows the texts, and adds nothing to them: a line may be a part of a text."""
 
         def load_history_strings(self) -> list[str]:
             return history.texts[::-1]
 
         def append_string(self, string: str) -> None:
-            """Add nothing: a line may be a part of a text."""
+            pass
 
         def store_string(self, string: str) -> None:
-            """Add nothing."""
+            pass
 
     keys = KeyBindings()
 

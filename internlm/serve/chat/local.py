@@ -15,12 +15,7 @@ from internlm.weights.talk import Talk
 
 
 def check(settings: Settings, system: str | None, template: Template | None) -> None:
-    """Check the ranges, and that a system message has a place, as far as that can be told without a model's weights.
-
-    Raises:
-        EngineError: a value is out of its range.
-        UsageError: the template, or going on with a text, knows no system message.
-    """
+    """Check the ranges, and that a system message has a place, as of `Answerer`, before a model's weights are read."""
     if system is not None and (template is None or template.system is None):
         name = "plain continuation" if template is None else f"template {template.name}"
         raise UsageError(f"{name} has no place for a system message")
@@ -28,18 +23,13 @@ def check(settings: Settings, system: str | None, template: Template | None) -> 
 
 
 def _request(settings: Settings) -> Request:
-    """Return what settings ask for, still without a prompt."""
+    """Return what settings ask for, without a prompt."""
     rules = {name: getattr(settings, name) for name in RULES}
     return Request(tokens=(), max_tokens=settings.max_tokens, seed=settings.seed, stop_strings=settings.stop, **rules)
 
 
 class FromEngine:
-    """Lets an engine answer. With a template it sees all messages; without one it goes on with the text of the last.
-
-    Args:
-        engine: nobody else's.
-        talk: how the model is talked to; without a chat format it goes on with a text.
-        name: what the model is called.
+    """Lets an engine answer. With a chat format it sees all messages; without one it goes on with the text of the last.
 
     Raises:
         UsageError: the engine has no tokenizer.
@@ -58,14 +48,15 @@ class FromEngine:
         self._prompt([Message("user", "a")], Settings())  # a template that does not fit says so now
 
     def check(self, settings: Settings, system: str | None) -> None:
-        """Check the ranges, and that a system message has a place; see `Answerer`."""
+        """Check the ranges, and that a system message has a place."""
         check(settings, system, self.template)
 
     def answer(self, messages: Sequence[Message], settings: Settings) -> Generator[str]:
-        """Yield the pieces of an answer; see `Answerer`."""
+        """Yield the pieces of an answer."""
         self.facts, self._interrupted = Facts(), False
         prompt = self._prompt(messages, settings)
-        id_ = self.engine.add(self._request(prompt, settings))
+        request = replace(_request(settings), tokens=prompt, stop_ids=self._stops, continuation=self.template is None)
+        id_ = self.engine.add(request)
         count, cached = 0, None
         finished: Finished | None = None
         problem: str | None = None
@@ -91,15 +82,11 @@ class FromEngine:
         """End the answer after the step that is being computed."""
         self._interrupted = True
 
-    def _request(self, prompt: Sequence[int], settings: Settings) -> Request:
-        continues = self.template is None
-        return replace(_request(settings), tokens=prompt, stop_ids=self._stops, continuation=continues)
-
     def _prompt(self, messages: Sequence[Message], settings: Settings) -> list[int]:
         """Return the ids to go on from.
 
         Raises:
-            TooLong: they leave less room than `settings.max_tokens` or a quarter of the context, and turns can go.
+            TooLong: they leave less room than `max_tokens` or a quarter of the context, and turns can go.
         """
         if self.template is None:
             start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]

@@ -2,9 +2,9 @@
 
     screen = Screen(sys.stdout, sys.stderr)
     chat = Chat(answerer, Settings(), note=screen.note)
-    Terminal(chat, screen).converse(read)        # asks and answers until the input ends or `/exit`
+    Terminal(chat, screen, inputs).converse(read)        # asks and answers until the input ends or `/exit`
 
-Answers go to one stream, everything else to the other, so that a file may take the answers.
+Answers go to one stream, all else to the other, so that a file may take the answers.
 """
 
 from __future__ import annotations
@@ -18,25 +18,34 @@ import textwrap
 import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
 from internlm.errors import InternLMError, UsageError, did_you_mean
-from internlm.serve.chat.conversation import Chat
+from internlm.serve.chat.conversation import Chat, turns
 from internlm.serve.chat.lines import QUOTES, InputHistory, Read, read_input
 
 HIDDEN = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 """Control characters: a model must not be able to steer the terminal."""
 _SHOWN = 60
-"""Characters of a question in a note."""
+
+
+COMMANDS = {
+    "/clear": "",
+    "/retry": "",
+    "/undo": "",
+    "/system": "TEXT",
+    "/set": "NAME VALUE",
+    "/save": "FILE",
+    "/load": "FILE",
+    "/stats": "",
+    "/help": "",
+    "/exit": "",
+}
+"""What may be typed instead of a question, and what may stand after it; the methods of `Terminal` do it."""
 
 
 class Screen:
-    """Where a conversation is shown.
-
-    Args:
-        out: takes the answers.
-        remarks: takes everything else.
-    """
+    """Where a conversation is shown: the answers on `out`, all else on `remarks`."""
 
     def __init__(self, out: TextIO, remarks: TextIO) -> None:
         self.out, self.remarks = out, remarks
@@ -53,7 +62,7 @@ class Screen:
             self._in_line = not piece.endswith("\n")
 
     def end(self) -> None:
-        """End the line that an answer is in, if it is in one."""
+        """End the line that an answer is in."""
         if self._in_line:
             self.out.write("\n")
             self.out.flush()
@@ -71,7 +80,7 @@ class Screen:
 
 
 def say(chat: Chat, pieces: Generator[str], screen: Screen) -> None:
-    """Show an answer of the chat while it comes. Ctrl-C ends it after the step that is being computed, twice at once.
+    """Show an answer of the chat while it comes. Ctrl-C ends it after the current step, twice at once.
 
     Raises:
         KeyboardInterrupt: at the second Ctrl-C.
@@ -90,7 +99,7 @@ def say(chat: Chat, pieces: Generator[str], screen: Screen) -> None:
 
 @contextlib.contextmanager
 def _interruptible(chat: Chat) -> Iterator[Callable[[], int]]:
-    """Let the first Ctrl-C inside the block end the answer, and any further one raise; yield a count of them."""
+    """Let the first Ctrl-C inside the block end the answer, and others raise; yield how to count them."""
     count = 0
     if threading.current_thread() is not threading.main_thread():
         yield lambda: count  # only the main thread may set handlers
@@ -110,27 +119,11 @@ def _interruptible(chat: Chat) -> Iterator[Callable[[], int]]:
         signal.signal(signal.SIGINT, before)
 
 
-class Command(NamedTuple):
-    """What may be typed instead of a question."""
-
-    argument: str
-    """What may stand after it, for the help; "": nothing."""
-    help: str
-    run: Callable[[Terminal, str], None]
-
-
 class Terminal:
-    """Reads questions and commands, and shows answers.
+    """Reads questions and commands, and shows answers; `inputs` remembers what was typed."""
 
-    Args:
-        chat: the conversation.
-        screen: where it is shown.
-        inputs: remembers what was typed.
-    """
-
-    def __init__(self, chat: Chat, screen: Screen, inputs: InputHistory | None = None) -> None:
-        self.chat, self.screen = chat, screen
-        self.inputs = inputs or InputHistory(None)
+    def __init__(self, chat: Chat, screen: Screen, inputs: InputHistory) -> None:
+        self.chat, self.screen, self.inputs = chat, screen, inputs
         self.file: Path | None = None
         """Where the conversation was saved or loaded last."""
         self._leaving = False
@@ -142,7 +135,6 @@ class Terminal:
                 self._take(read)
 
     def _take(self, read: Read) -> None:
-        """Read one text and do what it says."""
         try:
             text, is_plain = read_input(read)
         except EOFError:
@@ -163,7 +155,6 @@ class Terminal:
             self.screen.note(str(error))
 
     def _do(self, text: str) -> None:
-        """Carry out a command, or ask a question."""
         name, _, argument = text.partition(" ")
         if text in ("end", "exit"):
             name, argument = {"end": "/clear", "exit": "/exit"}[text], ""
@@ -171,13 +162,12 @@ class Terminal:
         if not re.fullmatch(r"/[a-z]+", name):  # a path is a question, not a command
             say(self.chat, self.chat.answer(text), self.screen)
             return
-        command = COMMANDS.get(name)
-        if command is None:
+        if name not in COMMANDS:
             advice = did_you_mean(name, COMMANDS)
             raise UsageError(f"no such command: {name}. {advice + ' ' if advice else ''}/help lists them")
-        if argument and not command.argument:
+        if argument and not COMMANDS[name]:
             raise UsageError("nothing stands after this command", where=name, got=argument)
-        command.run(self, argument.strip())
+        getattr(self, name[1:])(argument.strip())
 
     def clear(self, _: str) -> None:
         """Forget the conversation."""
@@ -185,7 +175,7 @@ class Terminal:
         self.screen.note("forgotten")
 
     def retry(self, _: str) -> None:
-        """Ask the last question again."""
+        """Another answer to the last question."""
         say(self.chat, self.chat.retry(), self.screen)
 
     def undo(self, _: str) -> None:
@@ -194,14 +184,14 @@ class Terminal:
         self.screen.note(f"taken back: {question if len(question) <= _SHOWN else question[: _SHOWN - 1] + '…'}")
 
     def system(self, argument: str) -> None:
-        """Show or set the system message."""
+        """System message; none: the format's own."""
         if argument:
             self.chat.use(self.chat.settings, None if argument == "none" else argument)
         shown = "the chat format's own" if self.chat.system is None else self.chat.system
         self.screen.note(f"system message: {shown}")
 
     def set(self, argument: str) -> None:
-        """Show or change the settings."""
+        """Change how answers are written; alone it shows the settings."""
         name, _, value = re.sub(r"\s*=\s*", " ", argument, count=1).partition(" ")
         if name:  # without a value this says only whether there is such a setting
             changed = self.chat.settings.parsed(name, value.strip() or "none")
@@ -219,12 +209,11 @@ class Terminal:
         self.screen.note(f"saved in {path}")
 
     def load(self, argument: str) -> None:
-        """Go on with a saved conversation."""
+        """Go on with a saved one."""
         path = self._path(argument, "/load")
         self.chat.load(path)
         self.file = path
-        count = len(self.chat.history) // 2
-        self.screen.note(f"{count} turn{'s' if count != 1 else ''} loaded from {path}")
+        self.screen.note(f"{turns(len(self.chat.history) // 2)} loaded from {path}")
 
     def _path(self, argument: str, command: str) -> Path:
         if not argument and self.file is None:
@@ -234,7 +223,7 @@ class Terminal:
         return self.file if not argument and self.file is not None else Path(os.path.expanduser(argument))
 
     def stats(self, _: str) -> None:
-        """Show figures of the last answer and of the conversation."""
+        """Tokens, speed, context."""
         facts, length = self.chat.last, self.chat.answerer.length
         lines = [("turns", str(len(self.chat.history) // 2)), ("model", self.chat.answerer.name)]
         if facts is not None:
@@ -251,32 +240,20 @@ class Terminal:
         self.screen.show("\n".join(f"{name:12}{value}" for name, value in lines))
 
     def help(self, _: str) -> None:
-        """Show the commands."""
+        """Show this."""
         width = max(shutil.get_terminal_size().columns, 36)
         lines = []
-        for name, command in COMMANDS.items():
-            head = f"{name} {command.argument}".strip()
-            lines += textwrap.wrap(f"{head:18} {command.help}", width - 1, subsequent_indent=" " * 19)
+        for name, argument in COMMANDS.items():
+            head, about = f"{name} {argument}", (getattr(self, name[1:]).__doc__ or "").rstrip(".")
+            lines += textwrap.wrap(f"{head:18} {about[:1].lower()}{about[1:]}", width - 1, subsequent_indent=" " * 19)
         lines += textwrap.wrap(_KEYS, width - 1)
         self.screen.show("\n".join(lines))
 
-    def leave(self, _: str) -> None:
-        """End the conversation."""
+    def exit(self, _: str) -> None:
+        """Leave (also Ctrl-D)."""
         self._leaving = True
 
 
-COMMANDS = {
-    "/clear": Command("", "forget the conversation", Terminal.clear),
-    "/retry": Command("", "another answer to the last question", Terminal.retry),
-    "/undo": Command("", "take back the last turn", Terminal.undo),
-    "/system": Command("TEXT", "system message; none: the format's own", Terminal.system),
-    "/set": Command("NAME VALUE", "change how answers are written; alone it shows the settings", Terminal.set),
-    "/save": Command("FILE", "write the conversation to a file", Terminal.save),
-    "/load": Command("FILE", "go on with a saved one", Terminal.load),
-    "/stats": Command("", "tokens, speed, context", Terminal.stats),
-    "/help": Command("", "show this", Terminal.help),
-    "/exit": Command("", "leave (also Ctrl-D)", Terminal.leave),
-}
 _KEYS = (
     f"Several lines stand between {QUOTES} and {QUOTES}, or come with Alt-Enter where prompt_toolkit is installed. "
     "Ctrl-C stops an answer; what was said of it is kept."

@@ -2,8 +2,7 @@
 
     [finding for check in CHECKS for finding in check(export, wish)]
 
-A check is a function from (Export, Wish) to findings; a new one is a function and its name in CHECKS. What an engine
-can and cannot do is data, in peers.py.
+A new check is a function and its name in CHECKS. What an engine can and cannot do is data, in peers.py.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ from internlm.errors import WeightsError
 from internlm.infer.client import LOOPBACK
 from internlm.model.config import DynamicScaling, ModelConfig
 from internlm.serve.handover import peers
-from internlm.serve.handover.found import GGUF, Export, Finding, Wish
-from internlm.serve.handover.peers import PEERS
+from internlm.serve.handover.found import Export, Finding, Wish
 from internlm.text.chat import stop_ids
 from internlm.weights.gguf import fields
 from internlm.weights.talk import TEMPLATE_KEY, is_written_by
 
 
 def _check_tokenizer(export: Export, wish: Wish) -> Iterator[Finding]:
-    if export.architecture == GGUF or "tokenizer.json" in export.tokenizer_files:
+    if export.is_gguf or "tokenizer.json" in export.tokenizer_files:
         return
     if not export.tokenizer_files:
         yield Finding("there is no tokenizer", "`internlm convert` takes one with --tokenizer PATH.", blocks=True)
@@ -35,16 +33,10 @@ def _check_tokenizer(export: Export, wish: Wish) -> Iterator[Finding]:
 def _check_template(export: Export, wish: Wish) -> Iterator[Finding]:
     if export.template:
         return
-    without = {
-        "lmdeploy": "/v1/chat/completions runs the messages together without a word",
-        "vllm": "/v1/chat/completions is an error",
-        "sglang": "/v1/chat/completions is an error",
-        "llama.cpp": "/v1/chat/completions takes chatml",
-    }[wish.engine]
     tokenizer = export.talk.tokenizer
     bos = "" if tokenizer is None or tokenizer.bos_id is None else ", each prompt with bos in front"
     yield Finding(
-        f"there is no chat format: this is a base model; {without}",
+        f"there is no chat format: this is a base model; /v1/chat/completions {wish.peer.bare_chat}",
         f"Use /v1/completions{bos}. If it is a chat model: `internlm convert … --template NAME`.",
     )
 
@@ -67,7 +59,7 @@ def _check_stops(export: Export, wish: Wish) -> Iterator[Finding]:
     missing = [id_ for id_ in ends if id_ not in export.eos and id_ != talk.tokenizer.eos_id]
     if missing:
         names = ", ".join(f"{talk.tokenizer.decode([id_])} ({id_})" for id_ in missing)
-        do = "Let every request name it in `stop`." if export.architecture == GGUF else _reconvert(export)
+        do = "Let every request name it in `stop`." if export.is_gguf else _reconvert(export)
         yield Finding(f"answers would not end at {names}, which {export.eos_file} does not name", do)
 
 
@@ -83,12 +75,10 @@ def _check_bos(export: Export, wish: Wish) -> Iterator[Finding]:
 
 
 def _check_name(export: Export, wish: Wish) -> Iterator[Finding]:
-    for pattern, chosen in PEERS[wish.engine].template_names.items():
+    for pattern, chosen in wish.peer.template_names.items():
         if re.search(pattern, export.path.lower()):
             if wish.engine == "lmdeploy" and export.template:
-                what = (
-                    f"the path would select the chat format {chosen!r}; the command says --chat-template hf against it"
-                )
+                what = f"the path would select the chat format {chosen!r}; --chat-template hf of the command undoes it"
                 yield Finding(what, "Keep that option, or rename the folder.")
             else:
                 do = "Rename the folder, or give its path by a link of another name."
@@ -110,24 +100,19 @@ def _check_heads(export: Export, wish: Wish) -> Iterator[Finding]:
 
 
 def _check_rope(export: Export, wish: Wish) -> Iterator[Finding]:
-    scaling = export.config.rope.scaling
-    if not isinstance(scaling, DynamicScaling) or (_is_lmdeploy(wish) and export.is_for_turbomind):
-        return
-    title, trained = PEERS[wish.engine].title, scaling.original_length
-    if _is_lmdeploy(wish):
-        title += "'s PyTorch engine"
-    if wish.engine == "sglang" and scaling.factor != 1.0:
+    scaling, context, limit = export.config.rope.scaling, export.config.context_length, export.limit(wish.engine)
+    if wish.engine == "sglang" and isinstance(scaling, DynamicScaling) and scaling.factor != 1.0:
         what = f"SGLang takes one rotary base for all texts (factor {scaling.factor:g}), so short ones change too"
         yield Finding(what, "Serve it with LMDeploy or `internlm serve`.", blocks=True)
-    elif export.config.context_length > trained:
-        what = f"{title} does not extend by dynamic NTK as trained: the context is the first {trained} tokens"
-        other = "LMDeploy (--engine lmdeploy) or " if export.is_for_turbomind or export.architecture == GGUF else ""
-        do = f"For {export.config.context_length} tokens take {other}`internlm serve`."
-        yield Finding(what, do)
+    elif limit < context:
+        title = "LMDeploy's PyTorch engine" if wish.engine == "lmdeploy" else wish.peer.title
+        what = f"{title} does not extend by dynamic NTK as trained: the context is the first {limit} tokens"
+        other = "LMDeploy (--engine lmdeploy) or " if export.is_for_turbomind or export.is_gguf else ""
+        yield Finding(what, f"For {context} tokens take {other}`internlm serve`.")
 
 
 def _check_dtype(export: Export, wish: Wish) -> Iterator[Finding]:
-    if export.architecture == GGUF or export.dtype == "bfloat16":
+    if export.is_gguf or export.dtype == "bfloat16":
         return
     what = f"the weights are stored as {export.dtype} and run as bfloat16"
     if wish.engine == "lmdeploy":
@@ -135,16 +120,13 @@ def _check_dtype(export: Export, wish: Wish) -> Iterator[Finding]:
     yield Finding(what, "`internlm convert … --dtype bfloat16` stores what is run.")
 
 
-def _check_bias(export: Export, wish: Wish) -> Iterator[Finding]:
-    without = peers.WITHOUT_OUTPUT_BIAS.get(wish.engine, ())
-    if export.config.output_bias and export.architecture in without:
-        what = f"{PEERS[wish.engine].title} has no bias on the attention's output in {export.architecture}"
+def _check_class(export: Export, wish: Wish) -> Iterator[Finding]:
+    title, name = wish.peer.title, export.architecture
+    if export.config.output_bias and name in wish.peer.unbiased:
+        what = f"{title} has no bias on the attention's output in {name}"
         yield Finding(what, "Serve it with LMDeploy, SGLang or `internlm serve`.", blocks=True)
-
-
-def _check_tied(export: Export, wish: Wish) -> Iterator[Finding]:
-    if export.config.tie_embeddings and export.architecture in peers.WITHOUT_TIED_HEAD.get(wish.engine, ()):
-        what = f"{PEERS[wish.engine].title} does not tie the head of a {export.architecture} to its embedding"
+    if export.config.tie_embeddings and name in wish.peer.untied:
+        what = f"{title} does not tie the head of a {name} to its embedding"
         yield Finding(what, "Serve it with vLLM or `internlm serve`.", blocks=True)
 
 
@@ -163,12 +145,12 @@ def _check_tensor(export: Export, wish: Wish) -> Iterator[Finding]:
         if parts > config.num_layers:
             yield Finding(f"{config.num_layers} layers are shared out to {parts} GPUs", "Lower --tensor.", blocks=True)
         return
-    fits = [
-        n for n in range(1, config.num_heads + 1) if _divides(config, n) and not (_is_lmdeploy(wish) and n & (n - 1))
-    ]
+    wants_power = wish.engine == "lmdeploy"
+    divisors = [n for n in range(1, config.num_heads + 1) if _divides(config, n)]
+    fits = [n for n in divisors if not (wants_power and n & (n - 1))]
     if parts not in fits:
         what = f"{parts} GPUs cannot share {config.num_heads} heads, {config.num_kv_heads} key-value heads and "
-        what += f"{config.ffn_size} feed-forward columns" + (", or are no power of 2" if _is_lmdeploy(wish) else "")
+        what += f"{config.ffn_size} feed-forward columns" + (", or are no power of 2" if wants_power else "")
         yield Finding(what, f"Give --tensor {', '.join(map(str, fits))}.", blocks=True)
     elif config.num_kv_heads % parts:
         what = f"{config.num_kv_heads} key-value heads on {parts} GPUs: some hold copies of the same"
@@ -180,24 +162,19 @@ def _divides(config: ModelConfig, parts: int) -> bool:
     return not (config.num_heads % parts or config.ffn_size % parts) and (kv % parts == 0 or parts % kv == 0)
 
 
-def _is_lmdeploy(wish: Wish) -> bool:
-    return wish.engine == "lmdeploy"
-
-
 def _check_door(export: Export, wish: Wish) -> Iterator[Finding]:
-    engine = PEERS[wish.engine]
     if wish.api_key is None and wish.host not in LOOPBACK:
         yield Finding(f"whoever reaches {wish.host}:{wish.port} can use the model", "Give --api-key.")
-    if wish.api_key is not None and engine.key_variable is None:
-        what = f"{engine.title} takes the key from its command line, where every user of the machine can read it"
+    if wish.api_key is not None and wish.peer.key_variable is None:
+        what = f"{wish.peer.title} takes the key from its command line, where every user of the machine can read it"
         yield Finding(what, "Put a proxy that asks for the key in front, or take care who logs in.")
 
 
 CHECKS: tuple[Callable[[Export, Wish], Iterable[Finding]], ...] = (
     _check_tokenizer, _check_template, _check_recorded, _check_stops, _check_bos, _check_name, _check_heads,
-    _check_rope, _check_dtype, _check_bias, _check_tied, _check_shape_of_file, _check_tensor, _check_door,
+    _check_rope, _check_dtype, _check_class, _check_shape_of_file, _check_tensor, _check_door,
 )  # fmt: skip
-"""Every check, in the order in which findings are told."""
+"""In the order in which findings are told."""
 
 
 def _reconvert(export: Export) -> str:

@@ -5,9 +5,8 @@
     plan.before                  # `internlm convert …` first, where the engine cannot read what is there
     plan.findings                # each with what to do
 
-Options have the names that they have in the versions that peers.py names; the command says all that matters, so that
-another default does not change what is served. What a conversion will write is right by construction: of that only the
-shape is checked.
+Options are those of the versions that peers.py names; the command says all that matters, so that another default does
+not change what is served. Of what a conversion will write, which is right by construction, only the shape is checked.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING
 
 from internlm import storage
 from internlm.errors import UsageError
-from internlm.model.config import DynamicScaling
 from internlm.serve.handover import peers
 from internlm.serve.handover.checks import CHECKS
 from internlm.serve.handover.found import GGUF, Export, Finding, Wish, as_text, read_export, read_gguf
@@ -37,14 +35,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command:
-    """A program with its arguments."""
+    """A program with its arguments, and variables that it needs; as a text the line for a POSIX shell."""
 
     words: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables that it needs beside those there are."""
 
     def __str__(self) -> str:
-        """Return the line for a POSIX shell."""
         set_ = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*set_, shlex.join(self.words)])
 
@@ -57,17 +53,12 @@ class Plan:
     """None: a finding blocks it."""
     facts: dict[str, str]
     """What the engine will use, and where it reads it."""
-    before: Command | None = None
-    """What has to be run first."""
-    findings: tuple[Finding, ...] = ()
+    before: Command | None
+    findings: tuple[Finding, ...]
 
 
 def plan_for(model: str | Path, wish: Wish) -> Plan:
-    """Return what brings a model onto an engine.
-
-    Args:
-        model: whatever `open_source` opens.
-        wish: engine and options.
+    """Return what brings a model, whatever `open_source` opens, onto an engine.
 
     Raises:
         StorageError, WeightsError, TokenizerError: it is no model, or cannot be read.
@@ -81,9 +72,9 @@ def plan_for(model: str | Path, wish: Wish) -> Plan:
     export = _ready(source, wish.engine)
     if export is None:
         before, export, findings = _conversion(model, source, wish.engine)
-    limit = context_limit(export, wish.engine)
+    limit = export.limit(wish.engine)
     if wish.context is not None and not 1 <= wish.context <= limit:
-        problem = f"this model reads {limit} tokens at most on {PEERS[wish.engine].title}"
+        problem = f"this model reads {limit} tokens at most on {wish.peer.title}"
         raise UsageError(problem, where="--context", got=wish.context, allowed=[f"1 to {limit}"])
     for check in CHECKS:
         findings += check(export, wish)
@@ -91,14 +82,6 @@ def plan_for(model: str | Path, wish: Wish) -> Plan:
         return Plan(None, {}, before, tuple(findings))
     name = wish.name or _beside(model).resolve().name.removesuffix(".gguf")
     return Plan(_command(export, wish, name, limit), _facts(export, wish, limit), before, tuple(findings))
-
-
-def context_limit(export: Export, engine: str) -> int:
-    """Return how many tokens an engine can serve: dynamic NTK reaches past the trained length on TurboMind alone."""
-    config, scaling = export.config, export.config.rope.scaling
-    if isinstance(scaling, DynamicScaling) and not (engine == "lmdeploy" and export.is_for_turbomind):
-        return min(config.context_length, scaling.original_length)
-    return config.context_length
 
 
 def _ready(source: Source, engine: str) -> Export | None:
@@ -112,13 +95,13 @@ def _ready(source: Source, engine: str) -> Export | None:
 
 
 def _beside(model: str | Path) -> Path:
-    """Return the path that names a model; of one in a store its last part, in the working directory."""
+    """Return the path that names a model."""
     where = str(model).rstrip("/")
     return Path(where.rpartition("/")[2] if "://" in where else where)
 
 
 def _conversion(model: str | Path, source: Source, engine: str) -> tuple[Command, Export, list[Finding]]:
-    """Return the command that makes what the engine reads, what it will make, and what there is to say."""
+    """Return the command that makes what the engine reads, what that will be, and why."""
     base = _beside(model)
     base = base if base.name not in ("", "..") else base.resolve()
     base = base.with_suffix("") if base.is_file() else base
@@ -143,7 +126,6 @@ def _conversion(model: str | Path, source: Source, engine: str) -> tuple[Command
 
 
 def _why(source: Source, engine: str) -> Finding:
-    """Return why a model has to be converted first."""
     title = PEERS[engine].title
     what = f"{title} does not read this ({source.kind})"
     if source.kind == "transformers" and engine == "llama.cpp":
@@ -152,12 +134,11 @@ def _why(source: Source, engine: str) -> Finding:
         export = read_export(source)
         what = f"{title} loads {export.architecture} with code from the folder only, or not at all"
         if export.architecture == "InternLMForCausalLM":
-            what = peers.REFUSED[engine]
+            what = PEERS[engine].refusal
     return Finding(what, "Convert it first; the command stands below.")
 
 
 def _command(export: Export, wish: Wish, name: str, limit: int) -> Command:
-    """Return the command that serves an export."""
     context, port, tensor = str(wish.context or limit), str(wish.port), str(wish.tensor)
     place = ["--host", wish.host, "--port", port]
     if wish.engine == "vllm":
@@ -184,21 +165,20 @@ def _command(export: Export, wish: Wish, name: str, limit: int) -> Command:
     if parser is not None:
         words += ["--enable-auto-tool-choice"] if wish.engine == "vllm" else []
         words += ["--tool-call-parser", parser]
-    variable = PEERS[wish.engine].key_variable
+    variable = wish.peer.key_variable
     return Command(tuple(words), {variable: wish.api_key} if variable and wish.api_key is not None else {})
 
 
 def tool_parser(export: Export, engine: str) -> str | None:
-    """Return what an engine calls the tool format of an export; None: it has none, or the export tells of no tools."""
+    """Return an engine's parser for the tool format of an export, if there are both."""
     talk = export.talk
     written = export.template
     if talk.template is None or written is None or written != talk.jinja or refuses_tools(written):
         return None
-    return peers.TOOL_PARSERS.get(engine, {}).get(format_of(talk.template).name)
+    return PEERS[engine].tool_parsers.get(format_of(talk.template).name)
 
 
 def _facts(export: Export, wish: Wish, limit: int) -> dict[str, str]:
-    """Return what the engine will use, and where it reads it."""
     name = export.talk.template or "its own"
     facts = {"chat format": f"{name}, read from {export.template_file}" if export.template else "none"}
     facts["answers end at"] = f"ids {', '.join(map(str, export.eos)) or 'none'}, read from {export.eos_file}"
@@ -210,11 +190,7 @@ def _facts(export: Export, wish: Wish, limit: int) -> dict[str, str]:
 
 
 def run(command: Command) -> None:
-    """Become the engine: replace this process by it.
-
-    Raises:
-        UsageError: its program is not on PATH.
-    """
+    """Become the engine: replace this process by it; UsageError where its program is not on PATH."""
     program = shutil.which(command.words[0])
     if program is None:
         install = next(engine.install for engine in PEERS.values() if engine.program == command.words[0])

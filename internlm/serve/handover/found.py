@@ -1,8 +1,7 @@
 """An export as another engine finds it, and how it is to be served.
 
-Read is what engines read: config.json, tokenizer.json, tokenizer_config.json (or chat_template.jinja) and
-generation_config.json of a Transformers folder, the header of a GGUF file. Never the weights: `internlm convert
---verify` is for those.
+Read is what engines read: the JSON files and chat_template.jinja of a Transformers folder, the header of a GGUF file;
+never the weights: `internlm convert --verify` is for those.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from internlm import storage
 from internlm.errors import UsageError
-from internlm.model.config import ModelConfig
+from internlm.model.config import DynamicScaling, ModelConfig
 from internlm.serve.handover import peers
-from internlm.serve.handover.peers import PEERS
+from internlm.serve.handover.peers import PEERS, Peer
 from internlm.weights.talk import GENERATION_FILE, Jinja, Talk, read_template
 
 if TYPE_CHECKING:
@@ -36,10 +35,15 @@ class Wish:
     tensor: int = 1
     """GPUs that share each layer."""
     context: int | None = None
-    """Longest prompt and answer together, in tokens; None: all that the model has on this engine."""
+    """Tokens of prompt and answer; None: all that the model has on this engine."""
     name: str | None = None
-    """What clients call the model; None: the name of its folder."""
+    """What clients call the model; None: its folder's."""
     api_key: str | None = None
+
+    @property
+    def peer(self) -> Peer:
+        """The engine."""
+        return PEERS[self.engine]
 
     def __post_init__(self) -> None:
         if self.engine not in PEERS:
@@ -55,7 +59,6 @@ class Export:
     """A model as an engine will find it."""
 
     path: str
-    """As the command names it."""
     config: ModelConfig
     talk: Talk
     architecture: str
@@ -63,27 +66,36 @@ class Export:
     template: str | None
     """The chat format as Jinja; None: a base model."""
     template_file: str
-    """Where it stands."""
     eos: tuple[int, ...]
     """Ids that end an answer, as the engine finds them."""
     dtype: str = "bfloat16"
-    """Of the stored weights."""
     has_code: bool = False
     """Whether config.json asks for code from the folder."""
     adds_bos: bool = False
-    """Whether the tokenizer puts bos before every text."""
     tokenizer_files: frozenset[str] = frozenset({"tokenizer.json"})
-    """Vocabularies that lie there; of a GGUF file it says nothing."""
+    """Vocabularies of a folder."""
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is one file, for llama.cpp."""
+        return self.architecture == GGUF
 
     @property
     def is_for_turbomind(self) -> bool:
         """Whether LMDeploy's faster engine can run it."""
         return self.architecture in peers.TURBOMIND and self.config.head_dim in peers.TURBOMIND_HEADS
 
+    def limit(self, engine: str) -> int:
+        """Return how many tokens an engine serves: dynamic NTK reaches past the trained length on TurboMind alone."""
+        scaling, context = self.config.rope.scaling, self.config.context_length
+        if isinstance(scaling, DynamicScaling) and not (engine == "lmdeploy" and self.is_for_turbomind):
+            return min(context, scaling.original_length)
+        return context
+
     @property
     def eos_file(self) -> str:
         """Where the ids that end an answer stand."""
-        return self.template_file if self.architecture == GGUF else GENERATION_FILE
+        return self.template_file if self.is_gguf else GENERATION_FILE
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ class Finding:
     do: str
     """The next step."""
     blocks: bool = False
-    """Whether the engine would not serve the model, or would serve it wrongly: there is no command then."""
+    """Whether the engine would not serve the model, or wrongly: there is no command then."""
 
 
 def read_export(source: Source) -> Export:

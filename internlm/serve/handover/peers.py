@@ -1,19 +1,15 @@
 """Other inference engines, as data: what each does with an export of ours, and how we know.
 
-    SUPPORT["stop strings"]["lmdeploy"]     # Claim(says="one token each; …", how="source", version="0.18.0")
+    SUPPORT["stop strings"]["lmdeploy"]     # "one token each; longer ones are dropped [source 0.18.0]"
 
-A claim is only as good as how it was made, and that stands beside it: read in the source of a version, run with it, or
-taken from its documentation. What nobody looked at has no row. `internlm deploy --table` prints the table, and
-docs/serving.md holds the same text.
+A claim is only as good as how it was made, and that stands beside it: read in the source of a version, ran with it, or
+documented. What nobody looked at has no row. docs/serving.md holds the table as `internlm deploy --table` prints it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
-
-How = Literal["source", "ran", "documented"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +18,22 @@ class Peer:
 
     title: str
     version: str
-    """The version that was read."""
     program: str
-    """What must be on PATH."""
     install: str
-    """One line that brings it."""
     key_variable: str | None = None
     """Environment variable that it takes a key from; None: from its command line only, which others can read."""
+    bare_chat: str = "is an error"
+    """What /v1/chat/completions does without a chat format."""
     template_names: Mapping[str, str] = field(default_factory=dict)
     """Regular expression on the lower-case path of a model → the built-in chat format that it selects."""
+    tool_parsers: Mapping[str, str] = field(default_factory=dict)
+    """Our tool format → `--tool-call-parser` that reads its calls. llama.cpp tells by the chat format."""
+    refusal: str = ""
+    """Why it does not take an InternLMForCausalLM."""
+    unbiased: tuple[str, ...] = ()
+    """Classes in which it has no bias on wo, whatever `attention_bias` says."""
+    untied: tuple[str, ...] = ()
+    """Classes in which it reads `lm_head` and does not tie it to the embedding."""
 
 
 PEERS: dict[str, Peer] = {
@@ -39,6 +42,10 @@ PEERS: dict[str, Peer] = {
         version="0.18.0",
         program="lmdeploy",
         install="pip install lmdeploy",
+        bare_chat="runs the messages together without a word",
+        tool_parsers={"hermes": "qwen3", "internlm2": "internlm"},
+        refusal="LMDeploy removed InternLM of 2023 in 0.15 (in 0.14 only its PyTorch engine still has it)",
+        untied=("MixtralForCausalLM",),
         template_names={
             "llama-?2": "llama2",
             "codellama": "codellama",
@@ -56,14 +63,19 @@ PEERS: dict[str, Peer] = {
         },
     ),
     "vllm": Peer(
-        title="vLLM", version="0.33.0", program="vllm", install="pip install vllm",
-        key_variable="VLLM_API_KEY",
+        title="vLLM", version="0.33.0", program="vllm", install="pip install vllm", key_variable="VLLM_API_KEY",
+        tool_parsers={"hermes": "hermes", "internlm2": "internlm"},  # read in its repository
+        refusal="vLLM 0.23 was the last with InternLM of 2023",
+        unbiased=("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
     ),
     "sglang": Peer(
         title="SGLang",
         version="0.5.23",
         program="sglang",
         install="pip install sglang",
+        tool_parsers={"hermes": "hermes"},  # its parser of InternLM2 wants a space between two special tokens
+        refusal="SGLang 0.5.23 has no InternLM of 2023",
+        untied=("MixtralForCausalLM", "Qwen3MoeForCausalLM"),
         template_names={
             r"vicuna|llava-v1\.5|llava-next-video-7b": "vicuna_v1.1",
             r"llava-v1\.6-(yi-)?34b|llava-next-video-34b|llava-onevision-qwen2": "chatml-llava",
@@ -84,6 +96,7 @@ PEERS: dict[str, Peer] = {
     "llama.cpp": Peer(
         title="llama.cpp", version="0c1e570 (in llama-cpp-python 0.3.36)", program="llama-server",
         install="conda install -c conda-forge llama.cpp", key_variable="LLAMA_API_KEY",
+        bare_chat="takes chatml",
     ),
 }  # fmt: skip
 
@@ -92,72 +105,36 @@ ARCHITECTURES = (
     "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
 )  # fmt: skip
 """Classes of config.json that LMDeploy, vLLM and SGLang load without code from the folder."""
-REFUSED = {
-    "lmdeploy": "LMDeploy removed InternLM of 2023 in 0.15 (in 0.14 only its PyTorch engine still has it)",
-    "vllm": "vLLM 0.23 was the last with InternLM of 2023",
-    "sglang": "SGLang 0.5.23 has no InternLM of 2023",
-}
-"""Why an engine does not take an InternLMForCausalLM."""
-WITHOUT_OUTPUT_BIAS = {
-    "vllm": ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
-}
-"""Classes in which an engine has no bias on wo, whatever `attention_bias` says."""
-WITHOUT_TIED_HEAD = {
-    "lmdeploy": ("MixtralForCausalLM",),
-    "sglang": ("MixtralForCausalLM", "Qwen3MoeForCausalLM"),
-}
-"""Classes in which an engine reads `lm_head` and does not tie it to the embedding."""
 TURBOMIND = tuple(name for name in ARCHITECTURES if name != "MistralForCausalLM")
 """Classes that LMDeploy's TurboMind has; its PyTorch engine has all."""
 TURBOMIND_HEADS = (64, 128, 192, 256)
-"""Head sizes that LMDeploy's TurboMind has attention kernels for (0.16 source, which the wheel of 0.18 lacks)."""
+"""Head sizes that TurboMind has attention kernels for (0.16 source, which the wheel of 0.18 lacks)."""
 TURBOMIND_KV_HEAD = 128
 """Head size at which TurboMind keeps keys and values in 4 or 8 bits (0.16 documentation)."""
 
-TOOL_PARSERS: dict[str, dict[str, str]] = {
-    "lmdeploy": {"hermes": "qwen3", "internlm2": "internlm"},
-    "vllm": {"hermes": "hermes", "internlm2": "internlm"},
-    "sglang": {"hermes": "hermes"},  # its parser of InternLM2 wants a space between two special tokens
-}
-"""Peer → our tool format → `--tool-call-parser` that reads its calls. LMDeploy's and SGLang's were read in the source
-of the versions above, vLLM's in its repository. llama.cpp tells by the chat format."""
 
-
-@dataclass(frozen=True)
-class Claim:
-    """What an engine does, and how that is known."""
-
-    says: str
-    how: How
-    version: str
-    """Of the engine that was looked at."""
-
-    def __str__(self) -> str:
-        return f"{self.says} [{self.how} {self.version}]"
-
-
-def _row(*cells: str | Claim) -> dict[str, Claim]:
-    """Return a row, in the order of PEERS; what is only a text was read in the source of `Peer.version`."""
+def _row(*cells: str) -> dict[str, str]:
+    """Return a row, in the order of PEERS; what does not say how it is known was read in the source of the version."""
     given = zip(PEERS.items(), cells, strict=True)
     return {
-        name: cell if isinstance(cell, Claim) else Claim(cell, "source", engine.version.split()[0])
+        name: cell if cell.endswith("]") else f"{cell} [source {engine.version.split()[0]}]"
         for (name, engine), cell in given
     }
 
 
-def _ran(says: str) -> Claim:
+def _ran(says: str) -> str:
     """Return what llama.cpp did with an export of ours."""
-    return Claim(says, "ran", PEERS["llama.cpp"].version.split()[0])
+    return f"{says} [ran {PEERS['llama.cpp'].version.split()[0]}]"
 
 
-SUPPORT: dict[str, dict[str, Claim]] = {
+SUPPORT: dict[str, dict[str, str]] = {
     "InternLM of 2023 as published": _row("no since 0.15", "no; 0.23 was the last", "no", "no"),
     "our plain export": _row("yes", "yes", "yes", _ran("yes, as GGUF (logits compared)")),
     "biases of q, k, v and o": _row(
         "yes", "yes; Qwen3 classes have none on o", "yes", _ran("yes; not with norms of q and k"),
     ),
     "dynamic NTK past the trained length": _row(
-        Claim("TurboMind: per request", "source", "0.16.0"), "no: the base stays", "one fixed base; none at factor 1",
+        "TurboMind: per request [source 0.16.0]", "no: the base stays", "one fixed base; none at factor 1",
         "no",
     ),
     "chat format is read from": _row(
@@ -190,7 +167,7 @@ SUPPORT: dict[str, dict[str, Claim]] = {
         "AWQ, GPTQ, fp8, mxfp4", "AWQ, GPTQ, fp8, int8 …", "AWQ, GPTQ, fp8, int8 …", "GGUF types; ours: q8_0",
     ),
     "quantised keys and values": _row(
-        Claim("--quant-policy 4, 8; TurboMind: head size 128 only", "documented", "0.16.0"), "--kv-cache-dtype",
+        "--quant-policy 4, 8; TurboMind: head size 128 only [documented 0.16.0]", "--kv-cache-dtype",
         "--kv-cache-dtype", "--cache-type-k, --cache-type-v",
     ),
     "CPU": _row("no", "in a build of its own", "--device cpu", _ran("yes")),
@@ -202,5 +179,5 @@ SUPPORT: dict[str, dict[str, Claim]] = {
 def markdown() -> str:
     """Return the table as Markdown: a row for each feature, a column for each engine."""
     rows = [["", *(f"{engine.title} {engine.version}" for engine in PEERS.values())], ["---"] * (len(PEERS) + 1)]
-    rows += [[feature, *(str(row[name]) for name in PEERS)] for feature, row in SUPPORT.items()]
+    rows += [[feature, *row.values()] for feature, row in SUPPORT.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

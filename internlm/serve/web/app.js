@@ -1,7 +1,7 @@
 // The page: which conversation is shown, and the one answer that may be on its way.
 
 import { ApiError, streamChat } from "./api.js";
-import { byId, icon } from "./dom.js";
+import { byId, dress } from "./dom.js";
 import { exportJson, exportMarkdown } from "./export.js";
 import { firstLanguage, t, useLanguage } from "./i18n.js";
 import { AnswerView, isEnter, userView } from "./messages.js";
@@ -76,11 +76,8 @@ function drawList() {
 }
 
 function drawSend() {
-  const button = byId("send");
   const word = turn ? "stop" : "send";
-  button.replaceChildren(icon(word));
-  button.setAttribute("aria-label", t(word));
-  button.title = t(word);
+  const button = dress(byId("send"), word, t(word));
   button.disabled = !turn && !byId("input").value.trim();
 }
 

@@ -1,21 +1,14 @@
 // The button that copies a text.
 
-import { icon, make } from "./dom.js";
+import { dress, iconButton, make } from "./dom.js";
 import { t } from "./i18n.js";
 
 /** Return a button that copies what `text()` returns. */
 export function copyButton(text) {
-  const button = make("button", { type: "button", class: "quiet", "aria-label": t("copy"), title: t("copy") }, icon("copy"));
-  button.addEventListener("click", async () => {
-    const copied = await copy(text());
-    button.replaceChildren(icon(copied ? "check" : "close"));
-    button.title = t(copied ? "copied" : "copy_failed");
-    button.setAttribute("aria-label", button.title);
-    setTimeout(() => {
-      button.replaceChildren(icon("copy"));
-      button.title = t("copy");
-      button.setAttribute("aria-label", button.title);
-    }, 1500);
+  const button = iconButton("copy", t("copy"), async () => {
+    if (await copy(text())) dress(button, "check", t("copied"));
+    else dress(button, "close", t("copy_failed"));
+    setTimeout(() => dress(button, "copy", t("copy")), 1500);
   });
   return button;
 }

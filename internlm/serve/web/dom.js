@@ -15,15 +15,25 @@ export function make(name, attributes = {}, ...children) {
 /** Return the element of index.html with this id. */
 export const byId = (id) => document.getElementById(id);
 
-const SVG = "http://www.w3.org/2000/svg";
-
 /** Return one of the icons of icons.svg, hidden from screen readers: the button around it has the name. */
 export function icon(name) {
-  const svg = document.createElementNS(SVG, "svg");
-  const use = document.createElementNS(SVG, "use");
+  const [svg, use] = ["svg", "use"].map((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
   svg.setAttribute("class", "icon");
   svg.setAttribute("aria-hidden", "true");
   use.setAttribute("href", `icons.svg#${name}`);
   svg.append(use);
   return svg;
+}
+
+/** Give a button an icon, and a name for screen readers and for who points at it; return it. */
+export function dress(button, name, label) {
+  button.replaceChildren(icon(name));
+  button.setAttribute("aria-label", label);
+  button.title = label;
+  return button;
+}
+
+/** Return a button that shows an icon. */
+export function iconButton(name, label, onclick, kind = "") {
+  return dress(make("button", { type: "button", class: `quiet ${kind}`, onclick }), name, label);
 }

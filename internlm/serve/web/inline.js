@@ -17,14 +17,14 @@ const TARGET = new RegExp(String.raw`\(${GAP}(?:${PLACE})(?:\s${GAP}(?:"[^"\n]*"
 const ANGLE = /<(https?:\/\/[^\s<>]+)>/y;
 const WORD = /[\p{L}\p{N}_]/u;
 
-/** Append a line (or lines) of Markdown to an element. */
+/** Append lines of Markdown to an element. */
 export function appendInline(parent, text, { links = true } = {}) {
   if (text.length > LONGEST) parent.append(text);
   else parent.append(...pair(cut(text, links)));
 }
 
 /** Return the URL if it is one that a link may have (http and https), else null. */
-export function safeUrl(target) {
+function safeUrl(target) {
   try {
     const url = new URL(target);
     return url.protocol === "http:" || url.protocol === "https:" ? url.href : null;
@@ -46,8 +46,7 @@ function cut(text, links) {
   };
   let at = 0;
   while (at < text.length) {
-    SPECIAL.lastIndex = at;
-    const found = SPECIAL.exec(text);
+    const found = matchAt(SPECIAL, text, at);
     const next = found ? found.index : text.length;
     plain += text.slice(at, next);
     if (!found) break;
@@ -83,26 +82,29 @@ function cut(text, links) {
   return pieces;
 }
 
+/** Return what a sticky or global expression finds from a place on. */
+function matchAt(pattern, text, at) {
+  pattern.lastIndex = at;
+  return pattern.exec(text);
+}
+
 /** Return `{node, length}` of the link, image or URL that begins here, or null. */
 function readLink(text, at, brackets) {
   if (text[at] === "h") {
-    BARE_URL.lastIndex = at;
-    const found = /\w/.test(text[at - 1] ?? "") ? null : BARE_URL.exec(text);
+    const found = /\w/.test(text[at - 1] ?? "") ? null : matchAt(BARE_URL, text, at);
     const raw = found && trimUrl(found[0]);
     const url = found && safeUrl(raw);
     return url ? { node: anchor(url, raw), length: raw.length } : null;
   }
   if (text[at] === "<") {
-    ANGLE.lastIndex = at;
-    const found = ANGLE.exec(text);
+    const found = matchAt(ANGLE, text, at);
     const url = found && safeUrl(found[1]);
     return url ? { node: anchor(url, found[1]), length: found[0].length } : null;
   }
   const open = text[at] === "!" ? at + 1 : at;
   const close = brackets.get(open);
   if (close === undefined) return null;
-  TARGET.lastIndex = close + 1;
-  const found = TARGET.exec(text);
+  const found = matchAt(TARGET, text, close + 1);
   const url = found && safeUrl(found[1] ?? found[2]);
   if (!url) return null;
   // An image would tell a foreign server that this text was read: it becomes a link.

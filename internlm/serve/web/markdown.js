@@ -20,7 +20,7 @@ const SIDE = /^:?-+:?$/;
 const BLANK = /^[ \t]*$/;
 const DEEPEST = 12; // quotes and lists within each other; deeper ones are paragraphs
 
-/** Return the blocks of a text: `{kind, start, end, lines, …}` with offsets into the text. */
+/** Return the blocks of a text: `{kind, start, lines, …}`, each with where it begins. */
 export function blocks(text, depth = 0) {
   const lines = text.split("\n");
   const starts = [0];
@@ -32,7 +32,7 @@ export function blocks(text, depth = 0) {
       continue;
     }
     const { kind, to, ...more } = readBlock(lines, at, depth);
-    found.push({ kind, start: starts[at], end: Math.min(starts[to], text.length), lines: lines.slice(at, to), ...more });
+    found.push({ kind, start: starts[at], lines: lines.slice(at, to), ...more });
     at = to;
   }
   return found;

@@ -1,21 +1,22 @@
 // One message on the page.
 
 import { copyButton } from "./copy.js";
-import { icon, make } from "./dom.js";
+import { icon, iconButton, make } from "./dom.js";
 import { Growing } from "./growing.js";
 import { t } from "./i18n.js";
 
 /** Return the element of what the user said; `onEdit(text)` gets it changed. */
 export function userView(message, onEdit) {
   const body = make("div", { class: "said" }, message.content);
-  const edit = labelled("edit", "edit", () => article.replaceChildren(heading("you"), editor(message.content, close, onEdit)));
+  const show = (...children) => article.replaceChildren(heading("you"), ...children);
+  const edit = iconButton("edit", t("edit"), () => show(editor(message.content, close, onEdit)));
   const tools = make("div", { class: "tools" }, copyButton(() => message.content), edit);
   const article = make("article", { class: "user" });
   const close = () => {
-    article.replaceChildren(heading("you"), body, tools);
+    show(body, tools);
     edit.focus();
   };
-  article.append(heading("you"), body, tools);
+  show(body, tools);
   return article;
 }
 
@@ -88,22 +89,20 @@ export class AnswerView {
     this.#frame = 0;
     this.#show();
     const { error, stopped, finish, stats, content } = this.message;
-    const again = error ? labelled("again", "retry", this.onAgain, true) : labelled("again", "regenerate", this.onAgain);
-    again.classList.add("again");
+    const tools = make("div", { class: "tools" });
+    if (content) tools.append(copyButton(() => content));
     const parts = [];
     if (error) {
       const sentence = t(`error_${error.kind}`, { status: error.status });
       const detail = error.detail ? [make("span", { class: "detail" }, error.detail)] : [];
-      parts.push(make("div", { class: "trouble" }, make("span", {}, sentence), ...detail, again));
-    }
+      const retry = make("button", { type: "button", class: "wide again", onclick: this.onAgain }, icon("again"), t("retry"));
+      parts.push(make("div", { class: "trouble" }, make("span", {}, sentence), ...detail, retry));
+    } else tools.append(iconButton("again", t("regenerate"), this.onAgain, "again"));
     if (stopped) parts.push(make("span", { class: "note" }, t("stopped")));
     if (finish && finish !== "stop") {
       const word = finish === "length" ? "cut_length" : "cut_server";
       parts.push(make("span", { class: "note" }, t(word, { why: finish })));
     }
-    const tools = make("div", { class: "tools" });
-    if (content) tools.append(copyButton(() => content));
-    if (!error) tools.append(again);
     if (stats) tools.append(make("span", { class: "note stats" }, t("stats", stats)));
     this.foot.replaceChildren(...parts, tools);
     this.element.setAttribute("aria-busy", "false");
@@ -119,10 +118,3 @@ function heading(who) {
   return make("h2", { class: "unseen" }, t(who));
 }
 
-function labelled(name, word, onclick, visible = false) {
-  const label = t(word);
-  const attributes = { type: "button", class: visible ? "wide" : "quiet", title: label, onclick };
-  return visible
-    ? make("button", attributes, icon(name), label)
-    : make("button", { ...attributes, "aria-label": label }, icon(name));
-}

@@ -1,6 +1,6 @@
 // The list of conversations: open, rename, delete; on a phone it slides over the page.
 
-import { byId, icon, make } from "./dom.js";
+import { byId, iconButton, make } from "./dom.js";
 import { t } from "./i18n.js";
 import * as store from "./store.js";
 
@@ -17,16 +17,10 @@ function row(chat, isCurrent, isRunning, actions) {
     { type: "button", class: "open", "aria-current": isCurrent ? "page" : null, onclick: () => actions.open(chat) },
     chat.title,
   );
-  const item = make("li", { class: isRunning ? "running" : null }, open);
-  item.append(
-    tool("edit", "rename", () => rename(item, chat, actions)),
-    tool("trash", "delete", () => askDelete(chat, actions)),
-  );
+  const edit = iconButton("edit", t("rename"), () => rename(item, chat, actions), "tool");
+  const trash = iconButton("trash", t("delete"), () => askDelete(chat, actions), "tool");
+  const item = make("li", { class: isRunning ? "running" : null }, open, edit, trash);
   return item;
-}
-
-function tool(name, word, onclick) {
-  return make("button", { type: "button", class: "quiet tool", "aria-label": t(word), title: t(word), onclick }, icon(name));
 }
 
 function rename(item, chat, actions) {

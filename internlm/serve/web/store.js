@@ -22,10 +22,13 @@ const chats = new Map();
 
 /** Read everything; `trouble()` is called when something can no longer be kept. */
 export function open(trouble) {
-  onTrouble = once(trouble);
+  onTrouble = () => {
+    onTrouble = () => {};
+    trouble();
+  };
   chats.clear();
-  for (const name of names()) {
-    const chat = readJson(localStorage, name);
+  for (const name of attempt(() => Object.keys(localStorage)) ?? []) {
+    const chat = name.startsWith(CHAT) && readJson(name);
     if (isChat(chat)) chats.set(chat.id, chat);
   }
 }
@@ -49,7 +52,7 @@ export function create(system) {
 export function save(chat, { touch = true } = {}) {
   if (touch) chat.changed = Date.now();
   chats.set(chat.id, chat);
-  write(localStorage, CHAT + chat.id, chat);
+  write(CHAT + chat.id, chat);
 }
 
 /** Forget a conversation. */
@@ -75,7 +78,7 @@ export const settings = { ...DEFAULTS };
 
 /** Read the settings; unknown or damaged ones keep their default. */
 export function readSettings() {
-  const found = readJson(localStorage, SETTINGS) ?? {};
+  const found = readJson(SETTINGS) ?? {};
   for (const [name, usual] of Object.entries(DEFAULTS)) {
     if (typeof found[name] === typeof usual) settings[name] = found[name];
   }
@@ -84,7 +87,7 @@ export function readSettings() {
 /** Change a setting and keep it. */
 export function set(name, value) {
   settings[name] = value;
-  write(localStorage, SETTINGS, settings);
+  write(SETTINGS, settings);
 }
 
 /** Return the API key of this tab. */
@@ -112,17 +115,10 @@ export function spoken({ system, messages }) {
   return system.trim() ? [{ role: "system", content: system.trim() }, ...said] : said;
 }
 
-function names() {
-  const found = attempt(() => Object.keys(localStorage)) ?? [];
-  return found.filter((name) => name.startsWith(CHAT));
-}
+const readJson = (name) => attempt(() => JSON.parse(localStorage.getItem(name)));
 
-function readJson(storage, name) {
-  return attempt(() => JSON.parse(storage.getItem(name)));
-}
-
-function write(storage, name, value) {
-  if (attempt(() => (storage.setItem(name, JSON.stringify(value)), true)) === undefined) onTrouble();
+function write(name, value) {
+  if (attempt(() => (localStorage.setItem(name, JSON.stringify(value)), true)) === undefined) onTrouble();
 }
 
 function attempt(action) {
@@ -131,12 +127,4 @@ function attempt(action) {
   } catch {
     return undefined;
   }
-}
-
-function once(action) {
-  let done = false;
-  return () => {
-    if (!done) action();
-    done = true;
-  };
 }

@@ -37,15 +37,15 @@ class LanguageModeling:
         return self.z_loss == 0
 
     def count(self, batch: Batch) -> Tensor:
-        """Return the denominator: the sum of weights, a scalar known before forward."""
+        """Return the sum of weights."""
         return batch.weights.sum()
 
     def coefficients(self, batch: Batch) -> Tensor | None:
-        """Return what each log-probability is multiplied by in the loss [B, T], or None when that is not known."""
+        """Return −weights [B, T], or None with `z_loss`."""
         return -batch.weights if self.is_linear else None
 
     def loss(self, outputs: TokenOutputs, batch: Batch) -> Tensor:
-        """Return the sum that is divided by the step's count, a scalar with a gradient."""
+        """Return the sum over this micro-batch."""
         if outputs.weighted is not None:
             return outputs.weighted
         return (batch.weights * (self.z_loss * outputs.logz.square() - outputs.logp)).sum()

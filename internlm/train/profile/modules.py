@@ -1,12 +1,7 @@
 """A table of a model's modules: what each keeps in memory, and how long it takes forward and backward.
 
-    module                     parameters  gradients  optimizer    kept  forward  backward
-    embedding                        12.0       12.0       24.0     0.0      1.2       0.9
-    blocks.* × 32                     0.0        0.0        0.0    64.0      3.1       4.0
-    blocks.*.attention × 32          64.0       64.0      128.0   192.0     61.0     118.4
-
-Two steps make it: in the first bytes are counted, in the second times are taken. Every figure is a module's own,
-without that of rows further in, and blocks are summed: columns add up to what this rank has.
+docs/performance.md shows one. Two steps make it: in the first bytes are counted, in the second times are taken. Every
+figure is a module's own, without that of rows further in, and blocks are summed: columns add up to what this rank has.
 
 - *kept*: what one micro-batch leaves for backward, each memory once, at the module that first keeps it. Parameters do
   not count, gathered ones neither; nor what `recompute` computes again, or offloads.
@@ -88,13 +83,7 @@ def row_of(path: str, depth: int) -> str:
 
 @dataclass
 class ModuleTable:
-    """Watches a rank's part of a model for two steps.
-
-    Args:
-        parallel: the model.
-        optimizer: with its states.
-        depth: of names below a block that get rows of their own.
-    """
+    """Watches a rank's part of a model for two steps; `depth`: of names below a block that get rows of their own."""
 
     parallel: Parallel
     optimizer: Optimizer
@@ -114,25 +103,19 @@ class ModuleTable:
             row.is_known &= not (place.is_compiled and place.is_rerun)
 
     def _places(self, part: nn.Module) -> Iterator[Place]:
-        modules = dict(part.named_modules())
-        compiled = [path for path, module in modules.items() if graphs.is_compiled(module)]
+        compiled = {module for module in part.modules() if graphs.is_compiled(module)}
+        regions = {module for module in part.modules() if "forward" in vars(module)}  # as `recompute` leaves them
+        in_compiled, in_regions = _inside(compiled), _inside(regions)
         keeps_operators = self.parallel.config.recompute.kind == "operators"
-        regions = [path for path, module in modules.items() if "forward" in vars(module)]  # as `recompute` leaves them
-        for path, module in modules.items():
+        for path, module in part.named_modules():
             is_row = path.count(".") == 0 or (path.startswith("blocks.") and path.count(".") <= 1 + self.depth)
-            if not is_row or isinstance(module, nn.ModuleDict) or any(_is_inside(path, other) for other in compiled):
+            if not is_row or isinstance(module, nn.ModuleDict) or module in in_compiled:
                 continue
-            holds_compiled = any(path == other or _is_inside(other, path) for other in compiled)
-            is_open = not holds_compiled and not any(_is_inside(path, other) for other in regions)
-            is_rerun = path != "" and any(path == other or _is_inside(other, path) for other in regions)
-            yield Place(
-                row=row_of(path, self.depth),
-                module=module,
-                is_compiled=path in compiled,
-                is_open=is_open,
-                is_rerun=is_rerun,
-                keeps_results=is_open and is_rerun and keeps_operators,
-            )
+            own = set(module.modules())
+            is_open = own.isdisjoint(compiled) and module not in in_regions
+            is_rerun = path != "" and not own.isdisjoint(regions)
+            keeps_results = is_open and is_rerun and keeps_operators
+            yield Place(row_of(path, self.depth), module, module in compiled, is_open, is_rerun, keeps_results)
 
     def _row(self, name: str) -> Row:
         return self.rows.setdefault(name, Row())
@@ -168,10 +151,9 @@ class ModuleTable:
         """Count, in the step taken inside, what modules keep."""
         self._storages: set[int] = set()
         self._calls = 0
-        roots = {id(part) for part in self.parallel.parts}
-        with self._watching(functools.partial(self._around_bytes, roots)):
+        with self._watching(self._around_bytes):
             yield
-        self.micro_batches = self._calls // len(roots)
+        self.micro_batches = self._calls // len(self.parallel.parts)
         for row in self.rows.values():
             row.kept //= max(1, self.micro_batches)
 
@@ -190,8 +172,8 @@ class ModuleTable:
                 for parameter, slots in part.state.items():
                     self._home(self.optimizer.names[parameter]).optimizer += _size(slots.values())
 
-    def _around_bytes(self, roots: set[int], place: Place, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        if id(place.module) in roots:
+    def _around_bytes(self, place: Place, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        if place.module in self.parallel.parts:
             self._storages.clear()  # a new micro-batch
             self._calls += 1
         weights: list[set[int]] = []
@@ -250,10 +232,8 @@ class ModuleTable:
             for (name, is_backward), seconds in clock.read().items():
                 row = self._row(name)
                 row.is_timed = True
-                if is_backward:
-                    row.backward_s += seconds
-                else:
-                    row.forward_s += seconds
+                row.backward_s += seconds * is_backward
+                row.forward_s += seconds * (not is_backward)
                 self.step_s += seconds
 
     def _around_times(
@@ -272,10 +252,9 @@ class ModuleTable:
             return out
         with clock.running(MEASURING, False), self._careful():
             for node in _made_in(out, _tensors((args, named)), leaves):
-                key = place.row, True
                 handles = [
-                    node.register_prehook(lambda _, key=key: clock.enter(key)),
-                    node.register_hook(lambda *_, key=key: clock.leave(key)),
+                    node.register_prehook(lambda _: clock.enter((place.row, True))),
+                    node.register_hook(lambda *_: clock.leave((place.row, True))),
                 ]
                 if _is_leaf(node):  # lives as long as the parameter
                     leaves[node] = handles
@@ -285,7 +264,8 @@ class ModuleTable:
 
     def as_json(self) -> dict[str, Any]:
         """Return the table as plain values: bytes and seconds."""
-        rows = [{"name": name, **asdict(row)} for name, row in self._ordered()]
+        ordered = sorted(self.rows.items(), key=lambda item: item[0].startswith("("))  # last what is no module
+        rows = [{"name": name, **asdict(row)} for name, row in ordered]
         total = {key: sum(row[key] for row in rows) for key in _SIZES + _TIMES}
         return {"micro_batches": self.micro_batches, "step_s": self.step_s, "rows": rows, "sum": total}
 
@@ -305,10 +285,6 @@ class ModuleTable:
         )
         return "\n".join(lines) + "\n"
 
-    def _ordered(self) -> list[tuple[str, Row]]:
-        """Return the rows: the model's in its order, then what is no module."""
-        return sorted(self.rows.items(), key=lambda item: item[0].startswith("("))
-
 
 _SIZES, _TIMES = ("parameters", "gradients", "optimizer", "kept"), ("forward_s", "backward_s")
 
@@ -316,8 +292,7 @@ _SIZES, _TIMES = ("parameters", "gradients", "optimizer", "kept"), ("forward_s",
 class Clock:
     """Gives the time between two marks to what was entered last and not left. Keys: a row, and whether in backward.
 
-    Args:
-        device: on a GPU, marks are events in the current stream.
+    On a GPU, marks are events in the current stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -387,9 +362,9 @@ class _Results(TorchDispatchMode):
         return out
 
 
-def _is_inside(path: str, other: str) -> bool:
-    """Return whether a path lies below another."""
-    return path.startswith(f"{other}.") or (other == "" and path != "")
+def _inside(modules: set[nn.Module]) -> set[nn.Module]:
+    """Return what lies below some modules."""
+    return {part for module in modules for part in module.modules() if part is not module}
 
 
 def _is_leaf(node: Any) -> bool:
@@ -399,10 +374,7 @@ def _is_leaf(node: Any) -> bool:
 def _made_in(out: Any, given: list[Tensor], leaves: Collection[Any] = ()) -> list[Any]:
     """Return the nodes of autograd between what a call was given and what it returned, each for one call only.
 
-    Args:
-        out: what it returned.
-        given: what it was given.
-        leaves: nodes that sum gradients, which live longer than a call, and are known already.
+    `leaves`: nodes that sum gradients, which live longer than a call, and are known already.
     """
     walked: set[Any] = {tensor.grad_fn for tensor in given}
     waiting: list[Any] = [tensor.grad_fn for tensor in _tensors(out)]
@@ -433,7 +405,6 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _size(tensors: Iterable[Tensor | None]) -> int:
-    """Return the bytes of this rank's parts of tensors."""
     return sum(part.numel() * part.element_size() for t in tensors if t is not None for part in [local(t)])
 
 

@@ -1,10 +1,5 @@
 """Where the time of profiled steps went: by family of kernels or operators, and by name.
 
-    steps 10 to 12, rank 0: 3 × 412.0 ms, by operators of the CPU
-    family                     ms/step   share
-    matmul                       270.1   65.6%
-    attention                     61.8   15.0%
-
 On a GPU its kernels count, of all streams: where they overlap, the shares and the time in which nothing runs add up to
 more than a step. On a CPU the operators count, each without those that it calls, thread by thread; what runs beside
 the thread of the step, as gloo's exchanges do, is named too. Families are told by name: the longest names are listed,
@@ -61,12 +56,7 @@ def family(name: str) -> str:
 
 
 def table(events: Iterable[Event], title: str) -> str:
-    """Return the text that says where the time of the steps in a trace went.
-
-    Args:
-        events: all of them; only what lies inside ranges called STEP counts.
-        title: the first line's beginning.
-    """
+    """Return the text that says where the time of the steps in a trace went: what lies inside ranges called STEP."""
     events = list(events)
     steps = sorted({(e.begin, e.end) for e in events if e.name == STEP and not e.on_device})
     if not steps:
@@ -135,12 +125,10 @@ def _merged(intervals: Spans) -> Spans:
 
 def _summed(counted: Iterable[tuple[str, int]]) -> list[tuple[str, int, int]]:
     """Return each name once, how often it came, and its time."""
-    calls: dict[str, int] = defaultdict(int)
-    times: dict[str, int] = defaultdict(int)
+    found: dict[str, list[int]] = defaultdict(list)
     for name, spent in counted:
-        calls[name] += 1
-        times[name] += spent
-    return [(name, calls[name], spent) for name, spent in times.items()]
+        found[name].append(spent)
+    return [(name, len(times), sum(times)) for name, times in found.items()]
 
 
 def _lines(head: str, rows: list[tuple[str, int, int]], total: int, steps: int) -> list[str]:

@@ -21,11 +21,7 @@ _SAMPLE_S = 0.002
 
 
 class Resident:
-    """Watches the memory that the process holds, by phase of a step; sampled, and on Linux only.
-
-    Args:
-        is_wanted: otherwise it does nothing.
-    """
+    """Watches, if wanted, the memory that the process holds, by phase of a step; sampled, and on Linux only."""
 
     def __init__(self, is_wanted: bool) -> None:
         self.is_on = is_wanted and resident_bytes() is not None

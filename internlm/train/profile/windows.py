@@ -1,12 +1,7 @@
 """What a run does with its time and memory: traced steps, and windows in which it is looked at closely.
 
-What communication costs is known from one step now and then, by asking a trace what ran when:
-
-    with Trace(device) as trace:
-        trainer.step()
-    trace.communication_s, trace.waiting_s
-
-Communication overlaps computation where it can. What slows a step down is the part in which nothing is computed:
+What communication costs is known from one step now and then, by asking a `Trace` what ran when. Communication overlaps
+computation where it can. What slows a step down is the part in which nothing is computed:
 
     computation      ████████████      ████████
     communication        ██████████████
@@ -14,18 +9,11 @@ Communication overlaps computation where it can. What slows a step down is the p
 
 On a GPU the kernels count, of all streams; on a CPU the operators of the rank, and gloo's exchanges.
 
-A window is asked for in the recipe, `profile: {start: 10, steps: 3, memory: true, modules: true}`, and leaves files in
-RUN/profile:
+A window is asked for in the recipe, and leaves files in RUN/profile (docs/performance.md lists them). The table of
+modules has steps of its own, which the profiler would lengthen:
 
     step    10  11  12 │ 13  14
-            traced     │ bytes and times of modules        the profiler would lengthen them
-
-    step-00000010-rank-0.json.gz         the trace, for ui.perfetto.dev or chrome://tracing
-    step-00000010-rank-0.txt             time by family and by operator, see `operators`
-    step-00000010-rank-0.memory.pickle   on a GPU: who allocated what, for pytorch.org/memory_viz
-    step-00000010-rank-0.memory.txt      on a CPU: memory of the process by phase of the step
-    modules.txt, modules.json            see `modules`; of other ranks modules-rank-3.txt
-    oom-rank-0.pickle                    what lay in the GPU's memory when it was full
+            traced     │ bytes and times of modules
 
 Steps outside of windows pay nothing. A window that cannot be opened or written is a warning.
 """
@@ -40,7 +28,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,15 +36,13 @@ from torch.profiler import record_function
 
 from internlm import storage
 from internlm.compat import profiling
-from internlm.config import require_positive, section
-from internlm.data.loader import Loader
+from internlm.config import require, require_positive, section
 from internlm.errors import ConfigError
 from internlm.log import warn_once
-from internlm.optim.optimizer import Optimizer
-from internlm.parallel.apply import Parallel
 from internlm.train.profile.modules import ModuleTable
 from internlm.train.profile.operators import STEP, Event, Spans, length, outside, table
 from internlm.train.profile.resident import Resident
+from internlm.train.step import Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +86,7 @@ class ProfileConfig:
             raise ConfigError(what, where="profile.every", got=self.every)
         if any(rank < 0 for rank in self.ranks):
             raise ConfigError("must not be negative", where="profile.ranks", got=self.ranks)
-        if self.depth < 0:
-            raise ConfigError("must not be negative", where="profile.depth", got=self.depth)
+        require(self, "profile", ("depth",), lambda depth: depth >= 0, "must not be negative")
 
     @property
     def length(self) -> int:
@@ -120,11 +104,7 @@ class ProfileConfig:
 
 
 class Trace:
-    """A context in which everything that runs is noted; what it cost stands in the fields afterwards.
-
-    Args:
-        device: of the rank.
-    """
+    """A context in which everything that runs is noted; what it cost stands in the fields afterwards."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -142,19 +122,12 @@ class Trace:
         events = [Event(*event) for event in profiling.stop_profiler(self._profiler)]
         communication, computation = spans(events, self.device.type != "cpu")
         if communication and computation:
-            self.communication_s, self.waiting_s = (
-                length(communication) / 1e9,
-                outside(communication, computation) / 1e9,
-            )
+            self.communication_s = length(communication) / 1e9
+            self.waiting_s = outside(communication, computation) / 1e9
 
 
 def spans(events: Iterable[Event], is_device: bool) -> tuple[Spans, Spans]:
-    """Return when something was exchanged, and when something was computed.
-
-    Args:
-        events: what ran.
-        is_device: whether what runs on the GPU counts, or what runs on the CPU.
-    """
+    """Return when something was exchanged and when computed: on the GPU if `is_device`, else on the CPU."""
     communication: Spans = []
     computation: Spans = []
     for name, begin, end, on_device, _ in events:
@@ -167,49 +140,21 @@ def spans(events: Iterable[Event], is_device: bool) -> tuple[Spans, Spans]:
     return communication, computation
 
 
-@dataclass
-class Parts:
-    """What is looked at."""
-
-    parallel: Parallel
-    optimizer: Optimizer
-    loader: Loader
-
-    @contextlib.contextmanager
-    def phases(self, around: Callable[..., Any]) -> Iterator[None]:
-        """Call, inside, `around(phase, call, *arguments)` for every phase of a step that is a call."""
-        watched: list[tuple[Any, str, str]] = [
-            (self.loader, "next_batch", DATA),
-            (self.parallel.run, "train", RUN),
-            (self.optimizer, "step", UPDATE),
-        ]
-        with contextlib.ExitStack() as stack:
-            for owner, name, phase in watched:
-                stack.enter_context(_replaced(owner, name, functools.partial(around, phase, getattr(owner, name))))
-            yield
-
-
 class Windows:
-    """Opens and closes the windows of a run on this rank.
-
-    Args:
-        config: when and what.
-        folder: where files go.
-        parts: what is looked at.
-        trace_every: steps between two whose communication is traced; None: none is.
+    """Opens and closes the windows of a run on this rank, and says which steps are traced for their communication.
 
     A context, for the whole run: at its end a window that is open is closed, and full memory is written down.
     """
 
-    def __init__(self, config: ProfileConfig, folder: Path, parts: Parts, trace_every: int | None) -> None:
-        self.config, self.folder, self.parts, self.trace_every = config, folder, parts, trace_every
-        self.device, self.rank = parts.parallel.device, parts.parallel.rank
+    def __init__(self, config: ProfileConfig, folder: Path, stepper: Stepper, trace_every: int | None) -> None:
+        self.config, self.folder, self.stepper, self.trace_every = config, folder, stepper, trace_every
+        self.device, self.rank = stepper.parallel.device, stepper.parallel.rank
         self.is_watched = config.start is not None and self.rank in config.ranks
         self.spent_s = 0.0
         """What opening and closing took around the last step."""
         self._trace: _Open | None = None
         self._table: ModuleTable | None = None
-        self.ranks = parts.parallel.layout.world_size
+        self.ranks = stepper.parallel.layout.world_size
         missing = [rank for rank in config.ranks if rank >= self.ranks]
         if config.start is not None and missing and self.rank == 0:
             warn_once(logger, f"profile.ranks {missing}: there are {self.ranks} ranks")
@@ -229,11 +174,7 @@ class Windows:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[bool]:
-        """Look at the step that is taken inside, if it lies in a window; yield whether communication is to be traced.
-
-        Args:
-            number: of the step, from 1.
-        """
+        """Look at the step taken inside, if it lies in a window; yield whether its communication is to be traced."""
         self.spent_s = 0.0
         kind = self.config.at(number) if self.is_watched else None
         is_traced = self.traces(number)
@@ -247,9 +188,7 @@ class Windows:
                 self._trace = _Open(self, number)
         if self._trace is not None:
             self._trace.last = number
-        looks: dict[Kind, Callable[[], contextlib.AbstractContextManager[None]]]
-        looks = {"trace": self._traced, "bytes": self._bytes, "times": self._times}
-        with contextlib.nullcontext() if kind is None else looks[kind]():
+        with self._look(kind):
             yield is_traced
         if kind == "trace" and self.config.at(number + 1) != "trace":
             self.close()
@@ -268,25 +207,36 @@ class Windows:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, torch.OutOfMemoryError):
-            self.out_of_memory()
+        if isinstance(error, torch.OutOfMemoryError) and self.device.type == "cuda":
+            with self._careful():
+                path = self.folder / f"oom-rank-{self.rank}.pickle"
+                _dump_memory(path)
+                logger.warning("what lay in the memory of %s: %s, see pytorch.org/memory_viz", self.device, path)
         self.close()
 
-    def out_of_memory(self) -> None:
-        """Write what lies in the memory of the GPU, which is full."""
-        if self.device.type != "cuda":
-            return
-        with self._careful():
-            path = self.path(f"oom-rank-{self.rank}.pickle")
-            with storage.beside(path, durable=False) as draft:
-                profiling.dump_memory(str(draft))
-            logger.warning("what lay in the memory of %s: %s, see pytorch.org/memory_viz", self.device, path)
+    def _look(self, kind: Kind | None) -> contextlib.AbstractContextManager[None]:
+        if kind == "trace" and self._trace is not None:  # it could be opened
+            return self._traced(self._trace.resident)
+        if kind == "bytes":
+            self._table = None
+            with self._careful():
+                self._table = ModuleTable(self.stepper.parallel, self.stepper.optimizer, self.config.depth)
+        if kind is None or self._table is None:  # the run begins here, or something went wrong
+            return contextlib.nullcontext()
+        return self._bytes(self._table) if kind == "bytes" else self._times(self._table)
 
-    def path(self, name: str) -> Path:
-        """Return a file of the folder, which is made."""
-        with storage.explained(f"making {self.folder}"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        return self.folder / name
+    @contextlib.contextmanager
+    def _phases(self, around: Callable[..., Any]) -> Iterator[None]:
+        """Call, inside, `around(phase, call, *arguments)` for every phase of a step that is a call."""
+        watched: list[tuple[Any, str, str]] = [
+            (self.stepper.loader, "next_batch", DATA),
+            (self.stepper.parallel.run, "train", RUN),
+            (self.stepper.optimizer, "step", UPDATE),
+        ]
+        with contextlib.ExitStack() as stack:
+            for owner, name, phase in watched:
+                stack.enter_context(_replaced(owner, name, functools.partial(around, phase, getattr(owner, name))))
+            yield
 
     @contextlib.contextmanager
     def _careful(self) -> Iterator[None]:
@@ -300,31 +250,18 @@ class Windows:
         self.spent_s += time.perf_counter() - started
 
     @contextlib.contextmanager
-    def _traced(self) -> Iterator[None]:
-        if self._trace is None:  # it could not be opened
-            yield
-            return
-
+    def _traced(self, resident: Resident) -> Iterator[None]:
         def around(phase: str, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
             with record_function(f"internlm/{phase}"), resident.phase(phase):
                 return call(*args, **named)
 
-        resident = self._trace.resident
-        with record_function(STEP), self.parts.phases(around):
+        with record_function(STEP), self._phases(around):
             yield
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
     @contextlib.contextmanager
-    def _bytes(self) -> Iterator[None]:
-        self._table = None
-        with self._careful():
-            self._table = ModuleTable(self.parts.parallel, self.parts.optimizer, self.config.depth)
-        if self._table is None:
-            yield
-            return
-        found = self._table
-
+    def _bytes(self, found: ModuleTable) -> Iterator[None]:
         def around(phase: str, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
             result = call(*args, **named)
             if phase == RUN:
@@ -332,22 +269,17 @@ class Windows:
                     found.count_states()
             return result
 
-        with self.parts.phases(around), found.count_bytes():
+        with self._phases(around), found.count_bytes():
             yield
 
     @contextlib.contextmanager
-    def _times(self) -> Iterator[None]:
-        if self._table is None:  # the run begins here, or something went wrong
+    def _times(self, found: ModuleTable) -> Iterator[None]:
+        def around(phase: str, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
+            with contextlib.nullcontext() if phase == RUN else clock.running(f"({phase})"):
+                return call(*args, **named)
+
+        with found.take_times() as clock, self._phases(around):
             yield
-            return
-        with self._table.take_times() as clock:
-
-            def around(phase: str, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
-                with contextlib.nullcontext() if phase == RUN else clock.running(f"({phase})"):
-                    return call(*args, **named)
-
-            with self.parts.phases(around):
-                yield
 
     def _write_table(self, number: int) -> None:
         found, self._table = self._table, None
@@ -359,14 +291,12 @@ class Windows:
         title = f"modules, steps {number - 1} and {number}, rank {self.rank}\n"
         name = "modules" if self.rank == 0 else f"modules-rank-{self.rank}"
         facts = {"step": number, "rank": self.rank, **found.as_json()}
-        storage.write_json(self.path(f"{name}.json"), facts)
-        storage.write_text(self.path(f"{name}.txt"), title + found.as_text())
+        storage.write_json(self.folder / f"{name}.json", facts)
+        storage.write_text(self.folder / f"{name}.txt", title + found.as_text())
         logger.info("%s%s", title, found.as_text().rstrip())
 
 
 class _Open:
-    """A window that is open."""
-
     def __init__(self, windows: Windows, first: int) -> None:
         self.windows, self.first, self.last = windows, first, first
         config, self.device = windows.config, windows.device
@@ -378,25 +308,30 @@ class _Open:
 
     def close(self) -> None:
         """Write the files; say where they are."""
-        windows, stem = self.windows, f"step-{self.first:08d}-rank-{self.windows.rank}"
+        rank = self.windows.rank
+        stem = self.windows.folder / f"step-{self.first:08d}-rank-{rank}"
         self.resident.stop()
         events = [Event(*event) for event in profiling.stop_profiler(self.profiler)]
         try:
             if self.has_snapshot:
-                with storage.beside(windows.path(f"{stem}.memory.pickle"), durable=False) as draft:
-                    profiling.dump_memory(str(draft))
+                _dump_memory(Path(f"{stem}.memory.pickle"))
         finally:
             if self.has_snapshot:
                 profiling.record_memory(0)
         steps = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
-        steps += f", rank {windows.rank}"
-        storage.write_text(windows.path(f"{stem}.txt"), table(events, steps))
+        steps += f", rank {rank}"
+        storage.write_text(f"{stem}.txt", table(events, steps))
         if self.resident.is_on:
-            storage.write_text(windows.path(f"{stem}.memory.txt"), f"{steps}\n{self.resident.as_text()}")
-        path = windows.path(f"{stem}.json.gz")
+            storage.write_text(f"{stem}.memory.txt", f"{steps}\n{self.resident.as_text()}")
+        path = Path(f"{stem}.json.gz")
         with storage.beside(path, durable=False) as draft:
             _pack(self.profiler, draft)
         logger.info("profile of %s: %s and .txt", steps, path)
+
+
+def _dump_memory(path: Path) -> None:
+    with storage.beside(path, durable=False) as draft:
+        profiling.dump_memory(str(draft))
 
 
 def _pack(profiler: Any, path: Path) -> None:

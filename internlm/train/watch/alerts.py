@@ -4,14 +4,9 @@
     alerts.tell("spike", "loss 9.1 lies 20 spreads above the last 128")     # any thread; returns at once
     alerts.close(5.0)                                                       # what is not sent by then is dropped
 
-    tell ─→ told of this kind a while ago, by any rank? count it ─→ a queue and a thread of each webhook ─→ POST
-
-Formats: Feishu and Lark (a text message of a custom bot, signed where it has a secret), Slack (an incoming webhook),
-and plain JSON: `{"kind", "text", "run", "step", "host", "rank", "time", "left_out"}`.
-
 Of a kind one message is sent in `interval_s`, whichever process of the run says it and however often it is started
-again: the time of the last is that of the file RUN/alerts/<kind>. The next message says how many were left out. `end`
-comes once and is always sent. A message that cannot be sent is one warning per webhook, without its address.
+again: the time of the last is that of the file RUN/alerts/<kind>. A message that cannot be sent is one warning per
+webhook, without its address.
 """
 
 from __future__ import annotations
@@ -20,10 +15,10 @@ import base64
 import contextlib
 import hashlib
 import hmac
+import html
 import http.client
 import json
 import logging
-import math
 import os
 import queue
 import socket
@@ -34,11 +29,11 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from internlm.config import section
+from internlm.config import require, section
 from internlm.errors import ConfigError, first_line
 from internlm.log import duration
 from internlm.train.stop import Stopped
@@ -94,8 +89,7 @@ class AlertsConfig:
     def __post_init__(self) -> None:
         if not self.interval_s >= 0:  # what is not a number neither
             raise ConfigError("must not be negative", where="alerts.interval_s", got=self.interval_s)
-        if not 0 < self.timeout_s < math.inf:
-            raise ConfigError("must be positive, and finite", where="alerts.timeout_s", got=self.timeout_s)
+        require(self, "alerts", ("timeout_s",), lambda seconds: seconds > 0, "must be above 0")
 
 
 @dataclass(frozen=True)
@@ -115,20 +109,12 @@ class Message:
 
     def __str__(self) -> str:
         more = f"\n{self.left_out} more of this kind since the last message" if self.left_out else ""
-        mark = _MARKS.get(self.kind, "⚠")
-        return (
-            f"{mark} {self.kind}: {self.text}\nrun {self.run} · step {self.step} · {self.host} rank {self.rank}{more}"
-        )
+        where = f"run {self.run} · step {self.step} · {self.host} rank {self.rank}"
+        return f"{_MARKS.get(self.kind, '⚠')} {self.kind}: {self.text}\n{where}{more}"
 
 
 class Alerts:
-    """The webhooks of a run. Without one nothing is done.
-
-    Args:
-        config: the section; its variables are resolved already, see `open`.
-        run: folder of the run.
-        rank: of this process.
-    """
+    """The webhooks of a run, see `open`. Without one nothing is done."""
 
     def __init__(self, config: AlertsConfig | None = None, run: Path = Path("."), rank: int = 0) -> None:
         self.config, self.run, self.rank = config or AlertsConfig(), run, rank
@@ -162,9 +148,8 @@ class Alerts:
                 if rank == 0:
                     raise
                 continue
-            found.append(WebhookConfig(url=url, kind=hook.kind, secret=secret, events=hook.events))
-        settled = AlertsConfig(webhooks=tuple(found), interval_s=config.interval_s, timeout_s=config.timeout_s)
-        return cls(settled, run, rank)
+            found.append(replace(hook, url=url, secret=secret))
+        return cls(replace(config, webhooks=tuple(found)), run, rank)
 
     def tell(self, kind: Kind, text: str) -> None:
         """Send a message to whom it concerns, soon. Any thread may call it; it neither waits nor raises."""
@@ -176,11 +161,9 @@ class Alerts:
                 self._left_out[kind] += 1
                 return
             left_out = self._left_out.pop(kind, 0)
-        message = Message(
-            kind, text, str(self.run), self.step(), socket.gethostname(), self.rank, time.time(), left_out
-        )
+        where = str(self.run), self.step(), socket.gethostname(), self.rank
         for hook in hooks:
-            hook.put(message)
+            hook.put(Message(kind, text, *where, time.time(), left_out))
 
     @contextlib.contextmanager
     def around(self, total: int) -> Iterator[None]:
@@ -211,11 +194,6 @@ class Alerts:
                 self.close()
             raise
 
-    def tell_stall(self, text: str) -> None:
-        """Tell that the run stands still, and wait until it is sent: the process ends afterwards."""
-        self.tell("stall", text)
-        self.close()
-
     def close(self, seconds: float = 5.0) -> None:
         """Wait until all is sent, but no longer than that. Messages may still be told afterwards."""
         until = time.monotonic() + seconds
@@ -227,7 +205,7 @@ class Alerts:
         if kind == "end":
             return True
         now = time.monotonic()
-        if now - self._told.get(kind, float("-inf")) < self.config.interval_s:
+        if kind in self._told and now - self._told[kind] < self.config.interval_s:
             return False
         self._told[kind] = now
         return _claim(self.run / FOLDER / kind, self.config.interval_s)
@@ -273,11 +251,10 @@ class _Webhook:
         self.config, self.timeout_s = config, timeout_s
         self.name = f"{place} ({config.kind} at {urllib.parse.urlsplit(config.url).hostname})"
         self._queue: queue.Queue[Message] = queue.Queue(_HELD)
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
         self._is_known_to_fail = False
         self._hurries = threading.Event()
         """Set when the run ends: no more pauses."""
+        threading.Thread(target=self._work, name="alerts", daemon=True).start()
 
     def put(self, message: Message) -> None:
         """Take a message that the thread will send."""
@@ -285,10 +262,6 @@ class _Webhook:
             self._queue.put_nowait(message)
         except queue.Full:
             self._warn("messages are dropped: too many wait")
-        with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="alerts", daemon=True)
-                self._thread.start()
 
     def flush(self, until: float) -> None:
         """Wait for what is queued, up to a moment of the monotonic clock."""
@@ -310,17 +283,14 @@ class _Webhook:
                 self._queue.task_done()
 
     def _send(self, message: Message) -> None:
-        problem, pause = "", _FIRST_PAUSE_S
         for attempt in range(_TRIES):
             if attempt:
-                self._hurries.wait(pause)
-                pause *= 2
+                self._hurries.wait(_FIRST_PAUSE_S * 2 ** (attempt - 1))
             problem, is_final = self._post(message)
-            if not problem:
-                return
-            if is_final:
+            if not problem or is_final:
                 break
-        self._warn(f"a message was not sent: {problem}")
+        if problem:
+            self._warn(f"a message was not sent: {problem}")
 
     def _post(self, message: Message) -> tuple[str, bool]:
         """Send a message once; return what went wrong, "" if nothing, and whether it would again."""
@@ -348,8 +318,7 @@ class _Webhook:
 def form(message: Message, config: WebhookConfig) -> dict[str, Any]:
     """Return the body of a message in the format of its target."""
     if config.kind == "slack":
-        text = str(message).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        return {"text": text}
+        return {"text": html.escape(str(message), quote=False)}
     if config.kind == "json":
         return vars(message)
     body: dict[str, Any] = {"msg_type": "text", "content": {"text": str(message)}}
@@ -365,6 +334,6 @@ def _refusal(answer: bytes) -> str:
     """Return why Feishu refuses a message; it does so with HTTP status 200. "" where it does not."""
     with contextlib.suppress(ValueError):
         said = json.loads(answer)
-        if isinstance(said, dict) and said.get("code", said.get("StatusCode", 0)) != 0:
-            return f"code {said.get('code', said.get('StatusCode'))}, {str(said.get('msg', ''))[:200]}"
+        if isinstance(said, dict) and (code := said.get("code", said.get("StatusCode", 0))) != 0:
+            return f"code {code}, {str(said.get('msg', ''))[:200]}"
     return ""

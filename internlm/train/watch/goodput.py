@@ -1,25 +1,13 @@
 """What became of a run's time since its first start, all restarts included.
 
-A run is, at each moment, in one phase. The seconds of all phases add up to the wall time since the first start:
-
-    useful      steps whose update is part of the model, without the wait for their data
-    data        waiting for the loader
-    skipped     steps without an update: a number was not finite, or a spike was skipped
-    lost        useful steps that are taken again: after a restart, those since the checkpoint; after a rollback as well
-    stalled     what the run stood still in until the watchdog ended it
-    evaluate    validation
-    checkpoint  the training waits for one: the copy, and the end of the one before
-    startup     from the start of the process to its first step: imports, model, weights, reading the checkpoint
-    down        no process runs
-    other       logs, metrics, plots, alerts, the end
-
-    goodput = useful / wall time
+A run is, at each moment, in one phase; the seconds of all add up to the wall time since the first start.
+docs/operations.md says what belongs to each, and goodput = useful / wall time.
 
 RUN/goodput.json holds the seconds, so that the next process goes on from there; each checkpoint holds how many were
 useful when it was made, so that whoever goes back to it knows how many are lost: those of the file − its own.
 
-Limits: rank 0's clock. A killed process has written the file at the end of a step, at most `WRITE_EVERY_S` and a step
-before; what came after that counts as down. What a GPU still does of a step's update belongs to the phase that follows.
+Limits: rank 0's clock. A killed process has written the file at most `WRITE_EVERY_S` and a step before; what came after
+that counts as down. What a GPU still does of a step's update belongs to the phase that follows.
 """
 
 from __future__ import annotations
@@ -32,7 +20,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from internlm import storage
 from internlm.errors import StorageError
@@ -41,9 +29,7 @@ from internlm.log import duration, warn_once
 logger = logging.getLogger(__name__)
 
 Phase = Literal["useful", "data", "skipped", "lost", "stalled", "evaluate", "checkpoint", "startup", "down", "other"]
-PHASES: tuple[Phase, ...] = (
-    "useful", "data", "skipped", "lost", "stalled", "evaluate", "checkpoint", "startup", "down", "other",
-)  # fmt: skip
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 FILE = "goodput.json"
 WRITE_EVERY_S = 10.0
@@ -54,7 +40,7 @@ class Goodput:
     """The time of a run by phase. Begins in phase `startup`.
 
     Args:
-        run: its folder, where the seconds are kept; None: they are not (another rank keeps them).
+        run: the folder where the seconds are kept; None: another rank keeps them.
         clock: seconds since 1970.
         born: when this process started; None: as the system says.
     """
@@ -77,12 +63,7 @@ class Goodput:
             self.seconds["down"] += max(0.0, self._since - before["until"])
 
     def enter(self, phase: Phase, was: Phase | None = None) -> None:
-        """End the present phase and begin another.
-
-        Args:
-            phase: what begins.
-            was: what the present phase turned out to be; None: what was said when it began.
-        """
+        """End the present phase, which turned out to be `was` where that is given, and begin another."""
         now = self._clock()
         self.seconds[was or self.phase] += max(0.0, now - self._since)  # a clock that was set back counts nothing
         self._since = now
@@ -115,11 +96,7 @@ class Goodput:
         self.write(at_once=True)
 
     def go_back(self, useful_s: float | None) -> None:
-        """Count as lost what was useful since a checkpoint.
-
-        Args:
-            useful_s: what was useful when it was made; None: it does not say, and nothing is counted.
-        """
+        """Count as lost what was useful since a checkpoint, in which so much was; None: it does not say."""
         if useful_s is None:
             return
         lost = self.seconds["useful"] - useful_s
@@ -131,8 +108,8 @@ class Goodput:
     def shares(self) -> dict[str, float]:
         """Return metrics: the share of each phase in the wall time, the wall time, and how often a process started."""
         self.enter(self.phase)
-        wall = sum(self.seconds.values())
-        found = {f"goodput/{name}": spent / wall if wall else 0.0 for name, spent in self.seconds.items()}
+        shares, wall = self._shares()
+        found = {f"goodput/{name}": share for name, share in shares.items()}
         return found | {"goodput/wall_s": wall, "goodput/starts": float(self.starts)}
 
     def write(self, *, at_once: bool = False) -> None:
@@ -152,8 +129,11 @@ class Goodput:
 
     def __str__(self) -> str:
         """Return the time in words: `goodput 91.2% of 5h12m | down 4.1%, startup 2.0%, lost 1.3%`."""
+        return sentence(*self._shares())
+
+    def _shares(self) -> tuple[dict[str, float], float]:
         wall = sum(self.seconds.values())
-        return sentence({name: spent / wall if wall else 0.0 for name, spent in self.seconds.items()}, wall)
+        return {name: spent / wall if wall else 0.0 for name, spent in self.seconds.items()}, wall
 
 
 def sentence(shares: dict[str, float], wall_s: float) -> str:

@@ -5,10 +5,6 @@
     watch.facts()                    # plain values, as --json prints them
     lines(watch.facts(), width=80)   # as the terminal shows them
 
-    recipe.yaml       how many steps           goodput.json     what became of the time
-    metrics.jsonl     losses, rates, pace      alive/           signs of life of each rank
-    warnings.jsonl    what rank 0 warned of    checkpoints/     what could be gone back to
-
 Every file may be missing, damaged, or written at this moment: what cannot be read is left out, and a line of metrics
 that is not complete is read with the next look.
 """
@@ -25,7 +21,7 @@ import statistics
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +38,8 @@ _MOST_BYTES = 2**20
 _HELD = 240
 """Values of a metric that are kept for its curve."""
 _SURVEY_EVERY_S = 10.0
+_HEARTBEAT_S = 5.0
+"""Between two signs of life, where the recipe does not say."""
 _PACES = 10
 _SEEN = 200
 """Bytes by which a file is known again; the last line of metrics holds the time of its step."""
@@ -121,10 +119,7 @@ class Lines:
 
 
 class Monitor:
-    """What is known about a run.
-
-    Args:
-        run: its folder.
+    """What is known about a run, by its folder.
 
     Raises:
         StorageError: there is none, or it holds no run.
@@ -196,10 +191,11 @@ class Monitor:
         total, heartbeat_s = _plan(self.run / "recipe.yaml")
         members = _ranks(self.run, now)
         step = max([self.step, *(one["step"] for one in members)])
-        state = _state(members, step, total, 4 * heartbeat_s + 10, self._age(now))
+        silent_after_s = 4 * heartbeat_s + 10
+        state = _state(members, step, total, silent_after_s, self._age(now))
         left = (total - step) * statistics.median(self.paces) if total and self.paces else None
-        spent = goodput.read(self.run / goodput.FILE)
-        wall = sum(spent["seconds"].values()) if spent else 0.0
+        spent = goodput.read(self.run / goodput.FILE) or {"seconds": {}, "starts": None}
+        wall = sum(spent["seconds"].values())
         return {
             "run": str(self.run),
             "time": now,
@@ -210,17 +206,16 @@ class Monitor:
             "metrics": self.last,
             "best": {name: {"value": value, "step": at} for name, (value, at) in self.best.items()},
             "curves": {name: list(values) for name, values in self.curves.items()},
-            "goodput": {name: seconds / wall for name, seconds in spent["seconds"].items()} if spent and wall else None,
+            "goodput": {name: seconds / wall for name, seconds in spent["seconds"].items()} if wall else None,
             "wall_s": wall or None,
-            "starts": spent["starts"] if spent else None,
+            "starts": spent["starts"],
             "checkpoints": self._checkpoints,
             "ranks": members,
-            "silent_after_s": 4 * heartbeat_s + 10,
+            "silent_after_s": silent_after_s,
             "warnings": list(self.warnings),
         }
 
     def _age(self, now: float) -> float | None:
-        """Return how long ago metrics were written."""
         with contextlib.suppress(OSError):
             return max(0.0, now - (self.run / "metrics.jsonl").stat().st_mtime)
         return None
@@ -234,17 +229,13 @@ def _plan(path: Path) -> tuple[int | None, float]:
     """Return the steps of a run and the seconds between two signs of life, as its recipe says."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        total: int | None = -(-int(recipe["train"]["tokens"]) // int(recipe["train"]["batch_tokens"]))
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, yaml.YAMLError):
-        return None, 5.0
-    try:
-        return total, float(recipe["watch"]["heartbeat_s"])
-    except (KeyError, TypeError, ValueError):
-        return total, 5.0
+        total = -(-int(recipe["train"]["tokens"]) // int(recipe["train"]["batch_tokens"]))
+        return total, float(recipe.get("watch", {}).get("heartbeat_s", _HEARTBEAT_S))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, yaml.YAMLError):
+        return None, _HEARTBEAT_S
 
 
 def _ranks(run: Path, now: float) -> list[dict[str, Any]]:
-    """Return the last sign of life of each rank, in their order."""
     found = []
     for path in sorted((run / "alive").glob("rank-*.json")):
         try:
@@ -276,24 +267,16 @@ def _state(members: list[dict[str, Any]], step: int, total: int | None, limit_s:
 
 
 def _checkpoint(found: listing.Found) -> dict[str, Any]:
-    """Return what is shown of a checkpoint."""
     metrics = found.meta.get("metrics", {})
     loss = metrics.get("train/loss") if isinstance(metrics, dict) else None
-    return {
-        "step": found.step,
-        "bytes": found.bytes,
-        "problem": found.problem,
-        "loss": loss if _is_number(loss) else None,
-    }
+    loss = loss if _is_number(loss) else None
+    return {"step": found.step, "bytes": found.bytes, "problem": found.problem, "loss": loss}
 
 
 def lines(facts: dict[str, Any], width: int = 80, blocks: str = BLOCKS) -> list[tuple[str, str]]:
     """Return (colour, text) of each line of a dashboard; the colour is a word, or "" for none.
 
-    Args:
-        facts: of a Monitor.
-        width: columns of the terminal.
-        blocks: what bars and curves are drawn with, lowest first.
+    `blocks` are what bars and curves are drawn with, lowest first.
     """
     state, step, total = facts["state"], facts["step"], facts["steps"]
     colour = {"running": "green", "done": "green", "unknown": "", "stopped": "yellow"}.get(state, "red")
@@ -312,52 +295,51 @@ def lines(facts: dict[str, Any], width: int = 80, blocks: str = BLOCKS) -> list[
     shown += _validations(facts, width, blocks)
     shown += _saved(facts)
     shown += _members(facts)
-    counts = [(name, int(facts["metrics"].get(f"optim/{key}", 0))) for name, key in _TROUBLE]
-    if any(count for _, count in counts):
-        shown.append(("yellow", "trouble   " + " · ".join(f"{name} {count}" for name, count in counts)))
+    trouble = ("skipped_steps", "spikes", "rollbacks")
+    counts = {name.replace("_", " "): int(facts["metrics"].get(f"optim/{name}", 0)) for name in trouble}
+    if any(counts.values()):
+        text = " · ".join(f"{name} {count}" for name, count in counts.items())
+        shown.append(_line("trouble", text, "yellow"))
     for warning in facts["warnings"]:
         when = time.strftime("%m-%d %H:%M", time.localtime(warning["time"]))
         shown.append(("yellow", f"{when} {warning['text'].removeprefix('warning: ')}"))
     return [(colour, clip(text, width)) for colour, text in shown]
 
 
-_TROUBLE = (("skipped steps", "skipped_steps"), ("spikes", "spikes"), ("rollbacks", "rollbacks"))
+def _line(title: str, text: str, colour: str = "") -> tuple[str, str]:
+    return colour, f"{title:10}{text}"
+
+
+_SPEED: dict[str, Callable[[float], str]] = {
+    "perf/tokens_per_s_per_device": lambda value: f"{quantity(value)} tok/s/device",
+    "perf/mfu": "mfu {:.1%}".format,
+    "perf/step_s": "step {:.3g}s".format,
+    "perf/data_wait_s": "data {:.3g}s".format,
+    "perf/comm_wait_s": "comm wait {:.3g}s".format,
+    "mem/peak_gib": "mem {:.1f} GiB".format,
+}
 
 
 def _numbers(facts: dict[str, Any], width: int, blocks: str) -> list[tuple[str, str]]:
-    """Return the lines of metrics."""
     last = facts["metrics"]
     if not last:
         return [("", "no metrics yet")]
     room = max(10, min(60, width - 22))
     shown = []
-    for title, name, form in (
-        ("loss", "train/loss", "{:.4f}"),
-        ("grad", "optim/grad_norm", "{:.3g}"),
-        ("lr", "optim/lr", "{:.2e}"),
-    ):
+    figures = (("loss", "train/loss", ".4f"), ("grad", "optim/grad_norm", ".3g"), ("lr", "optim/lr", ".2e"))
+    for title, name, form in figures:
         if name in last:
             curve = spark(facts["curves"].get(name, []), room, blocks)
-            shown.append(("", f"{title:10}{form.format(last[name]):10} {curve}"))
-    speed = []
-    if "perf/tokens_per_s_per_device" in last:
-        speed.append(f"{quantity(last['perf/tokens_per_s_per_device'])} tok/s/device")
-    if "perf/mfu" in last:
-        speed.append(f"mfu {last['perf/mfu']:.1%}")
-    for title, name in (("step", "perf/step_s"), ("data", "perf/data_wait_s"), ("comm wait", "perf/comm_wait_s")):
-        if name in last:
-            speed.append(f"{title} {last[name]:.3g}s")
-    if "mem/peak_gib" in last:
-        speed.append(f"mem {last['mem/peak_gib']:.1f} GiB")
-    if speed:
-        shown.append(("", f"{'speed':10}{' · '.join(speed)}"))
+            shown.append(_line(title, f"{format(last[name], form):10} {curve}"))
+    if speed := [show(last[name]) for name, show in _SPEED.items() if name in last]:
+        shown.append(_line("speed", " · ".join(speed)))
     if "progress/tokens" in last:
         best = facts["best"].get("train/loss")
         lowest = f" · lowest loss {best['value']:.4f} at step {best['step']}" if best else ""
-        shown.append(("", f"{'tokens':10}{quantity(last['progress/tokens'])}{lowest}"))
+        shown.append(_line("tokens", quantity(last["progress/tokens"]) + lowest))
     if facts["goodput"]:
         text = goodput.sentence(facts["goodput"], facts["wall_s"]).removeprefix("goodput ")
-        shown.append(("", f"{'goodput':10}{text}"))
+        shown.append(_line("goodput", text))
     return shown
 
 
@@ -370,39 +352,38 @@ def _validations(facts: dict[str, Any], width: int, blocks: str) -> list[tuple[s
         bits = facts["metrics"].get(f"valid/bits_per_byte/{source}")
         best = facts["best"][name]
         more = f" · {bits:.4f} bits per byte" if bits is not None else ""
-        text = f"{'held out':10}{source} {value:.4f}{more} · lowest {best['value']:.4f} at step {best['step']} "
-        shown.append(("", text + spark(facts["curves"].get(name, []), max(4, width - len(text)), blocks)))
+        text = f"{source} {value:.4f}{more} · lowest {best['value']:.4f} at step {best['step']} "
+        curve = spark(facts["curves"].get(name, []), max(4, width - 10 - len(text)), blocks)
+        shown.append(_line("held out", text + curve))
     return shown
 
 
 def _saved(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return a line for each of the newest checkpoints."""
     shown = []
     for one in facts["checkpoints"][-4:]:
         loss = f" · loss {one['loss']:.4f}" if one["loss"] is not None else ""
-        text = f"{'saved':10}step {one['step']} · {size(one['bytes'])}{loss} · {one['problem'] or 'complete'}"
-        shown.append(("red" if one["problem"] else "", text))
-    return shown or [("", f"{'saved':10}no checkpoint yet")]
+        text = f"step {one['step']} · {size(one['bytes'])}{loss} · {one['problem'] or 'complete'}"
+        shown.append(_line("saved", text, "red" if one["problem"] else ""))
+    return shown or [_line("saved", "no checkpoint yet")]
 
 
 def _members(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return how the ranks are, and which are silent or behind."""
     members = facts["ranks"]
     if not members:
         return []
     over = ("done", "stopped", "failed", "stalled")
     silent = [one for one in members if one["age_s"] > facts["silent_after_s"] and one["phase"] not in over]
     phases = sorted({one["phase"] for one in members})
-    text = f"{'ranks':10}{len(members) - len(silent)} of {len(members)} heard of · {', '.join(phases)}"
+    text = f"{len(members) - len(silent)} of {len(members)} heard of · {', '.join(phases)}"
     ratio = facts["metrics"].get("ranks/slowest_ratio")
     if ratio is not None:
         text += f" · slowest rank {int(facts['metrics'].get('ranks/slowest_rank', 0))}: {ratio:.2f} × the median"
-    shown = [("red" if silent else "", text)]
+    shown = [_line("ranks", text, "red" if silent else "")]
     for one in silent[:4]:
         what = f"silent for {duration(one['age_s'])}, in {one['phase']} after step {one['step']}"
-        shown.append(("red", f"{'':10}rank {one['rank']} on {one['host']} {what}"))
+        shown.append(_line("", f"rank {one['rank']} on {one['host']} {what}", "red"))
     if len(silent) > 4:
-        shown.append(("red", f"{'':10}and {len(silent) - 4} more"))
+        shown.append(_line("", f"and {len(silent) - 4} more", "red"))
     return shown
 
 

@@ -1,11 +1,7 @@
-"""Loss spikes: a step whose loss lies far above those before it, and what is done about it.
+"""Loss spikes: a step whose loss lies far above those before it.
 
     losses of the steps before ─→ median of the last, spread ─→ z of this loss = (loss − median) / spread
                                                                 z > limit: a spike, known before the update is made
-
-    warn        a warning; the step counts as any other
-    skip_data   no update is made of this step
-    rollback    back to the newest checkpoint, but not with the data: what was drawn since is passed over
 
 The spread is that of a normal distribution whose neighbours differ as the window's do, by the median: neither a few
 wild losses nor a loss that falls steeply moves it. The median is that of the last quarter of the window. A spike joins
@@ -24,8 +20,6 @@ from typing import Literal
 from internlm.config import require_positive, section
 from internlm.errors import ConfigError
 
-Policy = Literal["off", "warn", "skip_data", "rollback"]
-
 _LEAST_SPREAD = 0.005
 """Of the median: a loss that hardly moves has no spread to speak of."""
 
@@ -34,7 +28,7 @@ _LEAST_SPREAD = 0.005
 class SpikeConfig:
     """What is done about loss spikes."""
 
-    policy: Policy = "warn"
+    policy: Literal["off", "warn", "skip_data", "rollback"] = "warn"
     """`off`, `warn`, `skip_data` (no update of such a step) or `rollback` (to the newest checkpoint, past the data)."""
     z: float = 8.0
     """How many spreads above the median of the window a loss is a spike."""

@@ -1,18 +1,8 @@
-"""Where metrics go besides `metrics.jsonl`: sinks of the same dict, chosen by the recipe.
-
-    track: {wandb: {project: seven-billion}, mlflow: {}}     # and TensorBoard, where it is installed
+"""Where metrics go besides `metrics.jsonl`: sinks of the same dict, chosen by the recipe, on rank 0.
 
 A sink has a bounded queue and a thread: the training never waits for it, and whatever goes wrong in it (library,
 network, server) is one warning. Only the import is waited for, before the first step. A run that is started again goes
-on under the ids that RUN/track.json holds.
-
-    sink          files and server                                steps that are taken again after a restart
-    tensorboard   RUN/tensorboard                                 replace those of before
-    wandb         RUN/wandb, W&B's server                         are drawn over those of before, by `step`
-    swanlab       RUN/swanlab, SwanLab's server                   keep the values of before
-    mlflow        RUN/mlflow.db, or the server it is told         are added to those of before
-
-Limits: rank 0 only. What a sink has not taken `CLOSE_S` after the end is given up.
+on under the ids that RUN/track.json holds; docs/operations.md says what becomes of steps that are taken again.
 """
 
 from __future__ import annotations
@@ -20,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -32,14 +21,15 @@ import urllib.request
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from internlm import storage
-from internlm.config import section
-from internlm.errors import StorageError
+from internlm.config import leaves, section
+from internlm.errors import StorageError, first_line
 from internlm.train.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PRIVATE = ("alerts.", "track.mlflow.")
 """Beginnings of keys of a recipe with addresses, which may hold a key or a password: nobody is shown their values."""
@@ -95,25 +85,19 @@ class Tracker(Protocol):
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Take the metrics of a step."""
-        ...
 
     def close(self) -> None:
         """Finish."""
-        ...
 
 
 class Sink:
-    """A tracker behind a queue and a thread. No method raises, or waits, except that `close` waits for a while.
+    """A tracker behind a queue and a thread, in which it is opened too.
 
-    Args:
-        name: for warnings.
-        open_tracker: called in the thread, where it may take its time.
-        close_s: how long `close` waits.
+    No method raises, or waits, except that `close` waits for a while.
     """
 
-    def __init__(self, name: str, open_tracker: Callable[[], Tracker], close_s: float = CLOSE_S) -> None:
-        self.name, self.close_s = name, close_s
-        self._open = open_tracker
+    def __init__(self, name: str, open_tracker: Callable[[], Tracker]) -> None:
+        self.name, self._open = name, open_tracker
         self.peers: list[Sink] = [self]
         """Sinks that end together: they share the time that is waited."""
         self._queue: queue.Queue[tuple[int, Metrics]] = queue.Queue(_HELD)
@@ -134,17 +118,13 @@ class Sink:
         """Wait until all is written, but not for long."""
         now = time.monotonic()
         for sink in self.peers:
-            sink._until = min(sink._until, now + sink.close_s)
+            sink._until = min(sink._until, now + CLOSE_S)
         self._thread.join(max(0.0, self._until - now))
         if self._thread.is_alive():
-            self._warn(f"not finished after {self.close_s:.0f} s: given up")
+            self._warn(f"not finished after {CLOSE_S:.0f} s: given up")
 
     def _work(self) -> None:
-        tracker: Tracker | None = None
-        try:
-            tracker = self._open()
-        except BaseException as error:  # one library ends what it cannot do by SystemExit
-            self._warn(_what(error))
+        tracker = self._try(self._open)
         while True:
             try:
                 item = self._queue.get(timeout=_LOOK_EVERY_S)
@@ -152,16 +132,17 @@ class Sink:
                 if self._until < math.inf:
                     break
                 continue
-            self._try(functools.partial(_write, item), tracker)
-        self._try(_close, tracker)
+            if tracker is not None:
+                self._try(functools.partial(tracker.write, *item))
+        if tracker is not None:
+            self._try(tracker.close)
 
-    def _try(self, work: Callable[[Tracker], None], tracker: Tracker | None) -> None:
-        if tracker is None:
-            return
+    def _try(self, work: Callable[[], T]) -> T | None:
         try:
-            work(tracker)
-        except BaseException as error:
+            return work()
+        except BaseException as error:  # one library ends what it cannot do by SystemExit
             self._warn(_what(error))
+            return None
 
     def _warn(self, what: str) -> None:
         if self._problem is None:
@@ -169,18 +150,8 @@ class Sink:
             logger.warning("warning: %s: %s; the run goes on without it", self.name, what)
 
 
-def _write(item: tuple[int, Metrics], tracker: Tracker) -> None:
-    tracker.write(*item)
-
-
-def _close(tracker: Tracker) -> None:
-    tracker.close()
-
-
 def _what(error: BaseException) -> str:
-    """Return an error in one line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)[:300]}"
 
 
 class TensorBoard:
@@ -206,21 +177,12 @@ class Wandb:
 
     def __init__(self, run: Path, config: ServerConfig, facts: dict[str, Any]) -> None:
         wandb: Any = importlib.import_module("wandb")
-        number = _id(run, "wandb", lambda: uuid.uuid4().hex[:12])
+        known = _known(run, "wandb", config, facts)
 
         def start(mode: str) -> Any:
             if mode == "online" and not _has_key(wandb):  # it would ask at the terminal
                 raise RuntimeError("there is no login; `wandb login` makes one")
-            return wandb.init(
-                project=config.project,
-                name=config.name or run.name,
-                id=number,
-                resume="allow",
-                dir=str(run),
-                config=facts,
-                mode=mode,
-                settings=wandb.Settings(console="off"),
-            )
+            return wandb.init(**known, dir=str(run), mode=mode, settings=wandb.Settings(console="off"))
 
         server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
         self.run = _start("wandb", config, start, server)
@@ -242,19 +204,11 @@ class SwanLab:
     def __init__(self, run: Path, config: ServerConfig, facts: dict[str, Any]) -> None:
         swanlab: Any = importlib.import_module("swanlab")
         self.module = swanlab
-        number = _id(run, "swanlab", lambda: uuid.uuid4().hex[:21])
+        known = _known(run, "swanlab", config, facts)
 
         def start(mode: str) -> Any:
-            return swanlab.init(
-                project=config.project,
-                name=config.name or run.name,
-                id=number,
-                resume="allow",
-                log_dir=str(run / "swanlab"),
-                config=facts,
-                mode=mode,
-                settings=swanlab.Settings(interactive=False),  # else it asks at the terminal
-            )
+            settings = swanlab.Settings(interactive=False)  # else it asks at the terminal
+            return swanlab.init(**known, log_dir=str(run / "swanlab"), mode=mode, settings=settings)
 
         server = os.environ.get("SWANLAB_API_HOST", "https://api.swanlab.cn")
         _start("swanlab", config, start, server)
@@ -268,6 +222,14 @@ class SwanLab:
         self.module.finish()
 
 
+def _known(run: Path, name: str, config: ServerConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what both servers' `init` is told of a run."""
+    number = _id(run, name, lambda: uuid.uuid4().hex[:21])
+    return {
+        "project": config.project, "name": config.name or run.name, "id": number, "resume": "allow", "config": facts,
+    }  # fmt: skip
+
+
 def _has_key(wandb: Any) -> bool:
     """Return whether a library of Weights & Biases knows who you are, without asking."""
     try:
@@ -277,13 +239,7 @@ def _has_key(wandb: Any) -> bool:
 
 
 def _start(name: str, config: ServerConfig, start: Callable[[str], Any], server: str) -> Any:
-    """Return what `start` makes of a mode: online, or offline where the recipe wants it, or online cannot be.
-
-    Args:
-        name, config: of the sink.
-        start: its `init`.
-        server: address that must answer.
-    """
+    """Return what `start` makes of the mode that is wanted; else of online, or of offline where that fails."""
     wanted = os.environ.get(f"{name.upper()}_MODE")
     if config.offline is not None:
         wanted = "offline" if config.offline else "online"
@@ -333,15 +289,10 @@ class Mlflow:
 def open_trackers(run: Path, resumed_step: int, config: TrackConfig, facts: dict[str, Any] | None = None) -> list[Sink]:
     """Return the sinks that a recipe asks for. A library that is missing, or breaks, is a warning.
 
-    Args:
-        run: folder of the run.
-        resumed_step: the step it goes on from.
-        config: the section.
-        facts: recipe and versions, shown beside the metrics.
+    The run goes on from `resumed_step`; `facts`, recipe and versions, are shown beside the metrics.
     """
-    flat = _flat(facts or {})
     hidden = tuple(f"recipe.{name}" for name in PRIVATE)
-    shown = {name: value for name, value in flat.items() if not name.startswith(hidden)}
+    shown = {name: value for name, value in leaves(facts or {}) if name and not name.startswith(hidden)}
     has_tensorboard = importlib.util.find_spec("tensorboard") is not None
     wanted: list[tuple[str, str, Callable[[], Tracker]]] = []
     if config.tensorboard or (config.tensorboard is None and has_tensorboard):
@@ -383,12 +334,11 @@ def _id(run: Path, name: str, create: Callable[[], str]) -> str:
     """Return the id under which a sink knows this run, made and kept at the first call."""
     with _ids:
         try:
-            known = json.loads((run / IDS).read_text(encoding="utf-8"))
-            found = known.get(name)
-        except (OSError, ValueError, AttributeError):
-            known, found = {}, None
-        if isinstance(found, str):
-            return found
+            known = storage.read_json(run / IDS)
+        except StorageError:
+            known = {}
+        if isinstance(known.get(name), str):
+            return known[name]
         made = create()
         try:
             storage.write_json(run / IDS, {**known, name: made})
@@ -403,12 +353,3 @@ _ids = threading.Lock()
 def _finite(metrics: Metrics) -> Metrics:
     """Return what a server takes: some refuse a whole dict for one NaN."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
-def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested facts under dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in facts.items():
-        inner = isinstance(value, dict) and value
-        found |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return found

@@ -1,17 +1,13 @@
-"""A run that stands still is found, named and ended.
+"""A run that stands still is found, named and ended: what becomes of it is in docs/operations.md.
 
-Two threads of each rank, which run also while the rank waits for others in an exchange. One writes, every few seconds,
-
-    RUN/alive/rank-00003.json    {"time": 1764341423.1, "step": 17, "phase": "train", "host": "node3", "pid": 4711, …}
-
-and notes whether the file of the next rank changes. The other looks at the clock of this rank:
+Two threads of each rank run also while the rank waits for others in an exchange. One writes a sign of life every few
+seconds, and notes whether that of the next rank changes. The other looks at the clock:
 
     start ──── first step ── step ── step ── evaluate ── step ── save ── step …
     start_s          stall_s each            no limit            no limit
 
-Where a limit is passed, or nothing happens here and the next rank is silent for `stall_s`, this rank writes the stacks
-of its threads to RUN/stacks/rank-00003.txt (and what torch's flight recorder has to RUN/stacks/trace-00003); the first
-one names the ranks that are silent or behind, in the log and in RUN/stacks/report.txt; and each ends its process.
+Where a limit is passed, or nothing happens here and the next rank is silent for `stall_s`, this rank writes its stacks;
+the first one names the ranks that are silent or behind; and each ends its process.
 
 Limits: a process that holds Python's lock for ever is found by its neighbour only. What stood still because the whole
 process was stopped (Ctrl-Z, a suspended laptop) has its clock set back when it goes on.
@@ -23,7 +19,6 @@ import contextlib
 import faulthandler
 import json
 import logging
-import math
 import os
 import socket
 import sys
@@ -36,8 +31,8 @@ from typing import Any
 
 from internlm import storage
 from internlm.compat import groups
-from internlm.config import section
-from internlm.errors import ConfigError, StorageError
+from internlm.config import require, section
+from internlm.errors import StorageError
 from internlm.log import duration
 from internlm.train.stop import Stopped
 
@@ -61,10 +56,7 @@ class WatchConfig:
     """Seconds between two signs of life of each rank."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and not 0 < value < math.inf:
-                what = "must be finite" if value == math.inf else "must be above 0"
-                raise ConfigError(what, where=f"watch.{name}", got=value)
+        require(self, "watch", vars(self), lambda seconds: seconds > 0, "must be above 0")
 
 
 @dataclass(frozen=True)
@@ -83,6 +75,9 @@ class Beat:
     count: int
     """Of the signs that this process has given."""
 
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host} (process {self.pid})"
+
     @property
     def is_over(self) -> bool:
         """Return whether no other sign is due. Of a rank that stalled one is missed: its neighbour ends, too."""
@@ -97,76 +92,15 @@ def path_of(run: Path, rank: int) -> Path:
 def read_beat(run: Path, rank: int) -> Beat | None:
     """Return the last sign of life of a rank; None where there is none that can be read."""
     try:
-        known = json.loads(path_of(run, rank).read_text(encoding="utf-8"))
-        return Beat(rank, **known)
+        return Beat(rank, **json.loads(path_of(run, rank).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-
-
-class Heartbeat:
-    """What this rank is doing, told to the others every `every_s` seconds.
-
-    Args:
-        run: folder of the run.
-        rank, world_size: of this process.
-        every_s: between two signs.
-    """
-
-    def __init__(self, run: Path, rank: int, world_size: int, every_s: float) -> None:
-        self.run, self.rank, self.world_size, self.every_s = run, rank, world_size, every_s
-        self.step, self.phase = 0, "start"
-        self.since = self.heard = time.monotonic()
-        """When this rank last made progress; when the next rank was last heard of."""
-        self._count = 0
-        self._next: Beat | None = None
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-
-    def start(self) -> None:
-        """Begin to give signs."""
-        self.since = self.heard = time.monotonic()
-        self.tell()
-        self._thread.start()
-
-    def stop(self, phase: str) -> None:
-        """Give the last sign. A file system that hangs is not waited for."""
-        self.phase = phase
-        self._over.set()
-        self._thread.join(self.every_s)
-
-    def tell(self) -> bool:
-        """Write one sign of life; return whether that went well. A full disk ends no run here."""
-        path = path_of(self.run, self.rank)
-        self._count += 1
-        fact: dict[str, Any] = {
-            "time": round(time.time(), 3), "step": self.step, "phase": self.phase, "host": socket.gethostname(),
-            "pid": os.getpid(), "count": self._count,
-        }  # fmt: skip
-        try:
-            storage.write_json(path, fact, durable=False)
-        except StorageError:
-            return False
-        return True
-
-    def _run(self) -> None:
-        while not self._over.wait(self.every_s):
-            could_write = self.tell()
-            beat = read_beat(self.run, (self.rank + 1) % self.world_size)
-            # Where this rank cannot write, the next one may not be able to either.
-            if beat != self._next or not could_write or (beat is not None and beat.is_over):
-                self._next, self.heard = beat, time.monotonic()
-        self.tell()
 
 
 class Watchdog:
     """Ends this process when the run stands still; a context around the training loop.
 
-    Args:
-        run: folder of the run.
-        config: the limits.
-        rank, world_size: of this process.
-        told: called before the process ends, with the report by the rank that makes it, with None by the others.
-        end: called with the exit code.
+    Before, `told` is called, with the report by the rank that makes it, else with None; then `end` with the exit code.
     """
 
     def __init__(
@@ -180,37 +114,68 @@ class Watchdog:
     ) -> None:
         self.run, self.config, self.rank, self.world_size = run, config, rank, world_size
         self._told, self._end = told, end
+        self.step, self.doing = 0, "start"
+        self.since = self.heard = time.monotonic()
+        """When this rank last made progress; when the next rank was last heard of."""
+        self._count = 0
+        self._next: Beat | None = None
         self._over = threading.Event()
-        self.heart = self._new_heart()
 
     def __enter__(self) -> Watchdog:
         if self.rank == 0:
             self._clear()
         self._over.clear()
-        self.heart = self._new_heart()  # a thread lives once
-        self.heart.start()
+        self._note("start")
+        self.heard = self.since
+        self._tell()
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heart.start()
         if self.config.stall_s is not None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        self.doing = "done" if kind is None else "stopped" if issubclass(kind, Stopped) else "failed"
         self._over.set()
-        self.heart.stop("done" if kind is None else "stopped" if issubclass(kind, Stopped) else "failed")
+        self._heart.join(self.config.heartbeat_s)  # a file system that hangs is not waited for
 
     def advance(self, step: int) -> None:
         """Note that a step has ended, the how manieth of the run."""
-        self.heart.step, self.heart.phase, self.heart.since = step, "train", time.monotonic()
+        self.step = step
+        self._note("train")
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Note that the block is no training: it has no limit of its own."""
-        before = self.heart.phase
-        self.heart.phase, self.heart.since = name, time.monotonic()
+        before = self.doing
+        self._note(name)
         yield
-        self.heart.phase, self.heart.since = before, time.monotonic()
+        self._note(before)
 
-    def _new_heart(self) -> Heartbeat:
-        return Heartbeat(self.run, self.rank, self.world_size, self.config.heartbeat_s)
+    def _note(self, phase: str) -> None:
+        self.doing, self.since = phase, time.monotonic()
+
+    def _tell(self) -> bool:
+        """Write one sign of life; return whether that went well. A full disk ends no run here."""
+        self._count += 1
+        fact: dict[str, Any] = {
+            "time": round(time.time(), 3), "step": self.step, "phase": self.doing, "host": socket.gethostname(),
+            "pid": os.getpid(), "count": self._count,
+        }  # fmt: skip
+        try:
+            storage.write_json(path_of(self.run, self.rank), fact, durable=False)
+        except StorageError:
+            return False
+        return True
+
+    def _beat(self) -> None:
+        while not self._over.wait(self.config.heartbeat_s):
+            could_write = self._tell()
+            beat = read_beat(self.run, (self.rank + 1) % self.world_size)
+            # Where this rank cannot write, the next one may not be able to either.
+            if beat != self._next or not could_write or (beat is not None and beat.is_over):
+                self._next, self.heard = beat, time.monotonic()
+        self._tell()
 
     def _clear(self) -> None:
         """Remove what an earlier process of the run left, and what ranks left that there are no more."""
@@ -226,18 +191,18 @@ class Watchdog:
         while not self._over.wait(min(self.config.heartbeat_s, 1.0)):
             now = time.monotonic()
             if now - looked > 3 * self.config.heartbeat_s + 2:  # this process was stopped itself
-                self.heart.since = self.heart.heard = now
+                self.since = self.heard = now
             looked = now
             if self._is_stalled(now):
-                self._end_run(now - self.heart.since)
+                self._end_run(now - self.since)
                 return
 
     def _is_stalled(self, now: float) -> bool:
         stall_s = self.config.stall_s
         assert stall_s is not None, "without a limit nobody watches"
-        spent, phase = now - self.heart.since, self.heart.phase
-        limit = {"train": stall_s, "start": self.config.start_s}.get(phase)
-        is_silent = self.world_size > 1 and now - self.heart.heard > stall_s
+        spent = now - self.since
+        limit = {"train": stall_s, "start": self.config.start_s}.get(self.doing)
+        is_silent = self.world_size > 1 and now - self.heard > stall_s
         return (limit is not None and spent > limit) or (spent > stall_s and is_silent)
 
     def _end_run(self, stood_s: float) -> None:
@@ -275,21 +240,19 @@ class Watchdog:
         if trace:
             with contextlib.suppress(OSError):
                 (folder / f"trace-{self.rank:05d}").write_bytes(trace)
-        self.heart.phase = "stalled"
-        self.heart.tell()
+        self.doing = "stalled"
+        self._tell()
         self._told(text)
 
     def _found(self, stood_s: float) -> str:
         """Return in words which ranks are to blame, as far as their last signs of life tell."""
-        heart = self.heart
-        head = f"the run stands still: nothing in {duration(stood_s)} after step {heart.step} ({heart.phase})"
+        head = f"the run stands still: nothing in {duration(stood_s)} after step {self.step} ({self.doing})"
         beats = [read_beat(self.run, rank) for rank in range(self.world_size)]
         now = time.time()
         silent = [
             f"rank {rank} was never heard of"
             if beat is None
-            else f"rank {rank} on {beat.host} (process {beat.pid}) was last heard of {duration(now - beat.time)} ago, "
-            f"in {beat.phase} after step {beat.step}"
+            else f"{beat} was last heard of {duration(now - beat.time)} ago, in {beat.phase} after step {beat.step}"
             for rank, beat in enumerate(beats)
             if beat is None or (not beat.is_over and now - beat.time > 3 * self.config.heartbeat_s + 2)
         ]
@@ -297,9 +260,9 @@ class Watchdog:
             known = [beat for beat in beats if beat is not None]
             first = max((beat.step for beat in known), default=0)
             silent = [
-                f"rank {beat.rank} on {beat.host} (process {beat.pid}) lives and is {what}"
+                f"{beat} lives and is "
+                + (f"behind, in {beat.phase} after step {beat.step}" if beat.step < first else beat.phase)
                 for beat in known
-                for what in [f"behind, in {beat.phase} after step {beat.step}" if beat.step < first else beat.phase]
                 if beat.step < first or beat.is_over
             ]
         if not silent:

@@ -2,6 +2,12 @@
 
 Where this decoder has more than a family, the file has fields of ours: `internlm_context_length` beside dynamic
 scaling, whose `max_position_embeddings` is the trained length, and the weights of experts' side losses.
+
+Rotary positions have three forms:
+
+    rope_theta, rope_scaling {rope_type, factor, …}     Transformers 4; `type` and `factor` alone are InternLM2's
+    rope_parameters {rope_type, rope_theta, …}          Transformers 5
+    rotary {base, type: origin | dynamic}               InternLM of 2023
 """
 
 from __future__ import annotations
@@ -10,27 +16,31 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from internlm.config import decode
-from internlm.errors import ConfigError, WeightsError
+from internlm.errors import WeightsError
 from internlm.log import warn_once
-from internlm.model.config import ExpertsConfig, ModelConfig
-from internlm.weights.families import rope_fields
-from internlm.weights.families.table import FAMILIES, ExpertFields, Family, default_of, family_of
+from internlm.model.config import (
+    DynamicScaling,
+    ExpertsConfig,
+    Llama3Scaling,
+    ModelConfig,
+    RopeConfig,
+    Scaling,
+    YarnScaling,
+)
+from internlm.model.rope import yarn_attention
+from internlm.weights.families.table import EVERY_SCALING, FAMILIES, LLAMA_DEFAULTS, ExpertFields, Family, family_of
+from internlm.weights.load import decoded
 
 logger = logging.getLogger(__name__)
 
 LAYER_KINDS = ("full_attention", "sliding_attention")
+ROPE_KINDS = ("default", *EVERY_SCALING)
 
 
 def describe(config: ModelConfig, name: str) -> dict[str, Any]:
-    """Return the content of a config.json, without token ids and dtype.
-
-    Args:
-        config: a shape that the family can express (`family.check`).
-        name: `model_type` of the family.
-    """
+    """Return the content of a config.json, without token ids and dtype, of a family that can express the shape."""
     family = family_of(name)
-    positions = rope_fields.length_of(config.rope, config.context_length)
+    positions = _length_of(config.rope, config.context_length)
     fields = {
         "architectures": [family.architecture],
         "model_type": name,
@@ -45,7 +55,7 @@ def describe(config: ModelConfig, name: str) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         **family.fixed,
         "tie_word_embeddings": config.tie_embeddings,
-        **rope_fields.write(config.rope, family),
+        **_write_rope(config.rope, family),
         "use_cache": True,
     }
     if family.own_head_dim:
@@ -80,12 +90,8 @@ def _expert_fields(config: ModelConfig, experts: ExpertsConfig, where: ExpertFie
     return fields
 
 
-def understand(fields: Any, path: Path) -> ModelConfig:
-    """Return the shape that a config.json describes.
-
-    Args:
-        fields: its content.
-        path: of the file, for errors.
+def read_config(fields: Any, path: Path) -> ModelConfig:
+    """Return the shape that a config.json of this content describes.
 
     Raises:
         WeightsError: it is of a family that is not known, or has a part that this decoder has not.
@@ -96,25 +102,17 @@ def understand(fields: Any, path: Path) -> ModelConfig:
     if not isinstance(name, str) or name not in FAMILIES:
         raise WeightsError("this model_type cannot be read", where=path, got=name, allowed=FAMILIES)
     family = FAMILIES[name]
-    fields = dict(family.defaults) | fields
+    fields = LLAMA_DEFAULTS | dict(family.defaults) | fields
     _check_fields(fields, family, path)
     try:
         tree = _tree(fields, family, path)
     except KeyError as error:
         raise WeightsError(f"lacks {error}", where=path) from None
-    try:
-        return decode(ModelConfig, tree)
-    except ConfigError as error:
-        problems = "; ".join(line.strip() for line in str(error).splitlines()[1:])
-        raise WeightsError(f"describes no model: {problems}", where=path) from None
+    return decoded(ModelConfig, tree, path)
 
 
 def _check_fields(fields: dict[str, Any], family: Family, path: Path) -> None:
-    """Check the fields that have one value here.
-
-    Raises:
-        WeightsError: one has another.
-    """
+    """Raise WeightsError where a field that has one value here has another."""
     switches = {"tie_word_embeddings", "use_sliding_window", family.qkv_bias, family.output_bias}
     for name in sorted(name for name in switches if isinstance(name, str)):
         if not isinstance(fields.get(name, False), bool | None):
@@ -127,8 +125,7 @@ def _check_fields(fields: dict[str, Any], family: Family, path: Path) -> None:
 
 
 def _tree(fields: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
-    """Return a model's configuration as a tree, not checked yet."""
-    positions = fields.get("max_position_embeddings", default_of(family, "max_position_embeddings"))
+    positions = fields["max_position_embeddings"]
     tree = {
         "vocab_size": fields["vocab_size"],
         "hidden_size": fields["hidden_size"],
@@ -138,12 +135,12 @@ def _tree(fields: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
         "head_dim": fields.get("head_dim") or 0,
         "ffn_size": fields["intermediate_size"],
         "context_length": _context(fields, family, fields.get("internlm_context_length", positions), path),
-        "norm_eps": fields.get("rms_norm_eps", default_of(family, "rms_norm_eps")),
+        "norm_eps": fields["rms_norm_eps"],
         "qkv_bias": _has(fields, family.qkv_bias),
         "output_bias": _has(fields, family.output_bias),
         "qk_norm": family.qk_norm,
         "tie_embeddings": bool(fields.get("tie_word_embeddings")),
-        "rope": rope_fields.read(fields, family, path),
+        "rope": _read_rope(fields, family, path),
     }
     if family.experts is not None:
         tree |= {"ffn_size": fields[family.experts.size], "experts": _experts(fields, family.experts)}
@@ -151,7 +148,6 @@ def _tree(fields: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
 
 
 def _has(fields: dict[str, Any], where: str | bool) -> bool:
-    """Return whether there is a part that a field says, or the family."""
     return bool(fields.get(where)) if isinstance(where, str) else where
 
 
@@ -190,18 +186,149 @@ def _context(fields: dict[str, Any], family: Family, context: Any, path: Path) -
 
 def _slides(fields: dict[str, Any], family: Family, path: Path) -> bool:
     """Return whether any layer looks through the sliding window."""
-    if family.window == "never":
-        return False
-    if family.window == "always":
-        return True
-    if not fields.get("use_sliding_window"):
-        return False
+    if family.window in ("never", "always"):
+        return family.window == "always"
+    if not fields.get("use_sliding_window") or family.window == "asked":
+        return bool(fields.get("use_sliding_window"))
     kinds = fields.get("layer_types")
-    if family.window == "asked":
-        return True
     if kinds is None:
         first, layers = fields["max_window_layers"], fields["num_hidden_layers"]
         return not isinstance(first, int) or not isinstance(layers, int) or first < layers
     if not isinstance(kinds, list) or any(kind not in LAYER_KINDS for kind in kinds):
         raise WeightsError("layer_types are not all known", where=path, got=kinds, allowed=LAYER_KINDS)
     return "sliding_attention" in kinds
+
+
+def _write_rope(rope: RopeConfig, family: Family) -> dict[str, Any]:
+    """Return the rotary fields of a config.json; a scaling must be one of the family's."""
+    scaling = rope.scaling
+    if family.rope == "transformers":
+        found = _scaling_fields(scaling)
+        parameters = {**(found or {"rope_type": "default"}), "rope_theta": rope.base}
+        return {"rope_theta": rope.base, "rope_scaling": found, "rope_parameters": parameters}
+    typed = None if scaling is None else {"type": scaling.kind, "factor": float(scaling.factor)}
+    fields: dict[str, Any] = {"rope_theta": rope.base, "rope_scaling": typed}
+    if family.rope == "rotary":
+        fields["rotary"] = {"base": rope.base, "type": "origin"}
+        if scaling is not None:
+            fields["rotary"] |= {"type": scaling.kind, "scaling_factor": float(scaling.factor)}
+    return fields
+
+
+def _read_rope(fields: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
+    """Return the rotary positions that a config.json of this content describes, as a tree."""
+    if family.rope != "rotary":
+        return _read(fields, family, path)
+    newer = _read(fields, family, path) if fields.keys() & {"rope_theta", "rope_scaling", "rope_parameters"} else None
+    if newer is not None and fields.get("rotary") is None:
+        return newer
+    older = _read_rotary(fields.get("rotary", {"base": 10000.0, "type": "dynamic"}), fields, path)
+    if newer is not None and newer != older:
+        raise WeightsError("rotary and rope_theta, rope_scaling say different things", where=path, got=fields["rotary"])
+    return older
+
+
+def _scaling_fields(scaling: Scaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": float(scaling.factor)}
+    if isinstance(scaling, YarnScaling | Llama3Scaling):
+        fields["original_max_position_embeddings"] = scaling.original_length
+    if isinstance(scaling, YarnScaling):
+        fields |= {"beta_fast": float(scaling.beta_fast), "beta_slow": float(scaling.beta_slow)}
+        if scaling.attention_factor is not None:
+            fields["attention_factor"] = float(scaling.attention_factor)
+    if isinstance(scaling, Llama3Scaling):
+        fields["low_freq_factor"] = float(scaling.low_frequency_factor)
+        fields["high_freq_factor"] = float(scaling.high_frequency_factor)
+    return fields
+
+
+def _length_of(rope: RopeConfig, context_length: int) -> int:
+    """Return `max_position_embeddings`: Transformers and InternLM measure dynamic scaling from it."""
+    return rope.scaling.original_length if isinstance(rope.scaling, DynamicScaling) else context_length
+
+
+def _read_rotary(rotary: Any, fields: dict[str, Any], path: Path) -> dict[str, Any]:
+    if not isinstance(rotary, dict):
+        raise WeightsError("rotary is no JSON object", where=path, got=rotary)
+    kind, base = rotary.get("type", "origin"), rotary.get("base") or 10000.0
+    if kind == "origin":
+        return {"base": base}
+    if kind != "dynamic":
+        raise WeightsError("this rotary type cannot be read", where=path, got=kind, allowed=["origin", "dynamic"])
+    factor, positions = rotary.get("scaling_factor", 1.0), fields["max_position_embeddings"]
+    return {"base": base, "scaling": {"kind": "dynamic", "factor": factor, "original_length": positions}}
+
+
+def _read(fields: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
+    """Return what `rope_theta` and `rope_scaling`, or `rope_parameters`, describe, as a tree."""
+    parts = {name: fields.get(name) or {} for name in ("rope_scaling", "rope_parameters")}
+    for name in (name for name, part in parts.items() if not isinstance(part, dict)):
+        raise WeightsError(f"{name} is no JSON object", where=path, got=parts[name])
+    found = [_read_one(part, fields, family, path) for part in parts.values() if part]
+    # Transformers takes rope_scaling alone where it is there: no matter, if all that the other says is the same base.
+    if len(found) == 2 and found[1] not in (found[0], {"base": found[0]["base"]}):
+        problem, advice = "rope_scaling and rope_parameters say different things", "Write all into rope_parameters."
+        raise WeightsError(problem, where=path, got=parts, do=f"{advice} Then take rope_scaling out.")
+    return found[0] if found else _read_one({}, fields, family, path)
+
+
+def _read_one(found: dict[str, Any], fields: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
+    """Return what one of them describes, with what stands beside it, as a tree."""
+    usual, beside = family.defaults.get("rope_theta", 10000.0), fields.get("rope_theta")
+    base = found.get("rope_theta") or beside or usual
+    if beside not in (None, base, usual):
+        raise WeightsError("there are two values of rope_theta", where=path, got=(base, beside), do="Take one out.")
+    kind = found.get("rope_type", found.get("type", "default"))
+    changed = [name for name, value in found.items() if isinstance(value, dict)]  # one for each kind of layer
+    changed += [name for name in ("mscale", "mscale_all_dim") if kind != "yarn" and found.get(name) is not None]
+    if found.get("truncate") not in (None, True):
+        changed.append("truncate")
+    if found.get("partial_rotary_factor", fields.get("partial_rotary_factor")) not in (None, 1.0):
+        changed.append("partial_rotary_factor")
+    if changed:
+        raise WeightsError(f"rotary option {changed[0]} is not supported", where=path)
+    if kind == "default":
+        return {"base": base}
+    if kind not in ROPE_KINDS:
+        raise WeightsError("this rotary scaling cannot be read", where=path, got=kind, allowed=ROPE_KINDS)
+    positions = fields["max_position_embeddings"]
+    scaling = {"kind": kind, "factor": found["factor"]}
+    if kind == "dynamic":
+        return {"base": base, "scaling": scaling | {"original_length": positions}}
+    name = "original_max_position_embeddings"
+    original = fields.get(name) or found.get(name) or positions  # Transformers prefers the one outside too
+    return {"base": base, "scaling": scaling | _options(kind, found, original, path)}
+
+
+def _options(kind: str, found: dict[str, Any], original: Any, path: Path) -> dict[str, Any]:
+    if kind == "yarn":
+        return {
+            "original_length": original,
+            "beta_fast": found.get("beta_fast") or 32.0,
+            "beta_slow": found.get("beta_slow") or 1.0,
+            "attention_factor": _attention_factor(found, path),
+        }
+    if kind == "llama3":
+        return {
+            "original_length": original,
+            "low_frequency_factor": found["low_freq_factor"],
+            "high_frequency_factor": found["high_freq_factor"],
+        }
+    return {}
+
+
+def _attention_factor(found: dict[str, Any], path: Path) -> Any:
+    """Return YaRN's scale on cos and sin where it is not the usual one: as it stands, or DeepSeek's ratio of two."""
+    given, above, below = (found.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    if given is not None or (above is None and below is None):
+        return given
+    if above is None or below is None:
+        raise WeightsError("mscale and mscale_all_dim count together only", where=path, do="Give both or neither.")
+    try:
+        factor = found["factor"]
+        return yarn_attention(factor, above) / yarn_attention(factor, below) if above and below else None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        problem = f"mscale and mscale_all_dim give no factor: {error}"
+        raise WeightsError(problem, where=path, got=(above, below)) from None

@@ -1,16 +1,98 @@
-"""The families of Transformers, one row each: its config.json, its weights, and what it cannot hold."""
+"""The families of Transformers, one row each: names of weights, config.json, and what it cannot hold.
+
+    to_transformers("blocks.3.attention.wq.weight")                     # 'model.layers.3.self_attn.q_proj.weight'
+    from_transformers("model.layers.3.self_attn.q_proj.weight")         # (['blocks.3.attention.wq.weight'], None)
+
+`{i}` in a name is the layer, `{e}` the expert: what is one stacked weight here is one per expert there. Where several
+rows name the same weight there, it holds them all (see `translate`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from internlm.errors import WeightsError
+from internlm.errors import WeightsError, did_you_mean
 from internlm.model.config import ModelConfig
-from internlm.weights.families.names import FUSED_EXPERTS, INTERNLM2, LLAMA, MIXTRAL, QWEN3, QWEN3_MOE, Names
+
+Names = dict[str, str]
+"""Ours → theirs."""
+
+_ATTENTION: Names = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "blocks.{i}.attention_norm.weight": "model.layers.{i}.input_layernorm.weight",
+    "blocks.{i}.attention.wq.weight": "model.layers.{i}.self_attn.q_proj.weight",
+    "blocks.{i}.attention.wq.bias": "model.layers.{i}.self_attn.q_proj.bias",
+    "blocks.{i}.attention.wk.weight": "model.layers.{i}.self_attn.k_proj.weight",
+    "blocks.{i}.attention.wk.bias": "model.layers.{i}.self_attn.k_proj.bias",
+    "blocks.{i}.attention.wv.weight": "model.layers.{i}.self_attn.v_proj.weight",
+    "blocks.{i}.attention.wv.bias": "model.layers.{i}.self_attn.v_proj.bias",
+    "blocks.{i}.attention.wo.weight": "model.layers.{i}.self_attn.o_proj.weight",
+    "blocks.{i}.attention.wo.bias": "model.layers.{i}.self_attn.o_proj.bias",
+    "blocks.{i}.feed_forward_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_HEAD_NORMS: Names = {
+    "blocks.{i}.attention.q_norm.weight": "model.layers.{i}.self_attn.q_norm.weight",
+    "blocks.{i}.attention.k_norm.weight": "model.layers.{i}.self_attn.k_norm.weight",
+}
+LLAMA: Names = _ATTENTION | {
+    "blocks.{i}.feed_forward.w_gate.weight": "model.layers.{i}.mlp.gate_proj.weight",
+    "blocks.{i}.feed_forward.w_up.weight": "model.layers.{i}.mlp.up_proj.weight",
+    "blocks.{i}.feed_forward.w_down.weight": "model.layers.{i}.mlp.down_proj.weight",
+}
+"""Also Mistral's, Qwen2's, InternLM's and InternLM3's."""
+QWEN3: Names = LLAMA | _HEAD_NORMS
+MIXTRAL: Names = _ATTENTION | {
+    "blocks.{i}.feed_forward.router.weight": "model.layers.{i}.block_sparse_moe.gate.weight",
+    "blocks.{i}.feed_forward.experts.w_gate.weight": "model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight",
+    "blocks.{i}.feed_forward.experts.w_up.weight": "model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight",
+    "blocks.{i}.feed_forward.experts.w_down.weight": "model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight",
+}
+QWEN3_MOE: Names = (
+    _ATTENTION
+    | _HEAD_NORMS
+    | {
+        "blocks.{i}.feed_forward.router.weight": "model.layers.{i}.mlp.gate.weight",
+        "blocks.{i}.feed_forward.experts.w_gate.weight": "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
+        "blocks.{i}.feed_forward.experts.w_up.weight": "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
+        "blocks.{i}.feed_forward.experts.w_down.weight": "model.layers.{i}.mlp.experts.{e}.down_proj.weight",
+    }
+)
+FUSED_EXPERTS: Names = {
+    "blocks.{i}.feed_forward.router.weight": "model.layers.{i}.mlp.gate.weight",
+    "blocks.{i}.feed_forward.experts.w_gate.weight": "model.layers.{i}.mlp.experts.gate_up_proj",
+    "blocks.{i}.feed_forward.experts.w_up.weight": "model.layers.{i}.mlp.experts.gate_up_proj",
+    "blocks.{i}.feed_forward.experts.w_down.weight": "model.layers.{i}.mlp.experts.down_proj",
+}
+"""Experts as Transformers 5 has them in memory, and saves them where it is told to."""
+INTERNLM2: Names = {
+    "embedding.weight": "model.tok_embeddings.weight",
+    "blocks.{i}.attention_norm.weight": "model.layers.{i}.attention_norm.weight",
+    "blocks.{i}.attention.wq.weight": "model.layers.{i}.attention.wqkv.weight",
+    "blocks.{i}.attention.wk.weight": "model.layers.{i}.attention.wqkv.weight",
+    "blocks.{i}.attention.wv.weight": "model.layers.{i}.attention.wqkv.weight",
+    "blocks.{i}.attention.wq.bias": "model.layers.{i}.attention.wqkv.bias",
+    "blocks.{i}.attention.wk.bias": "model.layers.{i}.attention.wqkv.bias",
+    "blocks.{i}.attention.wv.bias": "model.layers.{i}.attention.wqkv.bias",
+    "blocks.{i}.attention.wo.weight": "model.layers.{i}.attention.wo.weight",
+    "blocks.{i}.attention.wo.bias": "model.layers.{i}.attention.wo.bias",
+    "blocks.{i}.feed_forward_norm.weight": "model.layers.{i}.ffn_norm.weight",
+    "blocks.{i}.feed_forward.w_gate.weight": "model.layers.{i}.feed_forward.w1.weight",
+    "blocks.{i}.feed_forward.w_up.weight": "model.layers.{i}.feed_forward.w3.weight",
+    "blocks.{i}.feed_forward.w_down.weight": "model.layers.{i}.feed_forward.w2.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "output.weight",
+}
+TRANSFORMERS: Names = LLAMA | MIXTRAL | QWEN3
+"""Those that what is written by default has, but for Qwen3's experts."""
 
 EVERY_SCALING = ("linear", "dynamic", "yarn", "llama3")
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -27,11 +109,11 @@ class ExpertFields:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What differs between families. Every other field of a config.json is that of Llama."""
+    """What differs between families; all else is as Llama has it."""
 
     architecture: str
     names: tuple[Names, ...] = (LLAMA,)
-    """Tables of weight names: the first is written, all are read."""
+    """Of weights: the first is written, all are read."""
     qkv_bias: str | bool = False
     """Field that says whether wq, wk and wv have biases; or whether they always do."""
     output_bias: str | bool = False
@@ -52,10 +134,10 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Fields that have one value that this decoder knows."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What is meant by fields that a config.json lacks, where it is not what Llama means."""
+    """What is meant by fields that a config.json lacks."""
 
 
-_LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
 _MISTRAL_DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
 _QWEN_DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 
@@ -139,12 +221,7 @@ FAMILIES: dict[str, Family] = {
         defaults={"max_position_embeddings": 32768},
     ),
 }
-"""By `model_type`. Those of InternLM are loaded by Transformers with code of their authors' only; engines know them."""
-
-
-def default_of(family: Family, name: str) -> Any:
-    """Return what a config.json means that lacks a field."""
-    return family.defaults.get(name, _LLAMA_DEFAULTS.get(name))
+"""By `model_type`. Those of InternLM are loaded by Transformers with code of their authors' only."""
 
 
 def fitting(config: ModelConfig) -> str:
@@ -155,22 +232,14 @@ def fitting(config: ModelConfig) -> str:
 
 
 def family_of(name: str) -> Family:
-    """Return a family by its `model_type`.
-
-    Raises:
-        WeightsError: there is no such family.
-    """
+    """Return a family by its `model_type`; raise WeightsError where there is none."""
     if name not in FAMILIES:
         raise WeightsError("no such family", where="family", got=name, allowed=FAMILIES)
     return FAMILIES[name]
 
 
 def check(config: ModelConfig, name: str) -> None:
-    """Check that a family can express a shape.
-
-    Raises:
-        WeightsError: it cannot; says which part, and which families can.
-    """
+    """Raise WeightsError where a family cannot express a shape: which part, and which families can."""
     problem = _problem(config, family_of(name))
     if problem is not None:
         others = [other for other, family in FAMILIES.items() if _problem(config, family) is None]
@@ -179,7 +248,6 @@ def check(config: ModelConfig, name: str) -> None:
 
 
 def _problem(config: ModelConfig, family: Family) -> str | None:
-    """Return the first part of a shape that a family cannot express."""
     scaling, experts, fields = config.rope.scaling, config.experts, family.experts
     shares = experts is not None and not experts.normalize and fields is not None and fields.normalize is None
     narrow = config.head_dim * config.num_heads != config.hidden_size and not family.own_head_dim
@@ -198,3 +266,51 @@ def _problem(config: ModelConfig, family: Family) -> str | None:
         and scaling.kind not in family.scalings,
     }
     return next((problem for problem, is_there in problems.items() if is_there), None)
+
+
+def is_stacked(name: str) -> bool:
+    """Return whether one of our weights holds a matrix of every expert."""
+    return ".experts." in name
+
+
+def to_transformers(name: str, names: Names = TRANSFORMERS, where: object = None) -> str:
+    """Return the name there of one of our weights; of a stacked one with `{e}` in it.
+
+    Raises:
+        WeightsError: the table has no such weight; `where` is the file that it is in.
+    """
+    pattern, numbers = _pattern(name)
+    if pattern not in names:
+        raise _unknown(name, names, numbers, where)
+    return _filled(names[pattern], numbers)
+
+
+def from_transformers(name: str, *tables: Names) -> tuple[list[str], int | None]:
+    """Return our names of a weight there, several where it holds several of ours, and the expert that it is of.
+
+    Raises:
+        WeightsError: none of the tables (none: `TRANSFORMERS`) has such a weight.
+    """
+    tables = tables or (TRANSFORMERS,)
+    pattern, numbers = _pattern(name)
+    for table in tables:
+        if found := [ours for ours, theirs in table.items() if theirs == pattern]:
+            return [_filled(ours, numbers[:1]) for ours in found], int(numbers[1]) if len(numbers) > 1 else None
+    raise _unknown(name, [theirs for table in tables for theirs in table.values()], numbers)
+
+
+def _pattern(name: str) -> tuple[str, list[str]]:
+    """Return a name with its first numbers replaced by {i} and {e}, and the numbers."""
+    pattern = _NUMBER.sub("{i}", name, count=1)
+    return _NUMBER.sub("{e}", pattern, count=1), _NUMBER.findall(name)
+
+
+def _filled(pattern: str, numbers: list[str]) -> str:
+    for hole, number in zip(("{i}", "{e}"), numbers, strict=False):
+        pattern = pattern.replace(hole, number)
+    return pattern
+
+
+def _unknown(name: str, known: Iterable[str], numbers: list[str], where: object = None) -> WeightsError:
+    close = did_you_mean(name, [_filled(row, [*numbers, "0", "0"][:2]) for row in known])
+    return WeightsError("no such weight", where=name if where is None else f"{where}: {name}", do=close)

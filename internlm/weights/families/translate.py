@@ -3,7 +3,11 @@
     described, theirs = write(ours, config)            # config.json and weights of the family that fits
     ours = read(theirs, described, path)                # and back
 
-What a family is like stands in its row of `table.FAMILIES`; here is what is done with it.
+What a family is like stands in its row of `table.FAMILIES`. Two weights hold several of ours; in each group the rows of
+one lie after those of another:
+
+    wqkv           [K, H/K + 2, E] · hidden     for each key head: the queries that share it, the key, the value
+    gate_up_proj   [X, 2, F] · hidden           for each expert: gate, up
 """
 
 from __future__ import annotations
@@ -14,32 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from internlm.errors import WeightsError
 from internlm.model.config import ModelConfig
 from internlm.weights import weight as lazy
-from internlm.weights.families import fused
 from internlm.weights.families import table as rows
-from internlm.weights.families.fields import describe, understand
-from internlm.weights.families.names import from_transformers, is_stacked, to_transformers
-from internlm.weights.load import shapes
+from internlm.weights.families.fields import describe, read_config
+from internlm.weights.families.table import from_transformers, is_stacked, to_transformers
+from internlm.weights.load import ordered, shapes
 from internlm.weights.weight import Weight, Weights
 
 FOLLOWING = "rotary_emb.inv_freq"
 """End of a name: old exports carry the rotary frequencies, which follow from the config."""
-
-
-def read_config(fields: dict[str, Any], path: Path) -> ModelConfig:
-    """Return the shape that a config.json describes.
-
-    Args:
-        fields: its content.
-        path: of the file, for errors.
-
-    Raises:
-        WeightsError: it is of a family that is not known, or has a part that this decoder has not.
-    """
-    return understand(fields, path)
 
 
 def read(weights: Weights, fields: dict[str, Any], path: Path) -> Weights:
@@ -48,7 +39,7 @@ def read(weights: Weights, fields: dict[str, Any], path: Path) -> Weights:
     Args:
         weights: by the family's names.
         fields: content of config.json.
-        path: of the file, for errors.
+        path: of that file.
 
     Raises:
         WeightsError: a name is not one of the family's, a weight comes twice, or the parts of one do not fit.
@@ -64,23 +55,17 @@ def read(weights: Weights, fields: dict[str, Any], path: Path) -> Weights:
         ours, expert = from_transformers(name, *tables)
         if not weight.dtype.is_floating_point:
             raise WeightsError("holds integers, which are no weights", where=f"{path.parent}: {name}", got=weight.dtype)
-        pieces = [weight] if len(ours) == 1 else fused.cut(weight, ours, config)
+        pieces = [weight] if len(ours) == 1 else cut(weight, ours, config)
         for one, piece in zip(ours, pieces, strict=True):
             found.setdefault(one, []).append((expert, piece))
-    order = [name for name in shapes(config) if name in found]
-    order += [name for name in found if name not in set(order)]
-    whole = {name: _whole(name, found[name]) for name in order}
+    whole = ordered({name: _whole(name, parts) for name, parts in found.items()}, config)
     if config.tie_embeddings and {"head.weight", "embedding.weight"} <= whole.keys():
         _check_tied(whole["head.weight"], whole["embedding.weight"], path)
     return whole
 
 
 def _check_tied(head: Weight, embedding: Weight, path: Path) -> None:
-    """Check that a head that is said to be the embedding, and is there too, is it.
-
-    Raises:
-        WeightsError: it is another. Transformers 4 takes the embedding then, 5 the head.
-    """
+    """Refuse a head that is said to be the embedding and is another: Transformers 4 takes the embedding, 5 the head."""
     if head.place is not None and head.place == embedding.place:
         return
     if head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):
@@ -96,7 +81,7 @@ def write(weights: Weights, config: ModelConfig, family: str | None = None) -> t
     Args:
         weights: by our names, complete.
         config: shape of the model.
-        family: its `model_type`; None: the plainest that fits and that Transformers loads without further code.
+        family: its `model_type`; None: the plainest that fits (`table.fitting`).
 
     Raises:
         WeightsError: there is no such family, or it cannot express the shape.
@@ -108,12 +93,12 @@ def write(weights: Weights, config: ModelConfig, family: str | None = None) -> t
     needed, dtype = shapes(stored), lazy.main_dtype(weights)
     groups: dict[str, list[str]] = {}  # theirs → ours
     for ours in needed:
-        groups.setdefault(to_transformers(ours, None, row.names[0]), []).append(ours)
+        groups.setdefault(to_transformers(ours, row.names[0]), []).append(ours)
     theirs: Weights = {}
     for their, names in groups.items():
         parts = [weights[one] if one in weights else lazy.zeros(needed[one], dtype) for one in names]
         if len(parts) > 1:
-            theirs[their] = fused.join(parts, names, stored)
+            theirs[their] = join(parts, names, stored)
         elif is_stacked(names[0]):
             theirs |= {their.replace("{e}", str(e)): part for e, part in enumerate(_apart(parts[0]))}
         else:
@@ -130,13 +115,11 @@ def _with_biases(config: ModelConfig, family: rows.Family) -> ModelConfig:
 
 
 def _apart(weight: Weight) -> list[Weight]:
-    """Return the matrices of all experts, one by one."""
     weight = lazy.shared(weight, weight.shape[0])
     return [weight.turned(weight.shape[1:], itemgetter(e), f"[{e}]") for e in range(weight.shape[0])]
 
 
 def _whole(name: str, parts: list[tuple[int | None, Weight]]) -> Weight:
-    """Return one weight of ours, of one of theirs or of one for each expert."""
     numbers = [expert for expert, _ in parts]
     if numbers == [None] or (len(parts) == 1 and not is_stacked(name)):
         return parts[0][1]
@@ -148,3 +131,48 @@ def _whole(name: str, parts: list[tuple[int | None, Weight]]) -> Weight:
     if len({matrix.shape for matrix in matrices}) > 1:
         raise WeightsError("the experts differ in shape", where=name)
     return lazy.joined(matrices, (len(matrices), *matrices[0].shape), torch.stack)
+
+
+def cut(weight: Weight, names: list[str], config: ModelConfig) -> list[Weight]:
+    """Return the weights of ours that one of theirs holds, in the order in which they lie in each group.
+
+    Raises:
+        WeightsError: it is of another shape.
+    """
+    parts = _shapes(names, config)
+    whole = _whole_shape(parts)
+    if weight.shape != whole:
+        raise WeightsError(f"is {weight.shape}, not {whole}", where=weight.origin)
+    notes = [f"[{name.split('.')[-2]}]" for name in names]
+    return lazy.apart(lazy.shared(weight, len(names)), _groups(names, config), parts, notes)
+
+
+def join(weights: list[Weight], names: list[str], config: ModelConfig) -> Weight:
+    """Return one weight of theirs from those of ours that it holds, in the order of `cut`."""
+    parts, groups = _shapes(names, config), _groups(names, config)
+    whole = _whole_shape(parts)
+
+    def together(tensors: list[Tensor]) -> Tensor:
+        grouped = [t.reshape(groups, lazy.rows_of(t.shape, groups), -1) for t in tensors]
+        return torch.cat(grouped, 1).reshape(whole)
+
+    return lazy.joined(weights, whole, together)
+
+
+def _shapes(names: list[str], config: ModelConfig) -> list[torch.Size]:
+    """Return the shapes of weights of a block, biases that the model has not included."""
+    known = shapes(dataclasses.replace(config, num_layers=1, qkv_bias=True))
+    return [known[".".join(["blocks", "0", *name.split(".")[2:]])] for name in names]
+
+
+def _groups(names: list[str], config: ModelConfig) -> int:
+    if is_stacked(names[0]):
+        assert config.experts is not None, "only a model with experts has stacked weights"
+        return config.experts.count
+    return config.num_kv_heads
+
+
+def _whole_shape(parts: list[torch.Size]) -> tuple[int, ...]:
+    """Return the shape of the weight that holds these: their rows are added up."""
+    dim = max(0, len(parts[0]) - 2)
+    return tuple(sum(p[dim] for p in parts) if i == dim else size for i, size in enumerate(parts[0]))

@@ -4,8 +4,7 @@
     describe(writer, config)          # llama.block_count, llama.rope.freq_base, …
     read_config(header)               # and back
 
-Fields are float32 there; they are read as the shortest number that becomes the same
-float32: 0.00001, not 0.0000099999997.
+Fields are float32 there; they are read as the shortest number that becomes the same float32: 0.00001.
 
 Where a rotary scaling goes as a table, a field of ours beside it says which one it is: a table alone is read as that of
 Llama 3.1. Either way the table must be the one of what is read.
@@ -23,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internlm.config import decode, encode
-from internlm.errors import ConfigError, WeightsError
+from internlm.config import encode
+from internlm.errors import WeightsError
 from internlm.model.config import DynamicScaling, LinearScaling, Llama3Scaling, ModelConfig, RopeConfig, YarnScaling
 from internlm.model.rope import frequencies, yarn_attention
 from internlm.weights.gguf.header import Header, library
+from internlm.weights.load import decoded
 
 logger = logging.getLogger(__name__)
 
@@ -83,18 +83,8 @@ def architecture(config: ModelConfig) -> str:
     return "qwen3" if config.experts is None else "qwen3moe"
 
 
-def pairs_lie_together(name: str) -> bool:
-    """Return whether an architecture rotates neighbours (x[2i], x[2i + 1]); the others rotate as we do."""
-    return name == "llama"
-
-
 def describe(writer: Any, config: ModelConfig) -> None:
-    """Write the fields of a model's shape.
-
-    Args:
-        writer: a `gguf.GGUFWriter`, of the right architecture.
-        config: the shape.
-    """
+    """Write the fields of a model's shape with a `gguf.GGUFWriter` of its architecture."""
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
@@ -112,7 +102,6 @@ def describe(writer: Any, config: ModelConfig) -> None:
 
 
 def _describe_rope(writer: Any, config: ModelConfig) -> None:
-    """Write what a file says of rotary positions, and how long a text may be."""
     types = library().RopeScalingType
     scaling, length = config.rope.scaling, config.context_length
     if isinstance(scaling, DynamicScaling) and length > scaling.original_length:
@@ -208,11 +197,7 @@ class _Fields:
         }
         if experts:
             tree["experts"] = {"count": experts, "per_token": self.value(".expert_used_count")}
-        try:
-            config = decode(ModelConfig, tree)
-        except ConfigError as error:
-            problems = "; ".join(line.strip() for line in str(error).splitlines()[1:]) or error
-            raise WeightsError(f"describes no model: {problems}", where=self.path) from None
+        config = decoded(ModelConfig, tree, self.path)
         for key in (".attention.value_length", ".rope.dimension_count"):
             if self.value(key, config.head_dim) != config.head_dim:
                 problem = f"{key[1:]} must be the width of a head, {config.head_dim}"
@@ -221,7 +206,6 @@ class _Fields:
         return config
 
     def _check(self) -> None:
-        """Refuse what this decoder does not have."""
         mix = 1 if self.value(".rope.scaling.type") == "yarn" else 0
         for key, neutral in {**NEUTRAL, ".rope.scaling.yarn_ext_factor": (-1, mix)}.items():
             if self.value(key) not in (None, *neutral):
@@ -235,7 +219,6 @@ class _Fields:
             raise WeightsError("has no table of embeddings", where=self.path)
 
     def _scaling(self) -> Any:
-        """Return the rotary scaling as a tree."""
         kind, factor = self.value(".rope.scaling.type", "linear"), self.value(".rope.scaling.factor", 1.0)
         is_plain = kind == "none" or (kind == "linear" and factor == 1)
         original = self.value(".rope.scaling.original_context_length")

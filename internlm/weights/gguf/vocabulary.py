@@ -3,35 +3,42 @@ r"""How the model of a GGUF file is talked to: its vocabulary and chat format, a
     describe(writer, talk, folder, config.vocab_size)
     read(folder, tokenizer, config.vocab_size)      # Vocabulary(model="llama", tokens=[…], scores=[…], …)
 
-llama.cpp has two tokenizers that fit ours, and knows a vocabulary of each by the name of its way to cut words:
+llama.cpp has two tokenizers that fit ours:
 
     llama    SentencePiece BPE: neighbours whose union has the highest score are joined, the left ones first
     gpt2     byte-level BPE: words are cut by a regular expression that the file can name, not write (`pre`)
 
-Limits of llama.cpp, not of the file: a typed `▁` is a space there; a typed name of a special token may be joined into
-that token; a tokenizer of our own training is cut as GPT-4's is, which differs after a line break that spaces follow
-(`read` warns).
+Limits of llama.cpp: a typed `▁` is a space there; a typed name of a special token may be joined into that token; a
+tokenizer of our own training is cut as GPT-4's is, which differs after a line break that spaces follow (`read` warns).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from internlm import storage
 from internlm.errors import TokenizerError
+from internlm.text.backends import (
+    BYTE,
+    BYTE_PIECE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    SentencePieceBackend,
+    parts,
+)
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import PATTERN
 from internlm.weights.talk import Talk
 
 logger = logging.getLogger(__name__)
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Kinds of tokens: `llama_token_type`, equal to SentencePiece's."""
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -66,13 +73,12 @@ class Vocabulary:
     """"llama" or "gpt2"."""
     tokens: list[str]
     kinds: list[int]
+    """`llama_token_type`, equal to SentencePiece's."""
     scores: list[float] | None = None
     """For "llama"."""
     merges: list[str] | None = None
     """For "gpt2"."""
     pre: str = "default"
-    has_prefix: bool = False
-    """Whether a space is put before a text."""
 
 
 def describe(writer: Any, talk: Talk, folder: Path, size: int) -> None:
@@ -81,11 +87,10 @@ def describe(writer: Any, talk: Talk, folder: Path, size: int) -> None:
     Args:
         writer: a `gguf.GGUFWriter`.
         talk: tokenizer and chat format; without a tokenizer the file says that it has none.
-        folder: where `Talk.write` wrote the files of the tokenizer.
-        size: ids of the model.
+        folder, size: as of `read`.
 
     Raises:
-        TokenizerError: llama.cpp has no tokenizer that gives the same ids.
+        TokenizerError: as `read`.
     """
     if talk.tokenizer is None:
         writer.add_tokenizer_model("none")
@@ -99,7 +104,7 @@ def describe(writer: Any, talk: Talk, folder: Path, size: int) -> None:
         writer.add_token_scores(vocabulary.scores)
     if vocabulary.merges is not None:
         writer.add_token_merges(vocabulary.merges)
-    writer.add_add_space_prefix(vocabulary.has_prefix)
+    writer.add_add_space_prefix(talk.tokenizer.puts_space_first)
     text = talk.jinja
     if text:
         writer.add_chat_template(text)
@@ -113,9 +118,8 @@ def describe(writer: Any, talk: Talk, folder: Path, size: int) -> None:
 
 def _roles(vocabulary: Vocabulary, tokenizer: Tokenizer, stops: Sequence[int]) -> dict[str, int]:
     """Return the ids that llama.cpp knows by a role. It stops at eos, at eot (end of turn) and at eom (of message)."""
-    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     # Without any, llama.cpp would end texts at id 2 or 11. A special token is never text.
-    ends = list(dict.fromkeys([*eos, *stops])) or sorted(tokenizer.special_ids)[:1]
+    ends = stops or sorted(tokenizer.special_ids)[:1]
     if len(ends) > 3 or not ends:
         logger.warning("warning: a GGUF file names one to three ids that end an answer; this model has %d", len(ends))
     roles = dict(zip(("eos", "eot", "eom"), ends, strict=False))
@@ -148,7 +152,7 @@ def read(folder: Path, tokenizer: Tokenizer, size: int) -> Vocabulary:
         found = _sentencepiece((folder / "tokenizer.model").read_bytes(), tokenizer)
     else:
         spec = storage.read_json(path, TokenizerError)
-        is_byte_level = any(part.get("type") == "ByteLevel" for part in _parts(spec.get("decoder")))
+        is_byte_level = any(part.get("type") == "ByteLevel" for part in parts(spec.get("decoder")))
         found = _byte_level(spec, tokenizer, where) if is_byte_level else _joined_pieces(spec, tokenizer, where)
     if found.model == "llama" and found.kinds.count(BYTE) != 256:
         raise TokenizerError("has no token for every byte, which llama.cpp needs", where=where)
@@ -162,32 +166,18 @@ def read(folder: Path, tokenizer: Tokenizer, size: int) -> Vocabulary:
 
 
 def _sentencepiece(data: bytes, tokenizer: Tokenizer) -> Vocabulary:
-    """Return the vocabulary of a SentencePiece model."""
-    import sentencepiece
-
-    model = sentencepiece.SentencePieceProcessor(model_proto=data)
-    kinds = []
-    for id_ in range(model.get_piece_size()):
-        if model.is_unknown(id_):
-            kinds.append(UNKNOWN)
-        elif model.is_byte(id_):
-            kinds.append(BYTE)
-        elif model.is_unused(id_):
-            kinds.append(UNUSED)
-        else:
-            kinds.append(CONTROL if id_ in tokenizer.special_ids else NORMAL)
-    tokens = [model.id_to_piece(id_) for id_ in range(len(kinds))]
-    scores = [float(model.get_score(id_)) for id_ in range(len(kinds))]
-    return Vocabulary("llama", tokens, kinds, scores, has_prefix=_has_prefix(tokenizer))
+    model = SentencePieceBackend(data, None)
+    kinds = [
+        kind if kind in (UNKNOWN, BYTE, UNUSED) else CONTROL if id_ in tokenizer.special_ids else NORMAL
+        for id_, kind in enumerate(model.kinds)
+    ]
+    return Vocabulary("llama", model.pieces, kinds, [model.score(id_) for id_ in range(len(kinds))])
 
 
 def _joined_pieces(spec: dict[str, Any], tokenizer: Tokenizer, where: object) -> Vocabulary:
     """Return the vocabulary of a `tokenizer.json` that was made of a SentencePiece BPE model.
 
     Its merges are those of every piece, best piece first: the order gives scores back.
-
-    Raises:
-        TokenizerError: it was not, so that scores cannot say what its merges say.
     """
     vocabulary, merges = _bpe(spec, where)
     order: dict[str, int] = {}
@@ -196,7 +186,7 @@ def _joined_pieces(spec: dict[str, Any], tokenizer: Tokenizer, where: object) ->
     firsts = [order[left + right] for left, right in merges]
     made = set(merges)
     added = {token["content"] for token in spec.get("added_tokens") or []}
-    known = {token for token in vocabulary if token not in added and not _is_byte(token)}
+    known = {token for token in vocabulary if token not in added and not BYTE_PIECE.fullmatch(token)}
     splits = {(piece[:at], piece[at:]) for piece in known for at in range(1, len(piece))}
     if firsts != sorted(firsts) or any({*split} <= known for split in splits - made):
         raise TokenizerError(
@@ -204,22 +194,17 @@ def _joined_pieces(spec: dict[str, Any], tokenizer: Tokenizer, where: object) ->
             do="Use its tokenizer.model, if it has one.",
         )  # fmt: skip
     tokens, kinds = _listed(spec, tokenizer)
-    kinds = [BYTE if _is_byte(token) else kind for token, kind in zip(tokens, kinds, strict=True)]
+    kinds = [BYTE if BYTE_PIECE.fullmatch(token) else kind for token, kind in zip(tokens, kinds, strict=True)]
     unknown = spec["model"].get("unk_token")
     if unknown in vocabulary:
         kinds[vocabulary[unknown]] = UNKNOWN
     scores = [float(-order.get(token, 0)) for token in tokens]
-    return Vocabulary("llama", tokens, kinds, scores, has_prefix=_has_prefix(tokenizer))
+    return Vocabulary("llama", tokens, kinds, scores)
 
 
 def _byte_level(spec: dict[str, Any], tokenizer: Tokenizer, where: object) -> Vocabulary:
-    """Return the vocabulary of a byte-level `tokenizer.json`.
-
-    Raises:
-        TokenizerError: llama.cpp does not cut words as it does.
-    """
     _, merges = _bpe(spec, where)
-    kinds_of_normaliser = [part.get("type") for part in _parts(spec.get("normalizer")) if "normalizers" not in part]
+    kinds_of_normaliser = [part.get("type") for part in parts(spec.get("normalizer")) if "normalizers" not in part]
     if set(kinds_of_normaliser) - {"NFC"}:
         raise TokenizerError("normalises its text, which llama.cpp does not", where=where, got=kinds_of_normaliser)
     if kinds_of_normaliser:
@@ -233,7 +218,7 @@ def _byte_level(spec: dict[str, Any], tokenizer: Tokenizer, where: object) -> Vo
 def _pre(spec: dict[str, Any], tokenizer: Tokenizer, where: object) -> str:
     """Return llama.cpp's name for how a byte-level `tokenizer.json` cuts words."""
     patterns: list[str] = []
-    for part in _parts(spec.get("pre_tokenizer")):
+    for part in parts(spec.get("pre_tokenizer")):
         options = (part.get("behavior"), part.get("invert"))
         if part["type"] == "Split" and options in (("Isolated", False), ("Removed", True)):
             patterns += part["pattern"].values()
@@ -244,7 +229,7 @@ def _pre(spec: dict[str, Any], tokenizer: Tokenizer, where: object) -> str:
         elif part["type"] != "Sequence":
             patterns.append(f"<{part['type']}>")
     name = PRE.get((tuple(patterns), bool(spec["model"].get("ignore_merges"))))
-    if name is None or _has_prefix(tokenizer):
+    if name is None or tokenizer.puts_space_first:
         raise TokenizerError(
             "cuts words in a way that llama.cpp does not know", where=where, got=" then ".join(patterns),
             do="Convert to another format.",
@@ -258,7 +243,6 @@ def _pre(spec: dict[str, Any], tokenizer: Tokenizer, where: object) -> str:
 
 
 def _bpe(spec: dict[str, Any], where: object) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return vocabulary and merges of a `tokenizer.json`."""
     model = spec["model"]
     marks = [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
     if model.get("type") != "BPE" or marks:
@@ -293,21 +277,3 @@ def _name_unused(tokens: list[str], kinds: Sequence[int]) -> None:
             while name in taken:
                 name = f"<{name}>"
             tokens[id_] = name
-
-
-def _has_prefix(tokenizer: Tokenizer) -> bool:
-    """Return whether the tokenizer puts a space before a text."""
-    return tokenizer.token_bytes(tokenizer.encode("a")[0]).startswith(b" ")
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-
-
-def _parts(section: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Yield a section of a `tokenizer.json` and the parts it is a sequence of, in order."""
-    if section:
-        yield section
-        for key in ("normalizers", "pretokenizers", "decoders"):
-            for part in section.get(key, []):
-                yield from _parts(part)

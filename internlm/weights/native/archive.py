@@ -3,7 +3,7 @@
     write(path, {"model.norm.weight": Weight, …})       # torch.load(path) gives {"model.norm.weight": tensor, …}
 
 Such a file is a zip archive, not compressed: a pickle that says which storage has which dtype and form, and the bytes
-of each storage. What the pickle needs is known before a tensor is read.
+of each storage.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import pickle
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from internlm.errors import WeightsError
 from internlm.hashed_file import HashedFile
 from internlm.weights import files
 from internlm.weights import weight as lazy
+from internlm.weights.files import Done
 from internlm.weights.weight import Weights
 
 _STORAGES: dict[torch.dtype, Any] = {
@@ -37,13 +37,8 @@ _FULL = 2**32 - 1
 """A field of 32 bits that cannot hold its value holds this, and the value is in an extra field of 64."""
 
 
-def write(path: Path, weights: Weights, done: Callable[[int], None] = lambda n: None) -> str:
+def write(path: Path, weights: Weights, done: Done = lambda n: None) -> str:
     """Write a file that `torch.load` gives as a dict of tensors, and return its SHA-256.
-
-    Args:
-        path: of the file.
-        weights: under the names that it shall have.
-        done: told the bytes of each tensor that was written.
 
     Raises:
         WeightsError: a value is not finite in the dtype it is written in, or a dtype is not one of _STORAGES.
@@ -54,11 +49,7 @@ def write(path: Path, weights: Weights, done: Callable[[int], None] = lambda n: 
         archive.add("data.pkl", memoryview(pickled))
         archive.add("byteorder", memoryview(b"little"))
         for number, (name, weight) in enumerate(weights.items()):
-            tensor = lazy.read(name, weight)
-            if not files.is_finite(tensor):
-                raise WeightsError(
-                    f"is not finite as {tensor.dtype}", where=name, do="Export as float32 or bfloat16, or train anew."
-                )
+            tensor = files.require_finite(name, lazy.read(name, weight))
             archive.add(f"data/{number}", files.as_bytes(tensor))
             done(weight.nbytes)
         archive.add("version", memoryview(b"3\n"))
@@ -131,8 +122,6 @@ class _Stored:
 
 
 class _Pickler(pickle.Pickler):
-    """Writes storages as references to entries of the archive."""
-
     def persistent_id(self, obj: object) -> Any:
         """Return the reference for a storage."""
         if not isinstance(obj, _Storage):
@@ -141,7 +130,6 @@ class _Pickler(pickle.Pickler):
 
 
 def _pickled(weights: Weights) -> bytes:
-    """Return the pickle of a dict of tensors."""
     stored = {}
     for number, (name, weight) in enumerate(weights.items()):
         if weight.dtype not in _STORAGES:

@@ -2,9 +2,9 @@
 
     config, reading = describe(parts, {"num_attention_heads": 32, "layer_norm_epsilon": 1e-5, …}, {"w2": "up"}, folder)
 
-Sizes are taken from the weights: the framework rounds the feed-forward up, and its own converter guessed it. What
-weights cannot say (heads, epsilon, rotary base) comes from model_config.pt. Without that file the user says how many
-heads there are and how rotary pairs lie; epsilon and base are the framework's defaults then, with a warning.
+Sizes are taken from the weights. What they cannot say (heads, epsilon, rotary base) comes from model_config.pt. Without
+that file the user says how many heads there are and how rotary pairs lie; epsilon and base are the framework's
+defaults then, with a warning.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from internlm.errors import ConfigError, WeightsError, did_you_mean
-from internlm.model.config import DynamicScaling, ModelConfig, RopeConfig
+from internlm.errors import WeightsError, did_you_mean
+from internlm.model.config import ModelConfig
+from internlm.weights.load import decoded
 from internlm.weights.native.merge import Parts, Reading
-from internlm.weights.native.rank_files import CONFIG
 
 logger = logging.getLogger(__name__)
 
+CONFIG = "model_config.pt"
+
 
 def _positive(text: str) -> float:
-    """Return a number over 0; raise ValueError for any other."""
     value = float(text)
     if not 0 < value < math.inf:
         raise ValueError(text)
@@ -62,11 +63,7 @@ _NUMBERS = (
 
 
 def settings(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what a user said, as values.
-
-    Raises:
-        WeightsError: a name is not known, or a value means nothing.
-    """
+    """Return what a user said, as values; raise WeightsError for a name that is not known or a value without sense."""
     said = {}
     for name, value in (overrides or {}).items():
         if name not in OVERRIDES:
@@ -128,17 +125,15 @@ def describe(
     }
     _compare(tree, known, folder)
     trained = known.get("max_position_embeddings", 2048)
-    try:
-        scaling = DynamicScaling(original_length=trained) if known.get("use_dynamic_ntk_rope") else None
-        rope = RopeConfig(base=float(said.get("rope_base", known.get("rope_base", 10000.0))), scaling=scaling)
-        config = ModelConfig(**tree, rope=rope, context_length=said.get("context_length", trained))
-    except (ConfigError, TypeError, ValueError) as error:
-        raise WeightsError(f"describes no model: {error}", where=folder) from None
-    return config, reading
+    tree["context_length"] = said.get("context_length", trained)
+    tree["rope"] = {"base": said.get("rope_base", known.get("rope_base", 10000.0))}
+    if known.get("use_dynamic_ntk_rope"):
+        tree["rope"]["scaling"] = {"kind": "dynamic", "original_length": trained}
+    return decoded(ModelConfig, tree, folder), reading
 
 
 def trained_length(text: object) -> int | None:
-    """Return the length of the rows a model was trained on, from the text of the framework's Python config."""
+    """Return SEQ_LEN, the rows that a model was trained on, from the text of the framework's Python config."""
     try:
         tree = ast.parse(text if isinstance(text, str) else "")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -152,11 +147,7 @@ def trained_length(text: object) -> int | None:
 
 
 def mlp_ratio(config: ModelConfig) -> float:
-    """Return the ratio from which the old framework computes the size of the feed-forward.
-
-    Raises:
-        WeightsError: there is none: it rounds up to a multiple of 256.
-    """
+    """Return the ratio from which the old framework computes the feed-forward, a multiple of 256."""
     for ratio in (8 / 3, config.ffn_size / config.hidden_size):
         if 256 * math.ceil(int(config.hidden_size * ratio) / 256) == config.ffn_size:
             return ratio
@@ -164,11 +155,7 @@ def mlp_ratio(config: ModelConfig) -> float:
 
 
 def _known(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the fields of model_config.pt that are set.
-
-    Raises:
-        WeightsError: one that must be a number is none.
-    """
+    """Return the fields of model_config.pt that are set; raise WeightsError where one that must be a number is none."""
     known = {name: value for name, value in stored.items() if value is not None}
     for name in _NUMBERS:
         if not isinstance(known.get(name, 0), int | float):
@@ -177,7 +164,6 @@ def _known(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _refuse(known: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a model that this decoder cannot express."""
     for name, (is_refused, why) in _REFUSED.items():
         if name in known and is_refused(known[name]):
             raise WeightsError(f"{why}, which cannot be read", where=folder, got=known[name])
@@ -186,7 +172,6 @@ def _refuse(known: Mapping[str, Any], folder: Path) -> None:
 def _reading(
     parts: Parts, known: Mapping[str, Any] | None, said: Mapping[str, Any], folder: Path, weight_parallel: bool
 ) -> Reading:
-    """Return how the weights are to be read."""
     is_internlm = "blocks.0.attention.three.weight" in parts
     if known is not None and known.get("apply_post_layer_norm") and not is_internlm:
         raise WeightsError(
@@ -242,7 +227,6 @@ def _w2(parts: Parts, said: str | None, folder: Path, weight_parallel: bool) -> 
 
 
 def _heads(heads: int | None, hidden: int, folder: Path) -> int:
-    """Return how many heads queries have, if it is known."""
     if heads is None:
         raise WeightsError(
             "has no model_config.pt, and weights do not say how many heads there are",
@@ -255,7 +239,6 @@ def _heads(heads: int | None, hidden: int, folder: Path) -> int:
 
 
 def _kv_heads(parts: Parts, head_dim: int, heads: int) -> int:
-    """Return how many heads keys and values have."""
     if "blocks.0.attention.wqkv.weight" in parts:
         fused = sum(part.shape[0] for part in parts["blocks.0.attention.wqkv.weight"])
         return (fused // head_dim - heads) // 2
@@ -265,7 +248,7 @@ def _kv_heads(parts: Parts, head_dim: int, heads: int) -> int:
 
 
 def _compare(tree: Mapping[str, Any], known: Mapping[str, Any], folder: Path) -> None:
-    """Refuse weights that are not those which model_config.pt describes: some were lost."""
+    """Refuse weights of another shape than model_config.pt says: some were lost."""
     names = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_layers"}
     for ours, theirs in {**names, "num_kv_heads": "num_kv_attention_heads"}.items():
         expected = known.get(theirs)

@@ -1,12 +1,11 @@
-"""Parts of weights in rank files of InternLM v0.2 and InternEvo → whole weights by our names, and the cut back.
+"""Parts of weights in rank files of InternLM v0.2 and InternEvo → whole weights by our names.
 
     {Place(stage 1, tensor 0): {"model.blocks.0.mixer.Wqkv.weight": [3H/t, H]}, …}        what ranks have
     {"blocks.4.attention.three.weight": [part of tensor rank 0, part of tensor rank 1]}   gather
     {"blocks.4.attention.wq.weight": [H, H], …}                                           merge
 
-Blocks are numbered within their pipeline stage. A rank with interleaved chunks has several: `{chunk}.model.blocks.{i}`.
-The old framework cuts the layers into chunks of equal size and each chunk over all stages, so the layers run chunk 0 of
-stage 0, 1, …, then chunk 1 of stage 0, 1, …: chunk c of stage p is virtual stage c · stages + p.
+Blocks are numbered within their pipeline stage. A rank with interleaved chunks has several: `{chunk}.model.blocks.{i}`;
+the layers run chunk 0 of stage 0, 1, …, then chunk 1 of stage 0, 1, ….
 
 How a weight is cut over t tensor ranks [rows, columns]:
 
@@ -27,7 +26,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +34,7 @@ from torch import Tensor
 from internlm.errors import WeightsError, did_you_mean
 from internlm.model.config import ModelConfig
 from internlm.weights import weight as lazy
-from internlm.weights.load import shapes
-from internlm.weights.native.rank_files import Place
+from internlm.weights.load import ordered
 from internlm.weights.weight import Weight, Weights
 
 logger = logging.getLogger(__name__)
@@ -44,40 +42,49 @@ logger = logging.getLogger(__name__)
 INTERNLM: dict[str, str] = {
     "embedding.weight": "embedding.weight",
     "embedding.word_embeddings.weight": "embedding.weight",
-    "blocks.{i}.norm1.weight": "blocks.{i}.attention_norm.weight",
     "blocks.{i}.mixer.Wqkv.weight": "blocks.{i}.attention.three.weight",
     "blocks.{i}.mixer.Wqkv.bias": "blocks.{i}.attention.three.bias",
     "blocks.{i}.mixer.out_proj.weight": "blocks.{i}.attention.wo.weight",
     "blocks.{i}.mixer.out_proj.bias": "blocks.{i}.attention.wo.bias",
+    "blocks.{i}.norm1.weight": "blocks.{i}.attention_norm.weight",
     "blocks.{i}.norm2.weight": "blocks.{i}.feed_forward_norm.weight",
-    "blocks.{i}.mlp.w1.weight": "blocks.{i}.feed_forward.w1.weight",
-    "blocks.{i}.mlp.w2.weight": "blocks.{i}.feed_forward.w2.weight",
-    "blocks.{i}.mlp.w3.weight": "blocks.{i}.feed_forward.w3.weight",
+    **{f"blocks.{{i}}.mlp.{w}.weight": f"blocks.{{i}}.feed_forward.{w}.weight" for w in ("w1", "w2", "w3")},
     "norm.weight": "norm.weight",
     "head.weight": "head.weight",
 }
-"""Model type INTERNLM → ours, but for `three` (Wqkv), w1, w2 and w3, which `merge` resolves."""
+"""Model type INTERNLM → ours, but for `three` (Wqkv), w1, w2 and w3, which `merge` resolves; in its order."""
 
 LLAMA: dict[str, str] = {
     "tok_embeddings.weight": "embedding.weight",
     "tok_embeddings.word_embeddings.weight": "embedding.weight",
-    "layers.{i}.attention_norm.weight": "blocks.{i}.attention_norm.weight",
     **{
         f"layers.{{i}}.attention.{name}.{kind}": f"blocks.{{i}}.attention.{name}.{kind}"
         for name in ("wq", "wk", "wv", "wqkv", "wo")
         for kind in ("weight", "bias")
     },
+    "layers.{i}.attention_norm.weight": "blocks.{i}.attention_norm.weight",
     "layers.{i}.ffn_norm.weight": "blocks.{i}.feed_forward_norm.weight",
     **{f"layers.{{i}}.feed_forward.{w}.weight": f"blocks.{{i}}.feed_forward.{w}.weight" for w in ("w1", "w2", "w3")},
     "norm.weight": "norm.weight",
     "output.weight": "head.weight",
 }
-"""Model types LLAMA2 and INTERNLM2 → ours, but for wqkv (grouped), w1, w2 and w3."""
+"""Model types LLAMA2 and INTERNLM2 → ours, but for wqkv (grouped), w1, w2 and w3; in their order."""
 
 _NAMES = INTERNLM | LLAMA
 _RAW = re.compile(r"(?:(\d+)\.)?(?:model\.)?((?:blocks|layers)\.(\d+)\.)?(.+)")
-_ROWS = {"wq", "wk", "wv", "w_gate", "w_up", "head"}
-_COLUMNS = {"wo", "w_down"}
+ROWS = {"wq", "wk", "wv", "w_gate", "w_up", "head"}
+COLUMNS = {"wo", "w_down"}
+
+
+class Place(NamedTuple):
+    """Which part of a model a file holds."""
+
+    stage: int
+    """Pipeline stage."""
+    tensor: int
+    """Rank of tensor parallelism."""
+    weight: int = 0
+    """Rank of InternEvo's weight parallelism."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +108,7 @@ def is_buffer(raw: str) -> bool:
 
 
 def gather(shards: Mapping[Place, Weights], folder: Path, *, is_weight_parallel: bool = False) -> Parts:
-    """Return the parts of every weight, blocks numbered through.
-
-    Args:
-        shards: what each rank's file holds, by the names in it.
-        folder: for errors.
-        is_weight_parallel: whether the weights of blocks are cut over weight ranks instead of tensor ranks.
+    """Return the parts of every weight, blocks numbered through, of what each rank's file holds by the names in it.
 
     Raises:
         WeightsError: a name is not known, or ranks of one stage have different weights.
@@ -138,8 +140,7 @@ def merge(parts: Parts, config: ModelConfig, reading: Reading) -> Weights:
     found: Weights = {}
     for name, shards in parts.items():
         found |= _merged(name, shards, config, reading)
-    order = [name for name in shapes(config) if name in found]
-    return {name: found[name] for name in [*order, *(name for name in found if name not in set(order))]}
+    return ordered(found, config)
 
 
 def _starts(shards: Mapping[Place, Weights], folder: Path) -> dict[tuple[int, int], int]:
@@ -165,11 +166,6 @@ def _starts(shards: Mapping[Place, Weights], folder: Path) -> dict[tuple[int, in
 
 
 def _ours(raw: str, stage: int, starts: Mapping[tuple[int, int], int], folder: Path) -> str:
-    """Return our name of a weight of a stage.
-
-    Raises:
-        WeightsError: it is not known.
-    """
     match = _RAW.fullmatch(raw)
     assert match, "matches any text"
     chunk, block, number, rest = match[1], match[2], match[3], match[4]
@@ -193,14 +189,14 @@ def _merged(name: str, parts: list[Weight], config: ModelConfig, reading: Readin
     is_cut_by_rows = reading.is_weight_parallel and name.startswith("blocks.") and not module.endswith("_norm")
     if module == "embedding":
         whole = joined(parts, 0 if parts[0].shape[1] == config.hidden_size else 1)
-    elif is_cut_by_rows or module in _ROWS:
+    elif is_cut_by_rows or module in ROWS:
         whole = joined(parts, 0)
-    elif module in _COLUMNS and kind == "weight":
+    elif module in COLUMNS and kind == "weight":
         whole = joined(parts, 1)
     else:
         whole = _same(name, parts)
     if module in ("wq", "wk") and reading.is_interleaved:
-        whole = apart(whole, config.head_dim)
+        whole = lazy.pairs_apart(whole, config.head_dim)
     return {name: whole}
 
 
@@ -212,16 +208,6 @@ def joined(parts: list[Weight], dim: int) -> Weight:
     shape[dim] = sum(part.shape[dim] for part in parts)
     note = f" ({'columns' if dim else 'rows'} of {len(parts)})"
     return lazy.joined(parts, shape, lambda tensors: torch.cat(tensors, dim), note)
-
-
-def apart(weight: Weight, head_dim: int) -> Weight:
-    """Return wq or wk, or a bias of them, with pairs that were neighbours half a head apart."""
-
-    def turn(tensor: Tensor) -> Tensor:
-        pairs = tensor.reshape(-1, head_dim // 2, 2, *tensor.shape[1:])
-        return pairs.transpose(1, 2).reshape(tensor.shape)
-
-    return weight.turned(weight.shape, turn, " (pairs apart)")
 
 
 def _same(name: str, parts: list[Weight]) -> Weight:
@@ -239,30 +225,21 @@ def _same(name: str, parts: list[Weight]) -> Weight:
 
 def _unfused(name: str, parts: list[Weight], config: ModelConfig, reading: Reading) -> Weights:
     """Return wq, wk and wv of Wqkv (`three`: one matrix after the other) or wqkv (by key-value head)."""
-    stem, fused, kind = name.rsplit(".", 2)
+    stem, module, kind = name.rsplit(".", 2)
     if reading.is_weight_parallel:
         parts = [joined(parts, 0)]
-    ratio = config.num_heads // config.num_kv_heads
-    rows = sum(part.shape[0] for part in parts)
-    heads = {"wq": slice(0, ratio), "wk": slice(ratio, ratio + 1), "wv": slice(ratio + 1, ratio + 2)}
-
-    def cut(tensor: Tensor, which: str) -> Tensor:
-        if fused == "three":
-            return tensor.reshape(3, -1, *tensor.shape[1:])[list(heads).index(which)]
-        groups = tensor.reshape(-1, ratio + 2, config.head_dim, *tensor.shape[1:])
-        return groups[:, heads[which]].reshape(-1, *tensor.shape[1:])
-
+    ratio = config.num_heads // config.num_kv_heads if module == "wqkv" else 1
+    pieces = []
+    for part in parts:
+        rows = part.shape[0] // (ratio + 2)
+        groups = rows // config.head_dim if module == "wqkv" else 1
+        shapes = [(rows * share, *part.shape[1:]) for share in (ratio, 1, 1)]
+        pieces.append(lazy.apart(part, groups, shapes, [""] * 3))
     found = {}
-    for which in heads:
-
-        def join(tensors: list[Tensor], which: str = which) -> Tensor:
-            pieces = [cut(tensor, which) for tensor in tensors]
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-        share = ratio if fused == "wqkv" and which == "wq" else 1
-        count = rows // 3 if fused == "three" else rows // (ratio + 2) * share
-        whole = lazy.joined(parts, (count, *parts[0].shape[1:]), join, f" ({which[1]} of {len(parts)})")
+    for which, cut in zip(("wq", "wk", "wv"), zip(*pieces, strict=True), strict=True):
+        shape = (sum(piece.shape[0] for piece in cut), *cut[0].shape[1:])
+        whole = lazy.joined(cut, shape, torch.cat, f" ({which[1]} of {len(parts)})")
         if which != "wv" and reading.is_interleaved:
-            whole = apart(whole, config.head_dim)
+            whole = lazy.pairs_apart(whole, config.head_dim)
         found[f"{stem}.{which}.{kind}"] = whole
     return found

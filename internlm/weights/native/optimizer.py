@@ -12,9 +12,8 @@ The old optimizer keeps one flat fp32 tensor per parameter group and zero rank, 
     order  0: head [V, H], 1: embedding [V, H], 2: Wqkv …      plan  [["0_64_16", "3_16_16"], ["1_64_16", "2_48_16"]]
     zero rank 1 is embedding, then Wqkv
 
-The plan says which rank has what, whatever rule chose it (least loaded rank, or block by block). Its shapes must be
-those of the names, and the start and end of each master weight, rounded, must equal the weight in the model file: names
-that were resolved wrongly do not pass.
+Its shapes must be those of the names, and the start and end of each master weight, rounded, must equal the weight in
+the model file: names that were resolved wrongly do not pass.
 
 Not read: InternEvo's weight parallelism (its head and embedding have groups of their own), FSDP, mixtures of experts.
 """
@@ -24,7 +23,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,11 @@ import torch
 from torch import Tensor
 
 from internlm.errors import WeightsError
+from internlm.weights import pickles
+from internlm.weights import weight as lazy
 from internlm.weights.load import check
-from internlm.weights.native import merge, pickles
-from internlm.weights.native.rank_files import Place
+from internlm.weights.native import merge
+from internlm.weights.native.merge import Place
 from internlm.weights.native.read import Checkpoint, open_checkpoint
 from internlm.weights.weight import Weight, Weights
 
@@ -46,27 +46,10 @@ _SAMPLE = 64
 """Elements at each end of a weight that are compared with the model file."""
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """Where the state of a parameter lies."""
-
-    name: str
-    shape: tuple[int, ...]
-    group: int
-    rank: int
-    start: int
-    total: int
-    """Elements of the flat tensor."""
-
-
 def open_optimizer(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Weights]:
     """Return the optimizer's state of a checkpoint by kind and our names, not read yet.
 
-    The means are left out where the checkpoint was saved before the first step.
-
-    Args:
-        path: a checkpoint, or a folder of them.
-        overrides: as `read.open_checkpoint`.
+    The means are left out where the checkpoint was saved before the first step. Arguments as of `read.open_checkpoint`.
 
     Raises:
         WeightsError: there is none, files are missing, or it cannot be told which state is whose.
@@ -116,13 +99,15 @@ def _of_place(checkpoint: Checkpoint, place: Place, files: list[Path]) -> dict[s
     groups = ranks[0]["base_optim_states"]["param_groups"]
     named = {name: w for name, w in checkpoint.shards[place].items() if not merge.is_buffer(name)}
     found: dict[str, Weights] = {kind: {} for kind in KINDS}
-    for piece in _slices(named, groups, plan, files[0]):
-        flats = _flats(ranks[piece.rank], piece.group, files[piece.rank])
-        for kind, flat in flats.items():
-            if flat.shape != (piece.total,):
-                raise WeightsError(f"{kind} is not as long as the plan says", where=files[piece.rank])
-            found[kind][piece.name] = _weight(flat, piece)
-        _compare(flats["master"], piece, named[piece.name], files[piece.rank])
+    for group, rank, names in _slices(named, groups, plan, files[0]):
+        sizes = [math.prod(named[name].shape) for name in names]
+        for kind, flat in _flats(ranks[rank], group, files[rank]).items():
+            if flat.shape != (sum(sizes),):
+                raise WeightsError(f"{kind} is not as long as the plan says", where=files[rank])
+            for name, piece in zip(names, flat.split(sizes), strict=True):
+                found[kind][name] = lazy.of_tensor(piece.view(named[name].shape), name)
+        for name in names:
+            _compare(name, found["master"][name], named[name], files[rank])
     missing = [name for name in named if name not in found["master"]]
     if missing:
         raise WeightsError(f"the plan has no place for {', '.join(missing[:4])}", where=files[0])
@@ -130,7 +115,6 @@ def _of_place(checkpoint: Checkpoint, place: Place, files: list[Path]) -> dict[s
 
 
 def _states(file: Path) -> dict[str, Any]:
-    """Return the content of an optimizer file."""
     states = pickles.load(file)
     try:
         groups = states["base_optim_states"]["param_groups"]
@@ -161,12 +145,10 @@ def _plan(ranks: list[dict[str, Any]], files: list[Path], place: Place) -> list[
         raise WeightsError("has a partition plan of another form", where=files[0]) from None
 
 
-def _slices(named: Weights, groups: list[dict[str, Any]], plan: list[list[list[str]]], file: Path) -> Iterator[_Slice]:
-    """Yield where the state of each parameter lies.
-
-    Raises:
-        WeightsError: the plan is not one of these parameters.
-    """
+def _slices(
+    named: Weights, groups: list[dict[str, Any]], plan: list[list[list[str]]], file: Path
+) -> Iterator[tuple[int, int, list[str]]]:
+    """Yield which parameters lie in the flat tensor of (group, zero rank)."""
     if len(groups) != len(plan):
         raise WeightsError(f"has {len(groups)} parameter groups and a plan of {len(plan)}", where=file)
     for number, (group, ranks) in enumerate(zip(groups, plan, strict=True)):
@@ -185,15 +167,11 @@ def _slices(named: Weights, groups: list[dict[str, Any]], plan: list[list[list[s
             odd = sorted(set(planned) ^ set(expected))[:4]
             raise WeightsError(f"the plan of group {label!r} is not one of the model file's weights: {odd}", where=file)
         for rank, texts in enumerate(ranks):
-            names = [ordered[int(text.partition("_")[0])] for text in texts]
-            start, total = 0, sum(math.prod(named[name].shape) for name in names)
-            for name in names:
-                yield _Slice(name, named[name].shape, number, rank, start, total)
-                start += math.prod(named[name].shape)
+            if texts:
+                yield number, rank, [ordered[int(text.partition("_")[0])] for text in texts]
 
 
 def _flats(states: dict[str, Any], group: int, file: Path) -> dict[str, Tensor]:
-    """Return the flat tensors of a group by kind."""
     try:
         found = {"master": states["flat_fp32_weights"][group]}
         ids = states["base_optim_states"]["param_groups"][group]["params"]
@@ -206,20 +184,13 @@ def _flats(states: dict[str, Any], group: int, file: Path) -> dict[str, Tensor]:
     return {kind: flat.detach() for kind, flat in found.items()}
 
 
-def _weight(flat: Tensor, piece: _Slice) -> Weight:
-    """Return a piece of a flat tensor as a weight."""
-    size = math.prod(piece.shape)
-    return Weight(piece.shape, flat.dtype, lambda: flat[piece.start : piece.start + size].view(piece.shape), piece.name)
-
-
-def _compare(master: Tensor, piece: _Slice, weight: Weight, file: Path) -> None:
+def _compare(name: str, master: Weight, weight: Weight, file: Path) -> None:
     """Refuse a master weight whose ends are not those of the weight in the model file."""
-    model = weight.read().reshape(-1)
-    ours = master[piece.start : piece.start + model.numel()]
+    model, ours = weight.read().reshape(-1), master.read().reshape(-1)
     for part in (slice(0, _SAMPLE), slice(-_SAMPLE, None)):
         if not torch.equal(ours[part].to(model.dtype), model[part]):
             raise WeightsError(
-                f"the fp32 weight that the plan gives to {piece.name} is another than the one in the model file",
+                f"the fp32 weight that the plan gives to {name} is another than the one in the model file",
                 where=file,
                 do="Model and optimizer are of different steps, or of another framework: train from the weights.",
             )

@@ -1,36 +1,49 @@
 """Training checkpoints of InternLM v0.2 and InternEvo, read from any tensor × pipeline × zero layout.
 
-    if is_one("runs/7b"):                              # the newest complete checkpoint of a folder of them
-        config = read_config("runs/7b")
-        weights = open_weights("runs/7b")              # our names; nothing is read yet
-    progress("runs/7b")                                # {"step": 2000, "tokens": 8388608000, …}
+    if is_one("runs/7b"):
+        found = open_checkpoint("runs/7b")     # the newest complete checkpoint of a folder of them
+        found.config, found.weights            # our names; nothing is read yet
+        progress(found.folder)                 # {"step": 2000, "tokens": 8388608000, …}
 
-Which files and their order: `rank_files`; how they are opened safely: `pickles`; how parts become weights:
-`merge`; what they do not say: `fields`, and `overrides` here, which a command line fills from `--set`.
-The optimizer's state is read by `optimizer`, and the format is written by `write`.
+What files do not say: `overrides`, which a command line fills from `--set`. The optimizer's state is read by
+`optimizer`, and the format is written by `write`.
 
-Not read: FSDP's files, mixtures of experts, reward models. Each is refused with its reason.
+    runs/7b/                        given: the newest complete one is taken
+      1000/  2000/                  checkpoints by step
+      snapshot/0  snapshot/1        written in turn
+    runs/7b/2000/
+      model_tp{t}_pp{p}.pt          tensor rank t of pipeline stage p
+      model_tp{t}_wp{w}_pp{p}.pt    InternEvo with weight parallelism
+      2000.step                     written last: the mark of a complete checkpoint
+
+Limit: the old trainer overwrites a snapshot folder without removing its mark first: one that was killed there can leave
+files of two steps that look complete. Not read: FSDP's files, mixtures of experts, reward models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from internlm.errors import WeightsError
 from internlm.model.config import ModelConfig
+from internlm.weights import pickles
+from internlm.weights import weight as lazy
 from internlm.weights.load import check
-from internlm.weights.native import fields, merge, pickles, rank_files
-from internlm.weights.native.merge import Reading
-from internlm.weights.native.rank_files import Files, Place, is_one
-from internlm.weights.weight import Weight, Weights
+from internlm.weights.native import fields, merge
+from internlm.weights.native.merge import Place, Reading
+from internlm.weights.weight import Weights
 
-__all__ = ["Checkpoint", "is_one", "open_checkpoint", "open_weights", "progress", "read_config"]
+_SHOWN = 8
+"""Missing files that an error lists; a file of an odd name may make them many."""
+_MODEL = re.compile(r"model_tp(\d+)(?:_wp(\d+))?_pp(\d+)\.pt")
+_FSDP = re.compile(r"model_tp\d+_pp\d+_(?:dp|zo)\d+\.pt")
+_TRAINER = ("optimizer_", "topo_", "context.pt", "schedulder.pt", "sampler.pt", "config_file.pt")
+"""Files that the trainer writes, and the tools that make checkpoints from Transformers folders do not."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,6 @@ class Checkpoint:
     """A checkpoint, opened: its weights are known and not read."""
 
     folder: Path
-    files: Files
     shards: dict[Place, Weights]
     """What each rank's file holds, by the names in it, in its order."""
     config: ModelConfig
@@ -58,10 +70,11 @@ def open_checkpoint(path: str | Path, overrides: Mapping[str, Any] | None = None
         WeightsError: it is incomplete, damaged, unsafe or of a kind that is not read, or something must be said.
     """
     said = fields.settings(overrides)
-    folder = rank_files.find(path, unfinished=said.get("unfinished", False))
-    files = rank_files.files(folder)
-    shards = {place: _open(file) for place, file in files.places.items()}
-    is_weight_parallel = files.is_weight_parallel
+    folder = find(path, unfinished=said.get("unfinished", False))
+    files, is_weight_parallel = model_files(folder)
+    shards = {
+        place: lazy.of_tensors(pickles.tensors_of(pickles.load(file), file).items()) for place, file in files.items()
+    }
     parts = merge.gather(shards, folder, is_weight_parallel=is_weight_parallel)
     stored = _stored(folder)
     if stored is not None and "context_length" not in said and (folder / "config_file.pt").is_file():
@@ -70,32 +83,11 @@ def open_checkpoint(path: str | Path, overrides: Mapping[str, Any] | None = None
     config, reading = fields.describe(parts, stored, said, folder, weight_parallel=is_weight_parallel)
     weights = merge.merge(parts, config, reading)
     check(weights, config)
-    return Checkpoint(folder, files, shards, config, reading, weights)
-
-
-def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """Return the shape of the model in a checkpoint.
-
-    Raises:
-        WeightsError: as `open_checkpoint`.
-    """
-    return open_checkpoint(path, overrides).config
-
-
-def open_weights(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Weights:
-    """Return the weights of a checkpoint by our names, not read yet.
-
-    Raises:
-        WeightsError: as `open_checkpoint`.
-    """
-    return open_checkpoint(path, overrides).weights
+    return Checkpoint(folder, shards, config, reading, weights)
 
 
 def progress(folder: Path) -> dict[str, Any]:
-    """Return how far training had come: step, batch, tokens, skipped steps, learning rate; what is absent is left out.
-
-    Args:
-        folder: of one checkpoint, `Checkpoint.folder`.
+    """Return how far training of a `Checkpoint.folder` had come; what is absent is left out.
 
     Raises:
         WeightsError: a file of it is damaged or unsafe.
@@ -119,8 +111,7 @@ def progress(folder: Path) -> dict[str, Any]:
 
 
 def _stored(folder: Path) -> dict[str, Any] | None:
-    """Return the content of model_config.pt; None where there is none."""
-    path = folder / rank_files.CONFIG
+    path = folder / fields.CONFIG
     if not path.is_file():
         return None
     stored = pickles.load(path)
@@ -129,20 +120,96 @@ def _stored(folder: Path) -> dict[str, Any] | None:
     return stored
 
 
-def _open(path: Path) -> Weights:
-    """Return what a rank's file holds, not read yet."""
-    states = pickles.load(path)
-    if not isinstance(states, dict) or not all(isinstance(name, str) for name in states):
-        raise WeightsError("holds no weights by name", where=path, got=type(states).__name__)
-    found: Weights = {}
-    for name, tensor in states.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise WeightsError(f"{name} is no plain tensor", where=path, got=type(tensor).__name__)
-        found[name] = of_mapped(tensor, name)
-    return found
+def is_one(path: str | Path) -> bool:
+    """Return whether a folder is a checkpoint of InternLM's old training format, or holds some."""
+    return bool(_checkpoints(Path(path)))
 
 
-def of_mapped(tensor: Tensor, origin: str) -> Weight:
-    """Return a tensor that maps a file as a weight."""
-    tensor = tensor.detach()
-    return Weight(tuple(tensor.shape), tensor.dtype, lambda: tensor, origin)
+def find(path: str | Path, *, unfinished: bool = False) -> Path:
+    """Return the checkpoint folder that `path` means: itself, or the newest complete one in it.
+
+    Raises:
+        WeightsError: there is none, or none that is complete, and `unfinished` ones will not do.
+    """
+    path = Path(path)
+    found = _checkpoints(path)
+    if not found:
+        raise WeightsError("holds no checkpoint: no file model_tp0_pp0.pt", where=path)
+    complete = [folder for folder in found if unfinished or _is_complete(folder)]
+    if not complete:
+        names = ", ".join(str(folder) for folder in found[:4])
+        raise WeightsError(
+            f"has no file {{step}}.step, which is written when all others are: saving was cut short in {names}",
+            where=path,
+            do="Take an earlier checkpoint, or read it as it is with --set unfinished=true.",
+        )
+    return max(complete, key=_step)  # of equal steps the first: numbered folders are sorted before snapshots
+
+
+def model_files(folder: Path) -> tuple[dict[Place, Path], bool]:
+    """Return the model files of a checkpoint folder, and whether they are cut over weight ranks.
+
+    Raises:
+        WeightsError: a rank's file is missing, or they are of a kind that cannot be read.
+    """
+    names = sorted(file.name for file in folder.iterdir())
+    if any(name.startswith("model_moe_") for name in names):
+        raise WeightsError("has a mixture of experts of the old framework, which is not read", where=folder)
+    if any(_FSDP.fullmatch(name) for name in names):
+        raise WeightsError(
+            "was written with FSDP: each file holds pieces of tensors that only the processes of that run can join",
+            where=folder,
+            do="Load it in the old framework and save it with zero1.fsdp=False.",
+        )
+    matches = [match for match in map(_MODEL.fullmatch, names) if match]
+    is_weight_parallel = any(match[2] for match in matches)
+    if is_weight_parallel and not all(match[2] for match in matches):
+        raise WeightsError("mixes files with and without weight parallelism", where=folder)
+    places = {Place(int(m[3]), int(m[1]), int(m[2] or 0)): folder / m[0] for m in matches}
+    if absent := list(islice(_absent(places, is_weight_parallel), _SHOWN)):
+        raise WeightsError(f"is not whole: {', '.join(absent)} missing", where=folder, do="Copy it again.")
+    return dict(sorted(places.items())), is_weight_parallel
+
+
+def _absent(places: Collection[Place], is_weight_parallel: bool) -> Iterator[str]:
+    """Yield what is missing: files of ranks below those that are there."""
+    stages, tensor, weight = (1 + max(ranks) for ranks in zip(*places, strict=True))
+    for stage in range(stages):
+        if not is_weight_parallel:
+            yield from (f"model_tp{t}_pp{stage}.pt" for t in range(tensor) if Place(stage, t) not in places)
+            continue
+        # Tensor and weight ranks count the same processes: not every pair has a file.
+        here = [place for place in places if place.stage == stage]
+        for name, size, ranks in (("wp", weight, {p.weight for p in here}), ("tp", tensor, {p.tensor for p in here})):
+            yield from (f"a file of {name}{rank} in pp{stage}" for rank in range(size) if rank not in ranks)
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return []
+    if _holds_model(path):
+        return [path]
+    inside = [*path.iterdir(), *(path / "snapshot" / name for name in "01")]
+    return sorted(folder for folder in inside if folder.is_dir() and _holds_model(folder))
+
+
+def _holds_model(folder: Path) -> bool:
+    return any(_MODEL.fullmatch(file.name) or _FSDP.fullmatch(file.name) for file in folder.glob("model_tp*.pt"))
+
+
+def _step(folder: Path) -> int:
+    """Return the step that a folder's marks say; -1 without one."""
+    steps = [int(file.stem) for file in folder.glob("*.step") if file.stem.isdecimal()]
+    return max(steps, default=-1)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Return whether everything was written.
+
+    Tools that turn a Transformers folder into a checkpoint write no mark. Their folders hold nothing of the trainer,
+    and their model_config.pt is written last.
+    """
+    if _step(folder) >= 0:
+        return True
+    is_trainers = any(file.name.startswith(_TRAINER) for file in folder.iterdir())
+    return (folder / fields.CONFIG).is_file() and not is_trainers

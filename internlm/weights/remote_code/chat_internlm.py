@@ -18,9 +18,6 @@ class ChatMixin:
     def build_inputs(self, tokenizer, query, history=None, meta_instruction=None):
         """Return input_ids and attention_mask of a conversation that the model answers next.
 
-        `config.chat_format` says what stands around each message: texts, and ids of special tokens. Only those ids are
-        structure: a message is text, whatever is typed in it.
-
         Args:
             tokenizer: of this folder.
             query: what the user says.
@@ -71,15 +68,8 @@ class ChatMixin:
         """Return the answer, and the history with it.
 
         Args:
-            tokenizer: of this folder.
-            query: what the user says.
-            history: earlier (query, response) pairs; not changed.
-            streamer: gets the tokens, as in `generate`.
-            max_new_tokens: most tokens of the answer.
-            do_sample: False takes the most probable tokens.
-            temperature, top_p: of sampling.
-            meta_instruction: the system message; None: that of the chat format; "": none.
-            kwargs: for `generate`.
+            tokenizer, query, history, meta_instruction: as of `build_inputs`; the history is not changed.
+            streamer, max_new_tokens, do_sample, temperature, top_p, kwargs: as of `generate`.
 
         Raises:
             ValueError: as `build_inputs`.
@@ -109,11 +99,7 @@ class ChatMixin:
         """Yield the answer so far and the history with it, from the empty answer to the whole one.
 
         Every answer begins with the one before it, and ends with a whole character. Generation runs in a thread: an
-        error there is raised here, and leaving the loop ends it after the token in work.
-
-        Args:
-            tokenizer, query, history, max_new_tokens, do_sample, temperature, top_p, meta_instruction, kwargs: as of
-                `chat`, without its streamer.
+        error there is raised here, and leaving the loop ends it after the token in work. Arguments are those of `chat`.
 
         Raises:
             ValueError: as `build_inputs`.

@@ -65,11 +65,8 @@ class InternLMAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer = layer
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
         self.turns_late = config.rotary.get("type") == "dynamic"
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=config.bias)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.bias)
@@ -262,14 +259,6 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin, ChatMixin):
         self.model = InternLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self):
-        """Return the embedding."""
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value):
-        """Replace the embedding."""
-        self.model.embed_tokens = value
 
     def get_output_embeddings(self):
         """Return the head."""

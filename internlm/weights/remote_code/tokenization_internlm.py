@@ -67,9 +67,7 @@ class InternLMTokenizer(PreTrainedTokenizer):
         self._name_starts = re.compile("(?=" + "|".join(map(re.escape, names)) + ")")
         eos_token = eos_token or self._piece(self.sp_model.eos_id())
         kwargs.setdefault("clean_up_tokenization_spaces", False)
-        if (
-            "added_tokens_decoder" in kwargs
-        ):  # taken from a tokenizer.json too; what SentencePiece has, it matches itself
+        if "added_tokens_decoder" in kwargs:  # of a tokenizer.json too; what SentencePiece has, it matches itself
             added = kwargs["added_tokens_decoder"].items()
             kwargs["added_tokens_decoder"] = {id_: token for id_, token in added if int(id_) >= len(self._pieces)}
         super().__init__(
@@ -157,11 +155,9 @@ class InternLMTokenizer(PreTrainedTokenizer):
 
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False):
         """Return 1 for what stands around a text, 0 for the text."""
-        ids = (
-            token_ids_0
-            if already_has_special_tokens
-            else self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
-        )
+        ids = token_ids_0
+        if not already_has_special_tokens:
+            ids = self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
         return [int(id_ in (self.bos_token_id, self.eos_token_id)) for id_ in ids]
 
     def save_vocabulary(self, save_directory, filename_prefix=None):
