@@ -36,7 +36,7 @@ from shapes import TOY, model_of
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
-from internlm import storage
+from internlm import disk
 from internlm.checkpoint.saver import Beside, Saver
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import Transformer
@@ -256,7 +256,7 @@ def main() -> None:
     table = report.Table(COLUMNS)
     settings = {name: getattr(options, name) for name in ("threads", "repeats", "step_s")}
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        storage.require_space(scratch, 3 * 12 * config.num_parameters, "the benchmark")
+        disk.require_space(scratch, 3 * 12 * config.num_parameters, "the benchmark")
         for world in options.ranks:
             job = settings | {"shape": options.shape, "world": world, "scratch": scratch}
             jobs = [job | {"rank": rank} for rank in range(world)]

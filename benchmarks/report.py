@@ -63,9 +63,9 @@ def result(**facts: Any) -> dict[str, Any]:
 def write(path: Path | None, found: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Write a result, or several, as JSON over what was there; without a path nothing."""
     if path is not None:
-        from internlm import storage
+        from internlm import disk
 
-        storage.write_text(path, json.dumps(found, indent=1) + "\n")
+        disk.write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def command(words: list[str]) -> str:

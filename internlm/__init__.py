@@ -2,8 +2,9 @@
 
 Rooms, in the order in which they may import each other (a test reads the imports and fails on anything else):
 
-    compat errors version config log plot ranks runtime hub hashed_file storage · text · data · model · cost · weights ·
-    parallel · optim · checkpoint · source · sandbox · infer · eval · agent · train · recipe · plan · serve · cli
+    compat errors version config log plot ranks runtime hub hashed_file disk storage · text · data · model · cost ·
+    weights · parallel · optim · checkpoint · source · sandbox · infer · eval · agent · train · recipe · plan · serve ·
+    cli
 """
 
 from __future__ import annotations

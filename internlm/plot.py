@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from internlm import storage
+from internlm import disk
 from internlm.errors import install_command
 from internlm.log import warn_once
 
@@ -59,7 +59,7 @@ def _draw(lines: list[Mapping[str, Any]], path: Path, title: str) -> None:
     rate.set_ylabel("learning rate", color="#808080")
     axes.legend(frameon=False)
     figure.tight_layout()
-    with storage.beside(path) as draft:
+    with disk.beside(path) as draft:
         figure.savefig(draft, format=path.suffix.removeprefix("."))
     pyplot.close(figure)
 

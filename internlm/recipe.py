@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from internlm import config, ranks, runtime, storage, version
+from internlm import config, disk, ranks, runtime, version
 from internlm.checkpoint import listing, store
 from internlm.checkpoint.listing import CheckpointConfig
 from internlm.checkpoint.store import Checkpoint
@@ -200,9 +200,9 @@ def _prepare(recipe: Recipe, alerts: Alerts) -> Trainer:
     layout = Layout.of(recipe.parallel, ranks.world_size())
     loader = Loader(recipe.data, layout.data_rank(rank), layout.data)
     if rank == 0:
-        storage.hold(run)
+        disk.hold(run)
         if recipe.checkpoint.folder is not None and isinstance(folder := recipe.checkpoint.of(run), Path):
-            storage.hold(folder)  # another run may name the same
+            disk.hold(folder)  # another run may name the same
     goodput = Goodput(run if rank == 0 else None)
     checked = _check(recipe, loader, device)
     begun, dtype = checked.begun, checked.setting.dtype
@@ -242,8 +242,8 @@ def _prepare(recipe: Recipe, alerts: Alerts) -> Trainer:
             logger.info("changed since that checkpoint: %s", told)
     if rank == 0:
         if begun is None or begun.step < recipe.train.total_steps:  # else no step is taken with it
-            storage.write_text(run / "recipe.yaml", config.dump(recipe))
-        storage.write_json(run / "versions.json", found)
+            disk.write_text(run / "recipe.yaml", config.dump(recipe))
+        disk.write_json(run / "versions.json", found)
         trainer.trackers += open_trackers(run, trainer.progress.step, recipe.track, trainer.facts)
     _announce(trainer, dtype, "measured" if peak is None else "data sheet")
     return trainer

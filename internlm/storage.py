@@ -1,7 +1,4 @@
-"""The one place that opens what we wrote.
-
-Every artefact that a later step trusts (token shards, a checkpoint, an export) is a folder that is either complete or
-absent:
+"""Folders that are complete or absent: every artefact that a later step trusts (shards, a checkpoint, an export).
 
     with writing("runs/a/step-10", kind="checkpoint") as folder:   # runs/a/step-10.partial-<pid>
         (folder.path / "x.bin").write_bytes(...)
@@ -17,7 +14,6 @@ moves the old one aside first; a crash between the two renames leaves the old on
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import glob
 import hashlib
@@ -26,25 +22,21 @@ import logging
 import os
 import re
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from internlm.errors import InternLMError, StorageError
+from internlm import disk
+from internlm.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-LOCK = "lock"
 FORMAT_VERSION = 1
 _MARK = re.compile(r"[0-9]{1,7}|r[0-9a-f]{16}")
 """What follows there: a process (7 digits at most), or what the content depends on. Other such names are people's."""
-
-_held: dict[Path, IO[str]] = {}
-"""Lock files of the folders this process holds."""
 
 
 @dataclass
@@ -77,12 +69,12 @@ def writing(target: str | Path, kind: str, *, replace: bool = False, resume: str
     check_free(target, kind, replace=replace)
     mark = str(os.getpid()) if resume is None else "r" + hashlib.sha256(resume.encode()).hexdigest()[:16]
     partial = target.with_name(f"{target.name}.partial-{mark}")
-    with explained(f"writing {target}"):
+    with disk.explained(f"writing {target}"):
         remove_leftovers(target, kept=partial)
         partial.mkdir(parents=True, exist_ok=resume is not None)
     lock = None if resume is None else _lock(partial, target)
     try:
-        with explained(f"writing {target}"):
+        with disk.explained(f"writing {target}"):
             folder = Writing(partial)
             yield folder
             finish(folder, kind)
@@ -121,12 +113,12 @@ def finish(folder: Writing, kind: str) -> None:
     files = {}
     for path in sorted(p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST):
         name = path.relative_to(partial).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": folder.hashes.get(name) or sha256(path)}
-        _fsync(path)
+        files[name] = {"bytes": path.stat().st_size, "sha256": folder.hashes.get(name) or disk.sha256(path)}
+        disk.fsync(path)
     (partial / MANIFEST).write_text(manifest_text(kind, folder.meta, files), encoding="utf-8")
-    _fsync(partial / MANIFEST)
+    disk.fsync(partial / MANIFEST)
     for path in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
-        _fsync(path)
+        disk.fsync(path)
 
 
 def put_if_free(folder: Path, target: Path, kind: str, *, replace: bool) -> None:
@@ -156,7 +148,7 @@ def put(folder: Path, target: Path) -> None:
         if aside is not None:
             os.rename(aside, target)
         raise
-    _fsync(target.parent)
+    disk.fsync(target.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -223,8 +215,8 @@ def verify(path: str | Path, first: int = 0, every: int = 1, *, of: Callable[[st
     manifest = _load_manifest(path)
     read_manifest(path, manifest.get("kind", ""))
     for name in list(filter(of, manifest["files"]))[first::every]:
-        with explained(f"reading {path}"):
-            found = sha256(path / name)
+        with disk.explained(f"reading {path}"):
+            found = disk.sha256(path / name)
         if found != manifest["files"][name]["sha256"]:
             raise StorageError(
                 f"file {name} is damaged (its SHA-256 differs)", where=path, do="Write or copy it again."
@@ -252,108 +244,6 @@ def is_complete(path: str | Path, kind: str) -> bool:
     except StorageError:
         return False
     return True
-
-
-def hold(folder: str | Path) -> None:
-    """Claim `folder` for this process until it ends, however it ends.
-
-    Raises:
-        StorageError: another process holds it.
-    """
-    path = Path(folder).resolve() / LOCK
-    if path in _held:
-        return
-    with explained(f"opening {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  open as long as the process lives
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip()
-        file.close()
-        raise StorageError(
-            f"another process works in this folder ({holder or 'it just started'})",
-            where=folder,
-            do="Wait for it, stop it, or choose another folder.",
-        ) from None
-    except OSError as error:
-        logger.warning("warning: %s cannot be locked (%s): start no second process in it", folder, error.strerror)
-    with explained(f"writing {path}"):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-    _held[path] = file
-
-
-@contextlib.contextmanager
-def beside(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield where to write a file that becomes `path` when the block ends well, and vanishes when it does not.
-
-    Readers see the old content or the new, never a part. `durable`: whether it is on the disk before it has its name;
-    what is written every few seconds need not be.
-
-    Raises:
-        StorageError: it cannot be written; `path` is as it was.
-    """
-    path = Path(os.path.realpath(path))
-    draft = path.with_name(f"{path.name}.partial-{os.getpid()}")  # who looks for the ending finds whole files only
-    with explained(f"writing {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield draft
-            if durable:
-                _fsync(draft)
-            os.replace(draft, path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-
-
-def write_text(path: str | Path, text: str, *, durable: bool = True) -> None:
-    """Write a small file whole, or not at all, as `beside`."""
-    with beside(path, durable=durable) as draft:
-        draft.write_text(text, encoding="utf-8")
-
-
-def write_json(path: str | Path, content: Any, *, durable: bool = True) -> None:
-    """Write a small JSON file as people read it, whole or not at all, as `beside`."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", durable=durable)
-
-
-def read_json(path: str | Path, error: type[InternLMError] = StorageError) -> dict[str, Any]:
-    """Return the object that a JSON file holds; an empty one where there is no file.
-
-    Raises:
-        InternLMError: of the kind `error`: it cannot be read, or holds no object.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, RecursionError) as problem:
-        raise error(f"cannot be read: {problem}", where=path, do="Copy the file again.") from problem
-    return content
-
-
-def require_space(path: str | Path, needed_bytes: int, what: str) -> None:
-    """Check that the file system of `path` has room for `needed_bytes`, before work is spent on them.
-
-    Raises:
-        StorageError: naming both numbers.
-    """
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed_bytes:
-        raise StorageError(
-            f"{what} needs {needed_bytes / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB left",
-            where=path,
-            do="Free some space, or write elsewhere.",
-        )
 
 
 def remove_leftovers(target: Path, kept: Path | None = None) -> None:
@@ -394,29 +284,6 @@ def _is_in_use(partial: Path, mark: str) -> bool:
     except OSError:
         return False
     return False
-
-
-def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def explained(doing: str) -> Iterator[None]:
-    """Turn the errors of the operating system inside the block into a StorageError that says what was being done."""
-    try:
-        yield
-    except OSError as error:
-        advice = {
-            errno.ENOSPC: "The disk is full: free some space. What was complete before is untouched.",
-            errno.EDQUOT: "Your disk quota is used up. What was complete before is untouched.",
-            errno.EFBIG: "The file size limit was reached. What was complete before is untouched.",
-            errno.EACCES: "Permission is missing.",
-            errno.EROFS: "The file system is read-only.",
-        }.get(error.errno or 0)
-        place = f" ({error.filename})" if error.filename else ""
-        raise StorageError(f"failed while {doing}: {error.strerror or error}{place}", do=advice) from error
 
 
 def _load_manifest(path: Path) -> dict[str, Any]:
@@ -460,14 +327,6 @@ def _is_well_formed(manifest: dict[str, Any]) -> bool:
         and all(isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys() for facts in files.values())
         and not any(Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name for name in files)
     )
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_alive(pid: int) -> bool:

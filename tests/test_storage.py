@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from internlm import storage
+from internlm import disk, storage
 from internlm.checkpoint import place
 from internlm.errors import StorageError, WeightsError
 
@@ -175,16 +175,16 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatc
 
 
 def test_a_held_folder_is_refused_to_other_processes_until_its_holder_dies(tmp_path: Path) -> None:
-    code = f"from internlm import storage; storage.hold({str(tmp_path)!r}); print('held', flush=True); input()"
+    code = f"from internlm import disk; disk.hold({str(tmp_path)!r}); print('held', flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(StorageError, match=rf"another process works in this folder \(process {holder.pid} on "):
-        storage.hold(tmp_path)
+        disk.hold(tmp_path)
     holder.kill()
     holder.communicate()
-    storage.hold(tmp_path)
-    storage.hold(tmp_path)  # the holder may claim it again
+    disk.hold(tmp_path)
+    disk.hold(tmp_path)  # the holder may claim it again
 
 
 def test_flipped_bits_are_found_by_verify(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_killed_writer_leaves_the_old_folder_and_the_next_one_cleans_up(tmp_pa
     make(tmp_path / "x", "old")
     code = f"""
         import os, signal
-        from internlm import storage
+        from internlm import disk, storage
         with storage.writing({str(tmp_path / "x")!r}, "thing", replace=True) as folder:
             (folder.path / "a.txt").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -222,29 +222,29 @@ def test_a_full_disk_is_explained(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="disk is full"), storage.writing(tmp_path / "x", "thing"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(StorageError, match="MiB left"):
-        storage.require_space(tmp_path / "x" / "y", 1 << 60, "the checkpoint")
+        disk.require_space(tmp_path / "x" / "y", 1 << 60, "the checkpoint")
 
 
 def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
-    storage.write_text(tmp_path / "d" / "f", "one")
-    storage.write_text(tmp_path / "d" / "f", "two")
+    disk.write_text(tmp_path / "d" / "f", "one")
+    disk.write_text(tmp_path / "d" / "f", "two")
     assert (tmp_path / "d" / "f").read_text() == "two"
     assert len(list((tmp_path / "d").iterdir())) == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
 def test_a_folder_that_cannot_be_claimed_for_want_of_room_is_named(tmp_path: Path) -> None:
-    (tmp_path / storage.LOCK).symlink_to("/dev/full")
+    (tmp_path / disk.LOCK).symlink_to("/dev/full")
     with pytest.raises(StorageError, match=r"writing .*lock"):
-        storage.hold(tmp_path)
+        disk.hold(tmp_path)
 
 
 def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
     content = {"ß": [1, None, {"b": 2.5}]}
-    storage.write_json(tmp_path / "deep" / "a.json", content)
-    assert storage.read_json(tmp_path / "deep" / "a.json") == content
+    disk.write_json(tmp_path / "deep" / "a.json", content)
+    assert disk.read_json(tmp_path / "deep" / "a.json") == content
     assert "ß" in (tmp_path / "deep" / "a.json").read_text(encoding="utf-8")
-    assert storage.read_json(tmp_path / "none.json") == storage.read_json(tmp_path / "deep" / "a.json" / "x") == {}
+    assert disk.read_json(tmp_path / "none.json") == disk.read_json(tmp_path / "deep" / "a.json" / "x") == {}
 
 
 @pytest.mark.parametrize("text", ["[1]", "3", "", "{", '{"a": 1', "\xff", "[" * 100_000])
@@ -252,7 +252,7 @@ def test_a_file_that_holds_no_json_object_is_named(text: str, tmp_path: Path) ->
     path = tmp_path / "a.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(WeightsError, match=r"a\.json: cannot be read: .*Copy the file again"):
-        storage.read_json(path, WeightsError)
+        disk.read_json(path, WeightsError)
 
 
 @pytest.mark.parametrize("there", [None, "empty", "complete"])
@@ -277,6 +277,6 @@ def test_a_file_behind_a_link_is_written_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "file")
     for text in ("old", "new"):
-        storage.write_text(tmp_path / "link", text)
+        disk.write_text(tmp_path / "link", text)
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "disk" / "file").read_text() == text

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from internlm import storage
+from internlm import disk
 from internlm.checkpoint import place
 from internlm.checkpoint.place import Place
 from internlm.checkpoint.remote import Remote, Unreachable
@@ -76,7 +76,7 @@ def is_checkpoint(path: str | Place) -> bool:
 def folder_of(named: str | Place) -> Place:
     """Return the folder of checkpoints that a user means: that of a run, by its recipe or in it, or the one named."""
     run = place.at(named)
-    with storage.explained(f"looking for checkpoints in {run}"):
+    with disk.explained(f"looking for checkpoints in {run}"):
         if isinstance(run, Remote):
             return run / "checkpoints" if "checkpoints" in run.names() else run
         try:
@@ -138,7 +138,7 @@ def survey(named: str | Place, *, verify: bool = False) -> list[Found]:
         meta: dict[str, Any] = {}
         problem, size = None, 0
         try:
-            with storage.explained("reading it"):
+            with disk.explained("reading it"):
                 size = sum(place.sizes(path).values())
                 meta = place.read_manifest(path)
                 if verify:
@@ -155,7 +155,7 @@ def survey(named: str | Place, *, verify: bool = False) -> list[Found]:
 
 def _steps(folder: Place) -> list[Place]:
     """Return the checkpoints in a folder of them, complete or not, oldest first."""
-    with storage.explained(f"looking for checkpoints in {folder}"):
+    with disk.explained(f"looking for checkpoints in {folder}"):
         found = {int(match[1]): folder / name for name in place.names(folder) if (match := _STEP.fullmatch(name))}
     return [found[step] for step in sorted(found)]
 

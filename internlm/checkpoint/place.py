@@ -10,7 +10,7 @@
     visible by    a rename                                 manifest.json, written last, once a listing shows every size
     over another  it is moved aside                        its manifest goes first
 
-Limits: two runs must not write into one folder. On a disk `storage.hold` sees to that, in a store nobody.
+Limits: two runs must not write into one folder. On a disk `disk.hold` sees to that, in a store nobody.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from internlm import storage
+from internlm import disk, storage
 from internlm.checkpoint.remote import Remote, Unreachable, check_known
 from internlm.errors import StorageError
 from internlm.hashed_file import HashedFile
@@ -188,7 +188,7 @@ def clear(folder: Place, mark: str) -> list[str]:
     """
     name = f"probe-{mark}"
     if isinstance(folder, Path):
-        with storage.explained(f"writing a first file into {folder}"):
+        with disk.explained(f"writing a first file into {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(_PROBE)
             (folder / name).unlink()
@@ -260,17 +260,17 @@ class _Folder:
 
     def write(self, name: str, buffers: Sequence[bytes | memoryview]) -> str:
         path = self.path / name
-        with storage.explained(f"writing {self.target}"):
+        with disk.explained(f"writing {self.target}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             room = sum(map(len, buffers)) + (1 << 20)
-            storage.require_space(path, room, f"checkpoint {self.target.name}")
+            disk.require_space(path, room, f"checkpoint {self.target.name}")
             with HashedFile(path) as file:
                 for buffer in buffers:
                     file.write(buffer)
                 return file.sha256()
 
     def say(self, rank: int, word: str) -> None:
-        storage.write_text(self.path / _word(rank), word)
+        disk.write_text(self.path / _word(rank), word)
 
     def said(self) -> dict[int, str]:
         found = {}
@@ -282,11 +282,11 @@ class _Folder:
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[Path]:
-        with storage.explained(f"writing {self.target}"):
+        with disk.explained(f"writing {self.target}"):
             yield self.path
 
     def commit(self, beside: Path, meta: dict[str, Any], files: Facts) -> None:
-        with storage.explained(f"writing {self.target}"):
+        with disk.explained(f"writing {self.target}"):
             if self.target.is_dir() and not storage.is_complete(self.target, KIND):
                 shutil.rmtree(self.target)  # damaged: the run went back to an earlier one and is here again
             hashes = {name: facts["sha256"] for name, facts in files.items()}

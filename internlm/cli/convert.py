@@ -288,11 +288,11 @@ def _logits_there(source: Source, ids: Tensor, dtype: torch.dtype) -> Tensor | N
         return None
     from transformers import AutoModelForCausalLM
 
-    from internlm import storage
+    from internlm import disk
     from internlm.weights import carried
 
     trusted = carried.is_ours(source.path)
-    described = storage.read_json(source.path / "config.json")
+    described = disk.read_json(source.path / "config.json")
     if not trusted and ("auto_map" in described or described["model_type"].startswith("internlm")):
         return None  # only with code of others, which is not run
     model = AutoModelForCausalLM.from_pretrained(source.path, torch_dtype=dtype, trust_remote_code=trusted)

@@ -136,7 +136,7 @@ def _marked(tokenizer: Tokenizer, ids: list[int], mask: Iterable[int] | None) ->
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from internlm import storage
+    from internlm import disk
     from internlm.data.shards import Shards
     from internlm.errors import StorageError
     from internlm.log import progress
@@ -148,7 +148,7 @@ def _export(arguments: argparse.Namespace) -> int:
     shards = Shards.open(arguments.shards)
     tokenizer = Tokenizer.load(shards.tokenizer_path)
     bos, eos = shards.facts["bos_id"], shards.facts["eos_id"]
-    with storage.beside(out) as draft, open(draft, "w", encoding="utf-8") as file:
+    with disk.beside(out) as draft, open(draft, "w", encoding="utf-8") as file:
         for index in progress(range(shards.num_documents), "exporting", unit="documents"):
             tokens, mask = shards.document(index)
             ids = tokens.tolist()

@@ -25,7 +25,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from internlm import runtime, storage
+from internlm import disk, runtime, storage
 from internlm.data import shards
 from internlm.data.formats import (
     BadRecords,
@@ -87,7 +87,7 @@ def tokenize(
         replace: whether an existing folder of shards may be replaced.
 
     Raises:
-        DataError: an input is missing, empty or damaged. StorageError: as `storage.writing` and `storage.hold`.
+        DataError: an input is missing, empty or damaged. StorageError: as `storage.writing` and `disk.hold`.
     """
     out = Path(out)
     storage.check_free(out, shards.KIND, replace=replace)
@@ -98,9 +98,9 @@ def tokenize(
             logger.warning("warning: the tokenizer has no %s token: documents will not have one", role)
     units = _cut(_without_output(find_files(inputs), out), options.format, unit_bytes)
     work = _Work(out.with_name(out.name + ".unfinished"), options, tokenizer, template)
-    with storage.explained(f"writing {work.folder}"):
+    with disk.explained(f"writing {work.folder}"):
         work.folder.mkdir(parents=True, exist_ok=True)
-    storage.hold(work.folder)
+    disk.hold(work.folder)
     facts = _run(units, work, workers or runtime.available_cpus())
     if not any(shard.documents for shard in facts):
         raise DataError("the input holds no documents", where=", ".join(map(str, inputs)))
@@ -205,7 +205,7 @@ def _work_on(job: _Job) -> tuple[int, _Made]:
 def _tokenize_unit(work: _Work, index: int, pieces: list[Piece], card: str) -> tuple[int, _Made]:
     """Write one unit's shard, then its card. Runs in a worker."""
     name, options, empty = f"{index:05d}", work.options, 0
-    with storage.explained(f"writing {work.folder / name}"):
+    with disk.explained(f"writing {work.folder / name}"):
         writer = ShardWriter(work.folder, name, work.tokenizer.vocab_size)
         for piece in pieces:
             bad = BadRecords(piece.path, options.on_error)
@@ -221,7 +221,7 @@ def _tokenize_unit(work: _Work, index: int, pieces: list[Piece], card: str) -> t
             _encode(batch, work, writer, bad)
             bad.report()
         facts = writer.close()
-        storage.write_json(work.folder / f"{name}.json", {"card": card, "facts": asdict(facts), "empty": empty})
+        disk.write_json(work.folder / f"{name}.json", {"card": card, "facts": asdict(facts), "empty": empty})
     return index, (facts, empty)
 
 

@@ -31,7 +31,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from internlm import hub, storage
+from internlm import disk, hub
 from internlm.errors import StorageError, TokenizerError, did_you_mean
 from internlm.log import warn_once
 from internlm.text.backends import SPACE_MARK, JsonBackend, SentencePieceBackend, with_added
@@ -105,7 +105,7 @@ class Tokenizer:
         path = Path(path)
         beside = _read_configs(path if path.is_dir() else path.parent)
         file = _vocabulary_file(path, beside)
-        with storage.explained(f"reading {file}"):
+        with disk.explained(f"reading {file}"):
             data = file.read_bytes()
         if file.suffix == ".model":
             data = with_added(data, _added(file.parent, beside), file)
@@ -191,10 +191,10 @@ class Tokenizer:
         for other in (folder / name for name in VOCABULARY_FILES):
             if other.exists() and (other != vocabulary or other.read_bytes() != self._data):
                 raise StorageError("is another tokenizer's", where=other, do="Choose another folder.")
-        with storage.beside(vocabulary) as draft:
+        with disk.beside(vocabulary) as draft:
             draft.write_bytes(self._data)
         reader = {"tokenizer_class": "PreTrainedTokenizerFast"} if self._is_json else {}
-        storage.write_json(folder / CONFIG_FILE, {**reader, **self.config()})
+        disk.write_json(folder / CONFIG_FILE, {**reader, **self.config()})
         return [vocabulary, folder / CONFIG_FILE]
 
     def write_tokenizer_json(self, path: str | Path) -> None:
@@ -203,7 +203,7 @@ class Tokenizer:
         Raises:
             TokenizerError: the SentencePiece model is not BPE, or normalises its text.
         """
-        storage.write_text(path, self._backend.to_json())
+        disk.write_text(path, self._backend.to_json())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Tokenizer):
@@ -298,7 +298,7 @@ def _vocabulary_file(path: Path, beside: Sequence[dict[str, Any]]) -> Path:
 def _read_configs(folder: Path) -> list[dict[str, Any]]:
     """Return the content of the JSON files beside a vocabulary, the one that counts most first."""
     names = (CONFIG_FILE, "special_tokens_map.json")
-    return [storage.read_json(folder / name, TokenizerError) for name in names if (folder / name).is_file()]
+    return [disk.read_json(folder / name, TokenizerError) for name in names if (folder / name).is_file()]
 
 
 def _roles(beside: Sequence[dict[str, Any]]) -> dict[str, str | None]:
@@ -316,7 +316,7 @@ def _roles(beside: Sequence[dict[str, Any]]) -> dict[str, str | None]:
 def _added(folder: Path, beside: Sequence[dict[str, Any]]) -> dict[int, str]:
     """Return the tokens, by id, that files of Transformers say beside a `.model`."""
     try:
-        older = storage.read_json(folder / "added_tokens.json", TokenizerError)
+        older = disk.read_json(folder / "added_tokens.json", TokenizerError)
         added = {int(id_): str(name) for name, id_ in older.items()}
         for content in beside:
             newer = content.get("added_tokens_decoder") or {}

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internlm import runtime, storage
+from internlm import disk, runtime
 from internlm.cost import flops
 from internlm.data.batch import Batch
 from internlm.log import duration, quantity
@@ -153,20 +153,20 @@ class MetricsFile:
     def _open(self, step: int) -> None:
         if self.path.exists():
             kept = [line for line in read_metrics(self.path) if line.get("step", 0) <= step]
-            storage.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        with storage.explained(f"opening {self.path}"):
+            disk.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        with disk.explained(f"opening {self.path}"):
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed with the run
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one line; what is not finite becomes null, as JSON has no word for it."""
         line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in metrics.items()}
-        with storage.explained(f"writing {self.path}"):
+        with disk.explained(f"writing {self.path}"):
             self.file.write(json.dumps({"step": step, **line}) + "\n")
             self.file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        with storage.explained(f"writing {self.path}"):
+        with disk.explained(f"writing {self.path}"):
             self.file.close()
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from internlm import storage
+from internlm import disk
 from internlm.errors import WeightsError, did_you_mean
 from internlm.model import lora
 from internlm.model.config import ModelConfig
@@ -58,7 +58,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise WeightsError("cannot be read: there is no such file", where=path)
-    fields = storage.read_json(path, WeightsError)
+    fields = disk.read_json(path, WeightsError)
     if fields.get("peft_type") != "LORA":
         raise WeightsError(
             "adapters of this kind cannot be read", where=f"{path}: peft_type", got=fields.get("peft_type"),

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internlm import storage
+from internlm import disk, storage
 from internlm.errors import WeightsError
 from internlm.model import lora
 from internlm.model.config import ModelConfig
@@ -180,13 +180,13 @@ def export(adapter: Adapter, out: str | Path, options: ExportOptions = ExportOpt
     modules = [to_transformers(name).removesuffix(".weight") for name in adapter.saved]
     described = adapter_config.write(adapter.config, adapter.model, modules, adapter.base)
     total = sum(weight.nbytes for weight in named.values())
-    storage.require_space(out, total, f"adapter {out.name}")
+    disk.require_space(out, total, f"adapter {out.name}")
     with storage.writing(out, KIND, replace=options.replace) as folder:
         files.write(folder, named, total, options.progress)
         os.replace(folder.path / files.SINGLE, folder.path / WEIGHTS)
         folder.hashes[WEIGHTS] = folder.hashes.pop(files.SINGLE)
-        storage.write_json(folder.path / FILE, described)
-        storage.write_text(folder.path / "README.md", _card(adapter, options.notes))
+        disk.write_json(folder.path / FILE, described)
+        disk.write_text(folder.path / "README.md", _card(adapter, options.notes))
         folder.meta.update(options.notes)
     return named
 

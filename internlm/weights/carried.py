@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from internlm import storage
+from internlm import disk
 from internlm.errors import WeightsError
 from internlm.text.templates import EndOfText, Frame, Special, get_template
 from internlm.text.tokenizer import CONFIG_FILE, Tokenizer
@@ -80,14 +80,14 @@ def is_ours(folder: Path) -> bool:
 
 def _is_known(path: Path) -> bool:
     """Return whether a file maps to nothing but the code carried here."""
-    found = storage.read_json(path, WeightsError).get("auto_map") or {}
+    found = disk.read_json(path, WeightsError).get("auto_map") or {}
     return isinstance(found, dict) and all(_KNOWN.get(name) == loader for name, loader in found.items())
 
 
 def write(folder: Path, talk: Talk) -> None:
     """Put the code into a folder that `talk` has been written into, and make its tokenizer load by it."""
     for source in sorted(CODE.glob("*.py")):
-        with storage.explained(f"writing {folder / source.name}"):
+        with disk.explained(f"writing {folder / source.name}"):
             shutil.copyfile(source, folder / source.name)
     if talk.tokenizer is None:
         return
@@ -96,9 +96,9 @@ def write(folder: Path, talk: Talk) -> None:
         talk.tokenizer.write_tokenizer_json(folder / "tokenizer.json")
         return
     path = folder / CONFIG_FILE
-    described = storage.read_json(path, WeightsError)
+    described = disk.read_json(path, WeightsError)
     del described["add_bos_token"]  # theirs puts bos before a text that has none, so that a template may write it too
-    storage.write_json(path, described | {"tokenizer_class": "InternLMTokenizer", "auto_map": _TOKENIZER_MAP})
+    disk.write_json(path, described | {"tokenizer_class": "InternLMTokenizer", "auto_map": _TOKENIZER_MAP})
 
 
 def _frame(frame: Frame, tokenizer: Tokenizer) -> list[list[str | int | None]]:

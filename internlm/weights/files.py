@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from internlm import storage
+from internlm import disk, storage
 from internlm.errors import WeightsError
 from internlm.hashed_file import HashedFile
 from internlm.text.tokenizer import VOCABULARY_FILES
@@ -83,7 +83,7 @@ def write(folder: storage.Writing, weights: Weights, max_bytes: int, done: Done)
     if len(shards) > 1:
         where = {name: shard for shard, held in shards.items() for name in held}
         index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": where}
-        storage.write_json(folder.path / INDEX, index)
+        disk.write_json(folder.path / INDEX, index)
 
 
 def write_file(
@@ -95,7 +95,7 @@ def write_file(
         done(sum(weight.nbytes for weight in weights.values()))
         return
     beside = path.with_suffix(".unfinished")
-    with storage.explained(f"writing {path}"):
+    with disk.explained(f"writing {path}"):
         folder.hashes[name] = write(beside, weights, done)
         os.replace(beside, path)
 
@@ -200,7 +200,7 @@ def require_fetched(path: Path) -> None:
     for file in (*found, *vocabularies[:1]):
         if not file.is_file():
             continue
-        with storage.explained(f"reading {file}"), file.open("rb") as opened:
+        with disk.explained(f"reading {file}"), file.open("rb") as opened:
             is_pointer = opened.read(len(_POINTER)) == _POINTER
         if is_pointer:
             do = "In its folder: `git lfs pull`; or download the file itself."

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from internlm import storage
+from internlm import disk
 from internlm.errors import TokenizerError, WeightsError
 from internlm.text.chat import Message, render, stop_ids
 from internlm.text.templates import TEMPLATES, Template, get_template
@@ -90,7 +90,7 @@ class Talk:
         """Write the files into a folder."""
         stops = self.stop_ids()
         generation = self.generation | self.role_ids() | {"eos_token_id": stops or None}
-        storage.write_json(folder / GENERATION_FILE, generation)
+        disk.write_json(folder / GENERATION_FILE, generation)
         for name in VOCABULARY_FILES:  # of an interrupted export: a tokenizer goes over no other
             (folder / name).unlink(missing_ok=True)
         if self.tokenizer is None:
@@ -107,11 +107,11 @@ class Talk:
             described[TEMPLATE_KEY] = self.template
         if self.jinja is not None:
             described["chat_template"] = self.jinja
-        storage.write_json(folder / CONFIG_FILE, described)
+        disk.write_json(folder / CONFIG_FILE, described)
         # The same names again, where older programs look; said to take no white space from the text beside them.
         exact = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
         keys = [f"{role}_token" for role in CONVENTIONAL if described.get(f"{role}_token") is not None]
-        storage.write_json(folder / SPECIAL_FILE, {key: {"content": described[key], **exact} for key in keys})
+        disk.write_json(folder / SPECIAL_FILE, {key: {"content": described[key], **exact} for key in keys})
 
 
 def read_talk(folder: str | Path) -> Talk:
@@ -122,7 +122,7 @@ def read_talk(folder: str | Path) -> Talk:
         WeightsError: a file that says how to use it is damaged.
     """
     folder = Path(folder)
-    described = storage.read_json(folder / CONFIG_FILE, WeightsError)
+    described = disk.read_json(folder / CONFIG_FILE, WeightsError)
     found, where = read_template(folder)
     name = described.get(TEMPLATE_KEY)
     if not isinstance(name, str) or name not in TEMPLATES:
@@ -132,10 +132,10 @@ def read_talk(folder: str | Path) -> Talk:
         logger.warning("warning: %s %s: here the recorded one counts", folder / where, what)
     if name is None and found is not None:
         logger.warning("warning: the chat template of %s is not known here: it is carried along, not used", folder)
-    generation = storage.read_json(folder / GENERATION_FILE, WeightsError)
+    generation = disk.read_json(folder / GENERATION_FILE, WeightsError)
     eos = generation.get("eos_token_id")
     if not generation:  # Transformers takes it from there then
-        eos = storage.read_json(folder / "config.json", WeightsError).get("eos_token_id")
+        eos = disk.read_json(folder / "config.json", WeightsError).get("eos_token_id")
     stops = tuple(id_ for id_ in (eos if isinstance(eos, list) else [eos]) if isinstance(id_, int))
     ours = {"transformers_version", "_from_model_config", *(f"{role}_token_id" for role in CONVENTIONAL)}
     further = {name: value for name, value in generation.items() if name not in ours}
@@ -146,7 +146,7 @@ def read_template(folder: Path) -> tuple[Jinja | None, str]:
     """Return the chat format of a Transformers folder, None where there is none, and the file that it stands in."""
     path = folder / TEMPLATE_FILE
     if not path.is_file():
-        return storage.read_json(folder / CONFIG_FILE, WeightsError).get("chat_template"), CONFIG_FILE
+        return disk.read_json(folder / CONFIG_FILE, WeightsError).get("chat_template"), CONFIG_FILE
     try:
         return path.read_text(encoding="utf-8"), TEMPLATE_FILE  # Transformers 5 writes it here, and it counts more
     except (OSError, UnicodeDecodeError) as error:

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from internlm import storage
+from internlm import disk, storage
 from internlm.errors import StorageError, WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import Transformer
@@ -79,14 +79,14 @@ def exporting(out: Path, weights: Iterable[Weight], talk: Talk, options: ExportO
         there = sum(file.stat().st_size for file in folder.path.iterdir())
         try:
             needed = sum(weight.nbytes for weight in weights)
-            storage.require_space(folder.path, needed - there, f"export {out.name}")
+            disk.require_space(folder.path, needed - there, f"export {out.name}")
         except StorageError:
             with contextlib.suppress(OSError):  # not empty: the next try goes on with it
                 folder.path.rmdir()
             raise
         yield folder
         for file in options.licences:
-            with storage.explained(f"copying {file}"):
+            with disk.explained(f"copying {file}"):
                 shutil.copyfile(file, folder.path / file.name)
         folder.meta.update({"internlm_template": talk.template, **options.notes})
 
@@ -127,12 +127,12 @@ def export(
         stored = dtype_name(lazy.main_dtype(theirs))
         # Transformers 4 reads `torch_dtype`, 5 writes `dtype` and reads both.
         described |= talk.role_ids() | {"torch_dtype": stored, "dtype": stored}
-        storage.write_json(folder.path / "config.json", described)
+        disk.write_json(folder.path / "config.json", described)
         talk.write(folder.path)
         if options.remote_code:
             carried.write(folder.path, talk)
         notes = {"remote_code": options.remote_code, **options.notes}
-        storage.write_text(folder.path / "README.md", card(config, described["architectures"][0], stored, talk, notes))
+        disk.write_text(folder.path / "README.md", card(config, described["architectures"][0], stored, talk, notes))
         folder.meta["dtype"] = stored
     return theirs
 
@@ -175,4 +175,4 @@ def _family(options: ExportOptions) -> str | None:
 def _fields(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         raise WeightsError("no config.json: this is no Transformers folder", where=folder)
-    return storage.read_json(folder / "config.json", WeightsError)
+    return disk.read_json(folder / "config.json", WeightsError)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from internlm import disk, storage
 from internlm import recipe as recipes
-from internlm import storage
 from internlm.checkpoint import listing, store
 from internlm.cli import main
 from internlm.errors import InternLMError, StorageError
@@ -164,7 +164,7 @@ def test_a_hostile_manifest_makes_nobody_look_outside_of_its_folder(
     folder = make(tmp_path / "run" / "step-00000007", 1.0)
     secret = tmp_path / "run" / "secret"
     secret.write_text("x")
-    facts = {"bytes": 1, "sha256": storage.sha256(secret)}
+    facts = {"bytes": 1, "sha256": disk.sha256(secret)}
     edit(folder, lambda manifest: manifest["files"].update({place: facts}))
     require_refused(folder, "says what cannot be")
 
@@ -232,10 +232,10 @@ def test_a_run_refuses_a_damaged_checkpoint_and_leaves_its_files_alone(
     assert newest is not None
     path = victim(newest, name)
     flip(path, path.stat().st_size * 4)
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != storage.LOCK}
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != disk.LOCK}
     with pytest.raises(StorageError, match=f"{path.relative_to(newest)} is damaged"):
         recipes.prepare(value)
-    after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != storage.LOCK}
+    after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != disk.LOCK}
     assert after == before
     is_read = name != STATE
     assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == is_read
@@ -250,8 +250,8 @@ def test_who_wants_the_model_reads_and_verifies_its_files_alone_and_once(
     path = victim(folder, STATE)
     flip(path, path.stat().st_size * 8 - 1)
     opened, read = store.open_checkpoint(folder), list[str]()
-    hashed = storage.sha256
-    monkeypatch.setattr(storage, "sha256", lambda path: read.append(path.name) or hashed(path))
+    hashed = disk.sha256
+    monkeypatch.setattr(disk, "sha256", lambda path: read.append(path.name) or hashed(path))
     for _ in range(2):
         weights = opened.weights()
         assert weights.keys() == set("abc")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from internlm import storage
+from internlm import disk, storage
 from internlm.checkpoint import listing, place, store
 from internlm.checkpoint.listing import CheckpointConfig
 from internlm.checkpoint.place import Place
@@ -55,7 +55,7 @@ def one_disk() -> Disk:
 
 
 @pytest.fixture
-def disk(one_disk: Disk) -> Any:
+def failing(one_disk: Disk) -> Any:
     yield one_disk
     one_disk.folder = None
 
@@ -64,7 +64,7 @@ def disk(one_disk: Disk) -> Any:
     "code", [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.proof)], ids=["no space", "error"]
 )
 def test_whichever_file_operation_fails_the_one_before_stays_and_the_next_is_written(
-    code: int, disk: Disk, tmp_path: Path, corpus: Path
+    code: int, failing: Disk, tmp_path: Path, corpus: Path
 ) -> None:
     tensors = {"model.x": torch.arange(10.0)}
     beside = Beside(SHAPE, Tokenizer.load(corpus / "a" / "tokenizer"), {"step": 1})
@@ -74,12 +74,12 @@ def test_whichever_file_operation_fails_the_one_before_stays_and_the_next_is_wri
         writer = Saver(folder)
         writer.save("step-00000001", tensors, beside)
         writer.join()
-        disk.fail(folder / "step-00000002", number, code)
+        failing.fail(folder / "step-00000002", number, code)
         writer.save("step-00000002", tensors, Beside(SHAPE, beside.tokenizer, {"step": 2}))
         second = writer.finish()
-        disk.folder = None
+        failing.folder = None
         assert second is not None
-        if not disk.failed:
+        if not failing.failed:
             break
         store.open_checkpoint(folder / "step-00000001").verify()
         if second.problem is None:  # what failed was needed for nothing
@@ -98,29 +98,29 @@ def test_whichever_file_operation_fails_the_one_before_stays_and_the_next_is_wri
     assert failures >= 15
 
 
-def test_a_manifest_that_the_disk_does_not_give_is_a_damaged_checkpoint(disk: Disk, tmp_path: Path) -> None:
+def test_a_manifest_that_the_disk_does_not_give_is_a_damaged_checkpoint(failing: Disk, tmp_path: Path) -> None:
     for step in (1, 2):
         save_checkpoint(tmp_path / f"step-{step:08d}", {"x": torch.ones(3)}, SHAPE, None, {"step": step})
-    disk.fail(tmp_path / "step-00000002" / storage.MANIFEST, 0, errno.EIO)
+    failing.fail(tmp_path / "step-00000002" / storage.MANIFEST, 0, errno.EIO)
     assert listing.newest(tmp_path) == tmp_path / "step-00000001"
-    disk.fail(tmp_path / "step-00000002" / storage.MANIFEST, 0, errno.EIO)
+    failing.fail(tmp_path / "step-00000002" / storage.MANIFEST, 0, errno.EIO)
     assert [found.problem is None for found in listing.survey(tmp_path)] == [True, False]
-    disk.fail(tmp_path / "step-00000002" / "tensors", 0, errno.EIO)
+    failing.fail(tmp_path / "step-00000002" / "tensors", 0, errno.EIO)
     with pytest.raises(StorageError, match="the disk does not want to"):
         store.open_checkpoint(tmp_path).weights("")
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_gone_back_behind(
-    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failing: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2):
         save_checkpoint(tmp_path / f"step-{step:08d}", {"x": torch.ones(3)}, SHAPE, None, {"step": step})
     newest = tmp_path / "step-00000002"
     for look in (listing.newest, listing.damaged, lambda run: listing.retain(run, CheckpointConfig(keep_last=1))):
-        disk.fail(newest / storage.MANIFEST, 0, errno.EACCES)
+        failing.fail(newest / storage.MANIFEST, 0, errno.EACCES)
         with pytest.raises(Unreachable, match=r"step-00000002: may not be read\. Permission is missing"):
             look(tmp_path)
-    disk.fail(newest / storage.MANIFEST, 0, errno.EACCES)
+    failing.fail(newest / storage.MANIFEST, 0, errno.EACCES)
     first, second = listing.survey(tmp_path)
     assert (first.problem, second.bytes) == (None, first.bytes)
     assert "Permission is missing" in str(second.problem)
@@ -177,10 +177,10 @@ def test_fifty_saves_in_the_background_leave_memory_where_it_was(
 
 
 def test_a_file_that_could_not_be_written_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    storage.write_text(tmp_path / "word", "old")
+    disk.write_text(tmp_path / "word", "old")
 
     def write() -> None:
-        with storage.beside(tmp_path / "word") as draft:
+        with disk.beside(tmp_path / "word") as draft:
             draft.write_text("ne")
             raise ZeroDivisionError
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from internlm import storage
+from internlm import disk, storage
 from internlm.cli import main
 from internlm.data import tokenize as module
 from internlm.data.shards import Shards
@@ -30,14 +30,14 @@ from internlm.text.training import SPECIAL_TOKENS, train_bpe
 from tests.data.conftest import TALK, TEXTS, Make, write_jsonl
 from tests.processes import CONTEXT, forked
 
-SHA256 = storage.sha256
+SHA256 = disk.sha256
 
 
 def test_shards_are_hashed_while_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS] + [TALK] + [{"text": "after"}])
     train_bpe(TEXTS, 300).save(tmp_path / "tokenizer")
     read: list[str] = []
-    monkeypatch.setattr(storage, "sha256", lambda path: read.append(Path(path).name) or SHA256(path))
+    monkeypatch.setattr(disk, "sha256", lambda path: read.append(Path(path).name) or SHA256(path))
     options = Options(str(tmp_path / "tokenizer"), template="internlm")
     tokenize([source], tmp_path / "out", options, workers=1)
     assert not [name for name in read if name.startswith("0000")]
@@ -382,7 +382,7 @@ def test_documents_without_text_are_left_out_and_counted_once_however_often_a_ru
 
 
 def test_two_runs_do_not_write_the_same_output(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    code = "import sys; from internlm import storage; storage.hold(sys.argv[1]); print(); sys.stdin.read()"
+    code = "import sys; from internlm import disk; disk.hold(sys.argv[1]); print(); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path / "out.unfinished")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None

@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 
-from internlm import config, storage
+from internlm import config, disk, storage
 from internlm import recipe as recipes
 from internlm.checkpoint import listing
 from internlm.checkpoint.listing import CheckpointConfig
@@ -319,14 +319,14 @@ def test_a_run_tells_of_its_spikes_skipped_steps_and_failed_checkpoints(
 
     monkeypatch.setattr(trainer.stepper, "_sums", spoilt)
     trainer.stepper.spikes.add = lambda _: 20.0 if trainer.progress.step == 3 else None  # type: ignore[method-assign]
-    space = storage.require_space
+    space = disk.require_space
 
     def full(*arguments: Any) -> None:
         if trainer.progress.step == 4:
             raise StorageError("the disk is full")
         space(*arguments)
 
-    monkeypatch.setattr(storage, "require_space", full)
+    monkeypatch.setattr(disk, "require_space", full)
     trainer.checkpoints = CheckpointConfig(every_steps=4, background=False)
     trainer.fit()
     assert [(body["kind"], body["step"]) for body in server.bodies] == [

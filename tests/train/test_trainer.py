@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm import plot, storage
+from internlm import disk, plot
 from internlm import recipe as recipes
 from internlm.checkpoint import listing, store
 from internlm.errors import ConfigError, DataError, StorageError, TrainingError
@@ -375,7 +375,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     trainer = recipes.prepare(recipe(train__tokens=4 * 256, checkpoint={"every_steps": 2}))
     trainer.stepper.step()
     kept = trainer.save()
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(StorageError, match="MiB left"):
         trainer.fit()
     assert listing.listed(tmp_path / "run" / "checkpoints") == [kept]

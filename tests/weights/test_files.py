@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from internlm import storage
+from internlm import disk, storage
 from internlm.errors import StorageError, WeightsError
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
@@ -81,7 +81,7 @@ def test_the_manifest_has_the_hashes_of_the_files(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out" / storage.MANIFEST).read_text())
     assert len([name for name in manifest["files"] if name.endswith("safetensors")]) > 3
     for name, facts in manifest["files"].items():
-        assert facts["sha256"] == storage.sha256(tmp_path / "out" / name)
+        assert facts["sha256"] == disk.sha256(tmp_path / "out" / name)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), StorageError("the disk is full")])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from internlm import storage
+from internlm import disk
 from internlm.errors import WeightsError
 from internlm.weights.native import read as native
 from internlm.weights.pickles import load
@@ -78,7 +78,7 @@ def test_names_written_by_hand_are_refused(name: str, tmp_path: Path) -> None:
 
 def test_names_of_the_framework_are_inert_even_where_we_have_such_a_function(tmp_path: Path) -> None:
     # `internlm.storage.write_text` exists here; in a file it stands for nothing.
-    path = save(tmp_path / "a.pt", {"b": Call(storage.write_text, str(tmp_path / "ran"), "x")})
+    path = save(tmp_path / "a.pt", {"b": Call(disk.write_text, str(tmp_path / "ran"), "x")})
     assert load(path) == {"b": str(tmp_path / "ran")}
     assert not (tmp_path / "ran").exists()
     for name in ("internlm.os\nsystem", "internlm.storage\nos.system", "internlm\nstorage.os.system"):

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from internlm import storage
+from internlm import disk
 from internlm.errors import DataError, InternLMError, StorageError, UsageError
 from internlm.infer.request import TooLong
 from internlm.serve.chat.answer import Answerer, Facts, Settings
@@ -103,7 +103,7 @@ class Chat:
         Raises:
             StorageError: it cannot be written, or the file is something else than a saved conversation.
         """
-        with storage.explained(f"writing {path}"):
+        with disk.explained(f"writing {path}"):
             exists = path.exists()
         if exists:
             try:
@@ -117,7 +117,7 @@ class Chat:
             "answers": self.answers,
             "model": self.answerer.name,
         }
-        storage.write_text(path, json.dumps(record, ensure_ascii=False) + "\n")
+        disk.write_text(path, json.dumps(record, ensure_ascii=False) + "\n")
 
     def load(self, path: Path) -> None:
         """Go on with a saved conversation in the place of this one, with its settings if it has some.
@@ -217,7 +217,7 @@ def turns(count: int) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return a saved conversation, checked but for its settings."""
-    with storage.explained(f"reading {path}"):
+    with disk.explained(f"reading {path}"):
         data = path.read_bytes()
     try:
         records = [json.loads(line) for line in data.decode().split("\n") if line.strip()]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from internlm import storage
+from internlm import disk
 from internlm.errors import StorageError
 
 Read = Callable[[str], str]
@@ -62,7 +62,7 @@ class InputHistory:
         if len(self.texts) > 2 * _KEPT:
             self.texts = self.texts[-_KEPT:]
             try:
-                storage.write_text(path, "".join(json.dumps(text) + "\n" for text in self.texts))
+                disk.write_text(path, "".join(json.dumps(text) + "\n" for text in self.texts))
                 path.chmod(0o600)
             except (StorageError, OSError):
                 self.path = None

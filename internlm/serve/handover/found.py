@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internlm import storage
+from internlm import disk
 from internlm.errors import UsageError
 from internlm.model.config import DynamicScaling, ModelConfig
 from internlm.serve.handover import peers
@@ -113,10 +113,10 @@ def read_export(source: Source) -> Export:
     """Return what an engine finds in a Transformers folder."""
     folder = source.path
     assert isinstance(folder, Path), "only checkpoints of ours are read from a store"
-    described = storage.read_json(folder / "config.json")
-    tokenizer = storage.read_json(folder / "tokenizer_config.json")
+    described = disk.read_json(folder / "config.json")
+    tokenizer = disk.read_json(folder / "tokenizer_config.json")
     template, where = read_template(folder)
-    eos = storage.read_json(folder / GENERATION_FILE).get("eos_token_id")
+    eos = disk.read_json(folder / GENERATION_FILE).get("eos_token_id")
     return Export(
         path=str(folder),
         config=source.config,
@@ -127,7 +127,7 @@ def read_export(source: Source) -> Export:
         eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         dtype=str(described.get("dtype") or described.get("torch_dtype") or "not stated"),
         has_code="auto_map" in described,
-        adds_bos=_adds_bos(tokenizer, storage.read_json(folder / "tokenizer.json"), source.talk),
+        adds_bos=_adds_bos(tokenizer, disk.read_json(folder / "tokenizer.json"), source.talk),
         tokenizer_files=frozenset(name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()),
     )
 

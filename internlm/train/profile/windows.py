@@ -34,7 +34,7 @@ from typing import Any, Literal
 import torch
 from torch.profiler import record_function
 
-from internlm import storage
+from internlm import disk
 from internlm.compat import profiling
 from internlm.config import require, require_positive, section
 from internlm.errors import ConfigError
@@ -291,8 +291,8 @@ class Windows:
         title = f"modules, steps {number - 1} and {number}, rank {self.rank}\n"
         name = "modules" if self.rank == 0 else f"modules-rank-{self.rank}"
         facts = {"step": number, "rank": self.rank, **found.as_json()}
-        storage.write_json(self.folder / f"{name}.json", facts)
-        storage.write_text(self.folder / f"{name}.txt", title + found.as_text())
+        disk.write_json(self.folder / f"{name}.json", facts)
+        disk.write_text(self.folder / f"{name}.txt", title + found.as_text())
         logger.info("%s%s", title, found.as_text().rstrip())
 
 
@@ -320,17 +320,17 @@ class _Open:
                 profiling.record_memory(0)
         steps = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
         steps += f", rank {rank}"
-        storage.write_text(f"{stem}.txt", table(events, steps))
+        disk.write_text(f"{stem}.txt", table(events, steps))
         if self.resident.is_on:
-            storage.write_text(f"{stem}.memory.txt", f"{steps}\n{self.resident.as_text()}")
+            disk.write_text(f"{stem}.memory.txt", f"{steps}\n{self.resident.as_text()}")
         path = Path(f"{stem}.json.gz")
-        with storage.beside(path, durable=False) as draft:
+        with disk.beside(path, durable=False) as draft:
             _pack(self.profiler, draft)
         logger.info("profile of %s: %s and .txt", steps, path)
 
 
 def _dump_memory(path: Path) -> None:
-    with storage.beside(path, durable=False) as draft:
+    with disk.beside(path, durable=False) as draft:
         profiling.dump_memory(str(draft))
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from internlm import storage
+from internlm import disk
 from internlm.errors import StorageError
 from internlm.log import duration, warn_once
 
@@ -123,7 +123,7 @@ class Goodput:
             self._logged = self._since
             logger.info("%s", self)
         try:  # what a machine that loses its power forgets is a few seconds of this
-            storage.write_json(self._file, state, durable=False)
+            disk.write_json(self._file, state, durable=False)
         except StorageError as error:
             warn_once(logger, str(error))
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from internlm import storage
+from internlm import disk
 from internlm.config import leaves, section
 from internlm.errors import StorageError, first_line
 from internlm.train.metrics import Metrics
@@ -334,14 +334,14 @@ def _id(run: Path, name: str, create: Callable[[], str]) -> str:
     """Return the id under which a sink knows this run, made and kept at the first call."""
     with _ids:
         try:
-            known = storage.read_json(run / IDS)
+            known = disk.read_json(run / IDS)
         except StorageError:
             known = {}
         if isinstance(known.get(name), str):
             return known[name]
         made = create()
         try:
-            storage.write_json(run / IDS, {**known, name: made})
+            disk.write_json(run / IDS, {**known, name: made})
         except StorageError as error:
             logger.warning("warning: track.%s: the run's id is not kept: %s", name, error)
         return made

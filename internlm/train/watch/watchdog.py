@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internlm import storage
+from internlm import disk
 from internlm.compat import groups
 from internlm.config import require, section
 from internlm.errors import StorageError
@@ -163,7 +163,7 @@ class Watchdog:
             "pid": os.getpid(), "count": self._count,
         }  # fmt: skip
         try:
-            storage.write_json(path_of(self.run, self.rank), fact, durable=False)
+            disk.write_json(path_of(self.run, self.rank), fact, durable=False)
         except StorageError:
             return False
         return True

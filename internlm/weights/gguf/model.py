@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internlm import storage
+from internlm import disk, storage
 from internlm.errors import WeightsError
 from internlm.model.config import ModelConfig
 from internlm.runtime import dtype_name
@@ -114,12 +114,12 @@ def export(
                 writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             fields.describe(writer, config)
             vocabulary.describe(writer, talk, folder.path, config.vocab_size)
-            with storage.explained(f"writing {path}"):
+            with disk.explained(f"writing {path}"):
                 _write(writer, theirs, options.progress)
                 with open(beside, "rb") as written:
                     os.fsync(written.fileno())  # its name says that it is complete, after a power cut too
                 os.replace(beside, path)
-        storage.write_text(folder.path / "README.md", _card(config, path.name, talk, tag, options.notes))
+        disk.write_text(folder.path / "README.md", _card(config, path.name, talk, tag, options.notes))
         folder.meta["dtype"] = tag
     return theirs
 

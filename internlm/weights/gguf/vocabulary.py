@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internlm import storage
+from internlm import disk
 from internlm.errors import TokenizerError
 from internlm.text.backends import (
     BYTE,
@@ -151,7 +151,7 @@ def read(folder: Path, tokenizer: Tokenizer, size: int) -> Vocabulary:
     if (folder / "tokenizer.model").exists():
         found = _sentencepiece((folder / "tokenizer.model").read_bytes(), tokenizer)
     else:
-        spec = storage.read_json(path, TokenizerError)
+        spec = disk.read_json(path, TokenizerError)
         is_byte_level = any(part.get("type") == "ByteLevel" for part in parts(spec.get("decoder")))
         found = _byte_level(spec, tokenizer, where) if is_byte_level else _joined_pieces(spec, tokenizer, where)
     if found.model == "llama" and found.kinds.count(BYTE) != 256:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm import storage
+from internlm import disk
 from internlm.errors import WeightsError
 from internlm.model.config import DynamicScaling, ModelConfig
 from internlm.runtime import dtype_name
@@ -87,7 +87,7 @@ def export(
         if talk.tokenizer is not None:
             talk.write(folder.path)
         readme = _card(config, dialect, layout, dtype_name(dtype), options.notes)
-        storage.write_text(folder.path / "README.md", readme)
+        disk.write_text(folder.path / "README.md", readme)
     return {f"tp[{t}]_pp[{p}] {name}": weight for (t, p), rank in ranks.items() for name, weight in rank.items()}
 
 
