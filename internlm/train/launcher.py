@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import signal
 import time
@@ -56,6 +57,8 @@ class _Wishes:
     before: dict[str, Any] = field(default_factory=dict)
     """Handlers that were there first: whom nohup started keeps ignoring SIGHUP."""
     first: signal.Signals | None = None
+    second: float = math.inf
+    """When another one came, in seconds since 1970."""
     kill_at: float | None = None
     """When ranks that live are killed."""
     killed: set[int] = field(default_factory=set)
@@ -79,6 +82,8 @@ class Agent(LocalElasticAgent):
         """Pass a signal on to the ranks, and note from when on they are killed."""
         wishes, name = self._wishes, signal.Signals(number)
         wishes.kill_at = time.monotonic() + (wishes.patience_s if wishes.first is None else _AT_ONCE_S)
+        if wishes.first is not None:
+            wishes.second = min(wishes.second, time.time())
         wishes.first = wishes.first or name
         if not self._living():
             raise SignalException(f"{name.name} while no rank was there", name)
@@ -178,7 +183,7 @@ def start(words: list[str], patience_s: float) -> int:
         with ranks.interruptible(), groups.launcher_agent(functools.partial(Agent, wishes=wishes)):
             torchrun.main(words)
     except ChildFailedError as error:
-        return report(error.failures, wishes.first, wishes.killed)
+        return report(error.failures, wishes.first, wishes.killed, wishes.second)
     except SignalException as error:
         logger.error("internlm launch: %s", error.sigval.name)
         return 128 + error.sigval
@@ -190,13 +195,21 @@ def start(words: list[str], patience_s: float) -> int:
     return 0
 
 
-def report(failures: dict[int, Any], asked: signal.Signals | None = None, killed: Collection[int] = ()) -> int:
+def report(
+    failures: dict[int, Any],
+    asked: signal.Signals | None = None,
+    killed: Collection[int] = (),
+    hurried: float = math.inf,
+) -> int:
     """Say how ranks ended that failed, by their number; return the exit code of the run.
 
-    `asked` is the signal that this process got and passed on, `killed` are processes that were killed from here.
+    `asked` is the signal that this process got and passed on, `killed` are processes that were killed from here, and
+    `hurried` is when another signal came: who ends at once takes the others' connections along, and they fail.
     """
     codes = {failure.exitcode for failure in failures.values()}
-    if asked is not None and codes <= _ON_PURPOSE | {0, -asked, -signal.SIGTERM} and asked.name != "SIGQUIT":
+    since = min(failure.timestamp for failure in failures.values())
+    is_wanted = asked is not None and (codes <= _ON_PURPOSE | {0, -asked, -signal.SIGTERM} or since + 1 > hurried)
+    if asked is not None and is_wanted and asked.name != "SIGQUIT":
         # who was ended by the signal had not begun to train: nothing is lost
         logger.info("internlm launch: %s: all ranks have ended", asked.name)
         return EXIT_CODES[Reason.INTERRUPTED if asked == signal.SIGINT else Reason.PREEMPTED]

@@ -165,6 +165,8 @@ def test_ranks_that_ended_on_purpose_are_no_failures(caplog: pytest.LogCaptureFi
         assert launcher.report(failures(*codes), asked) == expected, codes
         assert bool(caplog.text) == (expected not in (75, 130))
     assert launcher.report(failures(-9, 124), None, killed={100}) == 124  # the launcher killed the first itself
+    assert launcher.report(failures(1, 130), ctrl_c, hurried=0.5) == 130  # the first lost the other
+    assert launcher.report(failures(1, 130), ctrl_c, hurried=1.5) == 1  # it had failed before
 
 
 def test_half_an_environment_is_refused() -> None:
