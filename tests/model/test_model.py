@@ -290,6 +290,17 @@ def test_angles_are_exact_in_low_precision() -> None:
     assert at.cos[0, 0, 0, 0].item() == pytest.approx(math.cos(8191), abs=0.005)
 
 
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_norm_divides_by_the_root_of_mean_square_and_eps(with_gradients: bool) -> None:
+    norm = RMSNorm(48, eps=0.3)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2.0)
+    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
+    wanted = x.double() / (x.double().square().mean(-1, keepdim=True) + 0.3).sqrt() * norm.weight.double()
+    with torch.set_grad_enabled(with_gradients):
+        assert (norm(x) - wanted).abs().max() < 1e-6
+
+
 def test_norm_statistics_are_fp32() -> None:
     norm = RMSNorm(64, eps=1e-5).bfloat16()
     x = (torch.randn(4, 64) * 1e-2).bfloat16()
