@@ -124,7 +124,7 @@ def test_files_and_functions_stay_small() -> None:
     assert not wrong
 
 
-def test_only_storage_puts_one_file_in_the_place_of_another() -> None:
+def test_only_disk_and_storage_put_one_file_in_the_place_of_another() -> None:
     """What is left: parts of an export that a second run finds again, and logs that are put aside."""
     allowed = {
         "storage.py",

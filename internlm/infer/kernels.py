@@ -1,4 +1,4 @@
-"""Triton kernels of the engine; `paged` and `pointwise` call them. Only imported where Triton is there.
+"""Triton kernels of the engine; `paged` calls them. Only imported where Triton is there.
 
 They run on NVIDIA GPUs, and, with TRITON_INTERPRET=1 set before Triton is imported, slowly on a CPU.
 """
