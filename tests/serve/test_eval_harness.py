@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from internlm.text.templates import get_template
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors
+from tests.environments import environment
 from tests.serve.servers import SHAPE, TOKENIZER, Running, random_model, serving
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -58,25 +58,13 @@ ROLLING = {
 pytestmark = pytest.mark.timeout(1800)
 
 
-def environment(pytestconfig: pytest.Config) -> str:
+def interpreter(pytestconfig: pytest.Config) -> str:
     """Return an interpreter with the harness; skip where there is none."""
     if named := os.environ.get("INTERNLM_LM_EVAL"):
         return named
     if not pytestconfig.getoption("--proof"):
         pytest.skip("lm_eval: under --proof, or where INTERNLM_LM_EVAL names an interpreter that has it")
-    base = Path(os.environ.get("INTERNLM_PROOF_ENVS") or Path(tempfile.gettempdir()) / "internlm-proof-envs")
-    folder = base / f"lm-eval-{VERSION}-py{sys.version_info.major}.{sys.version_info.minor}"
-    python, ready = folder / "bin" / "python", folder / "ready"
-    commands = [
-        [sys.executable, "-m", "venv", "--clear", str(folder)],
-        [str(python), "-m", "pip", "install", "-q", f"lm_eval[api]=={VERSION}", "transformers"],
-    ]
-    for command in [] if ready.exists() else commands:
-        made = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
-        if made.returncode:
-            pytest.skip(f"no environment with lm_eval {VERSION}: {made.stderr.strip()[-300:]}")
-    ready.write_text("")
-    return str(python)
+    return str(environment(f"lm-eval-{VERSION}", f"lm_eval[api]=={VERSION}", "transformers") / "python")
 
 
 @dataclass
@@ -133,7 +121,7 @@ class Harness:
 
 @pytest.fixture(scope="module")
 def harness(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
-    python = environment(pytestconfig)
+    python = interpreter(pytestconfig)
     work = tmp_path_factory.mktemp("harness")
     talk = Talk(TOKENIZER, "internlm")
     folders.export(of_tensors(random_model().named_parameters()), SHAPE, work / "model", talk)

@@ -1,4 +1,8 @@
-"""`streamlit run web_demo.py` in a real browser, with the Streamlit that is on the path (1.24 or later)."""
+"""`streamlit run web_demo.py` in a real browser.
+
+With the Streamlit that is on the path, if any; under `--proof` with the newest, and with the one that InternLM's README
+names.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.environments import environment
 from tests.processes import finish, free_port, listened_to, start, wait_for
 from tests.serve.chromium import chromium
 from tests.serve.openai_stub import Answer, Stub, serving
@@ -22,11 +27,21 @@ def stub() -> Iterator[Stub]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def demo(stub: Stub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    program = shutil.which("streamlit")
-    if program is None:
-        pytest.skip("no streamlit here")
+pytestmark = pytest.mark.timeout(900)  # an environment is made once
+VERSIONS = {"newest": ["streamlit"], "1.24.0": ["streamlit==1.24.0", "pyarrow<18"]}
+
+
+@pytest.fixture(scope="module", params=["here", *VERSIONS])
+def demo(request: pytest.FixtureRequest, stub: Stub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    version = request.param
+    if version == "here":
+        program = shutil.which("streamlit")
+        if program is None:
+            pytest.skip("no streamlit here")
+    elif request.config.getoption("--proof"):
+        program = str(environment(f"streamlit-{version}", *VERSIONS[version]) / "streamlit")
+    else:
+        pytest.skip(f"streamlit {version}: under --proof")
     port = free_port()
     options = ["--server.port", str(port), "--server.address", "127.0.0.1", "--server.headless", "true"]
     options += ["--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none"]

@@ -12,7 +12,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from internlm.weights import carried
 from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk, read_talk
 from internlm.weights.weight import of_tensors
+from tests.environments import environment
 from tests.models import random_model
 from tests.processes import forked
 
@@ -208,26 +208,6 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return World(tmp_path_factory.mktemp("remote"), published=request.config.getoption("--proof"))
 
 
-def environment(version: str) -> str:
-    """Return the interpreter of a virtual environment with this Transformers; skip where none can be made."""
-    base = Path(os.environ.get("INTERNLM_PROOF_ENVS") or Path(tempfile.gettempdir()) / "internlm-proof-envs")
-    folder = base / f"transformers-{version}-py{sys.version_info.major}.{sys.version_info.minor}"
-    python, ready = folder / "bin" / "python", folder / "ready"
-    if ready.exists():
-        return str(python)
-    wanted = [f"torch=={torch.__version__.split('+')[0]}", f"transformers=={version}", "numpy<2"]
-    commands = [
-        [sys.executable, "-m", "venv", "--clear", str(folder)],
-        [str(python), "-m", "pip", "install", "-q", *wanted, "sentencepiece", "safetensors", "jinja2"],
-    ]
-    for command in commands:
-        made = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
-        if made.returncode:
-            pytest.skip(f"no environment with transformers {version}: {made.stderr.strip()[-300:]}")
-    ready.write_text("")
-    return str(python)
-
-
 @pytest.fixture(scope="module", params=["newest", *OLD])
 def seen(request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what the script saw under one version; the old ones under `--proof` only."""
@@ -241,9 +221,11 @@ def seen(request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.
         pytest.importorskip("transformers")
         ran = forked(*words, cwd=work, **quiet)  # 5 s of imports less
     elif request.config.getoption("--proof"):
+        wanted = [f"torch=={torch.__version__.split('+')[0]}", f"transformers=={version}", "numpy<2"]
+        programs = environment(f"transformers-{version}", *wanted, "sentencepiece", "safetensors", "jinja2")
         ran = subprocess.run(
-            [environment(version), *words], env={**os.environ, **quiet}, capture_output=True, text=True, timeout=600,
-            check=False, cwd=work,
+            [str(programs / "python"), *words], env={**os.environ, **quiet}, capture_output=True, text=True,
+            timeout=600, check=False, cwd=work,
         )  # fmt: skip
     else:
         pytest.skip(f"transformers {version}: under --proof")
