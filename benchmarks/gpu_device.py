@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from internlm import runtime
-from internlm.compat import products
+from internlm.compat import kernels
 from internlm.model.config import ModelConfig
 
 SHEETS = {"A100-SXM4-80GB": 2.039e12, "A100 80GB PCIe": 1.935e12, "H100 80GB HBM3": 3.35e12, "H200": 4.8e12}
@@ -107,7 +107,7 @@ def ceilings(device: torch.device, dtype_name: str, shape: ModelConfig, tokens: 
         if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
             one = torch.ones((), device=device)
             a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
-            product = functools.partial(products.scaled_product, a8, b8.t(), one, one, torch.bfloat16)
+            product = functools.partial(kernels.scaled_product, a8, b8.t(), one, one, torch.bfloat16)
             found.setdefault("float8", {})[name] = _tflops(product, 2 * m * n * k, device)
     return {"tflops": found, "best": {name: max(rates.values()) for name, rates in found.items()}}
 

@@ -154,7 +154,7 @@ def _peer(case: Case) -> int:
     """Return the bytes that forward, backward and the optimizer states of a peer take at most."""
     from gpu_peers import build_llama, llama_loss
 
-    from internlm.compat import simulated
+    from internlm.compat import groups
 
     ledger = Ledger()
 
@@ -164,7 +164,7 @@ def _peer(case: Case) -> int:
                 return 1
             return ledger.see(operator(*args, **(kwargs or {})))
 
-    with _as_on_a_gpu(), simulated.fake_tensors(), Recorder():
+    with _as_on_a_gpu(), groups.fake_tensors(), Recorder():
         model = build_llama(case, torch.device("cpu"))
         ids = torch.zeros(case.micro_rows, case.seq_len, dtype=torch.int64)
         for _ in range(case.micro_batches):
@@ -176,7 +176,7 @@ def _peer(case: Case) -> int:
 @contextlib.contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
     """Let linear layers take the product that autocast knows: the CPU's own is made in fp32."""
-    from internlm.compat import products
+    from internlm.compat import kernels
 
-    with mock.patch.object(products, "has_onednn_linear", return_value=False):
+    with mock.patch.object(kernels, "has_onednn_linear", return_value=False):
         yield

@@ -197,9 +197,9 @@ def measure(group: list[Case], available_gib: float, options: argparse.Namespace
 
 def peaks(ceilings: dict[str, Any], case: Case, device: str) -> dict[str, float | None]:
     """Return what a perfect device would do, in TFLOPS: by data sheet, and as measured, in the case's dtype."""
-    from internlm.cost import hardware
+    from internlm.cost.hardware import peak_flops
 
-    sheet = hardware.peak_flops(device, case.dtype)
+    sheet = peak_flops(device, case.dtype)
     best = ceilings.get("best", {})
     return {"data sheet": sheet and sheet / 1e12, "measured": best.get(case.dtype), "float8": best.get("float8")}
 

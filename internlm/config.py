@@ -9,15 +9,10 @@ A recipe is YAML whose keys are the fields of plain dataclasses. Three layers, e
 Mappings merge key by key, everything else replaces. Where a layer changes `kind` (the tag of a variant) the keys that
 earlier layers gave to the old variant go with it; where it names another `preset`, all that they gave goes. Every leaf
 remembers where it came from (`file:line`, `default`, `command line`), which is what errors and `--dry-run` print.
-Scalars are those of YAML 1.2 (`1e-4` is a number, `off` a word); decoding is pydantic's: unknown keys are errors.
+Scalars are those of YAML 1.2; decoding is pydantic's: unknown keys are errors.
 
-    @section
-    class OptimConfig:
-        lr: float = 3e-4
-        \"\"\"Peak learning rate.\"\"\"
-
-    loaded = load(OptimConfig, "r.yaml", ["lr=1e-4"])
-    loaded.value.lr, loaded.origins["lr"]      # 0.0001, 'command line'
+    loaded = load(Recipe, "r.yaml", ["optim.lr=1e-4"])
+    loaded.value.optim.lr, loaded.origins["optim.lr"]      # 0.0001, 'command line'
 """
 
 from __future__ import annotations
@@ -51,31 +46,23 @@ _SCALARS = {
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def section(cls: type[T]) -> type[T]:
-    """Make a frozen, keyword-only dataclass whose unknown keys are errors when it is read from a recipe."""
+    """Make a frozen, keyword-only dataclass that takes no unknown keys from a recipe."""
     cls.__pydantic_config__ = {"extra": "forbid", "coerce_numbers_to_str": True}  # type: ignore[attr-defined]
     return dataclass(frozen=True, kw_only=True)(cls)
 
 
 def require_positive(value: Any, place: str, *names: str) -> None:
-    """Check that the named fields of a section are at least 1, where they are given at all.
-
-    Raises:
-        ConfigError: naming the first that is not.
-    """
+    """Check that the named fields of a section are at least 1, as `require` does."""
     require(value, place, names, lambda number: number >= 1, "must be at least 1")
 
 
 def require(value: Any, place: str, names: Iterable[str], fits: Callable[[float], bool], what: str) -> None:
     """Check that the named fields of a section are finite and fit, where they are given at all.
 
-    Args:
-        value, place: the section, and its path in the recipe.
-        names: of the fields.
-        fits: says whether a number does; NaN must not.
-        what: is said of one that does not.
+    `place`: the section's path in the recipe; `fits`: says whether a number does, and NaN must not.
 
     Raises:
-        ConfigError: naming the first that does not.
+        ConfigError: says `what` of the first that does not fit.
     """
     for name in names:
         number = getattr(value, name)
@@ -85,7 +72,7 @@ def require(value: Any, place: str, names: Iterable[str], fits: Callable[[float]
 
 @dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """A validated recipe and where each of its leaves came from (`a.b.c` → `file:line`, `default`, …)."""
+    """A validated recipe, and where each of its leaves (`a.b.c`) came from."""
 
     value: T
     origins: Origins
@@ -99,7 +86,7 @@ def default_kind(kind: str) -> Any:
 
 
 def or_number() -> Any:
-    """Return an annotation for a choice of texts: YAML reads `3` as a number, and one of them may look like that."""
+    """Return an annotation for a choice of texts, of which one may look like a number to YAML."""
     import pydantic
 
     return pydantic.BeforeValidator(lambda v: str(v) if isinstance(v, int) and not isinstance(v, bool) else v)
@@ -116,10 +103,10 @@ def load(
 
     Args:
         schema: the root dataclass.
-        path: the YAML file; None starts from the defaults alone.
+        path: the YAML file; None: the defaults alone.
         overrides: `dotted.key=value`, the value in YAML.
-        expand: fills further keys into the merged tree and its origins, before validation.
-        elsewhere: advice for keys that are not known, by their names.
+        expand: fills further keys into the merged tree and its origins.
+        elsewhere: advice for unknown keys, by name.
 
     Raises:
         ConfigError: everything that is wrong with it, all at once.
@@ -131,7 +118,7 @@ def load(
 
 
 def read_tree(path: str | Path | None, overrides: Iterable[str] = ()) -> Tree:
-    """Return the merged recipe as plain values, not validated: for a look at one key before heavy imports."""
+    """Return the merged recipe as plain values, not validated: for a look before heavy imports."""
     return _layers(path, overrides, ())[0]
 
 
@@ -141,9 +128,7 @@ def decode(
     origins: Origins | None = None,
     elsewhere: Mapping[str, str] | None = None,
 ) -> T:
-    """Validate a tree of plain values against a dataclass.
-
-    `origins` and `elsewhere` as of `load`, for the message.
+    """Validate a tree of plain values against a dataclass; `origins` and `elsewhere` as of `load`, for the message.
 
     Raises:
         ConfigError: one line per problem, each with its place, the value and the next step.
@@ -167,14 +152,14 @@ def decode(
 
 @functools.cache
 def _reader(schema: type[T]) -> Callable[[Mapping[str, Any]], T]:
-    """Return pydantic's reader of a schema, which takes 50 ms to make for a whole recipe."""
+    """Return pydantic's reader of a schema: that of a recipe takes 50 ms to make."""
     import pydantic
 
     return pydantic.TypeAdapter(schema).validate_python
 
 
 def encode(value: Any) -> Any:
-    """Turn a section into plain values that YAML and JSON can hold and `decode` reads back to an equal section."""
+    """Return a section as plain values that `decode` reads back to an equal one."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -196,7 +181,7 @@ def dump(value: Any) -> str:
 
 
 def explain(loaded: Loaded[Any]) -> str:
-    """Return a table: every leaf of the recipe, its value, and where the value came from."""
+    """Return a table of every leaf of the recipe, its value and origin."""
     rows = [(key, repr(value), loaded.origins.get(key, "default")) for key, value in leaves(encode(loaded.value))]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     widths[1] = min(widths[1], 60)
@@ -204,14 +189,14 @@ def explain(loaded: Loaded[Any]) -> str:
 
 
 def leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Return what stands in a tree, each with its dotted path; an empty mapping is a leaf."""
+    """Return (dotted path, value) of what stands in a tree; an empty mapping is a leaf."""
     if isinstance(value, dict) and value:
         return [leaf for key, item in value.items() for leaf in leaves(item, f"{prefix}{key}.")]
     return [(prefix.removesuffix("."), value)]
 
 
 def changes(old: Tree, new: Tree, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return the dotted paths at which two trees both say something, and not the same, with what they say."""
+    """Return (dotted path, before, now) where two trees both say something, and not the same."""
     found: list[tuple[str, Any, Any]] = []
     for key in (key for key in new if key in old and old[key] != new[key]):
         before, now = old[key], new[key]
@@ -227,11 +212,8 @@ def merge(
 ) -> None:
     """Lay `layer` over `tree`, in place; `origins` follow.
 
-    Args:
-        tree, origins, layer, layer_origins: what is changed, and what is laid over it.
-        hints: what the tree may be: they say where another `kind` is another variant, and another preset the end of
-            what was there. Without any every key stays until it is replaced.
-        prefix: path of the tree, with a dot at its end.
+    `hints`: what the tree may be. They say where another `kind` is another variant, and another preset ends what was
+    there; without any every key stays until it is replaced. `prefix`: path of the tree, with a dot at its end.
     """
     kind = layer.get("kind")
     is_union = sum(map(dataclasses.is_dataclass, hints)) > 1
@@ -318,8 +300,7 @@ def _read(path: Path, seen: tuple[Path, ...], hints: Sequence[Any]) -> tuple[Tre
 def _yaml_loader() -> Any:
     """Return YAML's safe loader with the scalars of YAML 1.2.
 
-    `1e9` and `3e-4` are numbers, `off` and `no` words; `007`, `12:30`, `1_000` and `2024-01-01` stay text, so that a
-    path may look like them.
+    `3e-4` is a number, `off` a word; `007`, `12:30`, `1_000` and `2024-01-01` stay text: a path may look like them.
     """
     import yaml
 
@@ -336,7 +317,7 @@ def _yaml_loader() -> Any:
 
 
 def _construct(node: Any, file: str, prefix: str, origins: Origins) -> Any:
-    """Build the plain value of a YAML node, noting the line of every key."""
+    """Return the plain value of a YAML node, noting the line of every key."""
     import yaml
 
     if isinstance(node, yaml.MappingNode):
@@ -374,9 +355,9 @@ def _explain_problem(schema: type, problem: dict[str, Any], origins: Origins, el
 
 
 def _fields_at(schema: Any, loc: list[str]) -> tuple[list[str], str]:
-    """Follow an error's location; return the field names known at its parent and the path in the recipe's terms.
+    """Return the field names known at the parent of an error's location, and its path in the recipe.
 
-    Pydantic puts the tag of a union's chosen variant into the location; those parts are left out.
+    Pydantic puts the tag of a union's chosen variant into the location.
     """
     path: list[str] = []
     hints = _variants(schema)
@@ -410,7 +391,7 @@ def _misread(hints: Sequence[Any], value: Any, path: str = "") -> Iterator[tuple
 
 
 def _below(hints: Sequence[Any], key: str) -> list[Any]:
-    """Return what may stand under a key of these, or in a list of them; nothing where nothing is said."""
+    """Return what may stand under a key of these, or in a list of them."""
     found: list[Any] = []
     for hint in hints:
         origin, inner = typing.get_origin(hint), typing.get_args(hint)

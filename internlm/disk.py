@@ -20,7 +20,6 @@ from internlm.errors import InternLMError, StorageError
 logger = logging.getLogger(__name__)
 
 LOCK = "lock"
-
 _held: dict[Path, IO[str]] = {}
 """Lock files of the folders this process holds."""
 
@@ -29,8 +28,7 @@ _held: dict[Path, IO[str]] = {}
 def beside(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield where to write a file that becomes `path` when the block ends well, and vanishes when it does not.
 
-    Readers see the old content or the new, never a part. `durable`: whether it is on the disk before it has its name;
-    what is written every few seconds need not be.
+    `durable`: whether it is on the disk before it has its name; what is written every few seconds need not be.
 
     Raises:
         StorageError: it cannot be written; `path` is as it was.
@@ -56,7 +54,7 @@ def write_text(path: str | Path, text: str, *, durable: bool = True) -> None:
 
 
 def write_json(path: str | Path, content: Any, *, durable: bool = True) -> None:
-    """Write a small JSON file as people read it, whole or not at all, as `beside`."""
+    """Write a small JSON file, laid out for people, as `write_text`."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", durable=durable)
 
 
@@ -110,11 +108,7 @@ def hold(folder: str | Path) -> None:
 
 
 def require_space(path: str | Path, needed_bytes: int, what: str) -> None:
-    """Check that the file system of `path` has room for `needed_bytes`, before work is spent on them.
-
-    Raises:
-        StorageError: naming both numbers.
-    """
+    """Check that the file system of `path` has room for `needed_bytes`; raise StorageError with both numbers."""
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
@@ -135,7 +129,7 @@ def sha256(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def explained(doing: str) -> Iterator[None]:
-    """Turn the errors of the operating system inside the block into a StorageError that says what was being done."""
+    """Turn errors of the operating system inside the block into a StorageError that says what was being done."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,6 @@
 """What a user can get wrong, said so that the next step is clear.
 
-The command line prints the message without a traceback and exits with `exit_code`; a traceback therefore always means a
-defect of ours.
+The command line prints the message alone and exits with `exit_code`; a traceback means a defect of ours.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ class InternLMError(Exception):
         where: file, line, key or tensor name it is about.
         got: the value received, shown with `repr`.
         allowed: the values that would have been taken.
-        do: the next step, one sentence; None: the allowed value that `got` is likest, if it is like one.
+        do: the next step, one sentence; None: the allowed value that `got` is like, if there is one.
     """
 
     exit_code = 1
@@ -55,7 +54,7 @@ class UsageError(InternLMError):
 
 
 class ConfigError(InternLMError):
-    """A recipe has an unknown key, a wrong type or values that contradict each other."""
+    """A recipe has an unknown key, a wrong type or a contradiction."""
 
 
 class DataError(InternLMError):
@@ -88,7 +87,7 @@ def first_line(error: BaseException) -> str:
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs what one of this package's extras names, as the package itself was installed."""
+    """Return the command that installs an extra of this package, as the package itself was installed."""
     root = Path(__file__).resolve().parents[1]
     if not (root / "pyproject.toml").is_file():
         return f"in a checkout of internlm: pip install -c constraints.txt '.[{extra}]'"  # no index has it

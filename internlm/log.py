@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
-from typing import TypeVar
-
-T = TypeVar("T")
+from collections.abc import Sequence
 
 _warned: set[str] = set()
 _rank = 0
 
 
 def setup(rank: int = 0) -> None:
-    """Send this package's log to stderr, on rank 0 from INFO on and on the other ranks from WARNING on."""
+    """Send this package's log to stderr: INFO on rank 0, WARNING on the others."""
     global _rank
     _rank = rank
     handler = logging.StreamHandler(sys.stderr)
@@ -27,7 +24,7 @@ def setup(rank: int = 0) -> None:
 
 
 def warn_once(logger: logging.Logger, message: str) -> None:
-    """Log a warning the first time this message comes up in the process."""
+    """Log a warning, the first time in the process."""
     if message not in _warned:
         _warned.add(message)
         logger.warning("warning: %s", message)
@@ -60,8 +57,8 @@ class Progress:
     """Show how far a long piece of work is, with an estimate of the time left.
 
     Args:
-        what: a verb phrase, such as "tokenising".
-        total: units of work, if it is known.
+        what: such as "tokenising".
+        total: units of work, if known.
         unit: their name; "bytes" are shown in kB, MB, GB.
     """
 
@@ -73,7 +70,7 @@ class Progress:
         self.every_s = 0.2 if self.terminal else 5.0
 
     def advance(self, amount: float = 1.0) -> None:
-        """Count `amount` more units as done, and show it if enough time has passed."""
+        """Count `amount` more units as done, and show it now and then."""
         self.done += amount
         now = time.monotonic()
         if now - self.last >= self.every_s:
@@ -107,11 +104,3 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def progress(items: Collection[T], what: str, unit: str = "") -> Iterator[T]:
-    """Yield `items` while showing how many are done."""
-    with Progress(what, len(items), unit) as shown:
-        for item in items:
-            yield item
-            shown.advance()

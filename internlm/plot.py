@@ -1,4 +1,4 @@
-"""The few plots there are, in one style. Needs matplotlib (extra `plot`); says so once where it is missing."""
+"""The plot of a run. Needs matplotlib (extra `plot`)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 def loss_curve(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> Path | None:
-    """Draw training loss, validation loss and learning rate over tokens seen, from the lines of `metrics.jsonl`.
+    """Draw losses and learning rate over tokens seen, from the lines of `metrics.jsonl`.
 
-    Return the path, or None when matplotlib is missing or there is nothing to draw.
+    Return the path, or None when there is nothing to draw or matplotlib is missing, which is said once.
     """
     if importlib.util.find_spec("matplotlib") is None:
         warn_once(logger, f"no plot {path}: matplotlib is missing ({install_command('plot')})")
@@ -44,11 +44,9 @@ def _draw(lines: list[Mapping[str, Any]], path: Path, title: str) -> None:
     axes.plot(train[0], _smooth(train[1]), color="#1f5fa8", linewidth=2, label="train, smoothed")
     axes.set_prop_cycle(color=["#d1622b", "#3a8f4d", "#8a4fa3", "#b08d1e"])
     axes.xaxis.set_major_formatter(ticker.EngFormatter())
-    names = sorted({key for line in lines for key in line if key.startswith("valid/loss/")})
-    for name in names:
-        axes.plot(
-            *_series(lines, name), marker="o", markersize=4, label=name.removeprefix("valid/loss/") + " (validation)"
-        )
+    for name in sorted({key for line in lines for key in line if key.startswith("valid/loss/")}):
+        label = name.removeprefix("valid/loss/") + " (validation)"
+        axes.plot(*_series(lines, name), marker="o", markersize=4, label=label)
     axes.set(xlabel="tokens", ylabel="loss, nats per token", title=title)
     low, high = min(train[1]), max(train[1][min(len(train[1]) - 1, max(1, len(train[1]) // 50)) :])
     if high > low:

@@ -1,13 +1,11 @@
-"""A process among others: finding them, agreeing with them, and ending together.
-
-A process that `internlm launch`, torchrun or Slurm's srun started beside others finds them by its environment:
+"""A process among others that `internlm launch`, torchrun or Slurm's srun started: finding, agreeing, ending together.
 
     with joined():                    # alone: nothing happens
         recipe = together(load)       # an error of one rank is an error of all
         agree(recipe)                 # so is a difference
         ...                           # a failure inside ends this process soon, so that nobody waits for it
 
-Nothing here knows what a run does. torch is imported by what needs it: a verb that never joins does not wait for it.
+torch is imported by what needs it: a verb that never joins does not wait for it.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import groupby
 from typing import Any, TypeVar
 
 from internlm import config
@@ -39,7 +38,7 @@ JOIN_TIMEOUT_S = 3600
 END_TIMEOUT_S = 20
 """A rank that failed is gone after this, whatever its device is doing."""
 PARENT = "INTERNLM_LAUNCHER"
-"""Name of the variable with the process id of `internlm launch`, for its ranks."""
+"""Variable with the process id of `internlm launch`, for its ranks."""
 
 _was_rank = False
 
@@ -59,7 +58,7 @@ def world_size() -> int:
 
 
 def adopt_slurm() -> None:
-    """Give this task of a Slurm step the variables of torchrun; nothing where RANK is set, or outside a step.
+    """Give this task of a Slurm step the variables of torchrun, unless RANK is set.
 
     The port comes from the job id and lies below the range from which systems hand out ports (32768 on Linux).
     """
@@ -86,8 +85,8 @@ def first_host(hosts: str) -> str:
 def joined() -> Iterator[None]:
     """Run the block in a process group with the other ranks, if there are any.
 
-    A failure gives the group up at once and arms an alarm that ends the process, should a device or another rank hold
-    it; the others see its connections close.
+    A failure gives the group up at once and arms an alarm that ends the process, should something hold it; the others
+    see its connections close.
 
     Raises:
         TrainingError: the others cannot be reached, or one of them ended inside the block.
@@ -117,10 +116,10 @@ def joined() -> Iterator[None]:
 
 
 def end(code: int) -> None:
-    """End this process at once, if it was in a group; else return.
+    """End this process at once, if it was in a group.
 
-    gloo's threads outlive the group, and one that lets go of a tensor while Python shuts down aborts the process: about
-    one run of ten ended with 134 instead of 0 (torch 2.13).
+    gloo's threads outlive the group, and one that lets go of a tensor while Python shuts down aborts the process: one
+    run of ten ended with 134 instead of 0 (torch 2.13).
     """
     if _was_rank:
         for stream in (sys.stdout, sys.stderr):
@@ -130,9 +129,9 @@ def end(code: int) -> None:
 
 
 def ignore_ends() -> None:
-    """Let signals that ask to end pass by, from now on: this rank ends, and all others with it.
+    """Let signals that ask to end pass by: this rank ends, and all others with it.
 
-    The first rank that is gone makes torchrun and srun send SIGTERM to the others, whose exit codes would tell of that.
+    The first that is gone makes torchrun and srun send SIGTERM to the others, whose exit codes would tell of that.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -140,7 +139,7 @@ def ignore_ends() -> None:
 
 
 def _join() -> bool:
-    """Start the process group that the environment describes; return whether there is one to leave."""
+    """Start the process group that the environment describes; return whether there is one."""
     here = os.environ
     if "RANK" not in here and "WORLD_SIZE" not in here:
         return False
@@ -180,7 +179,7 @@ def _join() -> bool:
 
 
 def _check_numbers() -> None:
-    """Check the numbers of the environment, about which torch says little."""
+    """Check numbers of the environment, about which torch says little."""
     here = os.environ
     size = here["WORLD_SIZE"] if here["WORLD_SIZE"].isdecimal() else "0"
     ranges = {"WORLD_SIZE": (1, 10**7), "RANK": (0, int(size) - 1), "MASTER_PORT": (1, 65535)}
@@ -197,10 +196,7 @@ def _check_numbers() -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C end this process in a block that waits inside torch, where no handler written in Python runs.
-
-    Without it a rank, or a launcher, whose partners do not come could not be interrupted for `JOIN_TIMEOUT_S`.
-    """
+    """Let Ctrl-C end this process in a block that waits inside torch, where no handler written in Python runs."""
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # ignored, or somebody else's
@@ -215,7 +211,7 @@ def interruptible() -> Iterator[None]:
 
 
 def join_alone() -> None:
-    """Start a process group of this process alone, if it has none: what torch shards, it shards over a group."""
+    """Start a process group of this process alone, if it has none: torch shards over a group."""
     import torch
     import torch.distributed as dist
 
@@ -225,7 +221,7 @@ def join_alone() -> None:
 
 
 def _give_up() -> None:
-    """Abandon the process group without waiting for anyone, and see to it that this process ends."""
+    """Abandon the process group without waiting for anyone; this process ends soon."""
     from internlm.compat import groups
 
     if threading.current_thread() is threading.main_thread():
@@ -237,7 +233,7 @@ def _give_up() -> None:
 
 
 def _is_about_others(error: BaseException) -> bool:
-    """Return whether an error says that another rank is gone or late. gloo raises plain RuntimeErrors."""
+    """Return whether an error says that another rank is gone or late; gloo's are plain RuntimeErrors."""
     import torch.distributed as dist
 
     words = r"[Cc]onnection (closed|reset)|Broken pipe|Timed out waiting|wait timeout|Socket closed"
@@ -289,7 +285,7 @@ def address_towards(host: str) -> str | None:
 
 
 def gather(value: T) -> list[T]:
-    """Return the value of every rank, in their order. Every rank must call it; small values only."""
+    """Return the value, a small one, of every rank, in their order. Every rank must call it."""
     if world_size() == 1:
         return [value]
     import torch.distributed as dist
@@ -300,7 +296,7 @@ def gather(value: T) -> list[T]:
 
 
 def decide(wish: T, share: Callable[[list[T]], list[R]]) -> R:
-    """Return what rank 0 makes of the wishes of all: `share` gets them and gives each rank its part, in their order."""
+    """Return what rank 0 makes of the wishes of all: `share` gives each rank its part, in their order."""
     if world_size() == 1:
         return share([wish])[0]
     import torch.distributed as dist
@@ -338,7 +334,7 @@ def together(work: Callable[[], T]) -> T:
 
 
 def agree(facts: dict[str, Any]) -> None:
-    """Check that all ranks hold the same facts. Only a digest is exchanged, unless they differ.
+    """Check that all ranks hold the same facts, of which a digest is exchanged.
 
     Raises:
         ConfigError: on every rank, naming the keys that differ and who holds which value.
@@ -360,11 +356,6 @@ def agree(facts: dict[str, Any]) -> None:
 
 def _ranks(numbers: list[int]) -> str:
     """Return `rank 3` or `ranks 0-2, 5`."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    spans = [[n for _, n in span] for _, span in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    text = ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
     return f"rank{'s' if len(numbers) > 1 else ''} {text}"

@@ -1,8 +1,7 @@
-"""The root of a recipe: it composes the sections, each of which lives beside the code that reads it.
+"""The root of a recipe: its sections, each of which lives beside the code that reads it.
 
 loaded = load("recipes/quickstart/pretrain.yaml", ["optim.lr=1e-3"])
-trainer = prepare(loaded.value)
-trainer.fit()
+prepare(loaded.value).fit()
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from internlm import config, disk, ranks, runtime, version
+from internlm import config, disk, ranks, runtime
 from internlm.checkpoint import listing, store
 from internlm.checkpoint.listing import CheckpointConfig
 from internlm.checkpoint.store import Checkpoint
 from internlm.config import Loaded, Origins, Tree, section
-from internlm.cost import hardware
 from internlm.cost.flops import causal_pairs, training_flops
+from internlm.cost.hardware import peak_flops
 from internlm.data.loader import DataConfig, Loader
 from internlm.errors import ConfigError, InternLMError
 from internlm.log import quantity
@@ -35,14 +34,11 @@ from internlm.parallel.mesh import Layout, ParallelConfig
 from internlm.runtime import RuntimeConfig
 from internlm.source import Source
 from internlm.train import start
-from internlm.train.budget import TrainConfig
 from internlm.train.evaluate import EvaluateConfig, Evaluator
-from internlm.train.loss_scale import LossScale
 from internlm.train.metrics import Meter
-from internlm.train.objective import Objectives
-from internlm.train.objectives.lm import LanguageModeling
+from internlm.train.objective import LanguageModeling, Objectives
 from internlm.train.profile.windows import ProfileConfig
-from internlm.train.step import Stepper
+from internlm.train.step import LossScale, Stepper, TrainConfig
 from internlm.train.trainer import Trainer
 from internlm.train.watch.alerts import Alerts, AlertsConfig
 from internlm.train.watch.goodput import Goodput
@@ -115,7 +111,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Loaded[Recipe]:
 
 
 def describe(loaded: Loaded[Recipe]) -> str:
-    """Return what `--dry-run` prints: every value with its origin, and the sizes that follow from them."""
+    """Return what `--dry-run` prints: every value with its origin, and the sizes that follow."""
     recipe = loaded.value
     shape = _shape(recipe)
     train = recipe.train
@@ -140,16 +136,15 @@ def describe(loaded: Loaded[Recipe]) -> str:
 
 
 def _shape(recipe: Recipe) -> ModelConfig:
-    """Return the shape of the model; of a run that was begun it is there when `init_from` is gone."""
+    """Return the shape of the model; a run that was begun has it when `init_from` is gone."""
     if recipe.model is not None:
         return recipe.model
     begun = listing.newest(recipe.checkpoint.of(Path(recipe.run)))
     return (start.source(recipe.init_from) if begun is None else store.open_checkpoint(begun)).config
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """What a run that was checked begins with."""
+class _Checked(NamedTuple):
+    """What a run begins with."""
 
     begun: Checkpoint | None
     weights: Source | None
@@ -158,11 +153,7 @@ class _Checked:
 
 
 def _check(recipe: Recipe, loader: Loader, device: torch.device) -> _Checked:
-    """Check all that can be checked before a model is built. A dry run and a real one call it, on every rank.
-
-    Raises:
-        InternLMError: a path is missing, or recipe, data, weights, run folder and machine do not belong together.
-    """
+    """Check all that can be checked before a model is built; a dry run calls it too. Raises as `prepare`."""
     layout = Layout.of(recipe.parallel, ranks.world_size())
     run = Path(recipe.run)
     begun = start.newest(run, recipe.checkpoint)
@@ -191,7 +182,7 @@ def prepare(recipe: Recipe) -> Trainer:
 
 
 def _prepare(recipe: Recipe, alerts: Alerts) -> Trainer:
-    found = version.versions()
+    found = runtime.versions()
     ranks.agree(config.encode(recipe) | {"versions": {name: v for name, v in found.items() if name != "python"}})
     device = runtime.resolve_device(recipe.runtime)
     if recipe.parallel.offload:
@@ -207,7 +198,7 @@ def _prepare(recipe: Recipe, alerts: Alerts) -> Trainer:
     checked = _check(recipe, loader, device)
     begun, dtype = checked.begun, checked.setting.dtype
     parallel = _model(recipe, checked)
-    peak = hardware.peak_flops(runtime.device_name(device), runtime.dtype_name(dtype))
+    peak = peak_flops(runtime.device_name(device), runtime.dtype_name(dtype))
     meter = Meter(parallel, loader.sources, peak or runtime.measure_peak(device, dtype))
     trainer = Trainer(
         run=run,
@@ -250,7 +241,7 @@ def _prepare(recipe: Recipe, alerts: Alerts) -> Trainer:
 
 
 def _model(recipe: Recipe, checked: _Checked) -> Parallel:
-    """Return the model, with the given weights or random ones; of a run that was begun, to be filled by it."""
+    """Return the model, with the given weights or random ones; a run that was begun fills it."""
     parallel = Parallel(checked.shape, recipe.parallel, checked.setting)
     if checked.weights is not None:
         parallel.load(checked.weights.tensors())
@@ -288,11 +279,11 @@ _ELSEWHERE = {
     "learning_rate": "It is optim.lr.",
     "lora": "No recipe trains adapters yet.",
 }
-"""Keys that other programs have, and where to look here."""
+"""Keys of other programs, and where to look here."""
 
 
 def _expand(tree: Tree, origins: Origins) -> None:
-    """Write out what a recipe says in short: a preset, and of a model that is given in part the rest."""
+    """Write out what a recipe says in short: a preset, and the rest of a model that is given in part."""
     if isinstance(model := tree.get("model"), dict) and "preset" in model:
         name = str(model.pop("preset"))
         origins.pop("model.preset", None)
@@ -308,7 +299,7 @@ def _expand(tree: Tree, origins: Origins) -> None:
 
 
 def _fill(tree: Tree, origins: Origins, base: Tree, origin: str) -> None:
-    """Lay the model of a recipe over another one, in place."""
+    """Lay the model of a recipe over another, in place."""
     for path, _ in config.leaves(base, "model."):
         origins.setdefault(path, origin)
     config.merge(base, {}, tree["model"], {}, [ModelConfig])

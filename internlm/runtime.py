@@ -1,7 +1,7 @@
 """The machine under a run: device, data type, threads, memory allocator, seeds.
 
-On Linux CPUs glibc's allocator maps fresh pages for every large tensor and returns them at once. `tune_allocator`
-restarts the process once, visibly, with settings that keep them (measured: `benchmarks/train_cpu.py --allocator`).
+glibc's allocator maps fresh pages for every large tensor and returns them at once. `tune_allocator` restarts the
+process once with settings that keep them (measured: `benchmarks/train_cpu.py --allocator`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from internlm import ranks
+from internlm import __version__, ranks
 from internlm.config import require_positive, section
 from internlm.errors import ConfigError, InternLMError
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 ALLOCATOR_SETTINGS = (
     "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:glibc.malloc.hugetlb=1"
 )
-"""Value of GLIBC_TUNABLES with which glibc keeps the pages of large tensors."""
+"""Value of GLIBC_TUNABLES."""
 _MARK = "INTERNLM_ALLOCATOR"
 
 AttentionPath = Literal["auto", "dense", "blocks", "varlen", "flex", "masked"]
@@ -62,7 +62,7 @@ class RuntimeConfig:
 
 
 def tune_allocator(wanted: bool) -> None:
-    """Restart this process with tuned allocator settings, once, unless that is off, done, or of no use here."""
+    """Restart this process with `ALLOCATOR_SETTINGS` unless that is off, done, or of no use here."""
     if not wanted or os.environ.get(_MARK) or "GLIBC_TUNABLES" in os.environ:
         return
     if platform.libc_ver()[0] != "glibc" or os.environ.get("RANK") is not None:
@@ -82,7 +82,7 @@ def available_cpus() -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes that this process may still take: free memory, and what its control group leaves."""
+    """Return the bytes that this process may still take, of memory and of its control group's."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -98,17 +98,15 @@ def available_memory() -> int:
 
 
 def cpp_compiler() -> str | None:
-    """Return the compiler that torch.compile uses on CPUs, or None when it is missing."""
+    """Return the compiler that torch.compile uses on CPUs, or None."""
     return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
 
 
 def choose_device(name: str, where: str, error: type[InternLMError]) -> str:
-    """Return the name of a device that is here; "auto" takes a GPU where there is one.
-
-    `name`: auto, cpu, cuda or cuda:N; `where`: what gave it.
+    """Return the name (auto, cpu, cuda or cuda:N) of a device; "auto" takes a GPU where there is one.
 
     Raises:
-        InternLMError: of the kind `error`: there is no such device.
+        InternLMError: of the kind `error`: `where` names a device that is not here.
     """
     import torch
 
@@ -175,12 +173,12 @@ def resolve_dtype(config: RuntimeConfig, device: torch.device) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a data type as recipes, options and files have it: `bfloat16`."""
+    """Return the name of a data type as recipes and files have it: `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def seed(value: int) -> None:
-    """Start the global random streams of Python and torch (all devices) at a seed."""
+    """Start the random streams of Python and torch (all devices) at a seed."""
     import random
 
     import torch
@@ -190,7 +188,7 @@ def seed(value: int) -> None:
 
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return (nested) lists of numbers as a tensor on a device, which the host does not wait for."""
+    """Return (nested) lists of numbers as a tensor on a device, without waiting for it."""
     import torch
 
     if device.type != "cuda":
@@ -240,3 +238,19 @@ def peak_memory_bytes(device: torch.device) -> tuple[int, int]:
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, total
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a run depends on, and the commit of this code in a checkout of its own."""
+    import subprocess
+
+    import torch
+
+    found = {"internlm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    where = Path(__file__).parents[1]
+    if (where / ".git").exists():  # else it is installed: a repository further up is someone else's
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            git = ["git", "rev-parse", "HEAD"]
+            done = subprocess.run(git, cwd=where, capture_output=True, text=True, timeout=5, check=True)
+            found["commit"] = done.stdout.strip()
+    return found

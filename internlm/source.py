@@ -1,4 +1,4 @@
-"""Models to read, whatever their format: one place that tells what a path holds.
+"""Models to read, whatever their format.
 
     source = open_source("runs/a")            # its newest complete checkpoint
     model = source.model(torch.float32)
@@ -42,13 +42,13 @@ class Hints:
     """What a source may not say itself."""
 
     tokenizer: Path | None = None
-    """Tokenizer file or folder; None: the one that lies there."""
+    """File or folder; None: the one that lies there."""
     base: Path | None = None
-    """What an adapter belongs to; None: the folder that the adapter names."""
+    """What an adapter belongs to; None: what it names."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """What a training checkpoint of InternLM leaves open, such as `num_heads`."""
     template: str | None = None
-    """Chat format in place of what is recorded, by name; "none": it is a plain model."""
+    """Name of a chat format in place of what is recorded; "none": it is a plain model."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Source:
     """Opens them, by our names."""
     talk: Talk
     facts: dict[str, Any] = field(default_factory=dict)
-    """What is known of the training, for the model card."""
+    """Of the training, for the model card."""
     beside: tuple[Place, ...] = ()
     """Further paths that the weights depend on."""
 
@@ -90,8 +90,7 @@ class Source:
         Args:
             dtype: of the weights; None: as stored.
             device: where they go.
-            pack: form of the linear layers, on a CPU: packed block by block, so that memory never holds the model in
-                another form than this one.
+            pack: form of the linear layers, on a CPU: packed block by block, so that memory never holds two forms.
 
         Raises:
             WeightsError, StorageError: the weights are those of another model (before any is read), or are damaged.
@@ -101,9 +100,7 @@ class Source:
 
 
 def open_source(path: str | Place, hints: Hints = Hints()) -> Source:
-    """Open what a path holds.
-
-    Runs and checkpoints of ours also by a URL.
+    """Open what a path holds, or the URL of a run or checkpoint of ours.
 
     Raises:
         StorageError: it is of no kind that is known, or the name of something that would have to be downloaded.
@@ -148,12 +145,9 @@ def _open(path: Place, hints: Hints, above: tuple[Path, ...] = ()) -> Source:
         return Source(opened.folder, "internlm-v0.2", opened.config, lambda: opened.weights, talk, facts)
     if gguf.is_one(path):
         return Source(path, "gguf", gguf.read_config(path), lambda: gguf.open_weights(path), gguf.read_talk(path))
-    raise StorageError(
-        "is no model" if path.exists() else "no such folder",
-        where=path,
-        do="Give a run or a checkpoint of `internlm train`, a Transformers folder, an adapter, a training checkpoint "
-        "of InternLM v0.2, or a GGUF file.",
-    )
+    kinds = "a Transformers folder, an adapter, a training checkpoint of InternLM v0.2, or a GGUF file"
+    problem = "is no model" if path.exists() else "no such folder"
+    raise StorageError(problem, where=path, do=f"Give a run or a checkpoint of `internlm train`, {kinds}.")
 
 
 def _checkpoint(path: Place) -> Source:

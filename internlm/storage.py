@@ -1,4 +1,4 @@
-"""Folders that are complete or absent: every artefact that a later step trusts (shards, a checkpoint, an export).
+"""Folders that are complete or absent: what a later step trusts (shards, a checkpoint, an export).
 
     with writing("runs/a/step-10", kind="checkpoint") as folder:   # runs/a/step-10.partial-<pid>
         (folder.path / "x.bin").write_bytes(...)
@@ -7,8 +7,8 @@
 A crash before the rename leaves a `.partial-*` folder that nobody reads and the next writer of the same name removes.
 What took the name meanwhile stays: the writer fails then, and leaves what it wrote complete under `.finished-*`.
 
-Limits: local file systems with atomic rename. A rename over an existing folder is not atomic on POSIX, so `replace`
-moves the old one aside first; a crash between the two renames leaves the old one under `.replaced-<pid>`.
+Limits: local file systems with atomic rename. POSIX has none over an existing folder, so `replace` moves the old one
+aside first; a crash between the two renames leaves it under `.replaced-<pid>`.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _MARK = re.compile(r"[0-9]{1,7}|r[0-9a-f]{16}")
-"""What follows there: a process (7 digits at most), or what the content depends on. Other such names are people's."""
+"""What follows there: a process, or what the content depends on. Other such names are people's."""
 
 
 @dataclass
 class Writing:
-    """A folder being written: put files under `path`, facts for the readers into `meta`."""
+    """A folder being written: files go under `path`, facts for the readers into `meta`."""
 
     path: Path
     meta: dict[str, Any] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of files that are known from writing them; the others are read once more."""
+    """SHA-256 of files where it is known from writing; the others are read once more."""
 
 
 @contextlib.contextmanager
 def writing(target: str | Path, kind: str, *, replace: bool = False, resume: str | None = None) -> Iterator[Writing]:
     """Yield a folder that becomes `target` when the block ends well, and vanishes when it does not.
 
-    With `resume`, a block that was cut short (killed, interrupted, disk full) leaves its folder, and the next one that
-    gives the same text finds it as it was left. Files in it must then appear under their names only when complete.
+    With `resume`, a block that was cut short (killed, interrupted, disk full) leaves its folder to the next one that
+    gives the same text. Files in it must then appear under their names only when complete.
 
     Args:
         target: its final name.
-        kind: what it holds ("shards", "checkpoint", "export"); `read_manifest` asks for it again.
-        replace: whether an existing folder of the same kind may be replaced. Other content is never overwritten.
+        kind: what it holds, such as "shards"; `read_manifest` asks for it again.
+        replace: whether an existing folder of the same kind may be replaced; other content never is.
         resume: says everything that the content depends on; None: always from the beginning.
 
     Raises:
-        StorageError: the target exists, or does so at the end, or the disk is full. Nothing complete was touched then.
+        StorageError: the target exists, or does at the end, or the disk is full. Nothing complete was touched then.
     """
     target = Path(os.path.realpath(target))  # `.` has a name then, and a link stays one
     check_free(target, kind, replace=replace)
@@ -92,7 +92,7 @@ def check_free(target: str | Path, kind: str, *, replace: bool = False) -> None:
     """Check that `target` may be written.
 
     Raises:
-        StorageError: it exists; with `replace`, it is no complete folder of this kind, or holds more than was written.
+        StorageError: it exists; with `replace`, is no complete folder of this kind, or holds more than was written.
     """
     target = Path(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -179,12 +179,9 @@ def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
 def check_manifest(
     manifest: dict[str, Any], kind: str, size_of: Callable[[str], int | None], where: object
 ) -> dict[str, Any]:
-    """Return the `meta` of a manifest that fits its folder.
+    """Return the `meta` of a manifest that fits its folder; errors as of `read_manifest`.
 
     `size_of` returns the bytes of a file of the folder; None: there is none.
-
-    Raises:
-        StorageError: as `read_manifest`.
     """
     if manifest.get("kind") != kind:
         raise StorageError("holds something else", where=where, got=manifest.get("kind"), allowed=[kind])
@@ -205,8 +202,7 @@ def check_manifest(
 def verify(path: str | Path, first: int = 0, every: int = 1, *, of: Callable[[str], bool] | None = None) -> None:
     """Read files of a complete folder and compare their SHA-256 with the manifest.
 
-    Only every so manieth file, from the `first` on: several processes share the work. `of`: whether a file of this name
-    is read; None: all are.
+    Only every so manieth, from the `first` on: processes share the work. `of`: whether a file of this name is read.
 
     Raises:
         StorageError: naming the first file that differs.
@@ -224,12 +220,12 @@ def verify(path: str | Path, first: int = 0, every: int = 1, *, of: Callable[[st
 
 
 def hashes(path: str | Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of a complete folder by its name, as the manifest has it."""
+    """Return name → SHA-256 of every file of a complete folder, from its manifest."""
     return {name: facts["sha256"] for name, facts in _load_manifest(Path(path))["files"].items()}
 
 
 def stamp(path: str | Path) -> tuple[int, int, int] | None:
-    """Return what differs when another complete folder has taken the name of this one; None: there is none."""
+    """Return what differs when another folder has taken the name of this complete one; None: there is none."""
     try:
         found = os.stat(Path(path) / MANIFEST)
     except OSError:
@@ -257,7 +253,7 @@ def remove_leftovers(target: Path, kept: Path | None = None) -> None:
 
 
 def _lock(partial: Path, target: Path) -> int:
-    """Claim a folder that several processes may want to go on with; the claim ends with the returned descriptor.
+    """Claim a folder that several processes may go on with, until the returned descriptor is closed.
 
     Raises:
         StorageError: another process works in it.
@@ -274,15 +270,13 @@ def _lock(partial: Path, target: Path) -> int:
 
 
 def _is_in_use(partial: Path, mark: str) -> bool:
-    """Return whether another process writes the same name right now: who ends last is refused, or replaces."""
+    """Return whether another process writes it right now: who ends last is refused, or replaces."""
     if mark.isdigit():
         return int(mark) != os.getpid() and _is_alive(int(mark))
     try:
         os.close(_lock(partial, partial))
-    except StorageError:
-        return True
-    except OSError:
-        return False
+    except (OSError, StorageError) as error:
+        return isinstance(error, StorageError)
     return False
 
 
@@ -293,7 +287,7 @@ def _load_manifest(path: Path) -> dict[str, Any]:
 
 
 def load_manifest(read: Callable[[], str], where: object) -> dict[str, Any]:
-    """Return the manifest of a folder, whose text `read` returns.
+    """Return the manifest of a folder from its text.
 
     Raises:
         StorageError: there is none, or it is damaged.
@@ -314,12 +308,12 @@ def load_manifest(read: Callable[[], str], where: object) -> dict[str, Any]:
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    """Return the SHA-256 of what a manifest says, however it is laid out."""
+    """Return the SHA-256 of what a manifest says."""
     return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
 def _is_well_formed(manifest: dict[str, Any]) -> bool:
-    """Return whether a manifest has its parts, and names only files inside its folder."""
+    """Return whether a manifest has its parts, and names files inside its folder only."""
     files = manifest.get("files")
     return (
         isinstance(manifest.get("meta"), dict)

@@ -82,7 +82,7 @@ def test_a_read_that_gives_less_than_asked_splits_no_unit(tmp_path: Path, monkey
     (tmp_path / "source").write_bytes(bytes(range(240)))
     sizes: list[int] = []
     with HashedFile(tmp_path / "out") as file:
-        monkeypatch.setattr("internlm.hashed_file.open", Slow, raising=False)
+        monkeypatch.setattr("internlm.disk.open", Slow, raising=False)
         file.copy(tmp_path / "source", 0, 240, lambda piece: sizes.append(len(piece)), unit=8)
         file.sha256()
     assert all(size % 8 == 0 for size in sizes)

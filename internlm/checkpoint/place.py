@@ -274,10 +274,9 @@ class _Folder:
 
     def said(self) -> dict[int, str]:
         found = {}
-        for name in names(self.path):
-            if name.startswith("word-") and name.endswith(".json"):
-                found[int(name[5:-5])] = (self.path / name).read_text(encoding="utf-8")
-                (self.path / name).unlink()
+        for path in self.path.glob("word-*.json"):
+            found[int(path.stem[5:])] = path.read_text(encoding="utf-8")
+            path.unlink()
         return found
 
     @contextlib.contextmanager

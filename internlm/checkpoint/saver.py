@@ -39,7 +39,7 @@ from internlm import ranks, runtime
 from internlm.checkpoint import pieces, place
 from internlm.checkpoint.pieces import Entry, Index, Piece
 from internlm.checkpoint.place import Draft, Facts, Place
-from internlm.compat.parts import begin, local
+from internlm.compat.groups import begin, local
 from internlm.errors import InternLMError, StorageError
 from internlm.model.config import ModelConfig
 from internlm.text.tokenizer import Tokenizer
@@ -109,8 +109,7 @@ class _Plan:
 class Saver:
     """Writes the checkpoints of a run. Every rank has one, and calls the same methods in the same order.
 
-    In the background the training goes on while one is written. `after` is called on rank 0 when a save has ended, well
-    or not, in the thread that wrote.
+    `after` is called on rank 0, in the thread that wrote, when a save has ended, well or not.
 
     Raises:
         StorageError: the folder is in a store that does not answer, or that cannot be written.

@@ -7,8 +7,8 @@
         model.yaml        the ModelConfig
         tokenizer/        the vocabulary the model was trained with
 
-`saver` writes them, `listing` finds them. Tensors are whole to whoever reads, and each rank reads what it needs of
-them, so another number of ranks, or another layout, goes on as well. The folder must be one that all ranks see.
+`saver` writes them, `listing` finds them. Each rank reads what it needs of whole tensors, so another number of ranks,
+or another layout, goes on as well.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import torch
 import yaml
 from torch import Tensor
 
+from internlm import __version__, ranks
 from internlm import config as recipes
-from internlm import ranks, version
 from internlm.checkpoint import listing, pieces, place
 from internlm.checkpoint.place import Place
-from internlm.compat.parts import begin, local
+from internlm.compat.groups import begin, local
 from internlm.errors import ConfigError, StorageError
 from internlm.model.config import ModelConfig
 from internlm.weights.weight import Weight, Weights
@@ -77,7 +77,7 @@ class Checkpoint:
     def _unknown(self, problem: str) -> StorageError:
         """Return the error of a checkpoint that is whole, but not as this version writes them."""
         writer = self.meta.get("versions", {}).get("internlm", "another version")
-        do = f"It was written by internlm {writer}, this is {version.__version__}: use that version."
+        do = f"It was written by internlm {writer}, this is {__version__}: use that version."
         return StorageError(problem, where=self.path, do=do)
 
     @functools.cached_property

@@ -98,13 +98,13 @@ def _run(words: list[str]) -> int:
 
 
 def _rank(words: Sequence[str]) -> int:
-    """Return the number of this process. Only a training has ranks, whatever the environment says; it checks them."""
+    """Return the number of this process: only a training, which checks it, has ranks."""
     number = os.environ.get("RANK", "")
     return int(number) if words[:1] == ["train"] and number.isascii() and number.isdigit() else 0
 
 
 Advise = Callable[[list[str], list[str]], str]
-"""Says what to do about options that a verb does not have, given those and all words."""
+"""Says what to do about options that a verb lacks, given those and all words."""
 
 
 def parse(parser: argparse.ArgumentParser, words: list[str], advise: Advise | None = None) -> argparse.Namespace:

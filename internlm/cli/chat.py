@@ -1,4 +1,4 @@
-"""`internlm chat`: talk to a model in the terminal."""
+"""`internlm chat`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer one question, or converse."""
     from internlm.serve.chat.answer import Settings
     from internlm.serve.chat.conversation import Chat
-    from internlm.serve.chat.terminal import Screen, say
+    from internlm.serve.chat.terminal import Screen, Terminal, say
 
     question = _question(arguments)
     screen = Screen(sys.stdout, sys.stderr)
@@ -67,7 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
     )
     chat = Chat(_answerer(arguments, settings, screen), settings, arguments.system, screen.note)
     if question is None:
-        return _converse(chat, screen, remembers=not arguments.no_history)
+        from internlm.serve.chat.lines import InputHistory, open_input, state_file
+
+        inputs = InputHistory(None if arguments.no_history else state_file())
+        screen.note(f"{chat.answerer.name}; /help lists the commands, /exit leaves")
+        Terminal(chat, screen, inputs).converse(open_input(inputs))
+        return 0
     if not arguments.json:
         say(chat, chat.answer(question), screen)
     else:
@@ -101,7 +106,11 @@ def _answerer(arguments: argparse.Namespace, settings: Settings, screen: Screen)
         for name in ("template", "device", "pack"):
             if getattr(arguments, name) is not None:
                 raise UsageError("is the server's business, and means nothing with --url", where=f"--{name}")
-        return _server(arguments)
+        from internlm.infer.client import Client
+        from internlm.serve.chat.answer import FromServer
+
+        key = (arguments.api_key or os.environ.get(KEY_VARIABLE, "")).strip()  # without the line end of a file
+        return FromServer(Client(arguments.url, arguments.model, key or None))
     if len(words) != 1:
         raise UsageError("give one folder of a model, or --url", got=" ".join(words) or None)
     if arguments.api_key is not None:
@@ -109,14 +118,6 @@ def _answerer(arguments: argparse.Namespace, settings: Settings, screen: Screen)
     if arguments.model is not None:
         screen.note(f"--model {arguments.model} has no effect without --url; --template chooses a chat format")
     return _engine(arguments, words[0], settings, screen)
-
-
-def _server(arguments: argparse.Namespace) -> Answerer:
-    from internlm.infer.client import Client
-    from internlm.serve.chat.answer import FromServer
-
-    key = (arguments.api_key or os.environ.get(KEY_VARIABLE, "")).strip()  # a file's last line end is no part of it
-    return FromServer(Client(arguments.url, arguments.model, key or None))
 
 
 def _engine(arguments: argparse.Namespace, path: str, settings: Settings, screen: Screen) -> Answerer:
@@ -141,24 +142,7 @@ def _engine(arguments: argparse.Namespace, path: str, settings: Settings, screen
 
 def _facts(chat: Chat) -> dict[str, object]:
     """Return what --json says beside the answer."""
-    facts = chat.last
-    assert facts is not None, "an answer was given"
-    times = {"first_s": facts.first_s, "seconds": facts.seconds}
-    return {
-        "prompt_tokens": facts.prompt_tokens,
-        "cached_tokens": facts.cached_tokens,
-        "tokens": facts.tokens,
-        "finished": facts.finished,
-        **{name: None if value is None else round(value, 3) for name, value in times.items()},
-    }
-
-
-def _converse(chat: Chat, screen: Screen, *, remembers: bool) -> int:
-    """Converse at a terminal."""
-    from internlm.serve.chat.lines import InputHistory, open_input, state_file
-    from internlm.serve.chat.terminal import Terminal
-
-    inputs = InputHistory(state_file() if remembers else None)
-    screen.note(f"{chat.answerer.name}; /help lists the commands, /exit leaves")
-    Terminal(chat, screen, inputs).converse(open_input(inputs))
-    return 0
+    assert chat.last is not None, "an answer was given"
+    names = ("prompt_tokens", "cached_tokens", "tokens", "finished", "first_s", "seconds")
+    found = {name: getattr(chat.last, name) for name in names}
+    return {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}

@@ -1,4 +1,4 @@
-"""`internlm checkpoints`: what a run has on disk."""
+"""`internlm checkpoints`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Exit code 1: there is none, or --verify found one that is damaged."""
 
 _HEAD = ("step", "tokens", "loss", "held out", "size", "state", "layout")
 _SIDES = ">>>>><<"
-"""Of the columns: numbers are set to the right."""
+"""Of the columns: numbers stand at the right."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

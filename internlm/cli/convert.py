@@ -1,4 +1,4 @@
-"""`internlm convert`: weights between formats."""
+"""`internlm convert`."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ LlamaForCausalLM, or Mixtral or Qwen3 where the model has experts or norms of qu
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = 1e-4
-"""Largest difference of fp32 logits that `--verify` accepts, as a share of the largest logit."""
+"""Largest difference of fp32 logits that `--verify` accepts, as a share of the largest."""
 QUANTIZED_TOLERANCE = 0.1
-"""The same for 8-bit weights."""
+"""That of 8-bit weights."""
 VERIFY_TEXT = "Ten years ago, 今天天气晴朗适合出门散步: def add(a, b): return a + b\n\t€ naïve 🙂 Привет, 3.14159"
 FORMATS = ("transformers", "gguf", "internlm-v0.2")
 MAX_SHARD = "5GB"
@@ -114,10 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _unverified(target: Path) -> Iterator[Path]:
-    """Yield where that is written which has the name `target` only when it was verified.
-
-    What was not is left there, for who looks for the cause.
-    """
+    """Yield where to write what is named `target` once verified, and else is left for who looks for the cause."""
     beside = target.with_name(f"{target.name}.unverified")
     try:
         yield beside / target.name
@@ -143,7 +140,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _check_source(arguments: argparse.Namespace, source: Source) -> None:
-    """Check that replacing the target does not delete what it is made of, and that it can be verified."""
+    """Check that the target can be verified, and replacing it does not delete what it is made of."""
     by_transformers = source.kind == "transformers" or arguments.to not in ("gguf", "internlm-v0.2")
     if arguments.verify and by_transformers and importlib.util.find_spec("transformers") is None:
         raise UsageError("needs transformers", where="--verify", do=install_command("hf"))
@@ -214,7 +211,7 @@ def _folders(source: Source) -> list[Path]:
 
 
 def _licences(source: Source) -> tuple[Path, ...]:
-    """Return the licence files of a source, an adapter's before its base's: most licences ask to go along."""
+    """Return the licence files of a source, an adapter's before its base's."""
     lying = [file for folder in reversed(_folders(source)) for file in sorted(folder.iterdir()) if file.is_file()]
     names = ("LICENSE", "LICENCE", "NOTICE")
     return tuple({file.name: file for file in lying if file.name.upper().startswith(names)}.values())
@@ -223,8 +220,8 @@ def _licences(source: Source) -> tuple[Path, ...]:
 def verify(source: Source, target: Path, tolerance: float = TOLERANCE) -> float:
     """Return the largest difference between the fp32 logits of a source and of what was written from it.
 
-    Each side is computed by whoever knows it best: Transformers where it loads the folder, else our model. Models are
-    loaded one after the other, in float32, with the weights of both rounded as the written ones are.
+    Transformers computes each side where it loads the folder, else our model: one after the other, in float32, with the
+    weights of both rounded as the written ones are.
 
     Raises:
         WeightsError: the difference is over `tolerance`.
@@ -262,7 +259,7 @@ def verify(source: Source, target: Path, tolerance: float = TOLERANCE) -> float:
 
 
 def _verify_ids(source: Source) -> Tensor:
-    """Return [1, T] ids of a fixed text, or of no text where there is no tokenizer."""
+    """Return ids [1, T] of a fixed text, or random ones without a tokenizer."""
     import torch
 
     tokenizer = source.talk.tokenizer
@@ -281,7 +278,7 @@ def _logits_here(source: Source, ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _logits_there(source: Source, ids: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return the logits [1, T, V] that Transformers computes; None where it does not load such a source."""
+    """Return the logits [1, T, V] that Transformers computes; None where it does not load a source."""
     import torch
 
     if source.kind != "transformers" or not isinstance(source.path, Path):
@@ -310,11 +307,7 @@ def _settings(pairs: list[str]) -> dict[str, str]:
 
 
 def size_in_bytes(text: str, where: str) -> int:
-    """Return what `5GB` or `500MiB` means.
-
-    Raises:
-        UsageError: it means nothing.
-    """
+    """Return what `5GB` or `500MiB` means; raise UsageError where it is no size."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", text.strip().upper())
     size = int(float(match[1]) * units[match[2]]) if match else 0

@@ -20,7 +20,7 @@ DESCRIPTION = """Build, tokenize and look at training data.
   internlm data export runs/train --out back.jsonl"""
 
 _BRITISH = "tokenise"
-"""How half of those who read this write the verb; it works, with a note."""
+"""How many write the verb; it works, with a note."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    """Return a number of at least 1; argparse says what is wrong with any other."""
+    """Return a number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
@@ -139,7 +139,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from internlm import disk
     from internlm.data.shards import Shards
     from internlm.errors import StorageError
-    from internlm.log import progress
+    from internlm.log import Progress
     from internlm.text.tokenizer import Tokenizer
 
     out = arguments.out
@@ -148,14 +148,15 @@ def _export(arguments: argparse.Namespace) -> int:
     shards = Shards.open(arguments.shards)
     tokenizer = Tokenizer.load(shards.tokenizer_path)
     bos, eos = shards.facts["bos_id"], shards.facts["eos_id"]
-    with disk.beside(out) as draft, open(draft, "w", encoding="utf-8") as file:
-        for index in progress(range(shards.num_documents), "exporting", unit="documents"):
+    shown = Progress("exporting", shards.num_documents, "documents")
+    with disk.beside(out) as draft, open(draft, "w", encoding="utf-8") as file, shown:
+        for index in range(shards.num_documents):
             tokens, mask = shards.document(index)
             ids = tokens.tolist()
             if mask is None or mask.all():  # a document, around which tokenisation put its ends; no conversation
                 ids = ids[ids[:1] == [bos] :]
                 ids = ids[: len(ids) - (ids[-1:] == [eos])]
-            text = tokenizer.decode(ids)
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"text": tokenizer.decode(ids)}, ensure_ascii=False) + "\n")
+            shown.advance()
     print(f"{out}: {shards.num_documents:,} documents")
     return 0

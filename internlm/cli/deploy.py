@@ -1,4 +1,4 @@
-"""`internlm deploy`: hand a model over to LMDeploy, vLLM, SGLang or llama.cpp."""
+"""`internlm deploy`."""
 
 from __future__ import annotations
 
@@ -48,11 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("is missing", where="--engine", allowed=peers.PEERS)
     if arguments.print and arguments.run:
         raise UsageError("--print and --run exclude each other")
-    return _hand_over(arguments)
-
-
-def _hand_over(arguments: argparse.Namespace) -> int:
-    """Print the plan and the command, or run it."""
     from internlm.serve.handover import command as handover
     from internlm.serve.handover.found import Wish
 

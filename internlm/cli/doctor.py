@@ -1,4 +1,4 @@
-"""`internlm doctor`: what is installed, what the machine has, which fast paths are active, what is missing."""
+"""`internlm doctor`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import platform
 import re
 import sys
 
+from internlm import __version__
 from internlm.errors import UsageError, install_command
-from internlm.version import __version__, installed
 
 DESCRIPTION = """Show versions, devices, which attention and compile paths are active, and what is missing.
 
@@ -29,7 +29,7 @@ _WITHOUT = {
     "uvicorn": "no `serve` and `web`",
     "llguidance": "answers cannot be held to a schema",
 }
-"""What is missing without a package that is not required."""
+"""What is missing without a package."""
 _FOR_DEVELOPERS = ("dev", "proof")
 """Extras that no run uses."""
 
@@ -41,14 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; return 1 when something is missing, or torch cannot be loaded."""
     required, optional = packages()
-    missing = [name for name in required if installed(name) is None]
+    missing = [name for name in required if _installed(name) is None]
     _row("internlm", __version__)
     _row("python", f"{platform.python_version()} ({sys.executable})")
     _row("system", f"{platform.system()} {platform.machine()}, libc {' '.join(platform.libc_ver()) or 'unknown'}")
     for name in required:
-        _row(name, installed(name) or "MISSING: every run needs it")
+        _row(name, _installed(name) or "MISSING: every run needs it")
     for name, extra in optional.items():
-        _row(name, installed(name) or f"not installed: {_WITHOUT[name]} ({install_command(extra)})")
+        _row(name, _installed(name) or f"not installed: {_WITHOUT[name]} ({install_command(extra)})")
     if missing:
         return 1  # what follows needs them
     try:
@@ -62,10 +62,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def packages() -> tuple[list[str], dict[str, str]]:
-    """Return what every run needs, and of what only some do package → extra, as this package declares it.
+    """Return the packages that every run needs, and name → extra of those that some do, as this one declares them.
 
     Raises:
-        UsageError: it runs from its source and was not installed.
+        UsageError: it was not installed.
     """
     try:
         lines = importlib.metadata.requires("internlm") or []
@@ -83,11 +83,19 @@ def packages() -> tuple[list[str], dict[str, str]]:
     return required, optional
 
 
+def _installed(name: str) -> str | None:
+    """Return the version of a distribution that is installed, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _devices() -> None:
     import torch
 
     from internlm import runtime
-    from internlm.cost import hardware
+    from internlm.cost.hardware import peak_flops
 
     cpu = torch.device("cpu")
     memory = runtime.peak_memory_bytes(cpu)[1]
@@ -98,7 +106,7 @@ def _devices() -> None:
     for index in range(torch.cuda.device_count()):
         name = torch.cuda.get_device_name(index)
         size = torch.cuda.get_device_properties(index).total_memory / 2**30
-        known = hardware.peak_flops(name, "bfloat16")
+        known = peak_flops(name, "bfloat16")
         dense = (
             f"{known / 1e12:.0f} TFLOPS bfloat16 (data sheet)" if known else "peak not in the table: measured at start"
         )
@@ -109,7 +117,7 @@ def _paths() -> None:
     import torch
 
     from internlm import runtime
-    from internlm.compat import products
+    from internlm.compat import kernels
     from internlm.model import attention
 
     ids = torch.tensor([[0, 0, 1, 1]])
@@ -119,13 +127,11 @@ def _paths() -> None:
         _row(f"attention {name}", f"{path} (packed rows), dense (one document per row)")
     _row(
         "linear cpu",
-        "oneDNN" if products.has_onednn_linear() else "default: torch has no oneDNN here, products are slower",
+        "oneDNN" if kernels.has_onednn_linear() else "default: torch has no oneDNN here, products are slower",
     )
-    compiler = runtime.cpp_compiler()
-    if compiler:
-        _row("compile", f"available (runtime.compile=true; off by default), {compiler}")
-    else:
-        _row("compile", "not available on the CPU: no C++ compiler found (apt install g++)")
+    found = runtime.cpp_compiler()
+    missing = "not available on the CPU: no C++ compiler found (apt install g++)"
+    _row("compile", f"available (runtime.compile=true; off by default), {found}" if found else missing)
     _row(
         "allocator", os.environ.get("GLIBC_TUNABLES") or "default; training restarts once with tuned settings on Linux"
     )

@@ -1,4 +1,4 @@
-"""`internlm launch --nproc N … train RECIPE [key=value …]`: one command that starts the ranks of a training."""
+"""`internlm launch … train …`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     words = [*options(arguments, count), "-m", "internlm", *arguments.command]
     environment = _environment(count, trained, arguments)
     if arguments.dry_run:
-        print(shlex.join([*(f"{name}={value}" for name, value in environment.items()), *_PYTHON, *words]))
+        given = (f"{name}={value}" for name, value in environment.items())
+        print(shlex.join([*given, "python", "-m", "torch.distributed.run", *words]))
         return 0
     os.environ.update(environment)
     from internlm.train import launcher
@@ -66,11 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     return launcher.start(words, arguments.patience)
 
 
-_PYTHON = ("python", "-m", "torch.distributed.run")
-
-
 def _parse_train(words: list[str]) -> argparse.Namespace:
-    """Return what `train` will read, so that a mistake is said once and not by every rank."""
+    """Return what `train` will read: a mistake is said once and not by every rank."""
     from internlm import cli
     from internlm.cli import train
 
@@ -101,11 +99,7 @@ def _gpus() -> int:
 
 
 def options(arguments: argparse.Namespace, count: int) -> list[str]:
-    """Return the options of torch's launcher.
-
-    Raises:
-        UsageError: sizes are not positive, or an option of several machines is missing or wrong.
-    """
+    """Return the options of torch's launcher; raise UsageError where ours are wrong."""
     number, master, restarts = arguments.node_rank, arguments.master, arguments.max_restarts
     least, nodes = _nodes(arguments.nodes)
     for name, value, lowest in (("--nproc", count, 1), ("--nodes", least, 1), ("--max-restarts", restarts, 0)):
@@ -131,8 +125,8 @@ def options(arguments: argparse.Namespace, count: int) -> list[str]:
     if not restarts and least == nodes:
         place = ["--node-rank", str(number), "--master-addr", host.strip("[]"), "--master-port", port]
         return [*sizes, *place, "--rdzv-conf", f"timeout={wait}"]
-    # Machines that find each other again: torch's other way keeps the addresses of ranks that are gone. It numbers the
-    # machines itself, and any may be the one whose address the ranks are given.
+    # Torch's other way keeps the addresses of ranks that are gone. This one numbers the machines itself, and any may be
+    # the one whose address the ranks are given.
     own = host.strip("[]") if number == 0 else ranks.address_towards(host.strip("[]"))
     place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", "internlm"]
     conf = f"is_host={int(number == 0)},join_timeout={wait},last_call_timeout={_LAST_CALL_S}"
@@ -152,7 +146,7 @@ def _nodes(text: str) -> tuple[int, int]:
 
 
 def _environment(count: int, trained: argparse.Namespace, arguments: argparse.Namespace) -> dict[str, str]:
-    """Return the variables that every rank gets and that are not set here: what the user set stays."""
+    """Return the variables that every rank gets, but for those that are set here."""
     from internlm import runtime
     from internlm.cli.train import wants_allocator
 

@@ -1,4 +1,4 @@
-"""`internlm monitor`: a run at a glance, from its files."""
+"""`internlm monitor`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _picture(facts: dict[str, Any], height: int | None) -> list[str]:
-    """Return the lines of a picture, coloured for a terminal that takes colours, and no more than fit."""
+    """Return the lines of a picture, coloured where the terminal takes it, and no more than fit."""
     from internlm.train.watch.monitor import BLOCKS, lines
 
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -90,7 +90,7 @@ def _live(watch: Monitor, every_s: float) -> None:
 
 @contextlib.contextmanager
 def _whole_screen() -> Iterator[None]:
-    """Lend the terminal's second screen, without a cursor, and give it back however the block ends."""
+    """Lend the terminal's second screen, without a cursor."""
 
     def end(*_: object) -> None:
         raise SystemExit(143)

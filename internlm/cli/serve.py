@@ -1,4 +1,4 @@
-"""`internlm serve`: an OpenAI-compatible server."""
+"""`internlm serve`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Keys also come from a file (--api-key-file, one a line) and from the variable IN
 answers under way end; a second one does not. LMDeploy's `api_server DIR --server-name … --server-port …` works."""
 
 _LIMITS: dict[object, str] = {"batch": "--max-batch", "length": "--max-length", "cache_bytes": "--cache-gib"}
-"""The engine's names of what the options say."""
+"""The engine's names → the options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace, ready: Callable[[str], None] | None = Non
 
 
 def _hosts(arguments: argparse.Namespace, keys: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Return the public names of a server for this machine alone that asks for no key; None where any name will do."""
+    """Return the names of a server for this machine alone that asks for no key; None where any name will do."""
     from internlm.infer.client import LOOPBACK
 
     if keys or arguments.host not in LOOPBACK or "*" in arguments.allow_origin:

@@ -1,4 +1,4 @@
-"""`internlm tokenizer`: train a byte-level BPE vocabulary on files, or look at a tokenizer."""
+"""`internlm tokenizer train|inspect`."""
 
 from __future__ import annotations
 

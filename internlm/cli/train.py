@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def advise(unknown: list[str], words: list[str]) -> str:
-    """Return how an option that `train` does not have is written here: it is one of `launch`, or a key of a recipe."""
+    """Return how an option that `train` lacks is written here: as one of `launch`, or a key of a recipe."""
     from internlm.cli import launch
 
     word = next((word for word in unknown if word.startswith("-")), unknown[0])
@@ -111,7 +111,7 @@ def _fit(trainer: Trainer, recipe: Recipe) -> int:
 
 
 def wants_allocator(arguments: argparse.Namespace) -> bool:
-    """Return `runtime.allocator` without importing torch, which would be paid twice when the process restarts."""
+    """Return `runtime.allocator` without importing torch, which would be paid twice."""
     from internlm import config
     from internlm.errors import InternLMError
 

@@ -1,4 +1,4 @@
-"""`internlm web`: serve a model and open its chat page in the browser."""
+"""`internlm web`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def show(url: str) -> None:
-    """Open a browser at the server's address, or say where to look. Returns at once."""
+    """Open a browser at the server's address, or say where to look."""
     parts = urllib.parse.urlsplit(url)
     if parts.hostname in ("0.0.0.0", "::"):  # every address of this machine: the browser needs one
         url = f"{parts.scheme}://localhost:{parts.port}"

@@ -1,16 +1,48 @@
-"""Exchanges between ranks, process groups and the launcher."""
+"""What ranks hold in parts and exchange, their groups and launcher; groups and tensors that `plan` only pretends."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import importlib
-from collections.abc import Callable, Iterator
-from typing import Any
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from internlm.compat import replaced
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+# `torch.distributed.tensor` takes most of a second, which a run on one device need not wait for; where it was never
+# imported nothing is of its kinds.
+
+
+def is_parted(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Return whether a tensor is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_sharded(model: nn.Module) -> TypeGuard[FSDPModule]:
+    """Return whether `fully_shard` was applied to a module."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and isinstance(model, module.FSDPModule)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, which shares memory with it; a plain one itself."""
+    return tensor.to_local() if is_parted(tensor) else tensor
+
+
+def begin(tensor: Tensor) -> tuple[int, ...]:
+    """Return where this rank's part begins in a tensor, as `torch.distributed.checkpoint` asks it."""
+    return tuple(tensor.__create_chunk_list__()[0].offsets) if is_parted(tensor) else (0,) * tensor.ndim
 
 
 def all_gather(out: Tensor, x: Tensor, group: Any) -> None:
@@ -88,16 +120,9 @@ def abort_groups() -> None:
     c10d._abort_process_group()
 
 
-@contextlib.contextmanager
-def launcher_agent(make: Callable[..., Any]) -> Iterator[None]:
+def launcher_agent(make: Callable[..., Any]) -> AbstractContextManager[None]:
     """Let torch's launcher use, inside the block, another agent for its ranks."""
-    api: Any = importlib.import_module("torch.distributed.launcher.api")
-    before = api.LocalElasticAgent
-    api.LocalElasticAgent = make
-    try:
-        yield
-    finally:
-        api.LocalElasticAgent = before
+    return replaced(importlib.import_module("torch.distributed.launcher.api"), "LocalElasticAgent", make)
 
 
 def flight_record() -> bytes | None:
@@ -108,3 +133,44 @@ def flight_record() -> bytes | None:
     c10d = getattr(torch._C, "_distributed_c10d", None)
     dump = getattr(c10d, "_dump_fr_trace", None) or getattr(c10d, "_dump_nccl_trace", None)
     return None if dump is None else bytes(dump())
+
+
+def join_fake_group(rank: int, world_size: int) -> None:
+    """Start a process group of which only this rank is there: collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+
+
+def leave_fake_group() -> None:
+    """End it, with what torch remembers about its meshes, whose names the next group would use again."""
+    from torch.distributed.tensor import DTensor
+
+    dist.destroy_process_group()
+    getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()
+    propagator = getattr(getattr(DTensor, "_op_dispatcher", None), "sharding_propagator", None)
+    getattr(getattr(propagator, "propagate_op_sharding", None), "cache_clear", lambda: None)()
+
+
+def fake_tensors() -> Any:
+    """Return the mode in which operators work out shapes only; it takes real tensors too."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def exchange_of(operator: Any, arguments: tuple[Any, ...]) -> tuple[str, str, Tensor | None] | None:
+    """Return what an operator of the dispatcher sends between ranks: (operation, name of the group, tensor).
+
+    The tensor is the whole one: what an all-gather makes, what the others are given. None for every other operator.
+    """
+    namespace, _, name = operator.name().partition("::")
+    if namespace == "_c10d_functional" and name == "all_reduce":
+        return "all_reduce", arguments[2], arguments[0]
+    if namespace != "c10d" or name in ("monitored_barrier_", "barrier"):
+        return None
+    group = next((a for a in arguments if isinstance(a, torch.ScriptObject)), None)
+    assert group is not None, f"{name} has a group"
+    first = arguments[0][0] if isinstance(arguments[0], list | tuple) else arguments[0]
+    whole = arguments[1] if name == "_reduce_scatter_base_" else first
+    return name.strip("_"), dist.ProcessGroup.unbox(group).group_name, whole

@@ -44,7 +44,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from internlm.cost.split import stage_layers
+from internlm.cost.flops import stage_layers
 from internlm.model.config import ModelConfig
 
 Axis = Literal["pipeline", "replicate", "shard", "context", "tensor", "world"]
@@ -52,11 +52,11 @@ Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send
 Exchanges = dict[tuple[int, int, Kind], tuple[int, int]]
 """Size of the group, distance of neighbours in it, kind → calls, and bytes of whole tensors of all calls together."""
 CHUNK_LOGITS = 1 << 22
-"""Logits that the head makes at once: `heads.CHUNK_LOGITS`, without its import of torch."""
+"""`heads.CHUNK_LOGITS`, without its import of torch."""
 REDUCE_BYTES = 4
 """Gradients are summed, and weights kept, in fp32."""
 BUCKET_BYTES = 25 * 2**20
-"""At which whole copies of a model close a bucket of gradients, as in Li et al. 2020, PyTorch Distributed."""
+"""At which whole copies close a bucket of gradients (Li et al. 2020, PyTorch Distributed)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Run:
     sliced: bool = False
     """Optimizer states are cut over replicas too (`parallel.optimizer` all)."""
     plain: bool = True
-    """Without other axes, copies are plain models; not where they are offloaded."""
+    """Whether copies, without other axes, are plain models: they are not offloaded."""
     schedule: str = "1f1b"
     stages_per_rank: int = 1
     recompute: Literal["none", "full", "operators", "offload"] = "none"
@@ -90,12 +90,12 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch that a rank's products see: those of a row stretch, over its tensor group."""
+        """Tokens of a micro-batch that a tensor group's products see."""
         return self.micro_rows * self.seq_len // self.context
 
     @property
     def cut(self) -> int:
-        """Ranks that a weight is cut over, after the tensor axis."""
+        """Ranks that a weight is cut over beside the tensor axis."""
         return self.shard * self.context
 
     @property
@@ -110,11 +110,11 @@ class Run:
 
     @property
     def reductions(self) -> int:
-        """How often a step sums the gradients of a group of weights in the shard axis."""
+        """How often a step sums gradients in the shard axis."""
         return 1 if self.zero == "1" or self.pipeline > 1 else self.micro_batches
 
     def span(self, axis: Axis) -> tuple[int, int]:
-        """Return the number of ranks of an axis and how far they are apart. Tensor is innermost, pipeline outermost."""
+        """Return the number of ranks of an axis and how far they are apart."""
         inner = self.cut * self.tensor
         return {
             "tensor": (self.tensor, 1),
@@ -134,11 +134,11 @@ class Collective:
 
     - `sent_bytes` where `spans_nodes`: what each GPU moves at the speed of its slowest link, and what the network
       carries if the algorithm knows no machines.
-    - `crossing_bytes`: what leaves the machine when a ring visits the ranks of a machine one after the other, as NCCL's
-      do: then one hop in g crosses. The mean over ranks; what all network cards together carry.
+    - `crossing_bytes`: what leaves the machine when a ring visits its ranks one after the other, as NCCL's do: then one
+      hop in g crosses. The mean over ranks; what all network cards together carry.
 
-    Both look at the group of rank 0, as if all lay alike: true where group sizes and g divide each other. Trees cross
-    as often as rings or less; they are not told apart.
+    Both look at the group of rank 0: all lie alike where group sizes and g divide each other. Trees cross as often as
+    rings or less.
     """
 
     axis: Axis
@@ -166,11 +166,11 @@ class Collective:
         return self.calls * (self.ranks - 1) * (2 if self.kind == "all-reduce" else 1)
 
     def spans_nodes(self, gpus_per_node: int) -> bool:
-        """Return whether the group has members on several machines."""
+        """Return whether the group is on several machines."""
         return (self.ranks - 1) * self.stride >= gpus_per_node
 
     def crossing_bytes(self, gpus_per_node: int) -> float:
-        """Return the bytes that leave the machine, as a mean over the ranks of the group."""
+        """Return the bytes that leave the machine, the mean over the group's ranks."""
         nodes = [place * self.stride // gpus_per_node for place in range(self.ranks)]
         if self.kind == "all-to-all":  # each rank sends a part to each other
             pairs = sum(a != b for a in nodes for b in nodes)
@@ -191,7 +191,7 @@ class Total(NamedTuple):
 
 
 def total(collectives: Iterable[Collective], gpus_per_node: int) -> Total:
-    """Return the sums over collectives; for what they mean see there."""
+    """Return the sums over collectives."""
     every = list(collectives)
     return Total(
         sum(each.calls for each in every),
@@ -203,7 +203,7 @@ def total(collectives: Iterable[Collective], gpus_per_node: int) -> Total:
 
 
 def step_traffic(run: Run, rank: int = 0) -> list[Collective]:
-    """Return what a rank does in a step, by axis, kind and size."""
+    """Return what a rank does in a step."""
     place = rank // (run.world_size // run.pipeline)
     stages = _stages(run, place)
     found = [
@@ -241,11 +241,11 @@ def by_group(collectives: Iterable[Collective]) -> Exchanges:
 
 
 Line = tuple[Axis, Kind, int, int]
-"""Axis, kind, calls, bytes of each call."""
+"""Axis, kind, calls, bytes of each."""
 
 
 class Weight(NamedTuple):
-    """A parameter: its shape, and the dim that the tensor axis cuts, if any."""
+    """A parameter, and the dim that the tensor axis cuts, if any."""
 
     shape: tuple[int, ...]
     dim: int | None
@@ -257,7 +257,7 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """Part of a model: all of it, or one of the pipeline's."""
+    """A model, or a pipeline stage of it."""
 
     layers: range
     has_first: bool
@@ -265,7 +265,6 @@ class Stage:
 
 
 def _stages(run: Run, place: int) -> list[Stage]:
-    """Return the stages of a rank, by its place in the pipeline."""
     count = run.pipeline * run.stages_per_rank if run.pipeline > 1 else 1
     ends = list(itertools.accumulate(stage_layers(run.model, count, run.seq_len), initial=0))
     return [Stage(range(ends[i], ends[i + 1]), i == 0, i == count - 1) for i in _numbers(run, place)]
@@ -293,15 +292,8 @@ def block_weights(model: ModelConfig) -> list[Weight]:
     return weights
 
 
-def _weights(model: ModelConfig) -> list[Weight]:
-    """Return the parameters of a whole model, in its order."""
-    table, norm = Weight((model.vocab_size, model.hidden_size), 0), Weight((model.hidden_size,), None)
-    blocks = block_weights(model) * model.num_layers
-    return [table, *blocks, norm, *[table] * (not model.tie_embeddings)]
-
-
 def _groups(run: Run, stage: Stage) -> list[tuple[str, list[Weight], int]]:
-    """Return the groups of weights that are gathered at once: a name, the weights, how many such groups there are."""
+    """Return what is gathered at once: a name, the weights, how many such groups there are."""
     table, norm = Weight((run.model.vocab_size, run.model.hidden_size), 0), Weight((run.model.hidden_size,), None)
     groups = [("block", block_weights(run.model), len(stage.layers))]
     if run.model.tie_embeddings:
@@ -314,13 +306,12 @@ def _groups(run: Run, stage: Stage) -> list[tuple[str, list[Weight], int]]:
 
 
 def _elements(run: Run, weights: list[Weight]) -> int:
-    """Return the elements of a group on one tensor rank, each weight's rows padded to the ranks it is cut over."""
+    """Return the elements on one tensor rank, each weight's rows padded to the ranks it is cut over."""
     shapes = [weight.on(run.tensor) for weight in weights]
     return sum(-(-rows // run.cut) * run.cut * math.prod(rest) for rows, *rest in shapes)
 
 
 def _shard(run: Run, stages: list[Stage]) -> Iterator[Line]:
-    """Yield what gathers weights and sums gradients."""
     if run.is_copies_only:
         return
     for stage in stages:
@@ -334,10 +325,17 @@ def _shard(run: Run, stages: list[Stage]) -> Iterator[Line]:
 
 
 def _replicate(run: Run, stages: list[Stage], part: int) -> Iterator[Line]:
-    """Yield what sums gradients over copies, and with sliced states spreads the new weights; `part`: the rank's."""
+    """Yield what sums gradients over copies, and with sliced states spreads the new weights."""
     if run.is_copies_only:
-        for size in _buckets([math.prod(weight.shape) * REDUCE_BYTES for weight in reversed(_weights(run.model))]):
-            yield "replicate", "all-reduce", 1, size
+        model = run.model
+        table, norm = Weight((model.vocab_size, model.hidden_size), 0), Weight((model.hidden_size,), None)
+        every = [table, *block_weights(model) * model.num_layers, norm, *[table] * (not model.tie_embeddings)]
+        buckets: list[int] = []
+        for weight in reversed(every):
+            if not buckets or buckets[-1] >= BUCKET_BYTES:
+                buckets.append(0)
+            buckets[-1] += math.prod(weight.shape) * REDUCE_BYTES
+        yield from (("replicate", "all-reduce", 1, size) for size in buckets)
         return
     for stage in stages:
         for _, weights, count in _groups(run, stage):
@@ -368,26 +366,16 @@ def _piece(run: Run, weight: Weight, part: int) -> tuple[int, bool]:
     return math.prod(shape), False
 
 
-def _buckets(sizes: list[int]) -> list[int]:
-    """Return the bytes of the buckets that gradients of these bytes fill, in order."""
-    buckets: list[int] = []
-    for size in sizes:
-        if not buckets or buckets[-1] >= BUCKET_BYTES:
-            buckets.append(0)
-        buckets[-1] += size
-    return buckets
-
-
 def _recomputed(run: Run, stage: Stage) -> int:
-    """Return how many blocks of a stage run forward again in backward."""
-    if run.recompute not in ("full", "operators"):
+    """Return how many blocks run forward again in backward."""
+    if run.recompute in ("none", "offload"):
         return 0
     taken = [int(layer * run.recompute_ratio + 1e-9) for layer in range(run.model.num_layers + 1)]
     return sum(taken[layer + 1] > taken[layer] for layer in stage.layers)
 
 
 def _tensor(run: Run, stages: list[Stage]) -> Iterator[Line]:
-    """Yield what brings tokens together before matrices that are cut, and adds up partial sums after them."""
+    """Yield what brings tokens together before cut matrices, and adds up partial sums after them."""
     activation = run.tokens * run.model.hidden_size * run.dtype_bytes
     for stage in stages:
         both = 4 * len(stage.layers) + stage.has_first + stage.has_last  # forward and backward
@@ -414,7 +402,7 @@ def _tensor(run: Run, stages: list[Stage]) -> Iterator[Line]:
 
 
 def _context(run: Run, stages: list[Stage]) -> Iterator[Line]:
-    """Yield what trades tokens for heads (or brings all keys and values), and what gathers the head's outputs."""
+    """Yield what trades tokens for heads, or brings all keys and values, and what gathers the head's outputs."""
     heads, kv = run.model.num_heads // run.tensor, run.model.num_kv_heads // run.tensor
     head = run.tokens * run.model.head_dim * run.dtype_bytes
     for stage in stages:
@@ -434,7 +422,6 @@ def _context(run: Run, stages: list[Stage]) -> Iterator[Line]:
 
 
 def _pipeline(run: Run, place: int, stages: list[Stage]) -> Iterator[Line]:
-    """Yield what hands activations to the next stage, and their gradients to the one before."""
     if run.pipeline == 1:
         return
     last = run.pipeline * run.stages_per_rank - 1

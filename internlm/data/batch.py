@@ -53,7 +53,7 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def micro_batches(self, rows: int) -> list[Batch]:
-        """Return the batch cut along B into parts of `rows` rows, the last one perhaps smaller."""
+        """Return the batch cut along B into parts of `rows` rows, the last perhaps smaller."""
         return [self._map(itemgetter(slice(i, i + rows))) for i in range(0, len(self.tokens), rows)]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:

@@ -1,10 +1,10 @@
-"""The embedded default corpus: the text of the Python standard library that is running.
+"""The default corpus, there on every machine: the text of the Python standard library that is running.
 
-Real text, offline, on every machine: sources, docstrings of modules written in C, and the `pydoc` topics. Left out:
-tests, what was installed beside the library, how this Python was built, and files over 500 kB, which are tables.
+It has sources, docstrings of modules written in C, and the `pydoc` topics. Left out: tests, what was installed beside
+the library, how this Python was built, and files over 500 kB, which are tables.
 
-Modules, never lines, are split into train and validation: in the order of a hash of (seed, name) they are taken into
-the validation set as long as they fit into its share. Questions for tuning come from the training side alone:
+Whole modules are held out for validation: in the order of a hash of (seed, name), as long as they fit into its share.
+Questions for tuning come from the training side alone:
 
     module       In which module is dedent?                      textwrap
     purpose      What does textwrap.dedent do?                   Remove any common leading whitespace from …
@@ -26,28 +26,27 @@ import sys
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from internlm import storage
 from internlm.data.formats import Document
 from internlm.data.messages import asked_and_answered
 from internlm.errors import ConfigError, DataError
+from internlm.text.templates import json_text
 
 KIND = "corpus"
 MAX_BYTES = 500_000
 MAX_NAMES = 600
-"""Names that are asked about: few enough for a model of a few million weights to learn by heart in a minute."""
+"""Names that are asked about: a model of a few million weights learns so many by heart in a minute."""
 
 # Importing these has no side effects, and they have no Python source.
 _C_MODULES = ("array", "binascii", "builtins", "cmath", "errno", "gc", "itertools", "marshal", "math", "sys", "time")
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "turtledemo"}
 
 
-@dataclass(frozen=True)
-class Definition:
+class Definition(NamedTuple):
     """A public function or class of the library."""
 
     module: str
@@ -66,7 +65,7 @@ def build(out: str | Path, *, validation_ratio: float = 0.05, seed: int = 1, rep
         seed: decides which modules are.
 
     Raises:
-        ConfigError: the share leaves no text on one side. DataError: this Python has no sources of its library.
+        ConfigError: no text is left on one side. DataError: this Python has no sources of its library.
         StorageError: the folder exists, or the disk is full.
     """
     if not 0 < validation_ratio < 1:
@@ -135,7 +134,7 @@ def library() -> Iterator[Document]:
 
 
 def module_of(document: Document) -> str:
-    """Return what is held out together: the top-level module or package, or the topic."""
+    """Return what is held out together: a top-level module or package, or a topic."""
     kind, _, name = document.source.partition(":")
     if name:
         return name if kind == "docstrings" else document.source
@@ -159,8 +158,8 @@ def choose_modules(documents: Iterable[Document], ratio: float, seed: int) -> se
 def unambiguous(documents: Iterable[Document], held_out: set[str]) -> list[Definition]:
     """Return up to MAX_NAMES definitions whose name only one public module defines.
 
-    Every module gives its first name, documented ones before others, then every module its second, and so on: a guess
-    without knowledge is rarely right.
+    Every module gives its first name, documented ones before others, then its second, and so on: a guess is rarely
+    right.
     """
     by_module: dict[str, list[Definition]] = {}
     where: dict[str, set[str]] = defaultdict(set)
@@ -191,7 +190,7 @@ def ask(definitions: Iterable[Definition]) -> dict[str, list[tuple[str, str]]]:
 
 
 def compression(path: str | Path) -> dict[str, float]:
-    """Return the bits per byte that gzip -9 and xz -9e need for all documents of a .jsonl file in one stream."""
+    """Return the bits per byte of all documents of a .jsonl file, packed in one stream."""
     with open(path, encoding="utf-8") as file:
         data = b"".join(json.loads(line)["text"].encode() for line in file)
     extreme = 9 | lzma.PRESET_EXTREME
@@ -232,7 +231,7 @@ def _exported(tree: ast.Module) -> set[str] | None:
 
 
 def _summary(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
-    """Return the first sentence of a docstring, or nothing when it is too long to be a summary."""
+    """Return the first sentence of a docstring, or nothing when it is too long for a summary."""
     paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
     sentence = paragraph.split(". ")[0].rstrip(".") + "." if paragraph else ""
     return sentence if len(sentence) <= 120 else ""
@@ -251,13 +250,11 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> s
     shown = ast.unparse(function.args)
     if isinstance(node, ast.ClassDef):
         first, _, rest = shown.partition(", ")
-        shown = rest if first in ("self", "self, /", "/") else shown
-        shown = shown.removeprefix("/, ")
+        shown = rest.removeprefix("/, ") if first == "self" else shown
     text = f"{node.name}({shown})"
     return text if len(text) <= 120 else ""
 
 
 def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.writelines(json_text(record) + "\n" for record in records)

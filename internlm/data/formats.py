@@ -1,14 +1,13 @@
-"""Files → Samples. A new dataset format is one function from a record to a Sample, and a line in RECORDS.
+"""Files → Samples.
 
     notes.txt, guide.md, code.py …       the file is one document
     corpus.jsonl(.gz, .zst)              one JSON object a line
     corpus.json                          a list of JSON objects
 
-A record is told by its keys: those of one of the forms in `internlm.data.messages` make a conversation, anything else a
-document under `text_key`. One of another form than `messages` that has that key too is an error until its format is
-given. A file of another ending is one document, unless the format of its records is given:
-then it holds lines; tables and pages are refused. Every complaint names file and line. Nothing is passed over in
-silence.
+A record is told by its keys: `messages`, or those of another form in `internlm.data.messages`, make a conversation, any
+others a document under `text_key`. One without `messages` that may be two of these is an error until its format is
+given. A file of another ending is one document, unless the format of its records is given: then it holds lines; tables
+and pages are refused. Every complaint names file and line.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from internlm import hub
 from internlm.data.messages import (
     DIALECTS,
     LOST,
@@ -30,12 +30,12 @@ from internlm.data.messages import (
     read_parallel,
     read_tools,
     refuse,
+    text_of,
 )
 from internlm.data.packed import PACKED, opened
 from internlm.errors import DataError
-from internlm.hub import require_here
 from internlm.log import warn_once
-from internlm.text.chat import ROLES, Message
+from internlm.text.chat import Message
 from internlm.text.tools import Tool
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ _TABLES = {
     ".xlsx": "read_excel(FILE)",
     ".xls": "read_excel(FILE)",
 }
-"""Endings of tables, and how pandas reads them."""
+"""Endings of tables → how pandas reads them."""
 _PAGES = (".pdf", ".docx", ".doc", ".odt", ".epub")
 _TEXT = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".js", ".ts", ".java", ".sh", ".html", ".tex")
 
@@ -67,7 +67,7 @@ class Document:
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the text."""
+        """Bytes in UTF-8."""
         return len(self.text.encode("utf-8", "surrogatepass"))
 
 
@@ -87,13 +87,13 @@ class Conversation:
 
     @property
     def texts(self) -> list[str]:
-        """All that is said: contents, the arguments of calls, and what the tools are told by."""
+        """All that is said: contents, thoughts, arguments of calls, descriptions of tools."""
         said = [text for m in self.messages for text in (m.thought, m.content, *(call.arguments for call in m.calls))]
         return [*(tool.text for tool in self.tools), *filter(None, said)]
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of all texts."""
+        """Bytes of all texts in UTF-8."""
         return sum(Document(text).num_bytes for text in self.texts)
 
 
@@ -102,7 +102,7 @@ Sample = Document | Conversation
 
 @dataclass
 class BadRecords:
-    """The bad records of one file: an error, or left out and counted."""
+    """Bad records of one file: raised, or left out and counted."""
 
     path: str
     on_error: OnError = "raise"
@@ -117,14 +117,14 @@ class BadRecords:
         self.count += 1
 
     def report(self) -> None:
-        """Say how many were left out, if any."""
+        """Say how many were left out."""
         if self.count:
             logger.warning("warning: %s: %d bad records left out", self.path, self.count)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an input that is read by itself: a file, or whole lines of one."""
+    """A file, or whole lines of one."""
 
     path: str
     start: int = 0
@@ -140,28 +140,18 @@ class Piece:
 
 
 def _document(record: Record, text_key: str, where: str) -> Document:
-    if text_key not in record:
-        keys = ", ".join(map(str, record)) or "none"
-        do = "Name the key of a document with --text-key; write a conversation as `messages`."
-        raise DataError(f"has no key {text_key!r}; its keys: {keys}", where=where, do=do)
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise DataError(f"{text_key!r} is {type(text).__name__}, not a string", where=where)
-    return Document(text, str(record.get("source", "")))
+    do = "Name the key of a document with --text-key; write a conversation as `messages`."
+    return Document(text_of(record, text_key, do), str(record.get("source", "")))
 
 
 def _messages(record: Record, text_key: str, where: str) -> Conversation:
-    refuse(record, (*LOST, "history", "system"), where)
-    messages = read_messages(record, where)
-    for number, message in enumerate(messages, 1):
-        if message.role not in ROLES:  # before anyone counts turns
-            raise DataError("no such role", where=f"{where}, message {number}", got=message.role, allowed=ROLES)
-    tools, parallel = read_tools(record, messages, where), read_parallel(record, where)
-    return Conversation(messages, where, tools, parallel, read_context(record, where))
+    refuse(record, (*LOST, "history", "system"))
+    messages = read_messages(record)
+    return Conversation(messages, where, read_tools(record, messages), read_parallel(record), read_context(record))
 
 
 def _dialect(name: str) -> Callable[[Record, str, str], Conversation]:
-    return lambda record, text_key, where: _messages(DIALECTS[name].read(record, where), text_key, where)
+    return lambda record, text_key, where: _messages(DIALECTS[name].read(record), text_key, where)
 
 
 RECORDS: dict[str, Callable[[Record, str, str], Sample]] = {
@@ -181,7 +171,7 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for name in inputs:
         if "/" in str(name):
-            require_here(name, dataset=True)
+            hub.require_here(name, dataset=True)
         if "://" in str(name):
             raise DataError(
                 "is an address, and nothing is downloaded here", where=name, do="Download it, then give FILE."
@@ -210,9 +200,9 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Return the files under a folder in order of name; links are followed, and each folder is entered once.
+    """Return the files under a folder, links to nothing too, in order of name; each folder is entered once.
 
-    What can be reached through a link and without has the name without. A link to nothing is in the list too.
+    What can be reached through a link and without has the name without.
     """
     found: list[Path] = []
     waiting, seen = deque([folder]), set()
@@ -251,10 +241,7 @@ def read_samples(
     *,
     any_text: bool = False,
 ) -> Iterator[Sample]:
-    """Yield every sample of a file or folder; options and errors as of `read_piece`.
-
-    With on_error "skip" bad records are left out, and counted at the end of each file.
-    """
+    """Yield every sample of a file or folder; options and errors as of `read_piece`."""
     for file in find_files([path]):
         bad = BadRecords(str(file), on_error)
         yield from read_piece(Piece(str(file)), format, text_key, bad, any_text=any_text)
@@ -262,7 +249,7 @@ def read_samples(
 
 
 def read_documents(path: str | Path, text_key: str = "text", on_error: OnError = "raise") -> Iterator[Document]:
-    """Yield every document of a file or folder; a conversation gives one document per text. See `read_samples`."""
+    """Yield every document of a file or folder, one for each text of a conversation. See `read_samples`."""
     for sample in read_samples(path, None, text_key, on_error, any_text=True):
         yield from [sample] if isinstance(sample, Document) else map(Document, sample.texts)
 
@@ -279,7 +266,7 @@ def read_piece(
 
     Args:
         piece: what to read.
-        format: one of FORMATS, or None to tell it from the file's ending and each record's keys.
+        format: one of FORMATS; None: told from the file's ending and each record's keys.
         text_key: key of a document's text.
         bad: where bad records go; None: the first ends the reading.
         any_text: whether a record that may be a document or a conversation is a document, and no error.
@@ -287,7 +274,7 @@ def read_piece(
     Raises:
         DataError: the file is damaged, or a record is bad and not to be left out.
     """
-    if format is not None and format not in FORMATS:
+    if format not in (None, *FORMATS):
         raise DataError("no such format", got=format, allowed=FORMATS)
     bad = bad or BadRecords(piece.path)
     for where, record in _records(piece, format):
@@ -296,13 +283,13 @@ def read_piece(
                 raise record
             sample = record if isinstance(record, Document) else _to_sample(record, format, text_key, where, any_text)
         except DataError as error:
-            bad.add(error)
+            bad.add(DataError(str(error), where=where))
         else:
             yield sample
 
 
 def cut(path: Path, format: str | None, target_bytes: int) -> list[Piece]:
-    """Cut a file of JSON lines into pieces of about `target_bytes`, on line ends. Other and packed files stay whole."""
+    """Cut a file of JSON lines into pieces of about `target_bytes`, on line ends; other and packed files stay whole."""
     size = path.stat().st_size
     if _layout(path, format) != "lines" or path.suffix.lower() in PACKED or size <= target_bytes:
         return [Piece(str(path))]
@@ -337,11 +324,11 @@ def _layout(path: Path, format: str | None) -> Literal["text", "list", "lines"]:
 def _to_sample(record: Any, format: str | None, text_key: str, where: str, any_text: bool) -> Sample:
     if not isinstance(record, dict):
         do = "A file that is one list is named .json." if isinstance(record, list) else None
-        raise DataError(f"a record is a JSON object, not {type(record).__name__}", where=where, do=do)
-    return RECORDS[format or _kind_of(record, text_key, where, any_text)](record, text_key, where)
+        raise DataError(f"a record is a JSON object, not {type(record).__name__}", do=do)
+    return RECORDS[format or _kind_of(record, text_key, any_text)](record, text_key, where)
 
 
-def _kind_of(record: Record, text_key: str, where: str, any_text: bool) -> str:
+def _kind_of(record: Record, text_key: str, any_text: bool) -> str:
     if "messages" in record:
         return "messages"
     found = {name: dialect.keys for name, dialect in DIALECTS.items() if record.keys() >= set(dialect.keys)}
@@ -351,7 +338,7 @@ def _kind_of(record: Record, text_key: str, where: str, any_text: bool) -> str:
         found = {"document": (text_key,), **found}
     if len(found) > 1 and not any_text:
         what = "has the keys of " + " and of ".join(f"{name} ({', '.join(keys)})" for name, keys in found.items())
-        raise DataError(what, where=where, do=f"Say which: --format {' or '.join(found)}.")
+        raise DataError(what, do=f"Say which: --format {' or '.join(found)}.")
     return next(iter(found))
 
 
@@ -366,22 +353,25 @@ def _records(piece: Piece, format: str | None) -> Iterator[tuple[str, Any]]:
             yield from _lines(piece, file)
             return
         data = file.read()
-    if layout == "text" and b"\0" in data:
+    if layout == "list":
+        yield from _listed(data, piece.path)
+    elif b"\0" in data:
         do = "If it is UTF-16: `iconv -f utf-16 -t utf-8`."
-        yield str(path), DataError("holds zero bytes, which no text in UTF-8 does", where=path, do=do)
-        return
-    if layout == "text":
-        yield str(path), _decode(data, str(path), lambda text: Document(text, str(path)))
-        return
-    records = _decode(data, str(path), json.loads, "file")
+        yield piece.path, DataError("holds zero bytes, which no text in UTF-8 does", do=do)
+    else:
+        yield piece.path, _decode(data, lambda text: Document(text, piece.path))
+
+
+def _listed(data: bytes, path: str) -> Iterator[tuple[str, Any]]:
+    records = _decode(data, json.loads, "file")
     if isinstance(records, list):
         yield from ((f"{path}: record {i}", record) for i, record in enumerate(records, 1))
-    elif isinstance(records, DataError):
-        first = _decode(data.lstrip().partition(b"\n")[0], str(path), json.loads)
-        is_lines = isinstance(first, dict)
-        yield str(path), DataError("holds one JSON object a line", where=path, do=_LINES_DO) if is_lines else records
+    elif not isinstance(records, DataError):
+        yield path, DataError("a .json file holds a list of records", do=_LINES_DO)
+    elif isinstance(_decode(data.lstrip().partition(b"\n")[0], json.loads), dict):
+        yield path, DataError("holds one JSON object a line", do=_LINES_DO)
     else:
-        yield str(path), DataError("a .json file holds a list of records", where=path, do=_LINES_DO)
+        yield path, records
 
 
 def _lines(piece: Piece, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
@@ -393,22 +383,21 @@ def _lines(piece: Piece, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
             return
         at += len(line)
         if line.strip():
-            where = f"{piece.path}:{number}"
-            yield where, _decode(line, where, json.loads)
+            yield f"{piece.path}:{number}", _decode(line, json.loads)
 
 
-def _decode(data: bytes, where: str, parse: Callable[[str], Any], part: str = "line") -> Any:
-    """Return what `parse` makes of the bytes, a line or a whole file, or the error that says why not."""
+def _decode(data: bytes, parse: Callable[[str], Any], part: str = "line") -> Any:
+    """Return what `parse` makes of a line or a file, or the error that says why it cannot."""
     do = f"Mend the {part}, or pass --on-error skip, which leaves the {part} out."
     try:
         return parse(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         recode = "Write it in UTF-8, such as with `iconv -f latin1 -t utf-8`."
-        return DataError(f"is not UTF-8: {error.reason} at byte {error.start}", where=where, do=recode)
+        return DataError(f"is not UTF-8: {error.reason} at byte {error.start}", do=recode)
     except json.JSONDecodeError as error:
         at_end = error.pos >= len(error.doc.rstrip()) - 1 and not error.msg.startswith("Extra data")
         cut = at_end or "Unterminated" in error.msg
         what = "the JSON is cut short" if cut else f"is not JSON: {error.msg} at column {error.colno}"
-        return DataError(what, where=where, got=error.doc.strip()[-40:], do=do)
+        return DataError(what, got=error.doc.strip()[-40:], do=do)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-        return DataError(f"is JSON that cannot be read: {error}", where=where, do=do)
+        return DataError(f"is JSON that cannot be read: {error}", do=do)

@@ -1,10 +1,10 @@
-"""The per-rank iterator over packed rows. Its state is how many rows each source has given, for any number of ranks.
+"""The per-rank iterator over packed rows. Its state is how many rows each source has given.
 
 Row i of the run is a pure function of the recipe: the mixture names its source, the source's packing of that epoch
 holds the row. Rank r of D takes rows r, r + D, r + 2D … of each step: any number of ranks sees the same rows, in order.
 
-Which source gives row i is decided by counting, not by chance: the one that is furthest behind its share,
-weight · (i + 1) − rows taken, so that after any number of rows every source is near its share.
+The source of row i is the one that is furthest behind its share, weight · (i + 1) − rows taken, so that after any
+number of rows every source is near it.
 """
 
 from __future__ import annotations
@@ -66,13 +66,12 @@ class DataConfig:
             raise ConfigError("must be at least 2", where="data.seq_len", got=self.seq_len)
         if self.seed < 0:
             raise ConfigError("must be 0 or more", where="data.seed", got=self.seed)
-        given = [source.weight is not None for source in self.train.values()]
-        if any(given) and not all(given):
+        if len({source.weight is None for source in self.train.values()}) > 1:
             raise ConfigError("give every source a weight, or none", where="data.train")
 
 
 class Source:
-    """A source that starts again, in a new order, when it is used up."""
+    """A source that starts again in a new order when it is used up."""
 
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
         self.name, self.data = name, data
@@ -81,7 +80,7 @@ class Source:
         _tell_truncated(name, self.packing)
 
     def row(self, number: int) -> PackedRow:
-        """Return the row with this number of the run; numbers must not fall below an epoch."""
+        """Return a row by its number in the run, which must not fall below an epoch."""
         while number >= self.first_row + self.packing.num_rows:
             self.first_row += self.packing.num_rows
             self._pack(self.epoch + 1)
@@ -95,8 +94,8 @@ class Source:
     def _pack(self, epoch: int) -> None:
         """Pack the documents of an epoch, in its order, and draw the order of its rows.
 
-        Without, neighbouring rows of a long document would make a step's gradient that of a single text (the
-        quickstart's loss after 180 steps was 6.5, with it 4.7).
+        Without, a step's gradient might be that of one long document (the quickstart's loss after 180 steps was 6.5,
+        with it 4.7).
         """
         self.epoch = epoch
         documents = shuffled(self.shards.num_documents, self.data.seed, self.name, epoch)
@@ -108,13 +107,13 @@ class Mixture:
     """Draws source after source."""
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """Start before the first row; weights are relative."""
+        """Start before the first row."""
         total = sum(weights)
         self.shares = [weight / total for weight in weights]
         self.taken = [0] * len(weights)
 
     def draw(self) -> tuple[int, int]:
-        """Return (source, how many rows it has given before) of the next row."""
+        """Return (source, its rows so far) for the next row."""
         rows = sum(self.taken) + 1
         behind = [share * rows - taken for share, taken in zip(self.shares, self.taken, strict=True)]
         source = behind.index(max(behind))
@@ -126,7 +125,7 @@ class Loader:
     """Draws the rows of a run for one rank."""
 
     def __init__(self, config: DataConfig, rank: int = 0, world_size: int = 1) -> None:
-        """Open every source; raise DataError where they do not belong to one tokenizer."""
+        """Open every source; raise DataError where they are not of one tokenizer."""
         self.config, self.rank, self.world_size = config, rank, world_size
         self._sources = [Source(name, source, config) for name, source in config.train.items()]
         self.sources = tuple(config.train)
@@ -150,7 +149,7 @@ class Loader:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """What the ids mean. It is read once: the folder may be gone, or another, when a checkpoint is written."""
+        """What the ids mean. Read once: the folder may be gone, or another, when a checkpoint is written."""
         path = self._sources[0].shards.tokenizer_path
         found = Tokenizer.load(path)
         if found.fingerprint != self.fingerprint:
@@ -162,7 +161,7 @@ class Loader:
         return found
 
     def next_batch(self, rows: int) -> Batch:
-        """Return this rank's part of the next step, which has `rows` over all ranks: a multiple of `world_size`."""
+        """Return this rank's part of the next step, which has `rows`, a multiple of `world_size`, over all ranks."""
         assert rows % self.world_size == 0, "the trainer checks that rows divide over ranks"
         drawn = [self._mixture.draw() for _ in range(rows)]
         mine = drawn[self.rank :: self.world_size]
@@ -177,8 +176,8 @@ class Loader:
             name: of the source.
             rows: per batch.
             limit_rows: so many rows, spread over the source; None: all.
-            share: (rank, ranks): all ranks get equally many batches of equally many rows, of which those that are too
-                many have nothing to score. None: everything, and the last batch may have fewer rows.
+            share: (rank, ranks): all ranks get equally many batches of `rows` rows, of which those that are too many
+                have nothing to score. None: everything; the last batch may have fewer rows.
         """
         rank, ranks = share or (0, 1)
         shards = self._validation[name]
@@ -194,7 +193,7 @@ class Loader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the data is, as plain values that fit any number of ranks."""
+        """Return the position, as plain values that fit any number of ranks."""
         return {
             "taken": dict(zip(self.sources, self._mixture.taken, strict=True)),
             # With other shares the mixture would first make up for all rows drawn before: many of one source alone.
@@ -208,7 +207,7 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go where a state says; raise DataError where it is of other data, with what differs."""
+        """Go where a state says; raise DataError with what differs where it is of other data."""
         own = self.state_dict()
         before = {"shards_sha256": own["shards_sha256"]} | state  # older ones do not say
         differing = [found for key in own if key != "taken" for found in _differences(before.get(key), own[key], key)]
@@ -229,7 +228,7 @@ class Loader:
 
 
 def _differences(before: Any, now: Any, place: str) -> list[str]:
-    """Return what differs between two values, in words; of mappings by key."""
+    """Return what differs between two values, in words, by key."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = {**before, **now}
         return [found for key in keys for found in _differences(before.get(key), now.get(key), f"{place}.{key}")]
@@ -251,5 +250,5 @@ def _tell_truncated(name: str, packing: Packing) -> None:
 
 
 def label_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """Return the UTF-8 bytes that each token stands for, int64 [V]; special tokens have none."""
+    """Return how many UTF-8 bytes each token stands for, int64 [V]; special tokens have none."""
     return np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)], dtype=np.int64)

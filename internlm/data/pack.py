@@ -2,11 +2,10 @@
 
 `split`, for pre-training: the documents, in a new order every epoch, are laid end to end and cut every T tokens. The
 label of a row's last token is the token after the cut, if the document goes on: every token but the first of each
-document is a label exactly once per epoch. What follows a cut starts again at position 0 and does not see what stood
-before it.
+document is a label once per epoch. What follows a cut starts again at position 0 and does not see what stood before.
 
-`whole`, for tuning: documents stay whole; each goes into the fullest row that has room (best fit). A document of n
-tokens needs n − 1 places, its last token being only a label. Longer ones are cut to T + 1 tokens, and counted.
+`whole`, for tuning: each document goes into the fullest row that has room for all of it (best fit). One of n tokens
+needs n − 1 places, its last token being only a label. Longer ones are cut to T + 1 tokens, and counted.
 """
 
 from __future__ import annotations
@@ -87,13 +86,13 @@ class Packing:
 
 
 def shuffled(count: int, seed: int, source: str, epoch: int) -> np.ndarray:
-    """Return a permutation of `count` things that depends on (seed, source, epoch) alone."""
+    """Return a permutation of `count` things, of (seed, source, epoch) alone."""
     key = np.random.SeedSequence([seed, zlib.crc32(source.encode()), epoch])
     return np.random.Generator(np.random.Philox(key)).permutation(count)
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> list[list[int]]:
-    """Return rows of indices whose sizes add up to at most `capacity`, each item put where least room is left over.
+    """Return rows of indices whose sizes add up to at most `capacity`, each put where least room is left over.
 
     Every size lies between 1 and `capacity`. O(N · capacity / 64): a bit set says which amounts of room are open.
     """

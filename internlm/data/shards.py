@@ -6,8 +6,8 @@
         tokenizer/        the vocabulary the ids belong to
         manifest.json     meta: format, vocabulary, and per shard tokens, documents, bytes of text
 
-Readers count documents through all shard files. A folder that takes the name of the one that was opened is not read:
-a run would go on with other data, and its checkpoints would say that it was the old.
+Documents are counted through all shards. A folder that takes the name of the one that was opened is not read: a run
+would go on with other data, and its checkpoints would say that it was the old.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ShardFacts:
     """UTF-8 bytes of the text."""
     trained_tokens: int
     sha256: dict[str, str] = field(default_factory=dict)
-    """Of its files by name; not part of the facts, as the manifest has them itself."""
+    """Of its files by name; the manifest has them itself."""
 
     def files(self, dtype: np.dtype[Any]) -> dict[str, int]:
         """Return the names of the shard's files and their sizes in bytes."""
@@ -62,7 +62,7 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
 
 
 class ShardWriter:
-    """Writes one shard's files, over those of a writer that did not finish."""
+    """Writes one shard's files, over those of one that did not finish."""
 
     def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype_for(vocab_size)
@@ -85,22 +85,17 @@ class ShardWriter:
         self._bytes += text_bytes
 
     def close(self) -> ShardFacts:
-        """Finish the files, see them onto the disk, and say what went in."""
+        """See the files onto the disk, and say what went in."""
         offsets = _File(self.folder / f"{self.name}.offsets")
         offsets.write(np.asarray(self._offsets, dtype="<i8").tobytes())
         files = [file for file in (self._tokens, offsets, self._mask) if file is not None]
-        return ShardFacts(
-            self.name,
-            self._offsets[-1],
-            len(self._offsets) - 1,
-            self._bytes,
-            trained_tokens=self._trained_tokens,
-            sha256={file.path.name: file.close() for file in files},
-        )
+        hashes = {file.path.name: file.close() for file in files}
+        tokens, documents = self._offsets[-1], len(self._offsets) - 1
+        return ShardFacts(self.name, tokens, documents, self._bytes, self._trained_tokens, hashes)
 
 
 class _File:
-    """A file that is hashed while it is written: a corpus need not be read once more for its manifest."""
+    """A file that is hashed while it is written, as `HashedFile` is, without threads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -157,7 +152,7 @@ class Shards:
         # A map keeps its file open, and a process may open 1,024: a corpus of more shards is opened as it is needed.
         self._files = lru_cache(_MAX_OPEN_SHARDS)(self._open_files)
         self.digest = self._read_digest()
-        """16 hexadecimal digits that are others where tokens, masks, documents or the sizes of shards are."""
+        """16 hexadecimal digits that stand for all files of the shards."""
 
     @classmethod
     def open(cls, path: str | Path) -> Shards:
@@ -212,7 +207,7 @@ class Shards:
 
     @contextmanager
     def _same(self) -> Iterator[None]:
-        """Check, when the block has opened files, that they are of the folder that was opened once."""
+        """Check that the files that the block opens are of the folder that was opened once."""
         try:
             yield
             stamp = storage.stamp(self.path)  # afterwards: a folder that is the old one now was so before

@@ -5,7 +5,7 @@ The input is cut into units of about `unit_bytes`, each tokenized by one worker 
     OUT.unfinished/00003.tokens .offsets .mask, then 00003.json, which makes the unit complete
 
 When all are there they are moved into OUT in one commit. A unit's card holds a hash of its input and of every option: a
-second run with the same makes the rest. The result does not depend on the number of workers.
+second run with the same makes the rest. The number of workers changes nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _BATCH = 256  # documents per call of the tokenizer: enough to spread its overhe
 
 @dataclass(frozen=True)
 class Options:
-    """Everything besides the input that decides the tokens."""
+    """All besides the input that decides the tokens."""
 
     tokenizer: str
     """Its path."""
@@ -134,19 +134,19 @@ class _Work:
     template: Template | None
 
     def card(self, unit: list[Piece]) -> str:
-        """Return a hash of a unit's input and of everything that decides its tokens."""
+        """Return a hash of all that decides a unit's tokens."""
         inputs = [(asdict(piece), os.stat(piece.path).st_size, os.stat(piece.path).st_mtime_ns) for piece in unit]
         options = {**asdict(self.options), "tokenizer": self.tokenizer.fingerprint, "template": repr(self.template)}
         ends = [self.tokenizer.bos_id, self.tokenizer.eos_id]  # not in the vocabulary file, so not in its fingerprint
         return hashlib.sha256(json.dumps([inputs, options, ends, shards.FORMAT]).encode()).hexdigest()
 
 
-_Job = tuple[int, list[Piece], str]  # number of the unit, its input, its name card
+_Job = tuple[int, list[Piece], str]  # number of the unit, its input, its card
 _Made = tuple[ShardFacts, int]  # its shard, and how many documents without text were left out
 
 
 def _run(units: list[list[Piece]], work: _Work, workers: int) -> list[ShardFacts]:
-    """Return the facts of all units, in order, after tokenizing what is not complete yet."""
+    """Tokenize the units that are not complete yet; return the facts of all, in order."""
     made: dict[int, _Made] = {}
     todo: list[_Job] = []
     for index, unit in enumerate(units):
@@ -203,7 +203,7 @@ def _work_on(job: _Job) -> tuple[int, _Made]:
 
 
 def _tokenize_unit(work: _Work, index: int, pieces: list[Piece], card: str) -> tuple[int, _Made]:
-    """Write one unit's shard, then its card. Runs in a worker."""
+    """Write one unit's shard, then its card."""
     name, options, empty = f"{index:05d}", work.options, 0
     with disk.explained(f"writing {work.folder / name}"):
         writer = ShardWriter(work.folder, name, work.tokenizer.vocab_size)
@@ -248,7 +248,7 @@ def _encode(batch: list[Sample], work: _Work, writer: ShardWriter, bad: BadRecor
 
 
 def _without_context(mask: list[bool], sample: Conversation) -> list[bool]:
-    """Return the mask without the answers that are not learned; each stretch of it is one answer."""
+    """Return the mask, each stretch of which is one answer, without those that are not learned."""
     if not sample.context:
         return mask
     begins = [trained and not before for before, trained in pairwise([False, *mask])]
@@ -262,7 +262,7 @@ def _without_context(mask: list[bool], sample: Conversation) -> list[bool]:
 
 
 def _without_output(files: list[Path], out: Path) -> list[Path]:
-    """Leave out what belongs to the output, which may lie inside an input folder."""
+    """Leave out the output's files, which may lie inside an input folder."""
     out = out.resolve()
     own = re.compile(re.escape(str(out)) + r"(\.unfinished|\.(partial|replaced)-\d+)?/")
     return [file for file in files if not own.match(str(file.resolve()))]
@@ -285,7 +285,7 @@ def _cut(files: list[Path], format: str | None, unit_bytes: int | None) -> list[
 
 
 def _complete(work: _Work, index: int, card: str) -> _Made | None:
-    """Return what a unit gave that an earlier run completed with the same card."""
+    """Return what a unit gave if an earlier run completed it with the same card."""
     try:
         found = json.loads((work.folder / f"{index:05d}.json").read_text(encoding="utf-8"))
         facts, empty, is_same = ShardFacts(**found["facts"]), int(found["empty"]), found["card"] == card

@@ -68,12 +68,9 @@ class Blocks:
         return found
 
     def take(self, wanted: int, after: int | None = None, hint: int = 0) -> list[int] | None:
-        """Return so many blocks for use, or None where there are not so many.
+        """Return `wanted` blocks for use, or None where there are not so many.
 
-        Args:
-            wanted: how many.
-            after: the text's last block, which they should follow.
-            hint: blocks that the text may need in all.
+        They should follow `after`, the text's last block, and leave it room for `hint` in all.
         """
         if wanted > self.free:
             return None

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internlm.compat import attention_kernels
+from internlm.compat import kernels
 from internlm.errors import EngineError, first_line
 from internlm.infer import paged
 from internlm.infer.blocks import Blocks
@@ -99,15 +99,14 @@ class Held:
 
     def of(self, layer: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """Return a layer's keys and values, run by run."""
-        keys, values = ([x[2 * layer + i] for x in self.stretches] for i in (0, 1))
+        return self._runs(2 * layer, dtype), self._runs(2 * layer + 1, dtype)
+
+    def _runs(self, index: int, dtype: torch.dtype) -> list[Tensor]:
+        runs = [stretch[index] for stretch in self.stretches]
         if not self.scales:
-            return keys, values
-        theirs = ([x[2 * layer + i] for x in self.scales] for i in (0, 1))
-        exact = [
-            [(x * scale[..., None]).to(dtype) for x, scale in zip(runs, scales, strict=True)]
-            for runs, scales in zip((keys, values), theirs, strict=True)
-        ]
-        return exact[0], exact[1]
+            return runs
+        scales = [stretch[index] for stretch in self.scales]
+        return [_exact(codes, scale, dtype) for codes, scale in zip(runs, scales, strict=True)]
 
 
 @dataclass
@@ -182,15 +181,9 @@ class Cache:
     def bytes_per_token(model: Transformer, *, rounded: bool = False) -> int:
         """Return the memory that a token takes."""
         config = model.config
-        bytes_per_head = config.head_dim * model.embedding.weight.element_size()
-        if rounded:
-            bytes_per_head = config.head_dim + _SCALE_BYTES
+        width = config.head_dim
+        bytes_per_head = width + _SCALE_BYTES if rounded else width * model.embedding.weight.element_size()
         return 2 * config.num_layers * config.num_kv_heads * bytes_per_head
-
-    @property
-    def spare_block(self) -> int:
-        """The block that belongs to no text."""
-        return self.blocks.count
 
     def turns(self, length: int) -> Tensor:
         """Return the turns [E/2] of a text of at most so many tokens: the same tensor for all that turn alike."""
@@ -283,7 +276,7 @@ class Cache:
         if self._scales is None:
             return x
         codes, scales = paged.round_rows(x)
-        return (codes * scales[..., None]).to(x.dtype)
+        return _exact(codes, scales, x.dtype)
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """Return the attention output [1, N, H, E] of a step."""
@@ -323,12 +316,17 @@ def _over_runs(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     attention over both: copying them together in every step takes ten times as long (512 + 128 tokens: 1.5 ms a layer).
     """
     if 1 < len(keys) <= _MOST_MERGED:
-        parts = [attention_kernels.attention_and_mass(q, *run) for run in zip(keys, values, strict=True)]
+        parts = [kernels.attention_and_mass(q, *run) for run in zip(keys, values, strict=True)]
         told = [part for part in parts if part is not None]
         if len(told) == len(keys):
             shares = torch.stack([mass for _, mass in told]).softmax(0)[..., None]  # [runs, 1, K, G, 1]
             return (torch.stack([out for out, _ in told]) * shares.to(q.dtype)).sum(0)
     return F.scaled_dot_product_attention(q, _joined(keys), _joined(values))
+
+
+def _exact(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what `round_rows` rounded."""
+    return (codes * scales[..., None]).to(dtype)
 
 
 def _joined(runs: list[Tensor]) -> Tensor:

@@ -6,12 +6,8 @@ r"""Structured output: answers that are JSON, follow a schema, match a regular e
 A token may come next when its bytes can go on with the answer; a stop id, when the answer may end. Where nothing more
 can follow (after the last brace) the answer ends by itself.
 
-The work behind `Grammar` is llguidance's (https://github.com/guidance-ai/llguidance, 1.9.1), not xgrammar's (0.2.9):
-  - it refuses a schema that it cannot follow in full (`not`, `uniqueItems`, `oneOf` that overlaps, unknown formats),
-    where xgrammar lets answers through that break it;
-  - it makes states when they are reached, so that compiling a schema of four properties takes 1 ms (xgrammar: 75 ms),
-    and bounds the work of a step (for `(.|\n){20,4000}` xgrammar's masks took over 1 s each);
-  - it is one wheel of 3 MB without dependencies; xgrammar's brings Triton (286 MB) and Transformers.
+The work behind `Grammar` is llguidance's (https://github.com/guidance-ai/llguidance, 1.9.1); docs/serving.md says why.
+It refuses a schema that it cannot follow in full: `not`, `uniqueItems`, `oneOf` that overlaps, unknown formats.
 
 For V = 103,168 on one core of an x86 server a mask takes 0.2 ms, and the first grammar for a tokenizer 0.6 s, to read
 its vocabulary. Texts made to hurt got single masks of up to 70 ms, for which the whole batch waits.
@@ -73,7 +69,6 @@ def compile(kind: str, text: str, tokenizer: Tokenizer, vocab_size: int, stop_id
     Args:
         kind: what `text` is: nothing ("json_object"), a JSON Schema, a JSON object of texts that answers begin with,
             each with the schema of what follows it, a regular expression, a JSON list of texts, a Lark or GBNF grammar.
-        text: as said.
         tokenizer: gives the bytes of each token; special tokens have none, and are never a part of an answer.
         vocab_size: of the model; ids beyond the tokenizer's are never allowed.
         stop_ids: of the request: allowed where the answer may end, and never as a part of it.

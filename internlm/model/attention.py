@@ -13,6 +13,7 @@ A row of a batch holds one or more documents; a token sees the earlier tokens of
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internlm.compat import attention_kernels, graphs
+from internlm import compat
+from internlm.compat import kernels
 from internlm.runtime import AttentionPath
 
 
 @dataclass
 class Documents:
-    """Where the documents of a batch lie, in the form that the chosen path needs."""
+    """Where the documents of a batch lie."""
 
     ids: Tensor | None
     """[B, T], equal inside a document; they never return after another document began."""
@@ -53,8 +55,7 @@ def arrange(ids: Tensor | None, device: torch.device, dtype: torch.dtype, path: 
     if path == "auto":
         path = "blocks" if device.type == "cpu" else "masked"
         if device.type == "cuda":
-            narrow = dtype in (torch.bfloat16, torch.float16)
-            path = "varlen" if narrow and attention_kernels.has_varlen_attention() else "flex"
+            path = "varlen" if dtype in (torch.bfloat16, torch.float16) else "flex"
     if path == "blocks":
         spans = _spans(ids)
         if all(start == 0 and stop == ids.shape[1] for _, _, start, stop in spans):
@@ -63,7 +64,7 @@ def arrange(ids: Tensor | None, device: torch.device, dtype: torch.dtype, path: 
     if path == "varlen":
         return Documents(ids, path, starts=_starts(ids))
     if path == "flex":
-        return Documents(ids, path, mask=attention_kernels.document_block_mask(ids))
+        return Documents(ids, path, mask=kernels.document_block_mask(ids))
     same = ids[:, None, :, None] == ids[:, None, None, :]
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
     return Documents(ids, "masked", mask=same & causal)
@@ -82,18 +83,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         assert documents.starts is not None, "arrange sets the offsets that varlen reads"
         batch, length = q.shape[:2]
         q, k, v = (x.reshape(batch * length, *x.shape[2:]) for x in (q, k, v))
-        return attention_kernels.varlen_attention(q, k, v, documents.starts, length).unflatten(0, (batch, length))
+        return kernels.varlen_attention(q, k, v, documents.starts, length).unflatten(0, (batch, length))
     if documents.path == "flex":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return attention_kernels.flex_attention(q, k, v, documents.mask).transpose(1, 2)
+        return kernels.flex_attention(q, k, v, documents.mask).transpose(1, 2)
     return sdpa(q, k, v, documents.mask)
 
 
 def attend_from(q: Tensor, k: Tensor, v: Tensor, documents: Documents, first: int) -> Tensor:
-    """Return the attention output of queries [B, Q, H, E], the tokens first … first + Q − 1, over all T keys.
-
-    `documents`: of all T tokens. Otherwise as `attend`.
-    """
+    """Return the attention output of queries [B, Q, H, E], the tokens from `first` on; all else is of all T tokens."""
     place = torch.arange(k.shape[1], device=q.device)
     queries = slice(first, first + q.shape[1])
     mask = place[queries, None] >= place  # [Q, T]
@@ -118,19 +116,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     return out.transpose(1, 2)
 
 
-@graphs.outside_graphs
+@compat.outside_graphs
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """One causal call per span. Outside of compiled graphs: the spans change with every batch."""
-    rows: list[list[Tensor]] = []
-    row_first = -1
+    """Outside of compiled graphs: the spans change with every batch."""
+    rows: dict[int, list[Tensor]] = {}
     for first, last, start, stop in documents.spans:
         out = sdpa(q[first:last, start:stop], k[first:last, start:stop], v[first:last, start:stop])
-        if first == row_first:
-            rows[-1].append(out)
-        else:
-            rows.append([out])
-            row_first = first
-    return torch.cat([parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in rows])
+        rows.setdefault(first, []).append(out)
+    return torch.cat([parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in rows.values()])
 
 
 def _spans(ids: Tensor) -> tuple[tuple[int, int, int, int], ...]:
@@ -138,12 +131,12 @@ def _spans(ids: Tensor) -> tuple[tuple[int, int, int, int], ...]:
     length = ids.shape[1]
     changes = ids[:, 1:] != ids[:, :-1]
     cuts_of = [(0, *(row.nonzero().flatten() + 1).tolist(), length) for row in changes.cpu()]
-    spans = []
+    spans: list[tuple[int, int, int, int]] = []
     first = 0
-    for row in range(1, len(cuts_of) + 1):
-        if row == len(cuts_of) or cuts_of[row] != cuts_of[first]:
-            spans += [(first, row, a, b) for a, b in zip(cuts_of[first], cuts_of[first][1:], strict=False)]
-            first = row
+    for cuts, alike in itertools.groupby(cuts_of):
+        last = first + len(list(alike))
+        spans += [(first, last, start, stop) for start, stop in itertools.pairwise(cuts)]
+        first = last
     return tuple(spans)
 
 

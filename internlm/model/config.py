@@ -88,8 +88,7 @@ class Llama3Scaling:
     """Wavelengths under original_length / this stay."""
 
     def __post_init__(self) -> None:
-        names = ("factor", "low_frequency_factor", "high_frequency_factor")
-        _require_over(self, "model.rope.scaling", 0, *names)
+        _require_over(self, "model.rope.scaling", 0, "factor", "low_frequency_factor", "high_frequency_factor")
         require_positive(self, "model.rope.scaling", "original_length")
         low = self.low_frequency_factor
         what = f"must be over low_frequency_factor {low}"
@@ -203,9 +202,8 @@ class ModelConfig:
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}", where="model"
-            )
+            what = f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}"
+            raise ConfigError(what, where="model")
         require(self, "model", ["head_dim"], lambda dim: dim % 2 == 0, "must be even: rotary positions turn pairs")
         if isinstance(self.rope.scaling, DynamicScaling):
             require(self, "model", ["head_dim"], lambda dim: dim > 2, "must be over 2 for dynamic scaling")

@@ -1,7 +1,7 @@
 """The language head: what the model thinks of each label, without ever holding [B, T, V].
 
-With a vocabulary of 103,168 the logits of 16k tokens are 6.8 GB in fp32 and their gradient as much again. The head
-walks over the tokens in chunks of a fixed number of logits instead. Two ways back, both exact:
+With a vocabulary of 103,168 the logits of 16k tokens are 6.8 GB in fp32 and their gradient as much again: the head
+walks over the tokens in chunks of a fixed number of logits. Two ways back, both exact:
 
 - The caller says beforehand what each token's log-probability will be multiplied by (`coefficients`, known for every
   loss that is linear in log-probabilities: −weight / count for language modelling). Then the gradients are made while a
@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internlm.compat import graphs, products
+from internlm import compat
+from internlm.compat import kernels
 
 CHUNK_LOGITS = 1 << 22
-"""Logits per chunk (16 MiB in fp32). On the CPU a chunk then stays in cache between product, softmax and gradient."""
+"""Logits per chunk (16 MiB in fp32): on the CPU it stays in cache between product, softmax and gradient."""
 
 
 class TokenOutputs(NamedTuple):
@@ -78,8 +79,8 @@ class LanguageHead(nn.Module):
         """
         assert self.packed is None, "a packed head gives logits only"
         # Autocast reaches some of the products in the functions below and not others: cast here, once.
-        hidden = graphs.as_products(hidden)
-        with graphs.without_autocast(hidden):
+        hidden = compat.as_products(hidden)
+        with compat.without_autocast(hidden):
             return self._score(hidden, labels, coefficients)
 
     def _score(self, hidden: Tensor, labels: Tensor, coefficients: Tensor | None) -> TokenOutputs:
@@ -108,9 +109,9 @@ class LanguageHead(nn.Module):
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the fastest function (x [C, K], w [N, K]) → x · w transposed for this device and dtype."""
-    if hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.float32 and products.has_onednn_linear():
-        return products.onednn_linear
+    """Return the fastest function (x [C, K], w [N, K]) → x · w transposed."""
+    if hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.float32 and kernels.has_onednn_linear():
+        return kernels.onednn_linear
     return F.linear
 
 
@@ -120,7 +121,7 @@ def _chunks(tokens: int, vocab: int) -> list[slice]:
 
 
 def _score(logits: Tensor, labels: Tensor, held: Slice | None, out: tuple[Tensor, Tensor, Tensor], rows: slice) -> None:
-    """Write logp, logz and correct of one chunk [C, V] into `out`, and turn the logits into probabilities in place."""
+    """Write logp, logz and correct of one chunk [C, V] into `out`; the logits become probabilities."""
     logp, logz, correct = out
     at, inside = _locate(labels, logits.shape[1], held)
     label_logit = logits.gather(1, at[:, None]).squeeze(1)
@@ -181,16 +182,16 @@ class _Foreseen(torch.autograd.Function):
                 grad_weight.addmm_(grad.t(), h)
             else:
                 grad_weight.add_(torch.mm(grad.t(), h))
-        # Not among the saved tensors: they are scaled in place, by each of two backwards where a pipeline parts the
-        # gradient of its weights from that of its input.
+        # No saved tensors: each of two backwards scales them in place, where a pipeline parts the gradients of weights
+        # and input.
         ctx.grads, ctx.scaled_by = (grad_hidden, grad_weight), None
         ctx.mark_non_differentiable(logp, logz, correct)
         return (coefficients * logp).sum(), logp, logz, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (scale, *_) = grads
         grad_hidden, grad_weight = ctx.grads
+        scale = grads[0]
         factor = scale if ctx.scaled_by is None else scale / ctx.scaled_by
         ctx.scaled_by = scale
         return grad_hidden.mul_(factor), grad_weight.mul_(factor).to(ctx.weight_dtype), None, None, None

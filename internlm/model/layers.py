@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internlm.compat import products
+from internlm.compat import kernels
 from internlm.model import attention
 from internlm.model.attention import Documents
 from internlm.model.config import ModelConfig
@@ -45,7 +45,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(in_features, out_features, bias=bias)
-        self.onednn = products.has_onednn_linear()  # asked once, outside of compiled graphs
+        self.onednn = kernels.has_onednn_linear()  # asked once, outside of compiled graphs
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in]."""
@@ -59,20 +59,20 @@ class Linear(nn.Linear):
 
 
 class _CpuLinear(torch.autograd.Function):
-    """Forward and the gradient of x through oneDNN; the gradient of the weight through MKL, which is faster there."""
+    """All through oneDNN but the gradient of the weight, for which MKL is faster."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return products.onednn_linear(x, weight, bias)
+        return kernels.onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_x = products.onednn_linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        grad_x = kernels.onednn_linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
         grad_weight = torch.mm(flat.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
 
@@ -80,8 +80,8 @@ class _CpuLinear(torch.autograd.Function):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions.
 
-    `attend` is a seam: a plain function here, replaced from outside by what spreads a sequence over devices or keeps
-    the keys and values of earlier tokens. `wqkv` is another: where it is set, it stands for wq, wk and wv.
+    `attend` is a seam, replaced by what spreads a sequence over devices or keeps the keys and values of earlier tokens.
+    `wqkv` is another: where it is set, it stands for wq, wk and wv.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -138,7 +138,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each on the normalised stream and added to it."""
+    """One layer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

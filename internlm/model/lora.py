@@ -10,8 +10,8 @@
     …                                             # train lora_parameters(model)
     merge_lora(model)                             # a plain model again
 
-A layer keeps its names: `blocks.0.attention.wq.weight` stays, and `lora_a`, `lora_b`, `lora_magnitude` stand beside it,
-so weights and plans for the plain model fit. Where a layer is cut over ranks its adapter is cut with it:
+A layer keeps its names, `lora_a`, `lora_b` and `lora_magnitude` stand beside `weight`: what fits the plain model fits.
+Where a layer is cut over ranks its adapter is cut with it:
 
                 weight    lora_a           lora_b           lora_magnitude    the output is
     columns     dim 0     whole            dim 0            dim 0             a part of the channels
@@ -19,13 +19,12 @@ so weights and plans for the plain model fit. Where a layer is cut over ranks it
 
 A whole factor gets a part of its gradient on each rank, to be summed.
 
-Limits: only `Linear` layers of blocks. An adapter on the head or the embedding would need a merged copy of the
-vocabulary's table in every step, and one on experts a grouped product for each factor.
+Limits: only `Linear` layers of blocks. One on the head or the embedding would need a merged copy of the table in every
+step, one on experts a grouped product for each factor.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -34,14 +33,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internlm.compat import graphs
+from internlm import compat
 from internlm.config import require_positive, section
 from internlm.errors import ConfigError, did_you_mean
 from internlm.model.config import ModelConfig
 from internlm.model.heads import LanguageHead
 from internlm.model.layers import Linear
 from internlm.model.moe import Router, StackedLinear
-from internlm.model.transformer import Transformer, empty
+from internlm.model.transformer import Transformer, empty, generator_of
 
 ALL_LINEAR = "all-linear"
 """The target that is every linear layer of every block."""
@@ -102,10 +101,7 @@ class Update:
 
 
 class LoraLinear(Linear):
-    """A linear layer with a frozen weight [out, in] and maybe bias, taken over from `base`, and an adapter.
-
-    Products are made in the dtype of x, whatever that of the adapter, `dtype`.
-    """
+    """The frozen layer `base` and an adapter of `dtype`; products are made in the dtype of x."""
 
     lora_magnitude: nn.Parameter | None
 
@@ -125,7 +121,7 @@ class LoraLinear(Linear):
         self.lora_b = new(self.out_features, update.rank)
         self.register_parameter("lora_magnitude", new(self.out_features) if dora else None)
         self.total: Callable[[Tensor], Tensor] = lambda squares: squares
-        """A seam: the sum of squares over all that hold a part of each row, where it is cut by `rows`."""
+        """A seam: the sum over all that hold a part of each row."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in].
@@ -146,8 +142,8 @@ class LoraLinear(Linear):
 
     @torch.no_grad()
     def row_norms(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return ‖W + s·B·A‖ of each row [out], in fp32 at least; a few rows of the sum are held at a time."""
-        with graphs.without_autocast(weight):
+        """Return ‖W + s·B·A‖ of each row [out], in fp32 at least."""
+        with compat.without_autocast(weight):
             parts = [_sum(weight[rows], a, b[rows], self.scale).square().sum(1) for rows in _chunks(weight)]
             return _root(self.total(torch.cat(parts)))
 
@@ -163,7 +159,7 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor
     W [out, in] stays as it is, and the result has its dtype. A [r, in], B [out, r], m [out].
     """
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    with graphs.without_autocast(weight):
+    with compat.without_autocast(weight):
         for rows in _chunks(weight):
             changed = _sum(weight[rows], a, b[rows], scale)
             if magnitude is not None:
@@ -195,8 +191,7 @@ def fits(layer: str, pattern: str) -> bool:
 
 def linear_layers(model: ModelConfig) -> dict[str, torch.Size]:
     """Return the layers that can have an adapter by name, in the model's order, and the shapes of their weights."""
-    layers = {name: module for name, module in _modules(model).items() if isinstance(module, Linear)}
-    return {name: layer.weight.shape for name, layer in layers.items()}
+    return {name: module.weight.shape for name, module in _modules(model).items() if isinstance(module, Linear)}
 
 
 def updates(config: LoraConfig, model: ModelConfig) -> dict[str, Update]:
@@ -208,9 +203,10 @@ def updates(config: LoraConfig, model: ModelConfig) -> dict[str, Update]:
         ConfigError: a pattern fits no layer, or one that can have no adapter: the embedding, the head, experts.
     """
     modules = _modules(model)
-    linear = [name for name, module in modules.items() if isinstance(module, Linear)]
-    tables = [name for name, module in modules.items() if isinstance(module, nn.Embedding | LanguageHead)]
-    experts = [name for name, module in modules.items() if isinstance(module, Router | StackedLinear)]
+    linear, tables, experts = (
+        [name for name, module in modules.items() if isinstance(module, kinds)]
+        for kinds in (Linear, nn.Embedding | LanguageHead, Router | StackedLinear)
+    )
     chosen = set()
     for pattern in config.targets:
         # Somebody who asks for every linear layer means those of experts, and not the tables.
@@ -234,7 +230,6 @@ def updates(config: LoraConfig, model: ModelConfig) -> dict[str, Update]:
 
 
 def _unknown(pattern: str, where: str, what: str, names: list[str]) -> ConfigError:
-    """Return the error for a pattern that fits nothing."""
     ends = list(dict.fromkeys(name.split(".", 2)[2] for name in names))
     close = did_you_mean(pattern.rpartition(".")[2], [end.rpartition(".")[2] for end in ends])
     return ConfigError(f"fits {what}", where=where, got=pattern, allowed=[f"blocks.*.{e}" for e in ends], do=close)
@@ -245,9 +240,7 @@ def _modules(model: ModelConfig) -> dict[str, nn.Module]:
 
 
 def apply_lora(model: Transformer, config: LoraConfig, dtype: torch.dtype = torch.float32) -> None:
-    """Give the targets of a model, or of a part of it, adapters, and freeze everything else, in place.
-
-    Adapters are uninitialised until `initialize_lora` or a loader fills them.
+    """Give the targets of a model, or of a part of it, adapters without values, and freeze everything else, in place.
 
     Args:
         model: not cut over ranks yet; it may be on the meta device.
@@ -275,16 +268,13 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of all adapters by name: what is trained, and what a checkpoint needs beside the base."""
+    """Return the parameters of all adapters by name."""
     return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2].startswith("lora_")}
 
 
 @torch.no_grad()
 def initialize_lora(model: nn.Module, seed: int) -> None:
-    """Fill every adapter, in place, so that it changes nothing yet; the layers' weights must be there.
-
-    A from its name and the seed alone: the same start in any order and layout.
-    """
+    """Fill every adapter, in place, so that it changes nothing yet; the layers' weights must be there."""
     for name, layer in lora_layers(model).items():
         layer.lora_a.copy_(initial(f"{name}.lora_a", layer.lora_a.shape, seed))
         layer.lora_b.zero_()
@@ -296,19 +286,17 @@ def initial(name: str, shape: torch.Size, seed: int) -> Tensor:
     """Return the start of an A [r, in] or a B [out, r], on the CPU in float32, from its name and the seed alone.
 
     A is uniform between ±1/√in, which is Kaiming's rule with a slope of √5, as PEFT and the first LoRA have it; B is 0.
-    Magnitudes begin as norms of the layer's rows: `initialize_lora` computes them.
     """
     if name.endswith("lora_b"):
         return torch.zeros(shape)
     assert name.endswith("lora_a"), "a magnitude follows from the weight"
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     bound = shape[1] ** -0.5
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator_of(name, seed))
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Make a model with adapters a plain one that says the same, in place, layer by layer; all of it can be trained."""
+    """Make a model with adapters a plain one that says the same, in place; all of it can be trained."""
     for layer in lora_layers(model).values():
         layer.weight = nn.Parameter(layer.merged())
         for name in ("lora_a", "lora_b", "lora_magnitude", "scale", "dropout", "total"):

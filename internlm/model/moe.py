@@ -1,10 +1,10 @@
-"""A mixture of experts: a router sends each token through a few of many feed-forwards, and adds what they say.
+"""A mixture of experts: each token goes through a few of many feed-forwards.
 
     p = softmax(router · x)          y = Σ over the k largest p:  p · w_down(silu(w_gate x) · w_up x)
 
-Dropless: every token reaches the experts it chose, however many chose the same (Gale et al. 2022). Tokens are sorted
-by expert, and each of the three products is one grouped product over all experts, whose shapes do not depend on who
-chose whom. The router works in fp32: a rounding there changes which expert is chosen.
+Dropless: every token reaches the experts it chose (Gale et al. 2022). Tokens are sorted by expert, and each of three
+products is one grouped product, whose shapes do not depend on who chose whom. The router works in fp32: a rounding
+there changes which expert is chosen.
 
 Two side losses keep the router healthy, both means over the tokens that are not padding:
 
@@ -12,8 +12,8 @@ Two side losses keep the router healthy, both means over the tokens that are not
                                                 in the row. 1 where all are chosen alike, E / k at worst
     z           logsumexp(router logits)²
 
-A balance per row, and not per micro-batch, does not depend on how a step is cut over micro-batches or ranks. They are
-tied to the layer's output, so that their gradient starts where its does.
+A balance per row does not depend on how a step is cut over micro-batches or ranks. Both are tied to the layer's output,
+so that their gradient starts where its does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internlm.compat import graphs, products
+from internlm import compat
+from internlm.compat import kernels
 from internlm.model.attention import Documents
 from internlm.model.config import ExpertsConfig, ModelConfig
 
@@ -79,7 +80,7 @@ class Experts(nn.Module):
 
 
 class Rows:
-    """The rows whose balance is looked at: all their tokens are here. Replaced from outside where they are not."""
+    """The rows whose balance is looked at: all their tokens are here. Replaced where they are not."""
 
     def own(self, ids: Tensor) -> Tensor:
         """Return the document ids of the tokens that are here, from those of all [B, T]."""
@@ -91,7 +92,7 @@ class Rows:
 
 
 class SideLosses:
-    """What a mixture adds to the loss, and what it counts, while a model is trained.
+    """What a mixture adds to the loss, and what it counts.
 
     Counts come as the gradient of a tensor: once in each backward, however often forward runs, compiled or not.
     """
@@ -128,7 +129,7 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         """Return [B, T, D] from the normalised stream x [B, T, D]; padding (document −1) is in no side loss."""
-        with graphs.without_autocast(x):
+        with compat.without_autocast(x):
             logits = self.router(x)
         p = logits.softmax(-1)  # [B, T, E]
         gates, chosen = p.topk(self.config.per_token)  # [B, T, k]
@@ -141,7 +142,7 @@ class Mixture(nn.Module):
         return _Tied.apply(out, side, self.sides.share, self.sides.counter, counts)
 
     def _mix(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
-        """Return [N, D] from tokens x [N, D], their gates [N, k] and their experts, N · k numbers."""
+        """Return [N, D] from tokens x [N, D], their gates [N, k] and experts [N · k]."""
         per_token = self.config.per_token
         experts, order = chosen.sort(stable=True)
         back = order.argsort()
@@ -152,7 +153,7 @@ class Mixture(nn.Module):
         return (rows.unflatten(0, (-1, per_token)) * gates[..., None].to(rows.dtype)).sum(1).to(x.dtype)
 
     def _side_losses(self, logits: Tensor, p: Tensor, chosen: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
-        """Return the sum over tokens of what the side losses add, a scalar with a gradient; and what is counted."""
+        """Return what the side losses add, a scalar with a gradient, and what is counted."""
         experts, per_token = self.config.count, self.config.per_token
         here = p.new_ones(p.shape[:2]) if documents.ids is None else (self.rows.own(documents.ids) >= 0).float()
         ones = here[..., None].expand_as(chosen).flatten(1)
@@ -167,8 +168,7 @@ class Mixture(nn.Module):
 
 def mixtures(model: nn.Module) -> dict[int, Mixture]:
     """Return the mixtures of a model, or of its part, by layer."""
-    modules = model.named_modules()
-    return {int(name.split(".")[1]): module for name, module in modules if isinstance(module, Mixture)}
+    return {int(name.split(".")[1]): part for name, part in model.named_modules() if isinstance(part, Mixture)}
 
 
 def rearrange(x: Tensor, order: Tensor, back: Tensor, repeats: int = 1) -> Tensor:
@@ -211,7 +211,7 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
     Rows are sorted by group; `ends` [E] int32: where each group's end. Autocast casts x, and the weight follows x.
     """
-    x = graphs.as_products(x)
+    x = compat.as_products(x)
     return _Grouped.apply(x, weight.to(x.dtype), ends)
 
 
@@ -236,13 +236,13 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tenso
 
     Operators of our own: the loop over groups looks at numbers, which neither compiling nor a dry run can do.
     """
-    if products.has_grouped_product(x, weight):
-        return products.grouped_product(x, weight.mT if transposed else weight, ends)
+    if kernels.has_grouped_product(x, weight):
+        return kernels.grouped_product(x, weight.mT if transposed else weight, ends)
     out = x.new_empty(x.shape[0], weight.shape[1 if transposed else 2])
-    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and products.has_onednn_linear()
+    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and kernels.has_onednn_linear()
     for rows, matrix in zip(_groups(x, ends), weight, strict=True):
         if onednn:
-            out[rows] = products.onednn_linear(x[rows], matrix if transposed else matrix.t())
+            out[rows] = kernels.onednn_linear(x[rows], matrix if transposed else matrix.t())
         else:
             torch.mm(x[rows], matrix.t() if transposed else matrix, out=out[rows])
     return out
@@ -256,10 +256,10 @@ def _(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
 @torch.library.custom_op("internlm::grouped_outer", mutates_args=())
 def _outer(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """Return the gradients [E, N, K] of the groups' matrices, from those of the results [R, N] and from x [R, K]."""
-    if products.has_grouped_product(x, grad):
+    if kernels.has_grouped_product(x, grad):
         is_empty = ends.diff(prepend=ends.new_zeros(1)) == 0
         # The kernel of some GPUs leaves what it finds in the result of an empty group.
-        return products.grouped_product(grad.t(), x, ends).masked_fill_(is_empty[:, None, None], 0)
+        return kernels.grouped_product(grad.t(), x, ends).masked_fill_(is_empty[:, None, None], 0)
     out = x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
     for group, rows in enumerate(_groups(x, ends)):
         torch.mm(grad[rows].t(), x[rows], out=out[group])

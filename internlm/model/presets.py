@@ -1,10 +1,10 @@
 """Shapes by name, as differences from the defaults. `model: {preset: internlm-7b}` in a recipe starts from one.
 
-InternLM's feed-forward is 256 · ceil(floor(8/3 · hidden) / 256): 11008 for the 7B, 13824 for the 20B. The released 7B
-has biases on all four attention matrices, the released 20B has none.
+InternLM's feed-forward is 256 · ceil(floor(8/3 · hidden) / 256). The released 7B has biases on all four attention
+matrices, the released 20B has none.
 
-Models of others, and InternLM's later ones, are here for their shapes; an import brings their weights.
-Contexts are those of the released config.json, Mistral's the window through which all of its layers look.
+Models of others, and InternLM's later ones, are here for their shapes. Contexts are those of the released config.json,
+Mistral's the window through which all of its layers look.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-4b": _QWEN3
     | {"hidden_size": 2560, "num_layers": 36, "num_heads": 32, "ffn_size": 9728, "tie_embeddings": True},
     "qwen3-8b": _QWEN3 | {"hidden_size": 4096, "num_layers": 36, "num_heads": 32, "ffn_size": 12288},
-    # Toys: the shapes of the tests, the quickstart and the CPU benchmark.
+    # Toys, for tests, the quickstart and the CPU benchmark.
     "toy": {"vocab_size": 256, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 64},
     "toy-8m": {"vocab_size": 4096, "hidden_size": 288, "num_layers": 6, "num_heads": 6, "ffn_size": 768},
     "toy-134m": {"vocab_size": 32000, "hidden_size": 768, "num_layers": 12, "num_heads": 12, "ffn_size": 2048},

@@ -3,8 +3,7 @@
     pack_block(block, "fp16")     # in place; the weights it was made of are given up; then `pack_head`
     join(model)                   # in place; on a GPU
 
-A step of decoding reads every weight for a handful of rows, and plain products are slow at that. q, k and v become one
-product, gate and up another.
+A step of decoding reads every weight for a handful of rows. q, k and v become one product, gate and up another.
 
     kind   memory   what is rounded                                  speed × F.linear at 1, 4, 16, 128 rows    error
     split  1        nothing: sums are made in another order          2.1   2.1   1.6   1.3                     4e-7
@@ -17,24 +16,23 @@ product, gate and up another.
     ¹ inputs are filled up to a multiple of 512: a third more at width 768, 1 % at 4096
 
 Speed by wall time on 2 cores of a Zen 4 for the products of a model of 134 M parameters; error of one product with
-random weights: `benchmarks/linear_cpu.py` and its results. There is no other kernel for prompts: each kind is faster
-than the plain product at 128 rows too. Without AVX-512 VNNI (measured with oneDNN kept to AVX2) int8 is slower than
-fp16 at any number of rows, and only saves memory.
+random weights: `benchmarks/linear_cpu.py` and its results. Each kind is faster than the plain product at 128 rows too,
+hence prompts have no other kernel. Without AVX-512 VNNI (measured with oneDNN kept to AVX2) int8 is slower than fp16 at
+any number of rows, and only saves memory.
 
-"bf16" is for processors with AVX512-BF16 or AMX; others get fp16. Models that were trained in bf16, as most are, lose
-nothing of their weights. The head is fp16: logits of 8 bits are often equal.
+"bf16" is for processors with AVX512-BF16 or AMX; others get fp16. Models trained in bf16 lose nothing of their weights.
+The head is fp16: logits of 8 bits are often equal.
 
-"int8" keeps activations at 14 bits: a row is two digits of 7 bits, x ≈ s · (128 · a + b), and both are multiplied by
-the weight as rows of one integer product. Its sums are exact, and exact on processors without VNNI too, where 8 bits
-overflow. So the weights' rounding is the whole cost in quality, also where activations have outliers, at twice the
-rows.
+"int8" keeps activations at 14 bits: a row is two digits of 7 bits, x ≈ s · (128 · a + b), multiplied by the weight as
+two rows of one integer product. Its sums are exact, without VNNI too, where 8 bits overflow. So the weights' rounding
+is the whole cost in quality, also where activations have outliers.
 
 Neighbours: with "bf16" and "int8", and with "fp16" where there is AVX-512, a row's result is bitwise the same alone and
 in any batch; else to 2e-6, as oneDNN, and fbgemm's kernels for AVX2, choose the order of a sum by the number of rows.
 fbgemm's own dynamic int8 is not offered: it scales all rows by the largest activation of the batch.
 
-"split" is for a single text: its weights stay as they are, and a product of one or two rows goes to all threads, which
-MKL's own does not. More rows are plain products.
+"split" is for a single text: a product of one or two rows goes to all threads, which MKL's own does not. More rows are
+plain products.
 
 Limits: inference; packed weights are for CPUs. Experts stay as they are. A tied head is packed apart from the
 embedding, whose rows are looked up in fp32. What rounding costs trained models is in docs/performance.md.
@@ -44,6 +42,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any, Literal, get_args
@@ -52,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internlm.compat import products
+from internlm.compat import kernels
 from internlm.errors import EngineError
 from internlm.log import warn_once
 from internlm.model.heads import LanguageHead
@@ -75,8 +74,8 @@ _FEW_ROWS = 2
 _LEAST_ROWS = 4
 """Fewer are filled up for oneDNN, which is faster at four than at one: 14 – 17 ms against 20 for 134 M parameters."""
 _ROW_GROUP = 16
-"""More are filled up to a multiple. oneDNN makes code for each number of rows and keeps it: 0.5 ms and 0.6 MB for a
-product, and prompts sooner or later have every length up to a step's."""
+"""More are filled up to a multiple: oneDNN makes code for each number of rows and keeps it, 0.5 ms and 0.6 MB for a
+product."""
 _TINY = 1e-30
 """Scale of a row of zeros."""
 
@@ -110,9 +109,8 @@ class SplitLinear(PackedLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
-        self.product = products.onednn_linear if products.has_onednn_linear() else F.linear
-        parts = next(n for n in (64, 32, 16, 8, 4, 2, 1) if weight.shape[0] % n == 0)
-        self.parts = weight.view(parts, -1, weight.shape[1])
+        self.product = kernels.onednn_linear if kernels.has_onednn_linear() else F.linear
+        self.parts = weight.view(math.gcd(64, weight.shape[0]), -1, weight.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in]."""
@@ -129,12 +127,12 @@ class Fp32Linear(PackedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight, self.bias = products.pack_onednn_linear(weight), bias
+        self.weight, self.bias = kernels.pack_onednn_linear(weight), bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in]."""
         rows = x.reshape(-1, x.shape[-1])
-        out = products.onednn_linear(_filled(rows), self.weight, self.bias)[: rows.shape[0]]
+        out = kernels.onednn_linear(_filled(rows), self.weight, self.bias)[: rows.shape[0]]
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -143,11 +141,11 @@ class Fp16Linear(PackedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.packed = products.pack_fp16_linear(weight, bias)
+        self.packed = kernels.pack_fp16_linear(weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in]."""
-        return products.fp16_linear(x, self.packed)
+        return kernels.fp16_linear(x, self.packed)
 
 
 class Bf16Linear(PackedLinear):
@@ -155,12 +153,12 @@ class Bf16Linear(PackedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight, self.bias = products.pack_bf16_linear(weight), bias
+        self.weight, self.bias = kernels.pack_bf16_linear(weight), bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in]."""
         rows = x.reshape(-1, x.shape[-1])
-        out = products.bf16_linear(_filled(rows), self.weight)[: rows.shape[0]]
+        out = kernels.bf16_linear(_filled(rows), self.weight)[: rows.shape[0]]
         if self.bias is not None:
             out += self.bias
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -176,7 +174,7 @@ class Int8Linear(PackedLinear):
         rounded = torch.empty(weight.shape, dtype=torch.int8)
         for part, scale, out in zip(*(x.split(_ROWS) for x in (weight, self.scales, rounded)), strict=True):
             out.copy_((part / scale[:, None]).round_().clamp_(-_INT8_MAX, _INT8_MAX))
-        self.weight, self.bias = products.pack_int8_linear(rounded), bias
+        self.weight, self.bias = kernels.pack_int8_linear(rounded), bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in]."""
@@ -186,7 +184,7 @@ class Int8Linear(PackedLinear):
         # 64 is added to both digits, and ½ because the conversion cuts off.
         whole = (rows / scale).add_(64 * 128 + 64 + 0.5).to(torch.int16)
         digits = torch.cat((whole >> 7, whole & 127)).to(torch.uint8)
-        high, low = products.int8_linear(digits, self.weight, self.scales).chunk(2)
+        high, low = kernels.int8_linear(digits, self.weight, self.scales).chunk(2)
         out = torch.add(low, high, alpha=128).mul_(scale)
         if self.bias is not None:
             out += self.bias
@@ -221,7 +219,7 @@ def pack_block(block: Block, kind: Kind) -> None:
 
 @torch.no_grad()
 def pack_head(head: LanguageHead, kind: Kind) -> None:
-    """Give a head a packed weight and make it let go of its own, in place; it then gives logits only.
+    """Give a head a packed weight in place of its own; it then gives logits only.
 
     Raises:
         EngineError: as `pack_block`; nothing was changed.
@@ -248,8 +246,8 @@ def join(model: Transformer) -> None:
 def lay_together(model: Transformer) -> None:
     """Move the weights that `join` joins side by side in memory, in place; their values stay what they are.
 
-    One pair of layers is held twice at a time. Everyone who shares the parameters goes on sharing them; who shares only
-    their memory keeps the old one.
+    One pair of layers is held twice at a time. Who shares the parameters goes on sharing them; who shares only their
+    memory keeps the old one.
     """
     for _, layers in _neighbours(model):
         _together(layers)
@@ -266,10 +264,10 @@ def _neighbours(model: Transformer) -> Iterator[tuple[nn.Module, list[Linear]]]:
 
 
 def _together(layers: list[Linear]) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias of several layers as one, of which theirs are made views where they are not yet."""
-    has_bias = layers[0].bias is not None
-    assert all((layer.bias is not None) == has_bias for layer in layers), "layers that are joined have biases alike"
-    return _one([layer.weight for layer in layers]), _one([layer.bias for layer in layers]) if has_bias else None
+    """Return weight and bias of several layers as one, of which theirs become views."""
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    assert len(biases) in (0, len(layers)), "layers that are joined have biases alike"
+    return _one([layer.weight for layer in layers]), _one(biases) if biases else None
 
 
 def _one(parameters: list[Tensor]) -> Tensor:
@@ -295,7 +293,6 @@ def _join(owner: nn.Module, names: tuple[str, ...], kind: Kind) -> PackedLinear:
 
 
 def _product(layers: list[nn.Module], kind: Kind) -> PackedLinear:
-    """Return the packed product of layers with the same input."""
     weights = [layer.get_parameter("weight").detach().float() for layer in layers]
     biases = [bias.detach().float() for layer in layers if (bias := getattr(layer, "bias", None)) is not None]
     assert len(biases) in (0, len(layers)), "layers that are joined have biases alike"
@@ -306,28 +303,27 @@ def _product(layers: list[nn.Module], kind: Kind) -> PackedLinear:
 def pack_weight(weight: Tensor, bias: Tensor | None, kind: Kind) -> PackedLinear:
     """Return the packed product of a weight [out, in] and a bias [out], fp32, of this kind or the next better there is.
 
-    What cannot be had here, and a weight that the kind cannot hold, gets the next better one, with a warning; there is
-    none where plain fp32 products stand for packed ones, as they give the same.
+    Another kind gives a warning, but for plain fp32 products in place of packed ones: they give the same.
     """
     if kind == "int8":
-        if not products.has_int8_linear():
+        if not kernels.has_int8_linear():
             return _instead("int8 products are missing on this machine", weight, bias, "fp16")
         if not _largest(weight).isfinite():
             return _instead("weights that are not finite cannot be int8", weight, bias, "fp32")
         return Int8Linear(weight, bias)
     if kind == "bf16":
-        if not products.has_bf16_linear():
+        if not kernels.has_bf16_linear():
             return _instead("bf16 products are missing on this machine", weight, bias, "fp16")
         return Bf16Linear(weight, bias)
     if kind == "fp16":
-        if not products.has_fp16_linear():
+        if not kernels.has_fp16_linear():
             return _instead("fp16 products are missing on this machine", weight, bias, "fp32")
         if not _largest(weight) <= _FP16_MAX:  # also false for what is not a number
             return _instead(f"weights beyond ±{_FP16_MAX:.0f} do not fit into fp16", weight, bias, "fp32")
         return Fp16Linear(weight, bias)
     if kind == "split":
         return SplitLinear(weight, bias)
-    if not products.has_packed_onednn_linear():
+    if not kernels.has_packed_onednn_linear():
         return PlainLinear(weight, bias)
     return Fp32Linear(weight, bias)
 
@@ -342,7 +338,6 @@ def _instead(problem: str, weight: Tensor, bias: Tensor | None, kind: Kind) -> P
 
 
 def _check(module: nn.Module, kind: Kind) -> None:
-    """Raise EngineError unless a block or a head can be packed."""
     if kind not in KINDS:
         raise EngineError("is no kind of packed weights", where="kind", got=kind, allowed=KINDS)
     if isinstance(module, Block):

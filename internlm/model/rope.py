@@ -19,7 +19,7 @@ from internlm.model.config import DynamicScaling, LinearScaling, Llama3Scaling, 
 
 
 class Rotation(NamedTuple):
-    """What `rotate` multiplies a head and its swapped halves by, each [B, T, 1, E], in the dtype of the activations."""
+    """What `rotate` multiplies a head and its swapped halves by, each [B, T, 1, E]."""
 
     cos: Tensor
     """Of every pair's angle, twice."""
@@ -81,7 +81,7 @@ def _llama3(plain: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 
 class Rope(nn.Module):
-    """Turns positions into rotations. It has no weights."""
+    """Turns positions into rotations."""
 
     def __init__(self, config: RopeConfig, head_dim: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Rope(nn.Module):
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """Return the rotation of each position [B, T]; `dtype`: of the activations."""
         if isinstance(self.config.scaling, DynamicScaling):
-            # One base per call: InternLM's own rule, the length of the longest text in the batch.
+            # InternLM's own rule: one base per call, of the longest text in the batch.
             turns, factor = frequencies(self.config, self.head_dim, int(positions.max()) + 1)
             turns = turns.to(positions.device)
         else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from internlm.compat import graphs
+from internlm import compat
 from internlm.model import attention
 from internlm.model.config import ModelConfig
 from internlm.model.heads import LanguageHead
@@ -58,7 +58,7 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(1, -1)
         x = tokens if self.embedding is None else self.embedding(tokens)
         # Autocast casts products only: the stream, and with it rotated queries and keys, would stay in fp32.
-        x = graphs.as_products(x)
+        x = compat.as_products(x)
         layout = attention.arrange(documents, x.device, x.dtype, self.attention_path)
         rotation = self.rope(positions, x.dtype)
         for block in self.blocks.values():
@@ -96,10 +96,9 @@ def build(
 
 
 def give_memory(model: Transformer, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    """Give the parameters of a model without memory some, in place, whose values are what lies there.
+    """Give the parameters of a model without memory some, in place; values are what lies there, shared ones stay so.
 
-    Shared ones stay so. `dtype`: of all; None: what each has. torch's `to_empty` goes through its kernels for shapes,
-    which import sympy: a second of every start.
+    `dtype`: of all; None: what each has. torch's `to_empty` imports sympy: a second of every start.
     """
     given: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
@@ -122,9 +121,12 @@ def initial(config: ModelConfig, name: str, shape: torch.Size, seed: int) -> Ten
     std = init_std(config, name)
     if std is None:
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
-    # The CPU generator looks at 32 bits of its seed: name and seed are hashed into them together.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.empty(shape).normal_(0.0, std, generator=generator_of(name, seed))
+
+
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """Return the random numbers of a parameter: the generator looks at 32 bits, hashed of name and seed together."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
 
 
 def init_std(config: ModelConfig, name: str) -> float | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from internlm.compat.parts import local
-from internlm.compat.updates import fused_adamw
-from internlm.optim.group import Group, Updater
+from internlm.compat.groups import local
+from internlm.compat.kernels import fused_adamw
+from internlm.optim import Group, Updater
 
 
 class AdamW(Updater):

@@ -25,8 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from internlm.compat.parts import local
-from internlm.optim.group import Group, Updater
+from internlm.compat.groups import local
+from internlm.optim import Group, Updater
 
 StateDtype = Literal["float32", "bfloat16", "int8"]
 

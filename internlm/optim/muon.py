@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from internlm.compat.parts import is_parted, local
-from internlm.optim.group import Group, Updater
+from internlm.compat.groups import is_parted, local
+from internlm.optim import Group, Updater
 from internlm.parallel import collectives
 
 if TYPE_CHECKING:

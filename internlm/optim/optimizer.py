@@ -20,11 +20,11 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from internlm.compat.parts import is_parted, local
+from internlm.compat.groups import is_parted, local
 from internlm.config import default_kind, require, section
 from internlm.errors import ConfigError, WeightsError
+from internlm.optim import Group, Updater
 from internlm.optim.adamw import AdamW
-from internlm.optim.group import Group, Updater
 from internlm.optim.moments import CompactAdamW, StateDtype
 from internlm.optim.muon import Muon
 

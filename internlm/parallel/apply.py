@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internlm.compat import groups
-from internlm.compat.parts import begin, local
-from internlm.cost.split import stage_layers
+from internlm.compat.groups import begin, local
+from internlm.cost.flops import stage_layers
 from internlm.errors import ConfigError
 from internlm.model.config import ModelConfig
 from internlm.model.moe import SideLosses, mixtures
@@ -203,11 +203,7 @@ class Parallel:
             return None
         from internlm.parallel import pipeline
 
-        tokens = setting.seq_len // self.layout.context
-        apart = self.layout.tensor if self.config.sequence else 1
-        shapes = pipeline.Shapes(setting.micro_rows, tokens, tokens // apart, self.shape.hidden_size, setting.dtype)
-        group = self.mesh.group("pipeline")
-        return pipeline.Pipeline(self.parts, self.config, group, shapes, setting.micro_batches, setting.device)
+        return pipeline.Pipeline(self.parts, self.config, self.mesh.group("pipeline"), setting)
 
 
 def _check_async(config: ParallelConfig, setting: Setting) -> None:

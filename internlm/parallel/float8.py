@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm.compat import graphs, products
+from internlm import compat
+from internlm.compat import kernels
 from internlm.model.layers import Linear
 from internlm.model.transformer import Transformer
 
@@ -41,7 +42,7 @@ def convert(model: Transformer) -> None:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x [..., in] · weight [out, in] transposed + bias, in the dtype of x (under autocast: in its)."""
-    x = graphs.as_products(x)
+    x = compat.as_products(x)
     out = _Product.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias.to(out.dtype)
 
@@ -53,7 +54,7 @@ class _Product(torch.autograd.Function):
         w8, w_scale = _rounded(weight, torch.float8_e4m3fn)
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
         ctx.dtypes = x.dtype, weight.dtype
-        return products.scaled_product(x8, w8.t(), x_scale, w_scale, x.dtype)
+        return kernels.scaled_product(x8, w8.t(), x_scale, w_scale, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +62,8 @@ class _Product(torch.autograd.Function):
         x_dtype, w_dtype = ctx.dtypes
         g8, g_scale = _rounded(grads[0], torch.float8_e5m2)
         # The right factor of a product must lie column by column, hence the copies.
-        grad_x = products.scaled_product(g8, w8.t().contiguous().t(), g_scale, w_scale, x_dtype)
-        grad_w = products.scaled_product(g8.t().contiguous(), x8.t().contiguous().t(), g_scale, x_scale, w_dtype)
+        grad_x = kernels.scaled_product(g8, w8.t().contiguous().t(), g_scale, w_scale, x_dtype)
+        grad_w = kernels.scaled_product(g8.t().contiguous(), x8.t().contiguous().t(), g_scale, x_scale, w_dtype)
         return grad_x, grad_w
 
 

@@ -17,6 +17,7 @@ Ranks are counted with the pipeline outermost and tensor innermost, so that the 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -178,51 +179,48 @@ class Layout:
         needs = f"parallel.float8 needs multiples of {float8.MULTIPLE}"
         return [f"{needs}, and {what} is {n}" for what, n in dims.items() if n % float8.MULTIPLE]
 
-    def _expert_problems(self, config: ParallelConfig, model: ModelConfig) -> list[str]:
-        size, problems = config.expert, []
+    def _expert_problems(self, config: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+        size = config.expert
         if model.experts is None:
-            return ["parallel.expert needs a model with experts (model.experts)"] if size > 1 else []
+            if size > 1:
+                yield "parallel.expert needs a model with experts (model.experts)"
+            return
         if config.optimizer == "all" and self.replicate > 1:
-            problems.append("parallel.optimizer all does not cut the states of experts: leave it at shard")
+            yield "parallel.optimizer all does not cut the states of experts: leave it at shard"
         if model.experts.count % size:
-            problems.append(f"parallel.expert {size} does not divide model.experts.count {model.experts.count}")
+            yield f"parallel.expert {size} does not divide model.experts.count {model.experts.count}"
         if self.shard * self.context % size:
-            problems.append(f"parallel.expert {size} does not divide shard {self.shard} × context {self.context} ranks")
-            return problems
+            yield f"parallel.expert {size} does not divide shard {self.shard} × context {self.context} ranks"
+            return
         own, ranks = model.experts.count // size, self.shard * self.context // size
         if own < ranks and (model.ffn_size // self.tensor % ranks or model.hidden_size % ranks):
-            problems.append(
+            yield (
                 f"{own} experts cannot be cut over the {ranks} ranks that hold the same ones, neither one by one nor "
                 f"along model.ffn_size {model.ffn_size} and model.hidden_size {model.hidden_size}: choose another "
                 "parallel.expert"
             )
-        return problems
 
-    def _pipeline_problems(self, config: ParallelConfig, model: ModelConfig, micro_batches: int) -> list[str]:
+    def _pipeline_problems(self, config: ParallelConfig, model: ModelConfig, micro_batches: int) -> Iterator[str]:
         if self.pipeline == 1:
-            return []
-        problems = []
+            return
         stages = self.pipeline * config.stages_per_rank
         if model.num_layers < stages:
-            problems.append(f"{stages} pipeline stages have only {model.num_layers} layers (model.num_layers)")
+            yield f"{stages} pipeline stages have only {model.num_layers} layers (model.num_layers)"
         if model.tie_embeddings:
-            problems.append("model.tie_embeddings needs the first and the last stage to be one: parallel.pipeline is 1")
+            yield "model.tie_embeddings needs the first and the last stage to be one: parallel.pipeline is 1"
         if micro_batches < self.pipeline:
-            problems.append(
-                f"a pipeline of {self.pipeline} needs as many micro-batches per step, and there are {micro_batches}"
-            )
+            yield f"a pipeline of {self.pipeline} needs as many micro-batches per step, and there are {micro_batches}"
         if config.schedule in ("zero-bubble", "zbv") and config.recompute.kind in ("full", "operators"):
-            problems.append(
+            yield (
                 f"parallel.schedule {config.schedule} parts the backward of weights from that of inputs, and with "
                 f"parallel.recompute {config.recompute.kind} each would compute the block again"
             )
         if config.schedule == "interleaved" and micro_batches % self.pipeline:
-            problems.append(f"interleaved: {micro_batches} micro-batches are no multiple of pipeline {self.pipeline}")
+            yield f"interleaved: {micro_batches} micro-batches are no multiple of pipeline {self.pipeline}"
         rounds = max(1, micro_batches // self.pipeline)
         if config.schedule == "zero-bubble" and micro_batches % rounds:
             which = f"{rounds} rounds of pipeline {self.pipeline}"
-            problems.append(f"zero-bubble: {micro_batches} micro-batches do not divide over {which}")
-        return problems
+            yield f"zero-bubble: {micro_batches} micro-batches do not divide over {which}"
 
 
 def _misfit(sizes: dict[str, int], product: int, world_size: int) -> ConfigError:

@@ -57,7 +57,7 @@ class Runner:
     @property
     def micro_rows(self) -> int | None:
         """Rows that every micro-batch must have, None for any number."""
-        return None if self.pipeline is None else self.pipeline.shapes.rows
+        return None if self.pipeline is None else self.pipeline.hidden.shape[0]
 
     def train(self, batches: Sequence[Batch], loss: Loss, token_share: Tensor | None = None) -> Tensor:
         """Run forward and backward; gradients are then complete on every rank.

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from internlm.compat import groups
-from internlm.compat.parts import is_parted, is_sharded
-from internlm.compat.parts import local as part_of
+from internlm.compat.groups import is_parted, is_sharded
+from internlm.compat.groups import local as part_of
 from internlm.log import warn_once
 from internlm.parallel.mesh import Layout, Mesh, ParallelConfig
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +28,9 @@ from torch.distributed.pipelining import (
 
 from internlm.model.transformer import Transformer
 from internlm.parallel.mesh import ParallelConfig
+
+if TYPE_CHECKING:
+    from internlm.parallel.apply import Setting
 
 _SINGLE = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 _SEVERAL = {
@@ -59,49 +61,31 @@ def take(model: Transformer, stage: int, layers: list[int]) -> None:
         model.norm = model.head = None  # type: ignore[assignment]
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """What passes between stages."""
-
-    rows: int
-    """Of a micro-batch."""
-    tokens: int
-    """Of a row, as the first stage is given them."""
-    hidden_tokens: int
-    """Of a row, as they pass between stages."""
-    hidden_size: int
-    dtype: torch.dtype
-
-
 class Pipeline:
     """The stages of this rank, in the order of `stages_of`, and their schedule."""
 
     def __init__(
-        self,
-        parts: list[Transformer],
-        config: ParallelConfig,
-        group: dist.ProcessGroup,
-        shapes: Shapes,
-        micro_batches: int,
-        device: torch.device,
+        self, parts: list[Transformer], config: ParallelConfig, group: dist.ProcessGroup, setting: Setting
     ) -> None:
-        self.parts, self.config, self.group = parts, config, group
-        self.shapes, self.micro_batches = shapes, micro_batches
+        self.parts, self.config, self.group, self.micro_batches = parts, config, group, setting.micro_batches
         self.place, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.numbers, self.total = stages_of(config, self.place), config.pipeline * config.stages_per_rank
         self.has_first, self.has_last = 0 in self.numbers, self.total - 1 in self.numbers
-        hidden = torch.empty(
-            shapes.rows, shapes.hidden_tokens, shapes.hidden_size, dtype=shapes.dtype, device="meta", requires_grad=True
-        )
-        tokens = torch.empty(shapes.rows, shapes.tokens, dtype=torch.int64, device="meta")
+        tokens = torch.empty(setting.micro_rows, setting.seq_len // config.context, dtype=torch.int64, device="meta")
+        apart = config.tensor if config.sequence else 1
+        shape = (setting.micro_rows, tokens.shape[1] // apart, parts[0].config.hidden_size)
+        self.hidden = hidden = torch.empty(shape, dtype=setting.dtype, device="meta", requires_grad=True)
+        """What passes between stages, without memory: [rows of a micro-batch, tokens, D]."""
         stages = [
-            PipelineStage(part, number, self.total, device, tokens if number == 0 else hidden, hidden, group=group)
+            PipelineStage(
+                part, number, self.total, setting.device, tokens if number == 0 else hidden, hidden, group=group
+            )
             for part, number in zip(parts, self.numbers, strict=True)
         ]
         self._loss: Loss | None = None
         made: Any = _SINGLE.get(config.schedule) or _SEVERAL[config.schedule]
         staged = stages[0] if config.schedule in _SINGLE else stages
-        self.schedule = made(staged, micro_batches, loss_fn=self._loss_of, scale_grads=False)
+        self.schedule = made(staged, setting.micro_batches, loss_fn=self._loss_of, scale_grads=False)
 
     def train(self, tokens: Tensor, positions: Tensor, documents: Tensor, loss: Loss) -> None:
         """Pass the micro-batches of a step through all stages, forward and backward.
@@ -127,8 +111,7 @@ class Pipeline:
         x = tokens
         for stage, part in zip(self.numbers, self.parts, strict=True):
             if stage > 0 and self._rank_of(stage - 1) != self.place:
-                shape = (self.shapes.rows, self.shapes.hidden_tokens, self.shapes.hidden_size)
-                x = torch.empty(shape, dtype=self.shapes.dtype, device=tokens.device)
+                x = torch.empty_like(self.hidden, device=tokens.device)
                 dist.recv(x, group=self.group, group_src=self._rank_of(stage - 1))
             x = part(x, positions, documents)
             if stage == self.total - 1:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from internlm.compat import graphs
+from internlm import compat
 from internlm.config import require, section
 from internlm.model.moe import Mixture
 from internlm.model.transformer import Transformer
@@ -89,6 +89,6 @@ def _offload(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _policy(context: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    if operator in graphs.expensive_operators():
+    if operator in compat.expensive_operators():
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

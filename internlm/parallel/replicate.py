@@ -24,18 +24,13 @@ class Replicas:
         self.buckets: list[Tensor] = []
         self.waiting: list[int] = []
         self.sizes: list[int] = []
-        for members in _fill([p for p in model.parameters() if p.requires_grad][::-1]):
-            self._add(members)
-
-    def _add(self, members: list[nn.Parameter]) -> None:
-        number = len(self.buckets)
-        flat = torch.zeros(sum(p.numel() for p in members), dtype=members[0].dtype, device=members[0].device)
-        for parameter, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
-            parameter.grad = part.view_as(parameter)
-            parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._came(number))
-        self.buckets.append(flat)
-        self.sizes.append(len(members))
-        self.waiting.append(len(members))
+        for number, members in enumerate(_fill([p for p in model.parameters() if p.requires_grad][::-1])):
+            flat = torch.zeros(sum(p.numel() for p in members), dtype=members[0].dtype, device=members[0].device)
+            for parameter, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
+                parameter.grad = part.view_as(parameter)
+                parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._came(number))
+            self.buckets.append(flat)
+            self.sizes.append(len(members))
 
     def _came(self, number: int) -> None:
         if not self.is_last:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from internlm.compat.parts import is_sharded, local
+from internlm.compat.groups import is_sharded, local
 from internlm.model.moe import mixtures
 from internlm.model.transformer import Transformer
 from internlm.parallel import optimizer_shard

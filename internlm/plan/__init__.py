@@ -1,1 +1,1 @@
-"""A run before it is started: the real step without the machines."""
+"""A run before it is started."""

@@ -3,11 +3,10 @@
     step = dry_run(load("recipes/pretrain/internlm-7b-1024gpus.yaml").value, rank=1023, world_size=1024)
     step.exchanges[128, 8, "all-reduce"]        # among 128 ranks, 8 apart: (35, 3660974080), calls and bytes of tensors
 
-The step, the model, torch's sharding and pipelining and the optimizer are those of a run. What is not: tensors know
-their shapes only, the process group answers nothing, rows are full and of one document, experts are chosen equally
-often, and whatever is asked of a number (is it finite? how many tokens?) is answered with 1. Operators are the CPU's:
-attention takes the path for whole rows, and blocks are not compiled. The second step is the one that counts, because
-the first also sets up.
+All is as in a run, but that tensors know their shapes only, the process group answers nothing, rows are full and of one
+document, experts are chosen equally often, and whatever is asked of a number (is it finite? how many tokens?) is
+answered with 1. Operators are the CPU's: attention takes the path for whole rows, and blocks are not compiled. The
+second step is the one that counts: the first also sets up.
 
 That ranks wait for each other in vain, or compute wrong numbers, cannot be seen here. It takes each pipeline stage, and
 the last rank beside the first, to see a step whole.
@@ -15,21 +14,21 @@ the last rank beside the first, to see a step whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from internlm import ranks
-from internlm.compat import simulated
-from internlm.compat.parts import local
+from internlm.compat import groups
+from internlm.compat.groups import local
 from internlm.cost import traffic
 from internlm.data.batch import Batch
-from internlm.data.loader import DataConfig, Loader
+from internlm.data.loader import Loader
 from internlm.errors import ConfigError
 from internlm.model.config import ModelConfig
 from internlm.optim.optimizer import Optimizer
@@ -48,8 +47,6 @@ KINDS: dict[str, traffic.Kind] = {
     "alltoall_base": "all-to-all",
     "send": "send",
 }
-RECEIVING = "recv"
-WAIT = "_c10d_functional::wait_tensor"
 
 
 @dataclass(frozen=True)
@@ -71,16 +68,16 @@ def dry_run(recipe: Recipe, rank: int = 0, world_size: int = 1) -> DryStep:
     """
     if world_size == 1 and not recipe.parallel.offload:  # offloading is done by what spreads a model over ranks
         return _dry_run(recipe)
-    simulated.join_fake_group(rank, world_size)
+    groups.join_fake_group(rank, world_size)
     try:
         return _dry_run(recipe)
     finally:
-        simulated.leave_fake_group()
+        groups.leave_fake_group()
 
 
 def _dry_run(recipe: Recipe) -> DryStep:
     shape, layout = shape_of(recipe), Layout.of(recipe.parallel, ranks.world_size())
-    setting, fake = _setting(recipe, shape, layout), simulated.fake_tensors()
+    setting, fake = _setting(recipe, shape, layout), groups.fake_tensors()
     with _Immaterial(fake):
         parallel = Parallel(shape, recipe.parallel, setting)
     for part in parallel.parts:
@@ -88,7 +85,9 @@ def _dry_run(recipe: Recipe) -> DryStep:
     optim = recipe.optim
     if optim.state_dtype == "int8":  # its codes are looked up by value; nothing else about the step differs
         optim = replace(optim, state_dtype="bfloat16")
-    rows = Rows(recipe.data, setting.micro_rows * setting.micro_batches)
+    size = (setting.micro_rows * setting.micro_batches, setting.seq_len)
+    zeros, places = torch.zeros(size, dtype=torch.int64), torch.arange(size[1]).expand(size)
+    batch = Batch(zeros, zeros, places, zeros, torch.ones(size), zeros[:, 0], ("nothing",))  # all are trained on
     recorder = Recorder(parallel.mesh)
     with fake, _Affirmative(), recorder:
         stepper = Stepper(
@@ -97,14 +96,15 @@ def _dry_run(recipe: Recipe) -> DryStep:
             parallel=parallel,
             objective=recipe.objective,
             optimizer=Optimizer(optim, parallel.owned_parameters()),
-            loader=cast(Loader, rows),
-            meter=_Unmetered(parallel, rows.sources, 1.0),
+            loader=cast(Loader, SimpleNamespace(config=recipe.data, next_batch=lambda rows: batch)),
+            meter=_Unmetered(parallel, batch.sources, 1.0),
         )
         stepper.step()
         recorder.clear()
         stepper.step()
-    held = _elements(parameter for _, parameter in parallel.named_parameters())
-    return DryStep(recorder.exchanges, held, _elements(stepper.parameters))
+    held = [parameter for _, parameter in parallel.named_parameters()]
+    weights, updated = (sum(part.numel() for part in map(local, some)) for some in (held, stepper.parameters))
+    return DryStep(recorder.exchanges, weights, updated)
 
 
 def run_of(recipe: Recipe, world_size: int) -> traffic.Run:
@@ -115,12 +115,11 @@ def run_of(recipe: Recipe, world_size: int) -> traffic.Run:
     """
     shape, parallel, layout = shape_of(recipe), recipe.parallel, Layout.of(recipe.parallel, world_size)
     setting = _setting(recipe, shape, layout)
-    limits = {
-        "model.experts": shape.experts is not None,
-        "objective": not recipe.objective.is_linear,
-        "optim.kind": recipe.optim.kind == "muon",
-    }
-    for where, is_beyond in limits.items():
+    for where, is_beyond in (
+        ("model.experts", shape.experts is not None),
+        ("objective", not recipe.objective.is_linear),
+        ("optim.kind", recipe.optim.kind == "muon"),
+    ):
         if is_beyond:
             raise ConfigError("is beyond the closed form of traffic", where=where, do="Count a step with `dry_run`.")
     return traffic.Run(
@@ -142,11 +141,7 @@ def run_of(recipe: Recipe, world_size: int) -> traffic.Run:
 
 
 def shape_of(recipe: Recipe) -> ModelConfig:
-    """Return the shape of a recipe's model.
-
-    Raises:
-        ConfigError: it says only from which weights to start.
-    """
+    """Return the shape of a recipe's model; raise ConfigError where it says only from which weights to start."""
     if recipe.model is None:
         raise ConfigError("is needed to plan a run whose weights are not here", where="model")
     return recipe.model
@@ -178,42 +173,24 @@ class Recorder(TorchDispatchMode):
         self.exchanges: traffic.Exchanges = {}
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        exchange = simulated.exchange_of(operator, args)
+        exchange = groups.exchange_of(operator, args)
         if exchange is not None:
-            self._count(*exchange)
+            operation, group, tensor = exchange
+            assert tensor is not None, "an exchange has a tensor"
+            assert group in self.groups, f"{operation} in a group of no axis"
+            ranks, stride = self.groups[group]
+            if ranks > 1 and operation != "recv":  # what another rank sends
+                key = ranks, stride, KINDS[operation]
+                calls, size = self.exchanges.get(key, (0, 0))
+                self.exchanges[key] = calls + 1, size + tensor.numel() * tensor.element_size()
         else:
-            assert operator.namespace != "_c10d_functional" or operator.name() == WAIT, f"{operator} is not counted"
+            is_known = operator.namespace != "_c10d_functional" or operator.name().endswith("::wait_tensor")
+            assert is_known, f"{operator} is not counted"
         return operator(*args, **(kwargs or {}))
-
-    def _count(self, operation: str, group: str, tensor: Tensor | None) -> None:
-        assert tensor is not None, "an exchange has a tensor"
-        assert group in self.groups, f"{operation} in a group of no axis"
-        ranks, stride = self.groups[group]
-        if ranks == 1 or operation == RECEIVING:  # what another rank sends
-            return
-        key = ranks, stride, KINDS[operation]
-        calls, size = self.exchanges.get(key, (0, 0))
-        self.exchanges[key] = calls + 1, size + tensor.numel() * tensor.element_size()
-
-
-class Rows:
-    """Gives the same rows in every step, in place of a Loader: empty, one document each, all trained on."""
-
-    sources = ("nothing",)
-
-    def __init__(self, config: DataConfig, rows: int) -> None:
-        self.config = config
-        shape = (rows, config.seq_len)
-        zeros, places = torch.zeros(shape, dtype=torch.int64), torch.arange(shape[1]).expand(shape)
-        self.batch = Batch(zeros, zeros, places, zeros, torch.ones(shape), zeros[:, 0], self.sources)
-
-    def next_batch(self, rows: int) -> Batch:
-        """Return this rank's rows of a step."""
-        return self.batch
 
 
 class _Affirmative(TorchDispatchMode):
-    """Answers what is asked of a number with 1: it is finite, there are tokens, the vote is yes."""
+    """Answers what is asked of a number with 1."""
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator is torch.ops.aten._local_scalar_dense.default:
@@ -231,9 +208,7 @@ class _Unmetered(Meter):
 class _Immaterial(TorchDispatchMode):
     """Makes floating-point tensors without memory, and leaves all others, such as those of meshes, real."""
 
-    MAKERS = frozenset(
-        getattr(torch.ops.aten, name) for name in ("empty_like", "empty", "empty_strided", "zeros", "zeros_like")
-    )
+    MAKERS = ("empty_like", "empty", "empty_strided", "zeros", "zeros_like")
 
     def __init__(self, fake: Any) -> None:
         super().__init__()
@@ -243,19 +218,12 @@ class _Immaterial(TorchDispatchMode):
         kwargs = kwargs or {}
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         device = kwargs.get("device")
-        is_made = operator.overloadpacket in self.MAKERS and device is not None and torch.device(device).type != "meta"
-        if is_made and dtype.is_floating_point:
-            with self.fake:
-                return operator(*args, **kwargs)
-        return operator(*args, **kwargs)
+        is_made = operator.overloadpacket.__name__ in self.MAKERS and torch.device(device or "meta").type != "meta"
+        with self.fake if is_made and dtype.is_floating_point else contextlib.nullcontext():
+            return operator(*args, **kwargs)
 
 
 def _setting(recipe: Recipe, shape: ModelConfig, layout: Layout) -> Setting:
     """Return what the model is made for: the recipe's dtype on a GPU, and nothing that would look at values."""
     setting = setting_of(recipe, shape, layout, torch.device("cuda"))
     return replace(setting, device=torch.device("cpu"), attention="dense", compile=False)
-
-
-def _elements(parameters: Iterable[Tensor]) -> int:
-    """Return how many elements of parameters this rank holds."""
-    return sum(part.numel() for part in map(local, parameters))

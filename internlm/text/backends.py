@@ -1,4 +1,4 @@
-"""The two libraries behind `Tokenizer`, brought to one form; nothing else of this package touches them.
+"""The two libraries behind `Tokenizer`, brought to one form.
 
 Of both back ends:
 
@@ -73,7 +73,7 @@ class SentencePieceBackend:
         return self._outer.encode(list(texts), num_threads=1)
 
     def encode_inner(self, text: str) -> list[int]:
-        """Return the ids of a later part of a text: the same, without a space put before it."""
+        """Return the ids of a later part of a text, without a space put before it."""
         return self._inner.encode(text)
 
     def score(self, id_: int) -> float:
@@ -90,16 +90,16 @@ class SentencePieceBackend:
         return [_piece_bytes(piece, kind == BYTE) for piece, kind in zip(self.pieces, self.kinds, strict=True)]
 
     def identity(self) -> bytes:
-        """Return what decides ids, equal for files that give equal ids to every text: all of the file."""
+        """Return what decides ids: all of the file."""
         return self._data
 
     def to_json(self) -> str:
         """Return a BPE `tokenizer.json` that gives the same ids.
 
         SentencePiece joins the neighbours whose union has the highest score, wherever they were split; so every split
-        of a piece into two known pieces is a merge, ranked by the score of the piece. Where two unions have the same
-        score SentencePiece takes the left one and this one the lower id: the one place where they could differ. With
-        V7_sft.model (10,474 scores are shared) none of 226,724 texts did.
+        of a piece into two known pieces is a merge, ranked by the score of the piece. Of two unions of one score it
+        takes the left one, this the lower id: with V7_sft.model (10,474 scores are shared) none of 226,724 texts
+        differed.
         """
         self._check_convertible()
         vocabulary = {piece: id_ for id_, piece in enumerate(self.pieces)}
@@ -117,7 +117,7 @@ class SentencePieceBackend:
         return self._assemble(vocabulary, merges)
 
     def _assemble(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> str:
-        """Return the JSON of a BPE tokenizer with these entries and our special tokens."""
+        """Return the JSON of a BPE tokenizer with these entries and the special tokens."""
         tokenizers = _import_tokenizers()
         unknown = next((p for p, kind in zip(self.pieces, self.kinds, strict=True) if kind == UNKNOWN), None)
         made = tokenizers.Tokenizer(
@@ -243,7 +243,7 @@ class JsonBackend:
         return [coded.ids for coded in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_inner(self, text: str) -> list[int]:
-        """Return the ids of a later part of a text: the same, without a space put before it."""
+        """Return the ids of a later part of a text, without a space put before it."""
         return self._library.encode(text, add_special_tokens=False).ids
 
     def find(self, name: str) -> int | None:
@@ -281,9 +281,9 @@ class JsonBackend:
 
 
 def _with_plain_merges(text: str) -> str:
-    """Return a `tokenizer.json` whose merges are written as "a b", as before tokenizers 0.20: every version reads it.
+    """Return a `tokenizer.json` whose merges are written "a b", which every version of tokenizers reads.
 
-    Where a piece holds a space, only the newer spelling, ["a", "b"], can tell.
+    Where a piece holds a space, only the spelling since 0.20, ["a", "b"], can tell.
     """
     spec = json.loads(text)
     merges = spec["model"].get("merges") or []
@@ -338,14 +338,14 @@ def _without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kinds(model: bytes) -> Iterator[int]:
-    """Yield the type of each piece of a serialised ModelProto: the library does not tell user-defined from normal."""
+    """Yield the type of each piece of a ModelProto: the library does not tell user-defined from normal."""
     for number, piece in _fields(model):
         if number == 1:
             yield next((kind for inner, kind in _fields(piece) if inner == 3), NORMAL)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (field number, value) of a protobuf message; so that the protobuf package is not needed."""
+    """Yield (field number, value) of a protobuf message, without the package of that name."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -376,11 +376,7 @@ def _piece(name: str, kind: int) -> bytes:
 
 
 def _as_varint(value: int) -> bytes:
-    written = bytearray()
-    while value > 0x7F:
-        written.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*written, value])
+    return bytes([value]) if value < 0x80 else bytes([value & 0x7F | 0x80]) + _as_varint(value >> 7)
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:

@@ -5,10 +5,10 @@ r"""Conversations → ids. The one renderer: training, chat, serving and evaluat
     # <|bos|> <|user|> hello <|end|> <|assistant|> Hi. <|end|>
     #    0       0       0      0         0         1     1      mask: what the model learns to write
 
-Special tokens are appended by id; the text between two of them, structure and content, is encoded as one string, as
-every program does that renders the Jinja template of an export. Encoding gives no special token, so content cannot
-become one. The one border inside text is the beginning of an answer: no token reaches over it, so that an answer is
-trained on just the ids after which it will be generated, those of `render_prompt(conversation[:-1])`.
+Special tokens are appended by id; the text between two of them is encoded as one string, as every program does that
+renders the Jinja template of an export. Encoding gives no special token, so content cannot become one. No token reaches
+over the beginning of an answer, so that it is trained on just the ids after which it will be generated, those of
+`render_prompt(conversation[:-1])`.
 
 Calls of tools and their results are written out by a format of `tools` first.
 
@@ -34,7 +34,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A tool that the model wants to be run."""
+    """A tool that the model wants run."""
 
     id: str
     """By which the result names the call it belongs to."""
@@ -59,9 +59,9 @@ class Message:
     thought: str = ""
     """What an assistant said to itself before; of the tool formats react alone writes it."""
     parts: tuple[Part, ...] = ()
-    """The content again, its special tokens as such, where a tool format wrote it out."""
+    """The content with its special tokens, where a tool format wrote it out."""
     frame: Frame | None = None
-    """What stands around it then, instead of the template's frame."""
+    """What stands around it then, instead of the template's."""
 
 
 Conversation = Sequence[Message]
@@ -73,7 +73,7 @@ def render(messages: Conversation, template: Template, tokenizer: Tokenizer) -> 
     Trained are the content of every assistant message and its suffix up to the last special token.
 
     Raises:
-        DataError: the messages are not [system], user, assistant, …, assistant, or an assistant message is empty (the
+        DataError: the messages are not [system], user, assistant, …, assistant, or one of the assistant is empty (the
             model would learn to say nothing).
         TokenizerError: the tokenizer lacks a special token of the template.
     """
@@ -114,7 +114,7 @@ def render_prompt(
 def stop_ids(template: Template, tokenizer: Tokenizer) -> list[int]:
     """Return the ids that end an answer: eos, where there is one, and the stops of the template."""
     ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    ids += [tokenizer.special(name) for name in template.stops]
+    ids += map(tokenizer.special, template.stops)
     return list(dict.fromkeys(ids))
 
 
@@ -148,7 +148,7 @@ def _check(messages: Conversation, template: Template) -> None:
 
 
 def check_turns(messages: Conversation) -> None:
-    """Raise DataError unless user and assistant take turns; results of tools, not written out yet, come between."""
+    """Raise DataError unless user and assistant take turns; results of tools may come between."""
     expected = "user"
     for number, message in enumerate(messages, 1):
         if message.role == "system" and number > 1:
@@ -167,7 +167,7 @@ def _turns(messages: Conversation) -> Conversation:
 
 
 def framed(message: Message, usual: Frame) -> tuple[Part, ...]:
-    """Return the parts of a message in its own frame, or in the usual one of its role."""
+    """Return the parts of a message in its own frame, or in the usual one."""
     frame = message.frame or usual
     return (*frame.prefix, *_content(message), *frame.suffix)
 

@@ -1,15 +1,14 @@
 r"""Chat formats as data: what stands around the messages of each role.
 
-`chat.render` makes ids of them; `jinja` writes the same text as a Jinja template for other libraries, `tool_jinja` with
-tools.
+`chat.render` makes ids of them; `jinja` writes a Jinja template for other libraries, `tool_jinja` one with tools.
 
     internlm-v1.1:  bos <|System|>:…\n <|User|>:hello\n <|Bot|>:Hi.<eoa>\n
                                                                 ^^^^^^^^  trained
 
-What other libraries make of `jinja(template)`: the same text, and the same ids of every prompt whose answers so far do
-not begin with something that joins a token with what stands before them (a line break after `<|Bot|>:`; white space in
-chatml, internlm2, llama3, alpaca; nothing in `internlm`). Content that holds the name of a special token becomes
-structure in those libraries; here it stays text.
+Other libraries make of `jinja(template)` the same text, and the same ids of every prompt whose answers so far do not
+begin with something that joins a token with what stands before (a line break after `<|Bot|>:`; white space in chatml,
+internlm2, llama3, alpaca; nothing in `internlm`). There content that holds the name of a special token becomes
+structure.
 """
 
 from __future__ import annotations
@@ -154,12 +153,8 @@ def jinja(template: Template, tools: str = "") -> str:
     """Return the format as a Jinja chat template.
 
     It renders the text whose ids `chat.render` gives, bos included (so the tokenizer must add none), and with
-    `add_generation_prompt` that of `chat.render_prompt`.
-
-    Args:
-        template: the format.
-        tools: Jinja that writes tools and calls out into `messages`, from `tool_jinja`; one that is `written` has its
-            frame in its content. Without, the template knows no tools.
+    `add_generation_prompt` that of `chat.render_prompt`. `tools`: Jinja that writes tools and calls out into
+    `messages`, from `tool_jinja`; one that is `written` has its frame in its content.
     """
 
     def framed(frame: Frame, message: str, content: str) -> str:
@@ -195,12 +190,12 @@ def text_of(parts: Iterable[Part]) -> str:
 
 
 def json_text(value: object) -> str:
-    """Return JSON on one line, as it is written into texts; Jinja writes texts so too."""
+    """Return JSON as it is written into texts, and Jinja writes texts."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def refusal(template: Template) -> str:
-    """Return Jinja that raises: the messages are in no order that the format can write."""
+    """Return Jinja that raises: the format cannot write messages in this order."""
     order = "user and assistant in turn" if template.system is None else "an optional system, then user and assistant"
     order += ", once" if template.single_turn else ""
     return raising(f"{template.name}: the messages must be {order}")
@@ -212,6 +207,6 @@ def raising(problem: str) -> str:
 
 
 def _written(parts: tuple[Part, ...]) -> str:
-    """Return parts as Jinja expressions: bare text would lose line breaks to Jinja's white-space rules."""
+    """Return parts as Jinja expressions: bare text would lose line breaks."""
     texts = ["eos_token" if isinstance(part, EndOfText) else json_text(text_of([part])) for part in parts]
     return "".join("{{ " + text + " }}" for text in texts)

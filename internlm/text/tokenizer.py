@@ -1,6 +1,6 @@
 """One Tokenizer over two kinds of vocabulary: SentencePiece (`tokenizer.model`) and Hugging Face (`tokenizer.json`).
 
-Text is only ever text: `encode` adds no bos or eos, and no string a person can type becomes a special token. The caller
+Text is only ever text: `encode` adds no bos or eos, and no string that is typed becomes a special token. The caller
 appends ids of structure (`<eoa>`, `<|im_end|>`, …) through `special(name)`.
 
     tokenizer = Tokenizer.load("V7_sft.model")
@@ -9,15 +9,15 @@ appends ids of structure (`<eoa>`, `<|im_end|>`, …) through `special(name)`.
     tokenizer.encode("<eoa>")          # the ids of "<" and "eoa>": text, not structure
 
 Where a library does turn typed text into a special token (SentencePiece matches its user-defined pieces anywhere), the
-text is cut after the first character of every special name in it and the parts are encoded one by one. A typed `▁`
-(U+2581, SentencePiece's mark of a space) is written as three byte tokens.
+text is cut after the first character of every special name in it and encoded in parts. A typed `▁` (U+2581,
+SentencePiece's mark of a space) is written as three byte tokens.
 
 Limits: `decode(encode(text)) == text` is exact for vocabularies that cover every byte and do not normalise (InternLM's,
-our own, GPT's, Llama's). A file that normalises or knows no bytes loses what it does not keep, and its unknown token
-can come from text. Added tokens that a tokenizer.json itself calls not special (`<think>` of some chat models) are
-text. Unpaired surrogates become U+FFFD. Where the file puts a space before a text (Llama 1 and 2), `encode` does too
-and `decode` takes it off again. A special token of one character, or of white space only, is treated as text. Tokens
-that files of Transformers add to a `.model`, or rename in it, are special, whatever they say.
+our own, GPT's, Llama's); others lose what they do not keep, and their unknown token can come from text. Added tokens
+that a tokenizer.json calls not special (`<think>` of some chat models) are text, and so are special tokens of one
+character or of white space only. Unpaired surrogates become U+FFFD. Where the file puts a space before a text (Llama 1
+and 2), `encode` does too and `decode` takes it off. Tokens that files of Transformers add to a `.model`, or rename in
+it, are special, whatever they say.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "tokenizer_config.json"
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 VOCABULARY_KEY = "internlm_vocabulary"
-"""In tokenizer_config.json: which of both files is the vocabulary, where the other was made from it."""
+"""In tokenizer_config.json: which of both files the other was made from."""
 CONVENTIONAL = {
     "bos": ("<|bos|>", "<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>"),
     "eos": ("<|eos|>", "</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>"),
@@ -55,8 +55,8 @@ class Tokenizer:
     Args:
         data: the bytes of a `tokenizer.json` (`is_json`) or a SentencePiece model.
         is_json: which it is.
-        roles: bos, eos, pad → name of the token, None for none, where the caller knows more than the file.
-        path: where the bytes came from, for messages.
+        roles: bos, eos, pad → name of the token or None, where the caller knows more.
+        path: where the bytes came from.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Tokenizer:
         self.puts_space_first: bool = self._backend.has_prefix
         """Whether the vocabulary puts a space before every text (Llama 1 and 2)."""
         self.adds_around: bool = self._backend.adds_around
-        """Whether the vocabulary file has special tokens put around a text, by other programs."""
+        """Whether the file makes other programs put special tokens around a text."""
         self._roles = self._find_roles()
         ids = {role: id_ for role, (_, id_) in self._roles.items()}
         self.bos_id, self.eos_id, self.pad_id = (ids.get(role) for role in CONVENTIONAL)
@@ -98,7 +98,7 @@ class Tokenizer:
         Of both in a folder it is the one that `tokenizer_config.json` names, else the JSON.
 
         Raises:
-            StorageError: it is the name of something that would have to be downloaded.
+            StorageError: it would have to be downloaded.
             TokenizerError: nothing is there, or it is damaged or of a kind that is not known.
         """
         hub.require_here(path)
@@ -129,7 +129,7 @@ class Tokenizer:
         return cls(text.encode(), is_json=True)
 
     def special(self, name: str) -> int:
-        """Return the id of a special token by its written form, such as `<eoa>`; raise TokenizerError for any other."""
+        """Return the id of a special token by its written form; raise TokenizerError for any other."""
         if name in self.special_tokens:
             return self.special_tokens[name]
         advice = did_you_mean(name, self.special_tokens) or "Take a template whose special tokens this tokenizer has."
@@ -173,7 +173,7 @@ class Tokenizer:
         return self._byte_tables[0 if skip_special else 1][id]
 
     def config(self) -> dict[str, Any]:
-        """Return the content of a `tokenizer_config.json`: what the vocabulary file does not say by itself."""
+        """Return the content of a `tokenizer_config.json`: what the vocabulary file does not say."""
         # Null where there is none: a name that is usual for the role must not be taken for it.
         names = {f"{role}_token": self._roles[role][0] if role in self._roles else None for role in CONVENTIONAL}
         # The chat template writes bos; a tokenizer that added another would double it.
@@ -181,7 +181,7 @@ class Tokenizer:
         return {**names, "add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False, **own}
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write what `load` makes an equal tokenizer of into a folder, and return the paths.
+        """Write what `load` reads as an equal tokenizer into a folder, and return the paths.
 
         Raises:
             StorageError: the folder holds another vocabulary, or could not be written.
@@ -198,7 +198,7 @@ class Tokenizer:
         return [vocabulary, folder / CONFIG_FILE]
 
     def write_tokenizer_json(self, path: str | Path) -> None:
-        """Write an equivalent `tokenizer.json` that adds no bos or eos by itself, for other programs.
+        """Write an equivalent `tokenizer.json` that adds no bos or eos, for other programs.
 
         Raises:
             TokenizerError: the SentencePiece model is not BPE, or normalises its text.
@@ -221,7 +221,7 @@ class Tokenizer:
         return made, (self._data,)
 
     def _find_roles(self) -> dict[str, tuple[str, int]]:
-        """Return name and id of the bos, eos and pad tokens: as given, as the file says, or by convention."""
+        """Return name and id of bos, eos and pad: as given, as the file says, or by convention."""
         given = {**self._backend.roles, **self._given_roles}
         found: dict[str, tuple[str, int]] = {}
         for role, usual in CONVENTIONAL.items():
@@ -236,7 +236,7 @@ class Tokenizer:
         return found
 
     def _encode_in_parts(self, text: str) -> list[int]:
-        """Return the ids of a text with special names or `▁` in it, so that none of them survives whole."""
+        """Return the ids of a text with special names or `▁` in it, none of which survives whole."""
         cuts = {0, len(text), *(match.start() + 1 for match in self._name_starts.finditer(text))}
         escapes = self._backend.escapes_mark
         if escapes:
@@ -272,7 +272,7 @@ class Tokenizer:
 
 
 def well_formed(text: str) -> str:
-    """Return `text` with surrogate pairs joined and unpaired surrogates, which UTF-8 cannot write, as U+FFFD."""
+    """Return `text` with surrogate pairs joined and unpaired surrogates as U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -296,13 +296,13 @@ def _vocabulary_file(path: Path, beside: Sequence[dict[str, Any]]) -> Path:
 
 
 def _read_configs(folder: Path) -> list[dict[str, Any]]:
-    """Return the content of the JSON files beside a vocabulary, the one that counts most first."""
+    """Return the content of the JSON files beside a vocabulary; the first counts most."""
     names = (CONFIG_FILE, "special_tokens_map.json")
     return [disk.read_json(folder / name, TokenizerError) for name in names if (folder / name).is_file()]
 
 
 def _roles(beside: Sequence[dict[str, Any]]) -> dict[str, str | None]:
-    """Return bos, eos, pad → token name, None where a file says that there is none; the first that says it counts."""
+    """Return bos, eos, pad → token name, None where a file says that there is none; the first that says so counts."""
     roles: dict[str, str | None] = {}
     for content in beside:
         for role in CONVENTIONAL:

@@ -4,13 +4,13 @@ r"""The chat format of an export, tools included, as a Jinja template: `internlm
     name_of(text)                                         # chatml
 
 The template writes tools, calls and results out as messages of system, user and assistant first, as a format's
-`render` does, and renders those as `templates.jinja` does. It takes what OpenAI's clients send: `tools`, `tool_calls`
-whose arguments are a text or an object, results with `tool_call_id` in any order, and `parallel_tool_calls=False` where
-a program passes it on. Its ids are those of `render_prompt`, within the limits that `templates` names.
+`render` does, and then all as `templates.jinja` does. It takes what OpenAI's clients send: `tools`, `tool_calls` whose
+arguments are a text or an object, results with `tool_call_id` in any order, and `parallel_tool_calls=False` where a
+program passes it on. Its ids are those of `render_prompt`, within the limits that `templates` names.
 
-Limits: whether arguments are a JSON object, and names are names, is not checked there. What
-`ToolFormat.render_history` writes beside, an export refuses. `tojson` is to write JSON as Transformers has it: with
-Python's separators, letters as they are, keys in their order.
+Limits: whether arguments are a JSON object, and names are names, is not checked. What `ToolFormat.render_history`
+takes beside is refused. `tojson` is to write JSON as Transformers has it: with Python's separators, letters as they
+are, keys in their order.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _MESSAGES = r"""
 {% endfor %}
 {% set messages = made.messages %}
 """
-"""Messages as clients send them → messages of system, user and assistant. One that is `written` needs no frame."""
+"""Messages as clients send them → those of system, user and assistant; one that is `written` needs no frame."""
 
 _FOLDED = r"""
 {% if tools and messages | length > 1 and messages[1]['role'] == 'user' %}
@@ -94,7 +94,7 @@ _FOLDED = r"""
 
 
 class _Format(NamedTuple):
-    """How one tool format fills the gaps of `_MESSAGES`; `words` are the format's own, `frame` is that of a result."""
+    """How a tool format fills the gaps of `_MESSAGES`; `words` are its own, `frame` is that of a result."""
 
     each_tool: str
     system: str
@@ -180,7 +180,7 @@ _FORMATS = {"hermes": _HERMES, "internlm2": _INTERNLM2, "react": _REACT}
 
 
 def chat_template(template: Template, tokenizer: Tokenizer | None = None) -> str:
-    """Return a chat format as a Jinja chat template with tools, which it refuses where the tokenizer lacks a token."""
+    """Return a chat format as Jinja with tools, which it refuses where the tokenizer lacks a token."""
     specials = format_of(template.name).specials
     if tokenizer is not None and not tokenizer.special_tokens.keys() >= set(specials):
         return _without_tools(template)
@@ -188,7 +188,7 @@ def chat_template(template: Template, tokenizer: Tokenizer | None = None) -> str
 
 
 def name_of(text: str) -> str | None:
-    """Return the name of the chat format that was written so, with tools or without; None: no such."""
+    """Return the name of the chat format that was written so, with tools or without, if any."""
     for name, template in TEMPLATES.items():
         if text in (chat_template(template), _without_tools(template), jinja(template)):
             return name
@@ -207,7 +207,7 @@ def _without_tools(template: Template) -> str:
 
 
 def _writer(template: Template) -> str:
-    """Return what writes tools, calls and results out, as Jinja that says nothing itself."""
+    """Return Jinja that writes tools, calls and results out, and says nothing itself."""
     format_ = format_of(template.name)
     gaps = _FORMATS[format_.name]
     text = _MESSAGES

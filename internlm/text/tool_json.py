@@ -1,7 +1,6 @@
-"""JSON of tool calls: followed while it comes, and as something that a grammar can ask for.
+"""JSON of tool calls: followed while it comes in any pieces, and as something that a grammar can ask for.
 
-Python's own reader wants the whole text, and gives up at a depth that depends on the caller's stack. Here it may come
-in any pieces.
+Python's own reader wants the whole text, and gives up at a depth that depends on the caller's stack.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true
 
 
 class ObjectScan:
-    """Tells, while a text comes, whether it is one JSON object (RFC 8259) of at most `MAX_DEPTH` levels."""
+    """Tells, while a text comes, whether it is one JSON object (RFC 8259) of `MAX_DEPTH` levels at most."""
 
     def __init__(self) -> None:
         self.is_whole = False
@@ -31,9 +30,9 @@ class ObjectScan:
         """Whether the last step went over a mark or white space."""
         self._closers: list[str] = []
         self._next = "object"
-        """What may come: object, value, item (or the end of a list), key, member (or the end), colon, more."""
+        """What may come: object, value, item (or the end), key, member (or the end), colon, more."""
         self._inside = ""
-        """string, escape, hex or scalar: what the last step ended in the middle of."""
+        """What the last step ended inside of: string, escape, hex or scalar."""
         self._hex_left = 0
         self._scalar: list[str] = []
 
@@ -43,7 +42,7 @@ class ObjectScan:
         return len(self._closers)
 
     def step(self, text: str, at: int) -> int:
-        """Go over a word, a mark or a part of a string, and return where it ends; `at` where it cannot stand there."""
+        """Go over a word, a mark or a part of a string, and return its end; `at` where it cannot stand there."""
         self.is_between = False
         if self._inside == "scalar":
             word = _WORD.match(text, at)
@@ -107,7 +106,7 @@ class ObjectScan:
 
 
 class CallScan:
-    """Reads `{"name": …, "arguments": {…}}` while it comes; keys in any order, `parameters` for `arguments` too."""
+    """Reads `{"name": …, "arguments": {…}}` while it comes, in any order, `parameters` for `arguments` too."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -125,19 +124,19 @@ class CallScan:
         self._arguments: list[str] = []
 
     def take(self) -> str:
-        """Return what came of the arguments since it was asked last."""
+        """Return what came of the arguments since the last call."""
         text, self._arguments = "".join(self._arguments), []
         return text
 
     def step(self, text: str, at: int) -> int:
-        """Go on as `ObjectScan.step` does; a name that is no string and arguments that are no object break it too."""
+        """Go on as `ObjectScan.step`; a name that is no string and arguments that are no object break it too."""
         before = self._scan.depth
         end = self._scan.step(text, at)
         self.is_broken = self._scan.is_broken or not self._takes(text[at:end], max(before, self._scan.depth))
         return at if self.is_broken else end
 
     def _takes(self, piece: str, depth: int) -> bool:
-        """Take in a piece, which was or is in so many brackets, and return whether it may stand there."""
+        """Take in a piece, inside so many brackets, and return whether it may stand there."""
         if depth > 1 or not (self._scan.is_between or self._scan.is_key):
             if self._field == "name":
                 self._value.append(piece)
@@ -179,13 +178,13 @@ def is_object(text: str) -> bool:
 
 
 _NAMES = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
-"""Keys of a schema under which names stand, with a schema each."""
+"""Keys of a schema with names under them, and a schema under each."""
 _DATA = ("const", "enum", "default", "examples")
-"""Keys of a schema under which values stand: a `$ref` there is none."""
+"""Keys with values under them: a `$ref` there is none."""
 
 
 def moved_schema(value: Any, place: str) -> Any:
-    """Return a schema whose references to its own root still hold at `place` (a JSON pointer) of another."""
+    """Return a schema whose references to its root hold at `place` (a JSON pointer) of another."""
     if isinstance(value, list):
         return [moved_schema(item, place) for item in value]
     if not isinstance(value, dict):

@@ -8,8 +8,8 @@ r"""A model's answer → content, thoughts and tool calls, while it comes.
 However the answer is cut into pieces, the events joined are the same. Every character is looked at once, and nesting is
 bounded: a hostile answer costs no more than its length.
 
-What looked like a call and is none comes out as content, character for character. Arguments stream, so it may turn out
-late: then `CallFails` takes the call back. White space before a call, and after the last one, is dropped.
+What looked like a call and is none comes out as content, character for character; where its arguments have begun to
+stream, `CallFails` takes it back. White space before a call, and after the last one, is dropped.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CallBegins:
 
 @dataclass(frozen=True)
 class ArgumentsGrow:
-    """The arguments of a call go on; the pieces joined are a JSON object."""
+    """The arguments of a call, a JSON object, go on."""
 
     index: int
     text: str
@@ -57,14 +57,14 @@ class CallFails:
 
     index: int
     text: str
-    """All that the model wrote of it, which is content."""
+    """All of it, as the model wrote it."""
 
 
 Event = Text | Thought | CallBegins | ArgumentsGrow | CallFails
 
 
 class ToolParser:
-    """Reads one answer. A format is a subclass: a few states, each a method that reads on from a place in the text.
+    """Reads one answer. A subclass has a few states, each a method that reads on from a place in the text.
 
     Args:
         known: names of the tools that may be called.
@@ -81,12 +81,12 @@ class ToolParser:
         self._space: list[str] = []
         """White space at the end of what was said."""
         self._source: list[str] = []
-        """What the call at hand is made of so far, with the white space before it."""
+        """The call at hand so far, with the white space before it."""
         self._index = -1
         self._has_begun = False
         self._sink: type[Text] | type[Thought] = Text
         self._out: list[tuple[type[Event], int, list[str]]] = []
-        """Events in the making: their kind, the call's index and the pieces of their text."""
+        """Events in the making: kind, index of the call, pieces of the text."""
 
     def add(self, text: str) -> list[Event]:
         """Return what this piece of the answer decides."""
@@ -104,7 +104,7 @@ class ToolParser:
         return self._events()
 
     def _text(self, text: str, at: int) -> int:
-        """Read on at `text[at]`, outside of a call, and return where the next state goes on."""
+        """Read on at `text[at]`, outside of a call, and return where to go on."""
         raise NotImplementedError
 
     def _end(self) -> None:
@@ -152,7 +152,7 @@ class ToolParser:
 class TaggedParser(ToolParser):
     """Reads calls written as start tag, `{"name": …, "arguments": {…}}`, end tag, and the text around them.
 
-    The end tag may be missing after whole JSON: a grammar or a stop token ended the answer there.
+    The end tag may be missing where a grammar or a stop token ended the answer.
     """
 
     def __init__(self, start: str, end: str, known: Collection[str], parallel: bool = True) -> None:
@@ -232,8 +232,8 @@ _THOUGHT, _ACTION, _INPUT, _FINAL = (
 class ReActParser(ToolParser):
     """Reads `Thought:…`, `Action:…`, `ActionInput:…`, `FinalAnswer:…`, each at the beginning of a line.
 
-    All after `FinalAnswer:` is content, and so is text before the first key. A call ends the answer; what follows would
-    be a tool's result that the model made up.
+    All after `FinalAnswer:` is content, and so is text before the first key. A call ends the answer: the model would
+    make up the tool's result.
     """
 
     def __init__(self, known: Collection[str]) -> None:
@@ -244,7 +244,7 @@ class ReActParser(ToolParser):
         self._drops_space = False
         """Whether nothing was said since the last key."""
         self._spoken: set[type[Event]] = set()
-        """What was said already: content, thoughts. What goes on with it begins a line of its own."""
+        """What was said already; what goes on with it begins a line of its own."""
         self._name = ""
         self._longest = max(map(len, self._known), default=0) + 16
         self._scan = ObjectScan()
@@ -351,13 +351,13 @@ def _overlap(text: str, at: int, tag: str) -> int:
 
 
 def _line_end(text: str, at: int) -> int:
-    """Return where the line of `text[at]` ends: at its line break, or with the text."""
+    """Return where the line of `text[at]` ends."""
     found = text.find("\n", at)
     return len(text) if found < 0 else found
 
 
 def _key(text: str, at: int, keys: tuple[str, ...]) -> tuple[str, str]:
-    """Return the key at `text[at]`, or all of `text[at:]` as the second where it may become one."""
+    """Return the key at `text[at]`, if any, and `text[at:]` where it may become one."""
     found = next((key for key in keys if text.startswith(key, at)), "")
     is_open = not found and any(len(text) - at < len(key) and key.startswith(text[at:]) for key in keys)
     return found, text[at:] if is_open else ""

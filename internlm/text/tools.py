@@ -4,7 +4,7 @@
     ids = render_prompt(messages, get_template("chatml"), tokenizer)  # the one renderer, as without tools
     parser = format.parser({"add"})
     parser.add(text), …, parser.finish()                              # events, while the answer comes
-    [*history, Message("assistant", "", calls=(call,)), Message("tool", "5", call_id=call.id)]   # and once more
+    [*history, Message("assistant", "", calls=(call,)), Message("tool", "5", call_id=call.id)]   # once more
 
 Special tokens get in by id: `render` gives them as parts of a message, and content that looks like them stays text.
 Read back from an answer they are text: generate with `show_special` where a format has `specials`.
@@ -73,18 +73,18 @@ class Tool:
 
 @dataclass(frozen=True)
 class Forced:
-    """How an answer is made to be a call: it begins so, and goes on as a grammar says."""
+    """How an answer is made to be a call."""
 
     begin: tuple[Part, ...]
     """For `render_prompt(…, begin=)`."""
     kind: Literal["json_schema", "labelled_schema"]
     """As `internlm.infer.grammar` calls it."""
     grammar: dict[str, Any]
-    """Of all the rest of the answer: a JSON schema, or for each text that it may begin with the schema of its rest."""
+    """Of the rest of the answer: a JSON schema, or for each text that it may begin with the schema of what follows."""
 
     @property
     def text(self) -> str:
-        """What the parser must be given first, as the answer's tokens do not hold it."""
+        """What the parser must be given first: the answer's tokens do not hold it."""
         return text_of(self.begin)
 
 
@@ -104,9 +104,9 @@ class ToolFormat:
     stops: tuple[str, ...] = ()
     """Strings that end an answer, beside the stops of the template."""
     specials: tuple[str, ...] = ()
-    """Special tokens that `parser` reads as text: generate with `show_special` where there are any."""
+    """Special tokens that `parser` reads as text."""
     words: tuple[str, ...] = ()
-    """What is said around the tools' descriptions, in the order in which it stands there."""
+    """What is said around the tools' descriptions, in its order."""
     writes_thoughts = False
     """Whether what an assistant said to itself is written."""
 
@@ -114,27 +114,30 @@ class ToolFormat:
         self.template = template
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] = (), parallel: bool = True) -> list[Message]:
-        """Return the conversation as system, user and assistant messages that `chat.render` and `render_prompt` take.
+        """Return the conversation as system, user and assistant messages that `chat.render` takes.
 
         The tools are told in the system message, after its own words. Results of several calls may come in any order.
 
         Raises:
-            DataError: arguments are no JSON object, or results and calls do not belong together, or user and assistant
-                do not take turns.
+            DataError: arguments are no JSON object, results and calls do not belong together, or user and assistant do
+                not take turns.
         """
         check_turns(messages)  # here: `chat` would count messages that nobody wrote
         for number, message in enumerate(messages, 1):
-            _check_arguments(message, number)
+            for call in message.calls:
+                if not isinstance(call.arguments, str) or not is_object(call.arguments.strip()):
+                    problem = f"the arguments of {call.name} are no JSON object"
+                    raise DataError(problem, where=f"message {number}", got=str(call.arguments)[:80])
         return self._write(messages, tools, parallel)
 
     def render_history(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), parallel: bool = True
     ) -> list[Message]:
-        """Return what `render` does, for prompts, of what clients send beside conversations to train on.
+        """Return what `render` does, for prompts, of all that clients send.
 
         What comes between two answers is one turn, in which each message keeps its frame: results of calls, users, and
         system messages where the template has a place for them. An answer that nobody asked for, a greeting, begins the
-        first turn. Arguments that are no JSON object stand there as they are: the model shall see its mistake.
+        first turn. Arguments that are no JSON object stay: the model shall see its mistake.
 
         Raises:
             DataError: results and calls do not belong together.
@@ -150,11 +153,15 @@ class ToolFormat:
             message = messages[at]
             if message.thought and not self.writes_thoughts:
                 warn_once(logger, f"the tool format {self.name} does not write thoughts: they have no effect")
+            where = f"message {at + 1}"
             if message.role == "tool":
-                raise DataError("a tool's result without a call before it", where=f"message {at + 1}")
+                raise DataError("a tool's result without a call before it", where=where)
             results: list[str] | None = None
             if message.calls:
-                _check_calls(message, f"message {at + 1}")
+                if message.role != "assistant":
+                    raise DataError("only an assistant message has calls", where=where, got=message.role)
+                for call in message.calls:
+                    _check_name(call.name, f"{where}, call")
                 results = _results(messages, at)
                 written += self._calls(message, results)
             else:
@@ -167,9 +174,7 @@ class ToolFormat:
         raise NotImplementedError
 
     def schema(self, tools: Sequence[Tool], choice: str) -> Forced | None:
-        """Return how to make the model call a tool: any ("required"), or the one named by `choice`.
-
-        None for "auto" and "none". A forced answer has exactly one call: the grammar ends with its JSON.
+        """Return how to make the model call one tool: any ("required"), or that of this name; None: "auto" and "none".
 
         Raises:
             DataError: no tool has this name, or there is none.
@@ -208,7 +213,7 @@ def new_call_id() -> str:
 
 
 def collect(events: Iterable[Event]) -> Answer:
-    """Return what the events of one parser come to; calls that failed are content, as the model wrote them."""
+    """Return what the events of one parser come to; calls that failed are content."""
     content: list[str] = []
     thought: list[str] = []
     calls: dict[int, tuple[str, list[str]]] = {}
@@ -231,23 +236,8 @@ def _check_name(name: str, where: str) -> None:
         raise DataError("a tool's name is 1 to 64 letters, digits, '_', '.' or '-'", where=where, got=name)
 
 
-def _check_calls(message: Message, where: str) -> None:
-    if message.role != "assistant":
-        raise DataError("only an assistant message has calls", where=where, got=message.role)
-    for call in message.calls:
-        _check_name(call.name, f"{where}, call")
-
-
-def _check_arguments(message: Message, number: int) -> None:
-    for call in message.calls:
-        text = call.arguments
-        if not isinstance(text, str) or not is_object(text.strip()):
-            problem = f"the arguments of {call.name} are no JSON object"
-            raise DataError(problem, where=f"message {number}", got=str(text)[:80])
-
-
 def _results(messages: Sequence[Message], at: int) -> list[str] | None:
-    """Return the results of the calls of `messages[at]`, in their order; None where the conversation ends with them."""
+    """Return the results of the calls of `messages[at]` in their order, None where the conversation ends with these."""
     calls, where = messages[at].calls, f"message {at + 1}"
     following = list(takewhile(lambda message: message.role == "tool", messages[at + 1 :]))
     if not following and at + 1 == len(messages):
@@ -269,7 +259,7 @@ def _results(messages: Sequence[Message], at: int) -> list[str] | None:
 
 
 def _folded(messages: list[Message]) -> list[Message]:
-    """Return the messages with the system message as a part of the first that is a user's own."""
+    """Return messages with that of the system as a part of the first that is a user's own."""
     at = next((n for n, one in enumerate(messages) if one.role == "user" and not one.parts), None)
     if at is None:
         return messages
@@ -279,7 +269,7 @@ def _folded(messages: list[Message]) -> list[Message]:
 
 
 def _in_turns(messages: list[Message], template: Template) -> list[Message]:
-    """Return messages with all that comes between two answers as one turn; see `ToolFormat.render_history`."""
+    """Return messages as `ToolFormat.render_history` says."""
     if template.single_turn:
         return messages
     begun = 1 if messages and messages[0].role == "system" else 0

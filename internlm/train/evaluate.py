@@ -39,7 +39,7 @@ class EvaluateConfig:
 
 
 class Evaluator:
-    """Scores the validation sources of a run, with matrix products in `dtype`."""
+    """Scores the validation sources of a run."""
 
     def __init__(self, config: EvaluateConfig, loader: Loader) -> None:
         self.config, self.loader = config, loader

@@ -1,8 +1,5 @@
 """One optimizer step: data, count, forward and backward, clip, update.
 
-A step pulls its micro-batches, knows the count they are divided by before anything is computed, runs them one by one,
-clips by one global norm, and updates:
-
     loss of a step = Σ over all micro-batches of objective.loss / Σ of objective.count
 
 so neither loss nor gradient depends on how the step was cut, into micro-batches or over ranks. Every rank takes it;
@@ -23,14 +20,13 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.store import Checkpoint
+from internlm.config import require, require_positive, section
 from internlm.data.batch import Batch
 from internlm.data.loader import Loader
 from internlm.errors import ConfigError, TrainingError
 from internlm.optim.optimizer import Optimizer, scale_to_norm, squared_norm
 from internlm.optim.schedule import ScheduleConfig, rate
 from internlm.parallel.apply import Parallel
-from internlm.train.budget import TrainConfig
-from internlm.train.loss_scale import LossScale
 from internlm.train.metrics import Meter, Metrics
 from internlm.train.objective import Objective
 from internlm.train.stop import Reason, Stop
@@ -39,6 +35,66 @@ from internlm.train.watch.goodput import Goodput
 from internlm.train.watch.spikes import Spikes
 
 logger = logging.getLogger(__name__)
+
+FIRST_SCALE = 2.0**16
+GROWTH_STEPS = 2000
+"""Good steps after which a larger scale is tried."""
+LEAST_SCALE = 1.0
+"""A model whose gradients overflow at this scale is broken: such steps count as skipped."""
+
+
+@section
+class TrainConfig:
+    """Length and cut of a run."""
+
+    tokens: int
+    """Budget: positions trained on, padding included. Rounded up to whole steps."""
+    batch_tokens: int
+    """Positions per optimizer step, over all ranks."""
+    micro_batch_rows: int | None = None
+    """Rows per forward and backward on one device; None: the whole step at once. Changes memory and speed only."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0: measured only."""
+    max_skipped_steps: int = 10
+    """Steps with a non-finite loss or gradient are skipped; so many in a row end the run."""
+    log_every_steps: int = 10
+    """Steps between two logged lines."""
+    trace_every_steps: int | None = 1000
+    """Steps between two that are traced, on several ranks, to know what communication costs: the second is the first. A
+    traced step is slower. None: no step is."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "train", "tokens", "batch_tokens", "micro_batch_rows")
+        require_positive(self, "train", "max_skipped_steps", "log_every_steps", "trace_every_steps")
+        what = f"one step is more than the whole budget, train.tokens {self.tokens}"
+        require(self, "train", ("batch_tokens",), lambda tokens: tokens <= self.tokens, what)
+        if not self.max_grad_norm >= 0:
+            raise ConfigError("must not be negative", where="train.max_grad_norm", got=self.max_grad_norm)
+
+    def micro_rows(self, seq_len: int, data_ranks: int) -> int:
+        """Return the rows of a micro-batch on each of `data_ranks` ranks that see different rows of `seq_len` tokens.
+
+        Raises:
+            ConfigError: the rows of a step cannot be cut so.
+        """
+        rows = self.batch_tokens // seq_len
+        if self.batch_tokens % seq_len:
+            what = f"is not a multiple of data.seq_len {seq_len}"
+            raise ConfigError(what, where="train.batch_tokens", got=self.batch_tokens)
+        if rows % data_ranks:
+            what = f"{self.batch_tokens} tokens are {rows} rows, which do not divide over {data_ranks} ranks"
+            raise ConfigError(what, where="train.batch_tokens")
+        own = rows // data_ranks
+        micro = self.micro_batch_rows or own
+        if own % micro:
+            what = f"does not divide the {own} rows of a step on each rank"
+            raise ConfigError(what, where="train.micro_batch_rows", got=micro)
+        return micro
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self.tokens // self.batch_tokens)
 
 
 @dataclass
@@ -52,6 +108,45 @@ class Progress:
     spikes: int = 0
     passed_over: list[dict[str, Any]] = field(default_factory=list)
     """Data that rollbacks left out: the step and loss of the spike, and rows of each source, from and to."""
+
+
+@dataclass
+class LossScale:
+    """The factor that keeps float16 gradients from becoming zero, found while training (Micikevicius et al. 2018).
+
+        loss · scale → backward → gradients / scale        not finite: skip the step, halve the scale
+                                                           2,000 good steps in a row: double it
+
+    With every other dtype the scale is 1 and stays so. Saved with every checkpoint.
+    """
+
+    value: float = 1.0
+    """What losses are multiplied by before backward, and gradients divided by after: a power of two."""
+    good_steps: int = 0
+    """Since the last change."""
+    is_dynamic: bool = False
+    """Whether steps change it."""
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> LossScale:
+        """Return the scale a run in this dtype begins with."""
+        return cls(FIRST_SCALE, 0, True) if dtype == torch.float16 else cls()
+
+    def update(self, is_finite: bool) -> bool:
+        """Learn how a step went; return whether it failed for no other reason than too large a scale.
+
+        `is_finite` is about sums over all ranks: one rank's overflow is everybody's, and scales never part.
+        """
+        if not self.is_dynamic:
+            return False
+        if is_finite:
+            self.good_steps += 1
+            if self.good_steps == GROWTH_STEPS:
+                self.value, self.good_steps = self.value * 2, 0
+            return False
+        was = self.value
+        self.value, self.good_steps = max(LEAST_SCALE, was / 2), 0
+        return was > LEAST_SCALE
 
 
 @dataclass

@@ -116,13 +116,12 @@ def read(fields: dict[str, Any], path: Path, model: ModelConfig, names: Names) -
 
 
 def write(config: LoraConfig, model: ModelConfig, saved: Iterable[str], base: str | None) -> dict[str, Any]:
-    """Return the content of an adapter_config.json; `saved` are Transformers names of modules that are kept whole.
+    """Return the content of an adapter_config.json; `saved`: their names of modules that are kept whole.
 
     Raises:
         ConfigError: the adapter's targets are no layers of the base.
     """
-    targets = lora.updates(config, model)
-    all_layers = lora.linear_layers(model)
+    targets, all_layers = lora.updates(config, model), lora.linear_layers(model)
     ranks = {layer: update.rank for layer, update in targets.items()}
     alphas = {layer: _number(update.alpha) for layer, update in targets.items()}
     return {
@@ -146,10 +145,7 @@ def write(config: LoraConfig, model: ModelConfig, saved: Iterable[str], base: st
 
 
 def _target(fields: dict[str, Any], layers: list[str], tables: list[str], path: Path) -> Callable[[str], bool]:
-    """Return the function that says whether a layer, by its Transformers name, is a target.
-
-    Any of `layers` can be one; `tables`, embedding and head, cannot.
-    """
+    """Return the function that says whether one of `layers`, by its name there, is a target; `tables` cannot be."""
     targets, excluded = fields.get("target_modules"), fields.get("exclude_modules") or []
     is_named, is_excluded = _matcher(targets, path), _matcher(excluded, path)
     if not targets:
@@ -191,7 +187,6 @@ def _matcher(targets: Any, path: Path) -> Callable[[str], bool]:
 
 
 def _first(fields: dict[str, Any], key: str, name: str, default: V, path: Path) -> V:
-    """Return the value of the first pattern under `key` that fits a layer's name."""
     patterns = fields.get(key) or {}
     if not isinstance(patterns, dict):
         raise WeightsError("is no JSON object", where=f"{path}: {key}", got=patterns)
@@ -211,7 +206,7 @@ def _regex(pattern: str, path: Path) -> re.Pattern[str]:
 def _compact(
     values: Mapping[str, V], layers: Iterable[str], short: Callable[[str], str], full: Callable[[str], str]
 ) -> dict[str, V]:
-    """Return values of layers by as few names as possible: `short` ones, without a number, where all `layers` agree."""
+    """Return values by as few names as possible: `short` ones, without a number, where all `layers` agree."""
     places: dict[str, list[str]] = {}
     for layer in layers:
         places.setdefault(short(layer), []).append(layer)
@@ -237,5 +232,4 @@ def _without(values: Mapping[str, V], default: object) -> dict[str, V]:
 
 
 def _number(value: float) -> float:
-    """Return a whole number as an int: PEFT's alpha is one."""
-    return int(value) if value == int(value) else value
+    return int(value) if value == int(value) else value  # PEFT's alpha is whole

@@ -12,10 +12,10 @@ PEFT names a layer as Transformers does, behind a prefix of its own, base_model.
     model.layers.0.self_attn.q_proj.lora_magnitude_vector    [out], with DoRA
     lm_head.weight                                           kept whole, `modules_to_save`
 
-`fan_in_fan_out` says how the base stores its matrix: it makes no difference to a base whose format we know.
+`fan_in_fan_out` says how the base stores its matrix, which is known here.
 
-InternLM2 has one `wqkv` where we have three matrices. An adapter on it is read as three, with an A in common: rows of
-the product are rows of B. What is written has Llama's names.
+InternLM2 has one `wqkv` where we have three matrices. An adapter on it is read as three with one A: rows of the product
+are rows of B. What is written has Llama's names.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class Adapter:
     config: LoraConfig
     """Which layers it changes, and how."""
     weights: Weights
-    """By our names: `blocks.0.attention.wq.lora_a` …, as `apply_lora` makes them."""
+    """By our names: `blocks.0.attention.wq.lora_a` …"""
     saved: Weights = field(default_factory=dict)
     """Weights that were trained whole and take the place of the base's, by our names."""
     base: str | None = None
-    """What whoever made the adapter called the base."""
+    """What its maker called the base."""
 
 
 def is_one(path: str | Path) -> bool:
@@ -89,7 +89,11 @@ def open_adapter(path: str | Path, model: ModelConfig) -> Adapter:
         WeightsError: it is of a kind that is not known, or does not fit the base.
     """
     path = Path(path)
-    fields, stored = adapter_config.load(path / FILE), _open_weights(path)
+    fields = adapter_config.load(path / FILE)
+    file = next((file for file in (path / WEIGHTS, path / BIN) if file.is_file()), None)
+    if file is None:
+        raise WeightsError(f"holds neither {WEIGHTS} nor {BIN}", where=path)
+    stored = files.open_files([file])[file]
     names = INTERNLM2 if any(map(_INTERNLM2.search, stored)) else TRANSFORMERS
     config = adapter_config.read(fields, path / FILE, model, names)
     needed, base, known = _needed(config, model), shapes(model), _by_their_names(model, names)
@@ -119,10 +123,10 @@ def open_adapter(path: str | Path, model: ModelConfig) -> Adapter:
 def merge(weights: Weights, adapter: Adapter) -> Weights:
     """Return the weights of a plain model that says what base and adapter say together, not read yet.
 
-    A matrix is computed in fp32 when it is read, a few rows at a time, and has the dtype of the base's.
+    A matrix is computed in fp32 when it is read, and has the dtype of the base's.
 
     Raises:
-        WeightsError: the weights, by our names, are those of another model than the adapter was opened for.
+        WeightsError: the weights, by our names, are not those of `adapter.model`.
     """
     check(weights, adapter.model)
     updates = lora.updates(adapter.config, adapter.model)
@@ -161,12 +165,12 @@ def attach(model: Transformer, adapter: Adapter) -> None:
 
 
 def of_model(model: Transformer, config: LoraConfig, base: str | None = None) -> Adapter:
-    """Return the adapter of a whole model; `config` is what `apply_lora` was given, `base` what the base is called."""
+    """Return the adapter of a whole model; `config`: of `apply_lora`, `base`: what the base is called."""
     return Adapter(model.config, config, lazy.of_tensors(lora.lora_parameters(model).items()), base=base)
 
 
 def export(adapter: Adapter, out: str | Path, options: ExportOptions = ExportOptions()) -> Weights:  # noqa: B008
-    """Write the folder that `PeftModel.from_pretrained(base, folder)` loads, and return what was written, by its names.
+    """Write the folder that `PeftModel.from_pretrained(base, folder)` loads; return the weights by their names there.
 
     Of the options dtype, replace, notes and progress are used.
 
@@ -214,7 +218,6 @@ def _by_their_names(model: ModelConfig, names: Names) -> dict[str, list[str]]:
 
 
 def _saved(modules: Iterable[str], known: dict[str, list[str]], path: Path) -> list[str]:
-    """Return our names of the weights of modules that PEFT keeps whole."""
     found = []
     for module in modules:
         of_module = [name for name in known if name.rpartition(".")[0].endswith(module)]  # a plain end, as PEFT has it
@@ -249,7 +252,7 @@ def _ours(name: str, weight: Weight, known: dict[str, list[str]], model: ModelCo
 
 
 def _rows(weight: Weight, layers: list[str], model: ModelConfig) -> list[Weight]:
-    """Return the rows of each of the layers that are one in the base: they lie together for every key head."""
+    """Return the rows of each of the layers that are one in the base, together for every key head there."""
     known = lora.linear_layers(model)
     parts = [(known[layer][0], *weight.shape[1:]) for layer in layers]
     if len(layers) == 1 or weight.shape[0] != sum(part[0] for part in parts):
@@ -260,13 +263,6 @@ def _rows(weight: Weight, layers: list[str], model: ModelConfig) -> list[Weight]
 def _theirs(name: str) -> str:
     layer, _, own = name.rpartition(".")
     return _PREFIX + (f"{theirs(layer)}.{_ENDS[own]}" if own in _ENDS else to_transformers(name))
-
-
-def _open_weights(folder: Path) -> Weights:
-    path = next((path for path in (folder / WEIGHTS, folder / BIN) if path.is_file()), None)
-    if path is None:
-        raise WeightsError(f"holds neither {WEIGHTS} nor {BIN}", where=folder)
-    return files.open_files([path])[path]
 
 
 def _card(adapter: Adapter, notes: Mapping[str, Any]) -> str:

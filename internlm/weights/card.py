@@ -2,8 +2,7 @@
 
     card(config, "LlamaForCausalLM", "bfloat16", talk, {"recipe": {...}, "tokens": 2_700_000, "licence": "apache-2.0"})
 
-The sections follow Mitchell et al. 2019 (https://arxiv.org/abs/1810.03993). What nobody recorded is said to be not
-recorded.
+The sections follow Mitchell et al. 2019 (https://arxiv.org/abs/1810.03993).
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ def card(config: ModelConfig, model: str, dtype: str, talk: Talk, notes: Mapping
         model: class that loads it.
         dtype: of most weights.
         talk: how it is talked to.
-        notes: what is known beyond; the card takes `name`, `source`, `recipe` (text, or a recipe as a dict), `step`,
-            `tokens`, `data` (text, or names), `evaluation` (text, or numbers by name), `limits` (text), `licence`
-            (its SPDX name) and `remote_code` (whether the folder carries its code), where they are given.
+        notes: what is known beyond, of `name`, `source`, `recipe` (text, or a recipe as a dict), `step`, `tokens`,
+            `data` (text, or names), `evaluation` (text, or numbers by name), `limits` (text), `licence` (its SPDX name)
+            and `remote_code` (whether the folder carries its code).
     """
     about = [_summary(config, model, talk), "", *shape(config, dtype)]
     use = _use(talk, bool(notes.get("remote_code")))
@@ -61,8 +60,8 @@ def page(library: str | None, about: list[str], use: list[str], notes: Mapping[s
         notes, config: as of `card`.
     """
     licence = notes.get("licence")
-    head = {"library_name": library, "pipeline_tag": "text-generation", "license": licence}
-    head = {name: value for name, value in head.items() if value is not None}
+    rows = {"library_name": library, "pipeline_tag": "text-generation", "license": licence}
+    head = {name: value for name, value in rows.items() if value is not None}
     limits = [notes["limits"], ""] if notes.get("limits") else []
     window = f"It reads {config.context_length:,} tokens at most, prompt and answer together."
     sections = {

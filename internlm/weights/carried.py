@@ -1,8 +1,5 @@
 """The code that an export carries, so that InternLM's own lines run: `model.chat(tokenizer, "hello", history=[])`.
 
-    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)      # AutoModel gives the same model
-    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-
 The four files in `remote_code/` import Transformers (4.30 to 5), torch and sentencepiece, and nothing of this package.
 They know plain and dynamic rotary positions, and biases on all of attention or on none.
 """
@@ -16,7 +13,7 @@ from typing import Any
 
 from internlm import disk
 from internlm.errors import WeightsError
-from internlm.text.templates import EndOfText, Frame, Special, get_template
+from internlm.text.templates import EndOfText, Special, get_template
 from internlm.text.tokenizer import CONFIG_FILE, Tokenizer
 from internlm.weights.talk import Talk
 
@@ -36,7 +33,7 @@ _KNOWN: dict[str, Any] = _MODEL_MAP | _TOKENIZER_MAP
 
 
 def fields(talk: Talk) -> dict[str, Any]:
-    """Return what config.json says beside the shape: which classes load the model, and how it is talked to."""
+    """Return what config.json says beside the shape."""
     return {"auto_map": _MODEL_MAP, "chat_format": chat_format(talk)}
 
 
@@ -58,7 +55,10 @@ def chat_format(talk: Talk) -> dict[str, Any] | None:
     return {
         "name": name,
         "bos": tokenizer.bos_id if template.bos else None,
-        **{role: frame and _frame(frame, tokenizer) for role, frame in frames.items()},
+        **{
+            role: frame and [[_part(part, tokenizer) for part in parts] for parts in frame]  # prefix and suffix
+            for role, frame in frames.items()
+        },
         "default_system": template.default_system,
         "single_turn": template.single_turn,
         "stops": replace(talk, template=name).stop_ids(),
@@ -68,7 +68,7 @@ def chat_format(talk: Talk) -> dict[str, Any] | None:
 def is_ours(folder: Path) -> bool:
     """Return whether the code of a folder is the one carried here, to the byte, and all that would be run.
 
-    A folder in it is enough to say no: Transformers also runs `custom_generate/generate.py`, unasked.
+    A folder in it says no: Transformers also runs `custom_generate/generate.py`, unasked.
     """
     if any(path.is_dir() for path in folder.iterdir()):
         return False
@@ -85,7 +85,7 @@ def _is_known(path: Path) -> bool:
 
 
 def write(folder: Path, talk: Talk) -> None:
-    """Put the code into a folder that `talk` has been written into, and make its tokenizer load by it."""
+    """Put the code into a folder that holds `talk`, and make its tokenizer load by it."""
     for source in sorted(CODE.glob("*.py")):
         with disk.explained(f"writing {folder / source.name}"):
             shutil.copyfile(source, folder / source.name)
@@ -99,11 +99,6 @@ def write(folder: Path, talk: Talk) -> None:
     described = disk.read_json(path, WeightsError)
     del described["add_bos_token"]  # theirs puts bos before a text that has none, so that a template may write it too
     disk.write_json(path, described | {"tokenizer_class": "InternLMTokenizer", "auto_map": _TOKENIZER_MAP})
-
-
-def _frame(frame: Frame, tokenizer: Tokenizer) -> list[list[str | int | None]]:
-    """Return prefix and suffix: texts, and ids of special tokens."""
-    return [[_part(part, tokenizer) for part in parts] for parts in frame]
 
 
 def _part(part: str | Special | EndOfText, tokenizer: Tokenizer) -> str | int | None:

@@ -2,8 +2,8 @@
 
     {"x": Weight, "y": Weight}  →  model-00001-of-00002.safetensors, …, model.safetensors.index.json
 
-The safetensors format is a header (8 bytes of length, JSON) and the tensors' bytes, one after the other. The header
-follows from shapes and dtypes, so that memory holds one tensor; the library's own writer takes all of a file at once.
+A safetensors file is a header (8 bytes of length, JSON) and the tensors' bytes, one after the other. The header follows
+from shapes and dtypes, so that memory holds one tensor; the library's own writer takes all of a file at once.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _POINTER = b"version https://git-lfs"
 
 
 def _plan(weights: Weights, max_bytes: int) -> dict[str, Weights]:
-    """Return the files that hold `weights` in their order, none larger than `max_bytes` unless one tensor is."""
+    """Return the files that hold weights, none larger than `max_bytes` unless one tensor is."""
     groups: list[Weights] = []
     held = 0
     for name, weight in weights.items():
@@ -101,7 +101,7 @@ def write_file(
 
 
 def header(parts: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> tuple[bytes, list[int], int]:
-    """Return the head of a safetensors file of such (name, shape, dtype), where each begins, and the file's bytes."""
+    """Return the head of a safetensors file of such tensors, where each begins, and the file's bytes."""
     described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     ends = [0]
     for name, shape, dtype in parts:
@@ -117,17 +117,13 @@ def _write_shard(path: Path, weights: Weights, done: Done) -> str:
     with one_thread(), HashedFile(path) as file:
         file.write(header((name, weight.shape, weight.dtype) for name, weight in weights.items())[0])
         for name, weight in weights.items():
-            write_weight(file, name, weight)
+            _write_weight(file, name, weight)
             done(weight.nbytes)
         return file.sha256()
 
 
-def write_weight(file: HashedFile, name: str, weight: Weight) -> None:
-    """Append the bytes of a weight to a file; what lies in another file as it is, is copied from there.
-
-    Raises:
-        WeightsError: it holds a value that is not finite, or cannot be read.
-    """
+def _write_weight(file: HashedFile, name: str, weight: Weight) -> None:
+    """Append the bytes of a weight to a file; what lies in another file as it is, is copied from there."""
     if weight.place is not None and weight.nbytes:
         path, start = weight.place
 
@@ -161,7 +157,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor holds neither infinities nor NaN, in one pass and without a copy of it."""
+    """Return whether a tensor holds neither infinities nor NaN, in one pass."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     if tensor.dtype.itemsize == 1:
@@ -236,12 +232,11 @@ def _open_indexed(folder: Path, index: Path) -> Weights:
     weights: Weights = {}
     for file, path in files.items():
         found = opened[path]
-        for name in found:  # those that the index leaves out too: whoever reads them says what they are
+        for name in found:  # those that the index leaves out too: its reader says what they are
             if name not in where and name in weights:
                 first = next(other for other in files if name in opened[files[other]])
-                raise WeightsError(
-                    f"does not say which {name} counts: {first} and {file} have one", where=index, do=AGAIN
-                )
+                what = f"does not say which {name} counts: {first} and {file} have one"
+                raise WeightsError(what, where=index, do=AGAIN)
             if where.get(name, file) == file:
                 weights[name] = found[name]
     for name, file in where.items():
@@ -269,7 +264,7 @@ def open_safetensors(path: Path) -> Weights:
 
 
 def _starts(path: Path) -> dict[str, int]:
-    """Return where each tensor of a safetensors file begins; the library has checked the file."""
+    """Return where each tensor of a file begins that the library has checked."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -4,13 +4,13 @@
     fill(model, tensors(checkpoint.weights()))                        # one tensor at a time beside the model
     model = read_model(config, checkpoint.weights(), pack="fp16")     # packed while it is read
 
-Packed while it is read, a model takes the memory of its packed weights, and that of one block, or the head, in the
-dtype that it is packed from.
+Packed while it is read, a model takes the memory of its packed weights, and that of one block, or the head, unpacked.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -46,11 +46,7 @@ def ordered(weights: Weights, config: ModelConfig) -> Weights:
 
 
 def decoded(schema: type[T], tree: Mapping[str, Any], where: Path, what: str = "model") -> T:
-    """Return the configuration that a tree of plain values is.
-
-    Raises:
-        WeightsError: it is none; says what is wrong with it.
-    """
+    """Return the configuration that a tree of plain values is; raise WeightsError where it is none."""
     try:
         return decode(schema, tree)
     except ConfigError as error:
@@ -80,7 +76,7 @@ def read_model(
         EngineError: the layers cannot be packed.
     """
     check(weights, config)
-    if pack is not None:  # files may mix the weights of blocks, and those begun would all be held
+    if pack is not None:  # files may mix blocks, and those begun would all be held
         weights = {name: weights[name] for name in shapes(config)}
     model = empty(config)
     # A copy: what is read may map a file, which must stay replaceable under a running process.
@@ -101,7 +97,7 @@ def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]], pack: Kind |
         EngineError: as `quant.pack_block`; what came before is filled and packed.
     """
     check = Check({name: parameter.shape for name, parameter in model.named_parameters()}, model.config.tie_embeddings)
-    packing = None if pack is None else _Packing(model, pack)
+    waiting = Counter(_part(name) for name, _ in model.named_parameters())
     for name, tensor in tensors:
         if not check.accepts(name, tensor.shape):
             continue
@@ -113,48 +109,28 @@ def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]], pack: Kind |
         else:
             parameter.copy_(tensor)
         if name == "embedding.weight" and model.config.tie_embeddings:
-            model.head.weight = model.embedding.get_parameter("weight")
-        if packing is not None:
-            packing.came(name)
+            model.tie()
+        part = _part(name)
+        waiting[part] -= 1
+        if pack is None or waiting[part]:
+            continue
+        if part == "head" or (part == "embedding" and model.config.tie_embeddings):
+            quant.pack_head(model.head, pack)
+        elif isinstance(block := model.get_submodule(part), Block):
+            quant.pack_block(block, pack)
     check.finish()
     if pack is not None:
         model.float().requires_grad_(False)
 
 
-class _Packing:
-    """Packs each part of a model whose weights are all there."""
-
-    def __init__(self, model: Transformer, kind: Kind) -> None:
-        self.model, self.kind = model, kind
-        self.missing: dict[str, set[str]] = {}
-        """Weights by the part that waits for them."""
-        for name, _ in model.named_parameters():
-            self.missing.setdefault(_part(name), set()).add(name)
-
-    def came(self, name: str) -> None:
-        """Pack what this weight was the last of."""
-        part = _part(name)
-        self.missing[part].discard(name)
-        if self.missing[part]:
-            return
-        if part == "head" or (part == "embedding" and self.model.config.tie_embeddings):
-            quant.pack_head(self.model.head, self.kind)
-        elif isinstance(block := self.model.get_submodule(part), Block):
-            quant.pack_block(block, self.kind)
-
-
 def _part(name: str) -> str:
-    """Return which part of a model a parameter belongs to: `embedding`, `blocks.0`, …, `norm`, `head`."""
+    """Return the part of a model that a parameter belongs to: `embedding`, `blocks.0`, …, `norm`, `head`."""
     first, second, *_ = name.split(".")
     return f"{first}.{second}" if first == "blocks" else first
 
 
 def check(weights: Weights, config: ModelConfig) -> None:
-    """Check that weights, not read yet, are those of a model.
-
-    Raises:
-        WeightsError: some are missing, left over or of another shape.
-    """
+    """Raise WeightsError unless weights, not read yet, are those of a model."""
     check_shapes(weights, shapes(config), config.tie_embeddings)
 
 
@@ -197,11 +173,7 @@ class Check:
         return False
 
     def finish(self) -> None:
-        """Say everything that was wrong.
-
-        Raises:
-            WeightsError: something was, or a weight never came.
-        """
+        """Raise WeightsError with all that was wrong, and the weights that never came."""
         complaints = self.complaints + [f"{name} is missing" for name in self.needed if name not in self.seen]
         if complaints:
             more = len(complaints) - _SHOWN

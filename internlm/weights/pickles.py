@@ -4,10 +4,10 @@
     weights["model.norm.weight"].read()         # maps the file, gives a view of it
     states = load("model_tp0_pp0.pt")           # of InternLM v0.2: {"model.norm.weight": tensor, …}, mapped, not read
 
-A pickle is a program: it names functions and calls them. Torch's restricted reader (`weights_only`) calls only what
-builds tensors and plain containers, and other names are refused. Checkpoints of InternLM v0.2 and InternEvo also name
-classes of their framework: a dict subclass arrives as a plain dict, an enum as the text of its value, and no module is
-imported for them, ours least of all, which has the same name.
+A pickle is a program. Torch's restricted reader (`weights_only`) calls only what builds tensors and plain containers,
+and other names are refused. Checkpoints of InternLM v0.2 and InternEvo also name classes of their framework: a dict
+subclass arrives as a plain dict, an enum as the text of its value, and no module is imported, ours least of all, which
+has the same name.
 
 Files older than torch 1.6 (no zip archive) cannot be mapped: a `.bin` is in memory whole while it is read.
 """
@@ -35,13 +35,11 @@ from internlm.weights.weight import Weight, Weights
 logger = logging.getLogger(__name__)
 
 AGAIN = "Copy the file again."
-FRAMEWORK = "internlm."
-"""How names of the old framework's classes begin."""
 _ZIP = b"PK\x03\x04"
 
 
 class _Shelf:
-    """The one file that is open, and the tensors in it."""
+    """The one file that is open."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
@@ -119,10 +117,7 @@ def tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def check_archive(path: Path) -> None:
-    """Check that a zip file is what `torch.save` writes: not compressed, and of this machine's byte order.
-
-    Of what is compressed, a few bytes may become all of the memory; of another order, mapped numbers would be wrong.
-    """
+    """Check that a zip file is not compressed (few bytes may become all of the memory), and of this byte order."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -142,8 +137,7 @@ def check_archive(path: Path) -> None:
 def mapped_at(path: Path, tensors: Mapping[str, Tensor]) -> int | None:
     """Return the address that a zip file is mapped at, None where it is not.
 
-    Torch does not tell, but where its storages lie at the records' offsets from one address, that address is it. Fewer
-    storages than records might fit elsewhere.
+    It is the one from which storages lie at the records' offsets. Fewer storages than records might fit elsewhere.
     """
     storages = [tensor.untyped_storage() for tensor in tensors.values()]  # a view of no elements has one too
     addresses = sorted({storage.data_ptr() for storage in storages if storage.nbytes()})
@@ -164,7 +158,7 @@ def mapped_at(path: Path, tensors: Mapping[str, Tensor]) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-    """Return what torch's message says, without its advice to run the file all the same."""
+    """Return torch's message without its advice to run the file all the same."""
     text = str(error)
     at = text.find("WeightsUnpickler error:")
     return (text[at:] if at >= 0 else text).partition("\n")[0].strip()
@@ -173,8 +167,7 @@ def _reason(error: Exception) -> str:
 class _Inert:
     """Stands for a class of the framework: called with a value it gives the text of it, else an empty dict."""
 
-    def __new__(cls, *values: object) -> Any:
-        """Return a plain object: there is never one of this class, so nothing can be set on it."""
+    def __new__(cls, *values: object) -> Any:  # never one of this class: nothing can be set on it
         return str(values[0]) if values else {}
 
 
@@ -186,9 +179,9 @@ def load(path: Path) -> Any:
     """
     try:
         check_archive(path)
-        # Only names that are not known to be harmless; found by reading the program, without running it.
+        # Names that are not known to be harmless; the program is not run for them.
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-        foreign = [name for name in names if not name.startswith(FRAMEWORK)]
+        foreign = [name for name in names if not name.startswith("internlm.")]  # as those of the framework
         if foreign:
             raise WeightsError(
                 f"would run {', '.join(foreign)} when it is loaded, and was not read",

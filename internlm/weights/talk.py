@@ -3,8 +3,8 @@
     talk = read_talk("llama-folder")        # tokenizer, chat format, ids that end an answer
     talk.write(folder)                      # tokenizer.json, *_config.json, special_tokens_map.json
 
-A chat format that is not known here is carried along as the Jinja text it is, with its tokenizer.json. Where our
-template begins with bos, a tokenizer.json that adds one too is written without that.
+A chat format that is not known here is carried along, with its tokenizer.json. Where our template begins with bos, a
+tokenizer.json that adds one too is written without that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 TEMPLATE_KEY = "internlm_template"
 TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
-SPECIAL_FILE = "special_tokens_map.json"
 Jinja = str | list[dict[str, str]]
 """What `chat_template` of a tokenizer_config.json holds: one chat format, or several with their names."""
 
@@ -44,11 +43,11 @@ class Talk:
     stops: tuple[int, ...] = ()
     """Ids that end an answer, beside eos and those of the template."""
     generation: dict[str, Any] = field(default_factory=dict)
-    """Further fields of a generation_config.json, such as `temperature`."""
+    """Further fields of a generation_config.json."""
 
     @cached_property
     def format(self) -> Template | None:
-        """The chat format of the name `template`."""
+        """The chat format `template`."""
         return None if self.template is None else get_template(self.template)
 
     @property
@@ -65,7 +64,7 @@ class Talk:
         return list(dict.fromkeys([*of_template, *self.stops]))
 
     def check(self, vocab_size: int) -> None:
-        """Check that tokenizer and template can be used with a model of so many ids.
+        """Check that tokenizer and template fit a model of so many ids.
 
         Raises:
             WeightsError: the tokenizer has more ids than the model, or there is a template and no tokenizer.
@@ -108,10 +107,11 @@ class Talk:
         if self.jinja is not None:
             described["chat_template"] = self.jinja
         disk.write_json(folder / CONFIG_FILE, described)
-        # The same names again, where older programs look; said to take no white space from the text beside them.
+        # Where older programs look; they take no white space from the text beside them.
         exact = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
         keys = [f"{role}_token" for role in CONVENTIONAL if described.get(f"{role}_token") is not None]
-        disk.write_json(folder / SPECIAL_FILE, {key: {"content": described[key], **exact} for key in keys})
+        special = {key: {"content": described[key], **exact} for key in keys}
+        disk.write_json(folder / "special_tokens_map.json", special)
 
 
 def read_talk(folder: str | Path) -> Talk:
@@ -143,7 +143,7 @@ def read_talk(folder: str | Path) -> Talk:
 
 
 def read_template(folder: Path) -> tuple[Jinja | None, str]:
-    """Return the chat format of a Transformers folder, None where there is none, and the file that it stands in."""
+    """Return the chat format of a Transformers folder, if it has one, and the file that it stands in."""
     path = folder / TEMPLATE_FILE
     if not path.is_file():
         return disk.read_json(folder / CONFIG_FILE, WeightsError).get("chat_template"), CONFIG_FILE
@@ -154,5 +154,5 @@ def read_template(folder: Path) -> tuple[Jinja | None, str]:
 
 
 def is_written_by(name: str, template: Jinja) -> bool:
-    """Return whether a chat format of a folder is the one of this name, as it is written here."""
+    """Return whether a chat format of a folder is the one of this name."""
     return isinstance(template, str) and name_of(template.removesuffix("\n")) == name  # Jinja takes that off too

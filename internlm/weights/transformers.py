@@ -1,4 +1,4 @@
-"""Transformers folders, both ways: a plain `LlamaForCausalLM`, so that every other tool loads what we train.
+"""Transformers folders, both ways: a plain `LlamaForCausalLM`, which every other tool loads.
 
 With experts it is a `MixtralForCausalLM`, with norms of queries and keys a `Qwen3ForCausalLM`, with both a
 `Qwen3MoeForCausalLM`; `ExportOptions.family` names any other of `families.table`.
@@ -56,7 +56,7 @@ class ExportOptions:
     replace: bool = False
     """Whether an earlier export may be replaced."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """JSON-able facts for the manifest and the model card (see `card`)."""
+    """For the manifest and the model card (see `card`)."""
     resume: str | None = None
     """All that the weights depend on: what an interrupted export with the same text has written is kept."""
     family: str | None = None
@@ -71,7 +71,7 @@ class ExportOptions:
 
 @contextlib.contextmanager
 def exporting(out: Path, weights: Iterable[Weight], talk: Talk, options: ExportOptions) -> Iterator[storage.Writing]:
-    """Yield the folder of an export with these weights; licences and what is known go in when the block ends.
+    """Yield the folder of an export with these weights; licences and notes go in when the block ends.
 
     What an interrupted export has left counts as room on the disk; without enough, an empty folder is removed.
     """
@@ -162,14 +162,12 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Transformer:
 
 
 def _family(options: ExportOptions) -> str | None:
-    if not options.remote_code or options.family == carried.FAMILY:
-        return options.family
-    if options.family is not None:
+    if options.remote_code and options.family not in (None, carried.FAMILY):
         raise WeightsError(
             "the code that gives a folder `model.chat` is InternLM's",
             where="family", got=options.family, allowed=[carried.FAMILY], do="Leave out one of the two.",
         )  # fmt: skip
-    return carried.FAMILY
+    return carried.FAMILY if options.remote_code else options.family
 
 
 def _fields(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """A weight that is not read yet: what every format is opened into, and written from.
 
-    weights = files.open_folder("llama-folder")          # their names, nothing read
-    ours = to_ours(weights, config)                      # our names, still nothing read
-    ours["blocks.0.attention.wq.weight"].read()          # now
+    weights = files.open_folder("llama-folder")          # nothing is read yet
+    weights["model.norm.weight"].read()
 
 A format is a function from one dict of weights to another; what it does to tensors is done when one is read: a
 conversion holds one tensor in memory, never a model.
@@ -34,7 +33,7 @@ class Weight:
     read: Callable[[], Tensor]
     """Returns the tensor, on the CPU; it may map a file and must not be written to."""
     origin: str = ""
-    """Where it comes from, by the names of the source, for people."""
+    """Where it comes from, for people."""
     place: tuple[Path, int] | None = None
     """File and offset where its bytes lie as they are; None: only `read` gives them."""
 
@@ -67,7 +66,9 @@ def joined(
         WeightsError: the dtypes differ.
     """
     dtypes = {part.dtype for part in parts}
-    origin = _shortened([part.origin for part in parts]) + note
+    origins = list(dict.fromkeys(part.origin for part in parts))
+    few = " + ".join(origins)
+    origin = (few if len(origins) <= 3 else f"{origins[0]} … {origins[-1]} ({len(origins)})") + note
     if len(dtypes) > 1:
         raise WeightsError(f"parts of one weight have several dtypes: {', '.join(map(str, dtypes))}", where=origin)
 
@@ -78,7 +79,7 @@ def joined(
 
 
 def pairs_apart(weight: Weight, head_dim: int) -> Weight:
-    """Return wq or wk, or a bias of them, with rotary pairs that were neighbours half a head apart."""
+    """Return wq or wk, or its bias, with rotary pairs that were neighbours half a head apart."""
 
     def turn(tensor: Tensor) -> Tensor:
         return tensor.reshape(-1, head_dim // 2, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
@@ -122,7 +123,7 @@ def of_tensor(tensor: Tensor, origin: str = "") -> Weight:
 
 
 def of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Weights:
-    """Return named tensors that are in memory, such as `model.named_parameters()`, as weights."""
+    """Return named tensors that are in memory as weights."""
     return {name: of_tensor(tensor, name) for name, tensor in tensors}
 
 
@@ -165,9 +166,3 @@ def table(weights: Weights) -> list[str]:
         rows[_NUMBER.sub("{i}", weight.origin), _NUMBER.sub("{i}", name), form] += 1
     wide = [max(len(row[column]) for row in rows) for column in range(2)]
     return [f"{a:{wide[0]}} → {b:{wide[1]}}  {form}" + (f" × {n}" if n > 1 else "") for (a, b, form), n in rows.items()]
-
-
-def _shortened(origins: list[str]) -> str:
-    """Return several origins as one text; many as first … last."""
-    unique = list(dict.fromkeys(origins))
-    return " + ".join(unique) if len(unique) <= 3 else f"{unique[0]} … {unique[-1]} ({len(unique)})"

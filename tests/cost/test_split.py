@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from internlm.config import decode
-from internlm.cost.split import stage_layers
+from internlm.cost.flops import stage_layers
 from internlm.model.config import ModelConfig
 from internlm.model.presets import preset
 

@@ -143,7 +143,7 @@ def calling(**changes: object) -> Record:
         ({**TALK, "tools": ["add"]}, r"tool 1: a tool or call is an object"),
         ({**TALK, "tools": [ADD, {"type": "function", "function": {}}]}, r"tool 2: 'name' of a tool is NoneType"),
         ({**TALK, "tools": [{"name": "a b"}]}, r"tool 1: .*a tool's name is 1 to 64"),
-        ({**TALK, "tools": [{"name": "add", "parameters": "{}"}]}, r"'parameters' of a tool is str, not dict"),
+        ({**TALK, "tools": [{"name": "add", "parameters": "{}"}]}, r"'parameters' of a tool is str, not an object"),
         ({**TALK, "tools": [ADD, NOW, ADD]}, r"two tools have one name"),
         ({**TALK, "tools": []}, r"message 3: calls a tool that 'tools' does not name"),
         (with_turn(says("assistant", "y", weight=0.5)), r"message 2: 'weight' is neither 0 nor 1 \(got '0\.5'\)"),

@@ -55,9 +55,9 @@ def test_every_container_gives_its_samples(tmp_path: Path) -> None:
         (
             "a.jsonl",
             '{"messages": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]}',
-            r"a\.jsonl:1, message 1: no such role \(got 'human'\); allowed: system, user, assistant, tool",
+            r"a\.jsonl:1: message 1: no such role \(got 'human'\); allowed: system, user, assistant, tool",
         ),
-        ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"a\.jsonl:1, message 1: a message is an object with"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"a\.jsonl:1: message 1: a message is an object with"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": [1]}]}\n', r"message 1: 'content' is list"),
         ("a.jsonl", '{"text": "x"}}\n', r"a\.jsonl:1: is not JSON: Extra data at column 14"),
         ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: is JSON that cannot be read: maximum recursion depth"),

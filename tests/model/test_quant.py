@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from internlm import log
-from internlm.compat import products, simulated
+from internlm.compat import groups, kernels
 from internlm.config import decode
 from internlm.errors import EngineError
 from internlm.model import quant
@@ -28,10 +28,10 @@ from tests.processes import forked
 
 HAVE = {
     "split": lambda: True,
-    "fp32": products.has_packed_onednn_linear,
-    "fp16": products.has_fp16_linear,
-    "bf16": products.has_bf16_linear,
-    "int8": products.has_int8_linear,
+    "fp32": kernels.has_packed_onednn_linear,
+    "fp16": kernels.has_fp16_linear,
+    "bf16": kernels.has_bf16_linear,
+    "int8": kernels.has_int8_linear,
 }
 TOLERANCE = {"split": 5e-6, "fp32": 5e-6, "fp16": 2e-3, "bf16": 2e-2, "int8": 4e-2}
 """Largest difference of logits, over the largest logit."""
@@ -221,7 +221,7 @@ def test_a_machine_without_the_kernels_gets_plain_products_and_a_warning_where_t
     kind: Kind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("has_packed_onednn_linear", "has_fp16_linear", "has_bf16_linear", "has_int8_linear"):
-        monkeypatch.setattr(products, name, lambda: False)
+        monkeypatch.setattr(kernels, name, lambda: False)
     made = model(tie_embeddings=True)
     wanted = logits(made)
     pack(made, kind)
@@ -237,10 +237,10 @@ def test_a_kernel_that_fails_or_overflows_counts_as_missing(kernel: str, monkeyp
         raise RuntimeError("no such engine")
 
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    has, works = getattr(products, f"has_{kernel}").__wrapped__, getattr(products, kernel)
-    monkeypatch.setattr(products, kernel, fails)
+    has, works = getattr(kernels, f"has_{kernel}").__wrapped__, getattr(kernels, kernel)
+    monkeypatch.setattr(kernels, kernel, fails)
     assert not has()
-    monkeypatch.setattr(products, kernel, lambda *given: works(*given) + 1)
+    monkeypatch.setattr(kernels, kernel, lambda *given: works(*given) + 1)
     assert not has()
 
 
@@ -263,7 +263,7 @@ def test_what_cannot_be_packed_is_refused_and_left_as_it_was() -> None:
     with pytest.raises(EngineError, match=r"attention\.wq: .*for the CPU \(got 'meta'\)\. Load"):
         pack(empty, "fp32")
     far = model()
-    with simulated.fake_tensors():
+    with groups.fake_tensors():
         weight = torch.nn.Parameter(torch.empty(32, 32, device="cuda"))
     far.blocks["1"].attention.wq.weight = weight  # type: ignore[union-attr]
     with pytest.raises(EngineError, match=r"for the CPU \(got 'cuda'\)"):
@@ -296,7 +296,7 @@ def test_packed_weights_are_let_go(kind: Kind) -> None:
 
 _WEIGH = """
 import json, torch
-from internlm.compat import products, simulated
+from internlm.compat import groups, kernels
 from internlm.model.config import ModelConfig
 from internlm.model.transformer import build
 from tests.models import pack
@@ -306,7 +306,7 @@ def held():
 
 torch.set_num_threads(1)
 for name in ("packed_onednn", "fp16", "bf16", "int8"):
-    getattr(products, f"has_{name}_linear")()
+    getattr(kernels, f"has_{name}_linear")()
 config = ModelConfig(vocab_size=2048, hidden_size=1024, num_layers=2, num_heads=8, ffn_size=2048)
 ids = torch.zeros(1, 4, dtype=torch.long)
 changes = {}
@@ -337,14 +337,14 @@ def test_a_packed_model_takes_the_memory_of_its_packed_weights() -> None:
 
 _EXACT = """
 import ctypes, torch
-from internlm.compat import products, simulated
-assert products.has_int8_linear()
+from internlm.compat import groups, kernels
+assert kernels.has_int8_linear()
 weight = torch.randint(-127, 128, (70, 1030), generator=torch.Generator().manual_seed(0)).to(torch.int8)
 weight[0], weight[1] = 127, -127
 for rows in (1, 2, 5, 32):
     x = torch.randint(0, 128, (rows, 1030), generator=torch.Generator().manual_seed(rows)).to(torch.uint8)
     x[0] = 127
-    got = products.int8_linear(x, products.pack_int8_linear(weight), torch.ones(70))
+    got = kernels.int8_linear(x, kernels.pack_int8_linear(weight), torch.ones(70))
     assert torch.equal(got, ((x.long() - 64) @ weight.long().t()).float()), rows
 ctypes.CDLL(None).fflush(None)
 """

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from internlm import recipe as recipes
 from internlm.checkpoint import store
-from internlm.optim import moments
+from internlm.optim import Group, moments
 from internlm.optim.adamw import AdamW
-from internlm.optim.group import Group
 from internlm.optim.moments import BLOCK, CompactAdamW, Rule, StateDtype, decode, encode, fractions, round_at_random
 from internlm.optim.muon import Muon
 from internlm.optim.optimizer import AdamWConfig, MuonConfig, Optimizer

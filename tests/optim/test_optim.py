@@ -11,13 +11,12 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from internlm.compat import groups, simulated
+from internlm.compat import groups
 from internlm.errors import ConfigError
 from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.model.transformer import build
-from internlm.optim import muon
+from internlm.optim import Group, muon
 from internlm.optim.adamw import AdamW
-from internlm.optim.group import Group
 from internlm.optim.muon import Muon, orthogonalise
 from internlm.optim.optimizer import AdamWConfig, MuonConfig, Optimizer, role, scale_to_norm, squared_norm
 from internlm.optim.schedule import ScheduleConfig, rate
@@ -156,7 +155,7 @@ def test_muon_refuses_what_is_no_matrix() -> None:
 
 
 def test_only_axes_that_cut_matrices_make_ranks_exchange_them() -> None:
-    simulated.join_fake_group(0, 8)
+    groups.join_fake_group(0, 8)
     try:
         mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("shard", "tensor"))
         inner = groups.shard_inside(1, 4)
@@ -172,7 +171,7 @@ def test_only_axes_that_cut_matrices_make_ranks_exchange_them() -> None:
             like = DTensor.from_local(local, mesh, placements, run_check=False, shape=(8, 20, 30), stride=(600, 30, 1))
             found[name] = [(cut.dim, cut.most, cut.ranks) for cut in muon._cuts(like)]
     finally:
-        simulated.leave_fake_group()
+        groups.leave_fake_group()
     assert found == {
         "whole experts": [],
         "rows of some experts": [(1, 5, 4)],

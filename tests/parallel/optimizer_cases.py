@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from internlm import config
 from internlm import recipe as recipes
 from internlm.compat import groups
-from internlm.compat.parts import local
+from internlm.compat.groups import local
 from internlm.optim import muon
 from internlm.parallel import optimizer_shard
 from internlm.recipe import Recipe

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
-from internlm.compat import simulated
+from internlm.compat import groups
 from internlm.errors import ConfigError
 from internlm.model.config import ModelConfig
 from internlm.parallel.apply import Parallel, Setting
@@ -42,7 +42,7 @@ def test_the_exchanges_of_a_block_are_fused_with_products() -> None:
         graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
         return make_boxed_func(before.forward)
 
-    simulated.join_fake_group(0, 2)
+    groups.join_fake_group(0, 2)
     try:
         parallel = Parallel(SHAPE, ParallelConfig(tensor=2), SETTING)
         parallel.initialize(0)
@@ -51,7 +51,7 @@ def test_the_exchanges_of_a_block_are_fused_with_products() -> None:
         model.blocks["0"].compile(backend=backend, fullgraph=True)
         model(torch.zeros(2, 32, dtype=torch.int64)).sum().backward()
     finally:
-        simulated.leave_fake_group()
+        groups.leave_fake_group()
         torch.compiler.reset()
     gather, scatter = "fused_all_gather_matmul", "fused_matmul_reduce_scatter"
     plain = ("all_gather_into_tensor", "reduce_scatter_tensor")
@@ -61,9 +61,9 @@ def test_the_exchanges_of_a_block_are_fused_with_products() -> None:
 
 
 def test_what_it_needs_is_named() -> None:
-    simulated.join_fake_group(0, 2)
+    groups.join_fake_group(0, 2)
     try:
         with pytest.raises(ConfigError, match=r"async_tensor: needs parallel.sequence and runtime.compile and a CUDA"):
             Parallel(SHAPE, ParallelConfig(tensor=2, async_tensor=True, sequence=False), SETTING)
     finally:
-        simulated.leave_fake_group()
+        groups.leave_fake_group()

@@ -12,7 +12,7 @@ from internlm.errors import ConfigError
 from internlm.model.config import ExpertsConfig, ModelConfig
 from internlm.parallel.mesh import Layout, ParallelConfig
 from internlm.parallel.recompute import RecomputeConfig, chosen
-from internlm.train.budget import TrainConfig
+from internlm.train.step import TrainConfig
 
 SHAPE = ModelConfig(vocab_size=96, hidden_size=32, num_layers=4, num_heads=8, num_kv_heads=4, ffn_size=48)
 sizes = st.integers(1, 5)

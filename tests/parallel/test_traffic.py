@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from internlm import config
 from internlm import recipe as recipes
-from internlm.compat import simulated
+from internlm.compat import groups
 from internlm.cost import traffic
 from internlm.errors import ConfigError
 from internlm.model import heads
@@ -101,7 +101,7 @@ def recipe_of(parallel: dict[str, Any], micro_batches: int, model: dict[str, Any
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the tensors of dry runs memory: for small models, a quarter of the time of tensors that know their shape."""
-    monkeypatch.setattr(simulated, "fake_tensors", contextlib.nullcontext)
+    monkeypatch.setattr(groups, "fake_tensors", contextlib.nullcontext)
 
 
 def counted_and_computed(recipe: Recipe, rank: int, world: int) -> tuple[traffic.Exchanges, traffic.Exchanges]:
@@ -174,7 +174,7 @@ def test_the_groups_of_a_rank_lie_where_the_formula_says(rank: int) -> None:
     """What stays inside a machine follows from it. Counted steps name their groups by the ranks that are in them."""
     recipe = recipe_of({"pipeline": 2, "replicate": 4, "shard": 8, "context": 4, "tensor": 4}, 2, FOUR)
     run, layout = dryrun.run_of(recipe, 1024), Layout.of(recipe.parallel, 1024)
-    simulated.join_fake_group(rank, 1024)
+    groups.join_fake_group(rank, 1024)
     try:
         mesh = Mesh(layout, "cpu")
         for axis in ("pipeline", "replicate", "shard", "context", "tensor"):
@@ -183,7 +183,7 @@ def test_the_groups_of_a_rank_lie_where_the_formula_says(rank: int) -> None:
             found = dist.get_process_group_ranks(mesh.group(axis))  # type: ignore[arg-type]
             assert found == [first + place * stride for place in range(size)]
     finally:
-        simulated.leave_fake_group()
+        groups.leave_fake_group()
 
 
 @pytest.mark.usefixtures("memory")
@@ -224,7 +224,7 @@ def test_gradients_of_copies_fill_buckets_as_the_formula_says(monkeypatch: pytes
 
 
 def test_buckets_leave_in_the_last_backward_of_every_step() -> None:
-    simulated.join_fake_group(0, 2)
+    groups.join_fake_group(0, 2)
     try:
         model = torch.nn.Linear(3, 2)
         replicas = Replicas(model, dist.group.WORLD)
@@ -235,7 +235,7 @@ def test_buckets_leave_in_the_last_backward_of_every_step() -> None:
                 assert len(replicas.works) == is_last, "while backward runs, not after it"
             replicas.finish()
     finally:
-        simulated.leave_fake_group()
+        groups.leave_fake_group()
 
 
 def test_the_formula_knows_the_constants_of_the_code() -> None:

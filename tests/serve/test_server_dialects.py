@@ -14,8 +14,8 @@ import pytest
 
 from internlm.infer.engine import Engine
 from internlm.infer.request import Request
+from internlm.serve.api.fields import UNSUPPORTED
 from internlm.serve.api.schema import ChatRequest, CompletionRequest
-from internlm.serve.api.unsupported import UNSUPPORTED
 from internlm.text.chat import Message, render_prompt
 from internlm.text.templates import get_template
 from internlm.weights.talk import Talk

@@ -249,6 +249,7 @@ def test_a_certificate_makes_the_server_speak_tls(tmp_path: Path) -> None:
         (["MODEL", "--api-key-file", "none"], "cannot be read"),
         (["MODEL", "--port", "99999"], "is no port"),
         (["MODEL", "--host", "no.such.host.invalid"], "cannot listen"),
+        (["MODEL", "--host", "no..host"], "cannot listen"),
     ],
 )
 def test_wrong_use_says_what_is_wrong(

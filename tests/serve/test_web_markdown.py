@@ -96,7 +96,7 @@ def test_code_keeps_every_character_and_is_coloured(page: Any) -> None:
 
 
 GROW = """async ([text, cuts]) => {
-    const { Growing } = await import("/growing.js");
+    const { Growing } = await import("/markdown.js");
     const { appendBlocks } = await import("/markdown.js");
     const [whole, part] = [document.createElement("div"), document.createElement("div")];
     appendBlocks(whole, text);

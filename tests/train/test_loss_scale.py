@@ -9,7 +9,7 @@ import torch
 
 from internlm import recipe as recipes
 from internlm.recipe import Recipe
-from internlm.train.loss_scale import FIRST, GROWTH_STEPS, LEAST, LossScale
+from internlm.train.step import FIRST_SCALE, GROWTH_STEPS, LEAST_SCALE, LossScale
 
 Make = Callable[..., Recipe]
 
@@ -17,11 +17,11 @@ Make = Callable[..., Recipe]
 def test_the_scale_is_halved_by_overflow_and_doubled_by_many_good_steps() -> None:
     scale = LossScale.of(torch.float16)
     assert scale.update(False)
-    assert scale.value == FIRST / 2
+    assert scale.value == FIRST_SCALE / 2
     for _ in range(GROWTH_STEPS):
         assert not scale.update(True)
-    assert (scale.value, scale.good_steps) == (FIRST, 0)
-    scale.value = LEAST
+    assert (scale.value, scale.good_steps) == (FIRST_SCALE, 0)
+    scale.value = LEAST_SCALE
     assert not scale.update(False), "nothing is left to lower: the step itself is bad"
 
 
@@ -29,7 +29,7 @@ def test_an_overflow_starts_the_count_of_good_steps_anew() -> None:
     scale = LossScale.of(torch.float16)
     assert not scale.update(True)
     assert scale.update(False)
-    assert (scale.value, scale.good_steps) == (FIRST / 2, 0)
+    assert (scale.value, scale.good_steps) == (FIRST_SCALE / 2, 0)
 
 
 def test_other_dtypes_have_no_scale() -> None:

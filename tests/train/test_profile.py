@@ -18,16 +18,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from internlm import compat
 from internlm import recipe as recipes
-from internlm.compat import profiling
+from internlm.compat import Event
 from internlm.errors import ConfigError, TrainingError
 from internlm.recipe import Recipe
 from internlm.train.metrics import read_metrics
 from internlm.train.profile import windows
 from internlm.train.profile.modules import ModuleTable
-from internlm.train.profile.operators import STEP, Event, family, length, outside, self_times, table
-from internlm.train.profile.resident import Resident, resident_bytes
-from internlm.train.profile.windows import ProfileConfig, Trace, Windows, spans
+from internlm.train.profile.operators import STEP, family, length, outside, self_times, table
+from internlm.train.profile.windows import ProfileConfig, Resident, Trace, Windows, resident_bytes, spans
 from internlm.train.stop import Reason, Stopped
 
 Make = Callable[..., Recipe]
@@ -200,9 +200,9 @@ def test_a_window_leaves_its_files_and_no_other_step_is_touched(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
-    start = profiling.start_profiler
+    start = compat.start_profiler
     monkeypatch.setattr(
-        profiling, "start_profiler", lambda *a, **k: started.append(trainer.progress.step) or start(*a, **k)
+        compat, "start_profiler", lambda *a, **k: started.append(trainer.progress.step) or start(*a, **k)
     )
     trainer = recipes.prepare(
         recipe(train__tokens=9 * 256, profile={**WINDOW, "every": 5, "memory": True, "modules": True})
@@ -304,7 +304,7 @@ def test_a_profiler_that_fails_is_a_warning(
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "profile").write_text("in the way")
     elif fails == "profiler":
-        monkeypatch.setattr(profiling, "start_profiler", fail)
+        monkeypatch.setattr(compat, "start_profiler", fail)
     else:
         monkeypatch.setattr(ModuleTable, "_places" if fails == "table" else "_keep", fail)
     with caplog.at_level(logging.WARNING, "internlm"):
@@ -361,11 +361,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append("dump")
         Path(path).write_bytes(b"snapshot")
 
-    monkeypatch.setattr(profiling, "record_memory", lambda entries: asked.append(f"record {entries > 0}"))
-    monkeypatch.setattr(profiling, "dump_memory", dump)
+    monkeypatch.setattr(compat, "record_memory", lambda entries: asked.append(f"record {entries > 0}"))
+    monkeypatch.setattr(compat, "dump_memory", dump)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append("wait"))
-    start = profiling.start_profiler
-    monkeypatch.setattr(profiling, "start_profiler", lambda device, **k: start(torch.device("cpu"), **k))
+    start = compat.start_profiler
+    monkeypatch.setattr(compat, "start_profiler", lambda device, **k: start(torch.device("cpu"), **k))
     return asked
 
 

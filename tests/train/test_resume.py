@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from internlm import config, storage, version
+from internlm import __version__, config, runtime, storage
 from internlm import recipe as recipes
 from internlm.checkpoint import listing, place, saver, store
 from internlm.cli import main, train
@@ -350,8 +350,8 @@ def test_the_commit_is_that_of_this_code_and_of_no_repository_around_it(
     subprocess.run(commit, check=True, cwd=tmp_path)
     package = tmp_path / "site-packages" / "internlm"
     package.mkdir(parents=True)
-    monkeypatch.setattr(version, "__file__", str(package / "version.py"))
-    assert "commit" not in version.versions()
+    monkeypatch.setattr(runtime, "__file__", str(package / "runtime.py"))
+    assert "commit" not in runtime.versions()
 
 
 @pytest.mark.parametrize(("every_steps", "advice"), [(None, "starts over"), (2, r"goes on from .*step-00000002")])
@@ -434,7 +434,7 @@ def test_a_checkpoint_of_another_version_is_named_with_both_versions(recipe: Mak
     manifest["meta"]["versions"]["internlm"] = "9.9"
     del manifest["meta"]["loss_scale"]
     (path / storage.MANIFEST).write_text(json.dumps(manifest))
-    ours = re.escape(version.__version__)
+    ours = re.escape(__version__)
     do = rf"It was written by internlm 9\.9, this is {ours}: use that version"
     with pytest.raises(StorageError, match=rf"says nothing of loss_scale\. {do}"):
         recipes.prepare(recipe(train__tokens=2 * 256))

@@ -255,7 +255,7 @@ _WEIGH = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from internlm.compat import products
+from internlm.compat import kernels
 from internlm.source import open_source
 
 def held():
@@ -268,7 +268,7 @@ def watch():
         time.sleep(0.001)
 
 torch.set_num_threads(1)
-for probe in (products.has_packed_onednn_linear, products.has_fp16_linear, products.has_int8_linear):
+for probe in (kernels.has_packed_onednn_linear, kernels.has_fp16_linear, kernels.has_int8_linear):
     probe()
 found = {}
 for path, kind in zip(sys.argv[1::2], sys.argv[2::2]):

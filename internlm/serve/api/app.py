@@ -28,41 +28,23 @@ from internlm.errors import InternLMError
 from internlm.infer.engine import Engine
 from internlm.infer.worker import Busy, Worker
 from internlm.serve import web
-from internlm.serve.api import asked, problems, structure
+from internlm.serve.api import asked, problems, schema, structure
 from internlm.serve.api.asked import Asked, Served
 from internlm.serve.api.gate import Access, Gate
 from internlm.serve.api.inbox import Gone, Inbox, Ticket, unless_gone
 from internlm.serve.api.metrics import Metrics
 from internlm.serve.api.problems import ApiError
 from internlm.serve.api.replies import Chunk, Reply
-from internlm.serve.api.schema import (
-    ChatAnswer,
-    ChatMessage,
-    ChatRequest,
-    CompletionAnswer,
-    CompletionRequest,
-    DetokenizeAnswer,
-    DetokenizeRequest,
-    EncodeAnswer,
-    EncodeRequest,
-    ErrorAnswer,
-    LegacyChatRequest,
-    ModelCard,
-    ModelList,
-    Sampling,
-    TokenizeAnswer,
-    TokenizeRequest,
-)
 
 logger = logging.getLogger(__name__)
 
-_Body = TypeVar("_Body", bound=Sampling)
+_Body = TypeVar("_Body", bound=schema.Sampling)
 _Found = TypeVar("_Found")
 _Given = TypeVarTuple("_Given")
 _PAGE_HEADERS = {"Cache-Control": "no-cache", "X-Frame-Options": "DENY"}
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 405, 408, 413, 429, 500, 503)
+    status: {"model": schema.ErrorAnswer} for status in (400, 401, 403, 404, 405, 408, 413, 429, 500, 503)
 }
 _ID_BYTES = 8
 """Of an id in JSON, `123456, `."""
@@ -224,18 +206,18 @@ def _body_bytes(engine: Engine) -> int:
 def _add_answers(app: FastAPI, service: Service) -> None:
     streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
-    @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=streams)
-    async def chat(body: ChatRequest, request: Request) -> Response:
+    @app.post("/v1/chat/completions", response_model=schema.ChatAnswer, responses=streams)
+    async def chat(body: schema.ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         return await service.ask(asked.ask_chat, body, request)
 
-    @app.post("/internlm/chat/completions", response_model=ChatAnswer, responses=streams)
-    async def legacy(body: LegacyChatRequest, request: Request) -> Response:
+    @app.post("/internlm/chat/completions", response_model=schema.ChatAnswer, responses=streams)
+    async def legacy(body: schema.LegacyChatRequest, request: Request) -> Response:
         """Answer a conversation; `max_length` counts the prompt's tokens too."""
         return await service.ask(asked.ask_chat, body, request)
 
-    @app.post("/v1/completions", response_model=CompletionAnswer, responses=streams)
-    async def complete(body: CompletionRequest, request: Request) -> Response:
+    @app.post("/v1/completions", response_model=schema.CompletionAnswer, responses=streams)
+    async def complete(body: schema.CompletionRequest, request: Request) -> Response:
         """Go on with texts."""
         return await service.ask(asked.ask_completion, body, request)
 
@@ -243,17 +225,18 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 def _add_models(app: FastAPI, service: Service) -> None:
     served = service.served
 
-    def card(name: str) -> ModelCard:
-        return ModelCard(id=name, created=served.created, root=served.names[0], max_model_len=served.engine.length)
+    def card(name: str) -> schema.ModelCard:
+        own, length = served.names[0], served.engine.length
+        return schema.ModelCard(id=name, created=served.created, root=own, max_model_len=length)
 
-    @app.get("/v1/models", response_model=ModelList)
-    @app.get("/internlm/models", response_model=ModelList, operation_id="legacy_models")
-    async def models() -> ModelList:
+    @app.get("/v1/models")
+    @app.get("/internlm/models", operation_id="legacy_models")
+    async def models() -> schema.ModelList:
         """List the names that the model answers to."""
-        return ModelList(data=[card(name) for name in served.names])
+        return schema.ModelList(data=[card(name) for name in served.names])
 
-    @app.get("/v1/models/{name:path}", response_model=ModelCard)
-    async def model(name: str) -> ModelCard:
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> schema.ModelCard:
         """Describe one of them."""
         return card(served.check_name(name))
 
@@ -261,40 +244,40 @@ def _add_models(app: FastAPI, service: Service) -> None:
 def _add_texts(app: FastAPI, service: Service) -> None:
     served = service.served
 
-    def tokenize_now(body: TokenizeRequest) -> TokenizeAnswer:
+    def tokenize_now(body: schema.TokenizeRequest) -> schema.TokenizeAnswer:
         ids = asked.ask_ids(served, body)
         names = None
         if body.return_token_strs:
             names = [served.tokenizer.token_bytes(id_, skip_special=False).decode("utf-8", "replace") for id_ in ids]
-        return TokenizeAnswer(count=len(ids), max_model_len=served.engine.length, tokens=ids, token_strs=names)
+        return schema.TokenizeAnswer(count=len(ids), max_model_len=served.engine.length, tokens=ids, token_strs=names)
 
-    @app.post("/tokenize", response_model=TokenizeAnswer)
-    async def tokenize(body: TokenizeRequest) -> TokenizeAnswer:
+    @app.post("/tokenize")
+    async def tokenize(body: schema.TokenizeRequest) -> schema.TokenizeAnswer:
         """Return the ids of a text or of a conversation."""
         served.check_name(body.model)
         return await service.prepare(tokenize_now, body)
 
-    @app.post("/detokenize", response_model=DetokenizeAnswer)
-    async def detokenize(body: DetokenizeRequest) -> DetokenizeAnswer:
+    @app.post("/detokenize")
+    async def detokenize(body: schema.DetokenizeRequest) -> schema.DetokenizeAnswer:
         """Return the text of ids, special tokens by name."""
         served.check_name(body.model)
-        return DetokenizeAnswer(prompt=await service.prepare(served.tokenizer.decode, body.tokens))
+        return schema.DetokenizeAnswer(prompt=await service.prepare(served.tokenizer.decode, body.tokens))
 
-    def ids_of(text: str, body: EncodeRequest) -> list[int]:
+    def ids_of(text: str, body: schema.EncodeRequest) -> list[int]:
         if not body.do_preprocess:
             return asked.encode_text(served, text, special=body.add_bos)
-        turn = ChatMessage(role="user", content=text)
-        return asked.render_chat(served, ChatRequest(messages=[turn]))[0]
+        turn = schema.ChatMessage(role="user", content=text)
+        return asked.render_chat(served, schema.ChatRequest(messages=[turn]))[0]
 
-    def encode_now(body: EncodeRequest) -> EncodeAnswer:
+    def encode_now(body: schema.EncodeRequest) -> schema.EncodeAnswer:
         if isinstance(body.input, str):
             ids = ids_of(body.input, body)
-            return EncodeAnswer(input_ids=ids, length=len(ids))
+            return schema.EncodeAnswer(input_ids=ids, length=len(ids))
         found = [ids_of(text, body) for text in body.input]
-        return EncodeAnswer(input_ids=found, length=[len(ids) for ids in found])
+        return schema.EncodeAnswer(input_ids=found, length=[len(ids) for ids in found])
 
-    @app.post("/v1/encode", response_model=EncodeAnswer)
-    async def encode(body: EncodeRequest) -> EncodeAnswer:
+    @app.post("/v1/encode")
+    async def encode(body: schema.EncodeRequest) -> schema.EncodeAnswer:
         """Return the ids of texts, under LMDeploy's names."""
         return await service.prepare(encode_now, body)
 

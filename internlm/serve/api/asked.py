@@ -23,6 +23,7 @@ from internlm.errors import InternLMError, UsageError
 from internlm.infer.engine import Engine
 from internlm.infer.request import RULES, Checked, Request
 from internlm.serve.api import structure
+from internlm.serve.api.fields import INSTEAD
 from internlm.serve.api.problems import ApiError, from_error
 from internlm.serve.api.schema import (
     Body,
@@ -30,11 +31,11 @@ from internlm.serve.api.schema import (
     CompletionRequest,
     LegacyChatRequest,
     Sampling,
+    StreamOptions,
     TokenizeRequest,
 )
 from internlm.serve.api.structure import Compile, Wanted
 from internlm.serve.api.tooling import ToolUse, tools_of, turns_of
-from internlm.serve.api.unsupported import INSTEAD
 from internlm.text.chat import Message, render_prompt
 from internlm.text.templates import TEMPLATES, Part, Template
 from internlm.text.tokenizer import Tokenizer, well_formed
@@ -106,9 +107,7 @@ class Asked:
     requests: tuple[Checked, ...]
     model: str
     stream: bool
-    include_usage: bool
-    usage_each: bool
-    """Whether it is told with every chunk."""
+    options: StreamOptions
     is_chat: bool
     echoes: tuple[str, ...] | None = None
     """The text of each prompt, where it is to be repeated before the answer."""
@@ -125,7 +124,7 @@ def ask_chat(served: Served, body: ChatRequest, compile: Compile) -> Asked:
     model = _admit(served, body)
     tokens, use = render_chat(served, body)
     room = served.engine.room(len(tokens))
-    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    most = body.max_completion_tokens or body.max_tokens
     if isinstance(body, LegacyChatRequest) and body.max_length is not None:
         if body.max_length <= len(tokens):
             problem = f"the prompt has {len(tokens)} tokens, and max_length, which counts them, is {body.max_length}"
@@ -141,14 +140,15 @@ def ask_chat(served: Served, body: ChatRequest, compile: Compile) -> Asked:
     if use.tools:
         request = _with_tools(request, use, compile)
     checked = _check(served, request, "messages")
-    return Asked((checked,), model, *_streaming(body), is_chat=True, tools=use if use.tools else None)
+    options, tools = body.stream_options or StreamOptions(), use if use.tools else None
+    return Asked((checked,), model, bool(body.stream), options, is_chat=True, tools=tools)
 
 
 def ask_completion(served: Served, body: CompletionRequest, compile: Compile) -> Asked:
     """Return what a completion request asks; errors as of `ask_chat`."""
     model = _admit(served, body)
     prompts, texts = _prompts(served, body)
-    given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    given = body.max_completion_tokens or body.max_tokens
     most = 16 if given is None else given
     if most == 0 and not body.echo:
         raise ApiError("max_tokens: 0 is for echo only", param="max_tokens")
@@ -160,7 +160,8 @@ def ask_completion(served: Served, body: CompletionRequest, compile: Compile) ->
     }
     made = (_request(served, body, prompt, most, extra, compile) for prompt in prompts)
     requests = tuple(_check(served, request, "prompt") for request in made)
-    return Asked(requests, model, *_streaming(body), is_chat=False, echoes=tuple(texts) if body.echo else None)
+    options, echoes = body.stream_options or StreamOptions(), tuple(texts) if body.echo else None
+    return Asked(requests, model, bool(body.stream), options, is_chat=False, echoes=echoes)
 
 
 def ask_ids(served: Served, body: TokenizeRequest) -> list[int]:
@@ -210,14 +211,6 @@ def encode_text(served: Served, text: str, *, special: bool) -> list[int]:
     """Return the ids of a text, beginning with bos if `special` and there is one."""
     bos = served.tokenizer.bos_id
     return ([bos] if special and bos is not None else []) + served.tokenizer.encode(text)
-
-
-def _streaming(body: Sampling) -> tuple[bool, bool, bool]:
-    """Return `stream`, `include_usage` and `usage_each` of `Asked`."""
-    options = body.stream_options
-    usage = bool(options and options.include_usage)
-    each = usage and bool(options and options.continuous_usage_stats)
-    return bool(body.stream), usage, each
 
 
 def _prompts(served: Served, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:

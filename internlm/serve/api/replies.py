@@ -157,7 +157,7 @@ class Reply:
 
     def closing(self) -> list[Chunk]:
         """Return what comes after the answers: the usage, where it was asked for."""
-        return [{**self._chunk([]), "usage": self.usage}] if self.asked.include_usage else []
+        return [{**self._chunk([]), "usage": self.usage}] if self.asked.options.include_usage else []
 
     def add(self, place: int, delta: Delta) -> tuple[_Writing, str, list[Token]]:
         """Go on by a delta; return the answer it belongs to, its text, and the tokens whose text is decided."""
@@ -255,6 +255,6 @@ class Reply:
     def _chunk(self, choices: list[Chunk]) -> Chunk:
         kind = "chat.completion.chunk" if self.asked.is_chat else "text_completion"
         chunk: Chunk = {**self._head(kind), "choices": choices}
-        if not self.asked.include_usage:
+        if not self.asked.options.include_usage:
             return chunk
-        return {**chunk, "usage": self.usage if self.asked.usage_each else None}
+        return {**chunk, "usage": self.usage if self.asked.options.continuous_usage_stats else None}

@@ -93,7 +93,7 @@ def bind(address: Address) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(place)
         listener.listen(2048)
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:  # the latter of a name like `a..b`
         raise UsageError(
             f"cannot listen at {address.host}:{address.port}: {error}", do="Choose another --host or --port."
         ) from error

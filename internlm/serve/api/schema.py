@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, model_validator
 
 from internlm.serve.api.fields import (
+    UNSUPPORTED,
     Bias,
     Bool,
     Choices,
@@ -33,7 +34,6 @@ from internlm.serve.api.fields import (
     by_type,
     text_only,
 )
-from internlm.serve.api.unsupported import UNSUPPORTED
 
 Finish = Literal["stop", "length", "tool_calls", "abort", "timeout"]
 """Why an answer ended. The last two are not OpenAI's: the server stopped, or the time was over."""

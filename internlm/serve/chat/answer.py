@@ -48,7 +48,6 @@ class Settings(Rules):
 
     def parsed(self, name: str, text: str) -> Settings:
         """Return settings with one value as a person types it (`none`, `default`: the default); errors of `changed`."""
-        _of_kind(name, None)
         value: Any = text
         if text in _NONE:
             value = None

@@ -144,20 +144,14 @@ def _with_readline(history: InputHistory) -> Read:
 
 def _with_toolkit(history: InputHistory) -> Read:
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import History
+    from prompt_toolkit.history import InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-    class Texts(History):
+    class Texts(InMemoryHistory):
         """Shows the texts, and adds nothing to them: a line may be a part of a text."""
 
         def load_history_strings(self) -> list[str]:
             return history.texts[::-1]
-
-        def append_string(self, string: str) -> None:
-            pass
-
-        def store_string(self, string: str) -> None:
-            pass
 
     keys = KeyBindings()
 

@@ -216,11 +216,13 @@ class Terminal:
         self.screen.note(f"{turns(len(self.chat.history) // 2)} loaded from {path}")
 
     def _path(self, argument: str, command: str) -> Path:
-        if not argument and self.file is None:
-            raise UsageError("a file is wanted", where=command, do=f"Say {command} FILE.")
         if "\0" in argument:
             raise UsageError("no file has such a name", where=command, got=argument)
-        return self.file if not argument and self.file is not None else Path(os.path.expanduser(argument))
+        if argument:
+            return Path(os.path.expanduser(argument))
+        if self.file is None:
+            raise UsageError("a file is wanted", where=command, do=f"Say {command} FILE.")
+        return self.file
 
     def stats(self, _: str) -> None:
         """Tokens, speed, context."""

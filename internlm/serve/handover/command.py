@@ -16,7 +16,6 @@ import shlex
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from internlm import storage
 from internlm.errors import UsageError
@@ -24,13 +23,11 @@ from internlm.serve.handover import peers
 from internlm.serve.handover.checks import CHECKS
 from internlm.serve.handover.found import GGUF, Export, Finding, Wish, as_text, read_export, read_gguf
 from internlm.serve.handover.peers import PEERS
+from internlm.source import Source, open_source
 from internlm.text.tool_formats import format_of
 from internlm.text.tool_jinja import refuses_tools
 from internlm.weights.families.table import FAMILIES, fitting
 from internlm.weights.transformers import KIND
-
-if TYPE_CHECKING:
-    from internlm.source import Source
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,6 @@ def plan_for(model: str | Path, wish: Wish) -> Plan:
         StorageError, WeightsError, TokenizerError: it is no model, or cannot be read.
         UsageError: the context is longer than the model's on this engine, or a package is missing.
     """
-    from internlm.source import open_source
-
     source = open_source(model)
     before: Command | None = None
     findings: list[Finding] = []

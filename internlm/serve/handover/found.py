@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from internlm import disk
 from internlm.errors import UsageError
 from internlm.model.config import DynamicScaling, ModelConfig
 from internlm.serve.handover import peers
 from internlm.serve.handover.peers import PEERS, Peer
+from internlm.source import Source
+from internlm.weights.gguf import header
 from internlm.weights.talk import GENERATION_FILE, Jinja, Talk, read_template
-
-if TYPE_CHECKING:
-    from internlm.source import Source
 
 GGUF = "GGUF"
 """`Export.architecture` of a GGUF file."""
@@ -158,11 +157,9 @@ def _adds_bos(described: dict[str, Any], vocabulary: dict[str, Any], talk: Talk)
 
 def read_gguf(source: Source) -> Export:
     """Return what llama.cpp finds in a GGUF file."""
-    from internlm.weights.gguf import header
-
     file = source.path
     assert isinstance(file, Path), "only checkpoints of ours are read from a store"
-    file = file if file.is_file() else next(iter(sorted(file.glob("*.gguf"))))
+    file = file if file.is_file() else min(file.glob("*.gguf"))
     fields = header.read_header(file).fields
     roles = [fields.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
     eos = tuple(int(id_) for id_ in roles if id_ is not None)

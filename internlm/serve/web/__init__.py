@@ -3,9 +3,8 @@
     for path, file in web.files().items():
         serve(path, file.content, file.kind)
 
-The page talks to the server that gave it (`GET /v1/models`, `POST /v1/chat/completions`) and to nothing else; its
-Content-Security-Policy says so. Only the paths listed here exist, so a request can name no other file. They hold
-nothing secret and are served without a key: the page itself asks for one.
+The page talks to the server that gave it (`GET /v1/models`, `POST /v1/chat/completions`) and to nothing else, as its
+Content-Security-Policy says. Its files hold nothing secret and are served without a key: the page itself asks for one.
 """
 
 from __future__ import annotations
@@ -33,12 +32,10 @@ class File:
 
 def files() -> dict[str, File]:
     """Return the files of the page by their path on the server; `/` is the page itself."""
-    root = importlib.resources.files(__name__)
     found = {}
-    for folder, prefix in ((root, "/"), (root / "i18n", "/i18n/")):
-        for entry in folder.iterdir():
-            kind = KINDS.get(entry.name.rpartition(".")[2])
-            if kind is not None:
-                found[prefix + entry.name] = File(entry.read_bytes(), kind)
+    for entry in importlib.resources.files(__name__).iterdir():
+        kind = KINDS.get(entry.name.rpartition(".")[2])
+        if kind is not None:
+            found["/" + entry.name] = File(entry.read_bytes(), kind)
     found["/"] = found.pop("/index.html")
     return found

@@ -97,7 +97,7 @@ async function* readEvents(response, signal) {
         throw signal?.aborted ? error : new ApiError("cut");
       }
       if (part.done) return;
-      const lines = (rest + part.value).split(/\r\n|\n/);
+      const lines = (rest + part.value).split(/\r?\n/);
       rest = lines.pop();
       for (const line of lines) {
         if (line.startsWith("data:")) yield line.slice(5).trim();

@@ -1,8 +1,7 @@
 // The page: which conversation is shown, and the one answer that may be on its way.
 
 import { ApiError, streamChat } from "./api.js";
-import { byId, dress } from "./dom.js";
-import { exportJson, exportMarkdown } from "./export.js";
+import { byId, dress, make } from "./dom.js";
 import { firstLanguage, t, useLanguage } from "./i18n.js";
 import { AnswerView, isEnter, userView } from "./messages.js";
 import { applyTheme, askKey, loadModels, startSettings } from "./settings.js";
@@ -167,13 +166,34 @@ async function receive(body, { chat: own, message, view, controller }) {
   }
 }
 
+// ---- a conversation as a file ----
+
+/** Save the conversation as JSON: `messages` as OpenAI's protocol and training data have them. */
+function exportJson() {
+  const created = new Date(chat.created).toISOString();
+  const file = { title: chat.title, created, model: store.settings.model, messages: store.spoken(chat) };
+  download("json", "application/json", JSON.stringify(file, null, 2));
+}
+
+function exportMarkdown() {
+  const parts = store.spoken(chat).map(({ role, content }) => `## ${t(role === "user" ? "you" : role)}\n\n${content}`);
+  download("md", "text/markdown", [`# ${chat.title}`, ...parts].join("\n\n"));
+}
+
+function download(ending, type, text) {
+  byId("export").hidePopover();
+  const name = chat.title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) || "chat";
+  const url = URL.createObjectURL(new Blob([text, "\n"], { type }));
+  make("a", { href: url, download: `${name}.${ending}` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+
 // ---- starting ----
 
 function speak(language) {
   store.set("language", language);
   useLanguage(language);
   views = new WeakMap();
-  byId("language").value = language;
   draw();
 }
 
@@ -222,8 +242,8 @@ function listen() {
   byId("new-chat").addEventListener("click", newChat);
   byId("open-sidebar").addEventListener("click", () => showSidebar(true));
   byId("shade").addEventListener("click", () => showSidebar(false));
-  byId("export-json").addEventListener("click", () => exportAs((own) => exportJson(own, store.settings.model)));
-  byId("export-markdown").addEventListener("click", () => exportAs(exportMarkdown));
+  byId("export-json").addEventListener("click", exportJson);
+  byId("export-markdown").addEventListener("click", exportMarkdown);
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open], :popover-open")) return;
     if (document.body.classList.contains("sidebar-open")) showSidebar(false);
@@ -236,14 +256,10 @@ function listen() {
   });
 }
 
-function exportAs(action) {
-  byId("export").hidePopover();
-  action(chat);
-}
-
 store.readSettings();
 applyTheme();
-useLanguage(firstLanguage(store.settings.language));
+const language = firstLanguage(store.settings.language);
+useLanguage(language);
 store.open(() => showTrouble(t("error_storage"), false));
 startSettings({
   system(text) {
@@ -253,7 +269,7 @@ startSettings({
   },
   language: speak,
 });
-byId("language").value = firstLanguage(store.settings.language);
+byId("language").value = language;
 listen();
 store.watch((id) => {
   if (id === chat.id && !turn) {

@@ -1,5 +1,7 @@
 // Building the page: elements and text nodes, never HTML source.
 
+import { t } from "./i18n.js";
+
 /** Return an element with attributes (`onclick` and the like: listeners) and children (elements or strings). */
 export function make(name, attributes = {}, ...children) {
   const element = document.createElement(name);
@@ -36,4 +38,30 @@ export function dress(button, name, label) {
 /** Return a button that shows an icon. */
 export function iconButton(name, label, onclick, kind = "") {
   return dress(make("button", { type: "button", class: `quiet ${kind}`, onclick }), name, label);
+}
+
+/** Return a button that copies what `text()` returns. */
+export function copyButton(text) {
+  const button = iconButton("copy", t("copy"), async () => {
+    if (await copy(text())) dress(button, "check", t("copied"));
+    else dress(button, "close", t("copy_failed"));
+    setTimeout(() => dress(button, "copy", t("copy")), 1500);
+  });
+  return button;
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    // Plain http on another host than localhost has no clipboard: the old way through a selection.
+    const area = make("textarea", { class: "unseen" });
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    const copied = document.execCommand("copy");
+    area.remove();
+    return copied;
+  }
 }

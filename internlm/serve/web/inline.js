@@ -118,7 +118,7 @@ function anchor(url, ...children) {
 }
 
 /** Return where a text ends without these marks at its end. */
-function endOf(text, marks) {
+export function endOf(text, marks) {
   let end = text.length;
   while (end && marks.includes(text[end - 1])) end -= 1;
   return end;

@@ -2,11 +2,11 @@
 //
 // `blocks(text)` says where the blocks of a text are; `renderBlock` makes the element of one. A block ends where the
 // first line of the next begins, so text that comes later never changes a block that has a successor: this is what
-// lets growing.js leave finished blocks alone. Output is made of elements and text nodes; HTML in the text stays text.
+// lets `Growing` leave finished blocks alone. Output is made of elements and text nodes; HTML in the text stays text.
 
 import { codeBlock } from "./code.js";
 import { make } from "./dom.js";
-import { appendInline } from "./inline.js";
+import { appendInline, endOf } from "./inline.js";
 
 // A model must not be able to hang the page: no two neighbours in these can take the same characters, so that each
 // takes time linear in the line. What would need two is cut off by hand.
@@ -21,7 +21,7 @@ const BLANK = /^[ \t]*$/;
 const DEEPEST = 12; // quotes and lists within each other; deeper ones are paragraphs
 
 /** Return the blocks of a text: `{kind, start, lines, …}`, each with where it begins. */
-export function blocks(text, depth = 0) {
+function blocks(text, depth = 0) {
   const lines = text.split("\n");
   const starts = [0];
   for (const line of lines) starts.push(starts.at(-1) + line.length + 1);
@@ -116,8 +116,7 @@ function interrupts(lines, at, depth) {
 /** Return the text of a heading without the `#` that may close it. */
 function headingText(rest) {
   const text = rest.trimEnd();
-  let end = text.length;
-  while (text[end - 1] === "#") end -= 1;
+  const end = endOf(text, "#");
   return end === 0 || /[ \t]/.test(text[end - 1]) ? text.slice(0, end).trimEnd() : text;
 }
 
@@ -135,7 +134,7 @@ function cells(row) {
 }
 
 /** Return the element of one block. */
-export function renderBlock(block, depth = 0) {
+function renderBlock(block, depth = 0) {
   switch (block.kind) {
     case "heading":
       return inline(`h${Math.min(6, block.level + 2)}`, block.text, { class: `heading-${block.level}` });
@@ -196,4 +195,49 @@ function renderList({ lines, heads, ordered, first }, depth) {
     list.append(item);
   });
   return list;
+}
+
+/** Shows a text that grows in an element: finished blocks are made once and stay, only the last ones are made again. */
+export class Growing {
+  #done = 0; // offset up to which blocks are final
+  #tail = []; // elements of the blocks after it
+  #code = null; // the code that is being written, if the first of those blocks is code: it only gets more lines
+
+  constructor(element) {
+    this.element = element;
+  }
+
+  /** Show `text`; what was shown before is its beginning. */
+  grow(text) {
+    const base = this.#done;
+    const open = blocks(text.slice(base));
+    for (const element of this.#tail) element.remove();
+    this.#tail = [];
+    let wasFinal = true;
+    open.forEach((block, i) => {
+      const next = open[i + 1];
+      const isFinal = wasFinal && next !== undefined && hasTwoLines(text, base + next.start);
+      if (i === 0 && this.#code) {
+        this.#code.update(block.code, block.closed);
+      } else if (wasFinal && !isFinal && block.kind === "code" && block.lines.length > 1) {
+        this.#code = codeBlock(block.language, block.code, block.closed);
+        this.element.append(this.#code.element);
+      } else {
+        const element = renderBlock(block);
+        this.element.append(element);
+        if (!isFinal) this.#tail.push(element);
+      }
+      if (isFinal) {
+        this.#done = base + next.start;
+        this.#code = null;
+      }
+      wasFinal = isFinal;
+    });
+  }
+}
+
+/** Say whether what begins here can no longer change: a table is known by its second line, all else by its first. */
+function hasTwoLines(text, start) {
+  const end = text.indexOf("\n", start);
+  return end >= 0 && text.indexOf("\n", end + 1) >= 0;
 }

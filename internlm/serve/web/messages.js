@@ -1,9 +1,8 @@
 // One message on the page.
 
-import { copyButton } from "./copy.js";
-import { icon, iconButton, make } from "./dom.js";
-import { Growing } from "./growing.js";
+import { copyButton, icon, iconButton, make } from "./dom.js";
 import { t } from "./i18n.js";
+import { Growing } from "./markdown.js";
 
 /** Return the element of what the user said; `onEdit(text)` gets it changed. */
 export function userView(message, onEdit) {

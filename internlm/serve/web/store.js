@@ -26,7 +26,6 @@ export function open(trouble) {
     onTrouble = () => {};
     trouble();
   };
-  chats.clear();
   for (const name of attempt(() => Object.keys(localStorage)) ?? []) {
     const chat = name.startsWith(CHAT) && readJson(name);
     if (isChat(chat)) chats.set(chat.id, chat);

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from internlm.compat import graphs
-from internlm.compat.parts import local
+from internlm import compat
+from internlm.compat.groups import local
 from internlm.optim.optimizer import Optimizer
 from internlm.parallel.apply import Parallel
 
@@ -103,7 +103,7 @@ class ModuleTable:
             row.is_known &= not (place.is_compiled and place.is_rerun)
 
     def _places(self, part: nn.Module) -> Iterator[Place]:
-        compiled = {module for module in part.modules() if graphs.is_compiled(module)}
+        compiled = {module for module in part.modules() if compat.is_compiled(module)}
         regions = {module for module in part.modules() if "forward" in vars(module)}  # as `recompute` leaves them
         in_compiled, in_regions = _inside(compiled), _inside(regions)
         keeps_operators = self.parallel.config.recompute.kind == "operators"
@@ -129,12 +129,10 @@ class ModuleTable:
 
     @contextlib.contextmanager
     def _watching(self, around: Callable[..., Any]) -> Iterator[None]:
-        undo = [graphs.wrap_call(place.module, functools.partial(around, place)) for place in self.places]
-        try:
+        with contextlib.ExitStack() as stack:
+            for place in self.places:
+                stack.enter_context(compat.wrapped_call(place.module, functools.partial(around, place)))
             yield
-        finally:
-            for each in undo:
-                each()
 
     @contextlib.contextmanager
     def _careful(self) -> Iterator[None]:
@@ -357,7 +355,7 @@ class _Results(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = operator(*args, **(kwargs or {}))
-        if operator in graphs.expensive_operators():
+        if operator in compat.expensive_operators():
             self.show(_tensors(out))
         return out
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import NamedTuple
+
+from internlm.compat import Event
 
 Spans = list[tuple[int, int]]
 """(begin, end), in nanoseconds."""
@@ -36,18 +37,6 @@ OTHER, IDLE = "other", "nothing runs"
 _PATTERNS = [(family, re.compile(pattern, re.IGNORECASE)) for family, pattern in FAMILIES]
 _LONGEST = 25
 """Names that are listed."""
-
-
-class Event(NamedTuple):
-    """Something that ran; times in nanoseconds."""
-
-    name: str
-    begin: int
-    end: int
-    on_device: bool
-    """Whether on a GPU."""
-    thread: int
-    """On which it was called."""
 
 
 def family(name: str) -> str:

@@ -1,7 +1,7 @@
 """What a run does with its time and memory: traced steps, and windows in which it is looked at closely.
 
-What communication costs is known from one step now and then, by asking a `Trace` what ran when. Communication overlaps
-computation where it can. What slows a step down is the part in which nothing is computed:
+What communication costs is known from one step now and then, by asking a `Trace` what ran when. What slows a step down
+is the part in which nothing is computed:
 
     computation      ████████████      ████████
     communication        ██████████████
@@ -25,7 +25,9 @@ import functools
 import gzip
 import logging
 import math
+import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,14 +36,12 @@ from typing import Any, Literal
 import torch
 from torch.profiler import record_function
 
-from internlm import disk
-from internlm.compat import profiling
+from internlm import compat, disk
 from internlm.config import require, require_positive, section
 from internlm.errors import ConfigError
 from internlm.log import warn_once
 from internlm.train.profile.modules import ModuleTable
-from internlm.train.profile.operators import STEP, Event, Spans, length, outside, table
-from internlm.train.profile.resident import Resident
+from internlm.train.profile.operators import STEP, Spans, length, outside, table
 from internlm.train.step import Stepper
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,9 @@ MAX_TRACE_BYTES = 256 * 2**20
 """Of a compressed trace; viewers give up before."""
 MEMORY_EVENTS = 200_000
 """Allocations that a memory snapshot goes back."""
-DATA, RUN, UPDATE = "data", "forward and backward", "update"
-"""Phases of a step."""
+DATA, RUN, UPDATE, REST = "data", "forward and backward", "update", "rest"
+"""Phases of a step, and what is none."""
+_SAMPLE_S = 0.002
 
 Kind = Literal["trace", "bytes", "times"]
 
@@ -79,11 +80,9 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "profile", "start", "steps", "every")
-        if self.steps > MAX_STEPS:
-            raise ConfigError(f"must be at most {MAX_STEPS}", where="profile.steps", got=self.steps)
-        if self.every is not None and self.every <= self.length:
-            what = f"must be more than the {self.length} steps of a window"
-            raise ConfigError(what, where="profile.every", got=self.every)
+        require(self, "profile", ("steps",), lambda steps: steps <= MAX_STEPS, f"must be at most {MAX_STEPS}")
+        what = f"must be more than the {self.length} steps of a window"
+        require(self, "profile", ("every",), lambda steps: steps > self.length, what)
         if any(rank < 0 for rank in self.ranks):
             raise ConfigError("must not be negative", where="profile.ranks", got=self.ranks)
         require(self, "profile", ("depth",), lambda depth: depth >= 0, "must not be negative")
@@ -113,20 +112,20 @@ class Trace:
         when another tool has the GPU's profiler."""
 
     def __enter__(self) -> Trace:
-        self._profiler = profiling.start_profiler(self.device)
+        self._profiler = compat.start_profiler(self.device)
         return self
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
         if self.device.type == "cuda" and kind is None:
             torch.cuda.synchronize(self.device)
-        events = [Event(*event) for event in profiling.stop_profiler(self._profiler)]
+        events = compat.stop_profiler(self._profiler)
         communication, computation = spans(events, self.device.type != "cpu")
         if communication and computation:
             self.communication_s = length(communication) / 1e9
             self.waiting_s = outside(communication, computation) / 1e9
 
 
-def spans(events: Iterable[Event], is_device: bool) -> tuple[Spans, Spans]:
+def spans(events: Iterable[compat.Event], is_device: bool) -> tuple[Spans, Spans]:
     """Return when something was exchanged and when computed: on the GPU if `is_device`, else on the CPU."""
     communication: Spans = []
     computation: Spans = []
@@ -235,7 +234,8 @@ class Windows:
         ]
         with contextlib.ExitStack() as stack:
             for owner, name, phase in watched:
-                stack.enter_context(_replaced(owner, name, functools.partial(around, phase, getattr(owner, name))))
+                call = functools.partial(around, phase, getattr(owner, name))
+                stack.enter_context(compat.replaced(owner, name, call))
             yield
 
     @contextlib.contextmanager
@@ -303,21 +303,20 @@ class _Open:
         self.has_snapshot = config.memory and self.device.type == "cuda"
         self.resident = Resident(config.memory and self.device.type == "cpu")
         if self.has_snapshot:
-            profiling.record_memory(MEMORY_EVENTS)
-        self.profiler = profiling.start_profiler(self.device, cpu_too=True)
+            compat.record_memory(MEMORY_EVENTS)
+        self.profiler = compat.start_profiler(self.device, cpu_too=True)
 
     def close(self) -> None:
         """Write the files; say where they are."""
         rank = self.windows.rank
         stem = self.windows.folder / f"step-{self.first:08d}-rank-{rank}"
         self.resident.stop()
-        events = [Event(*event) for event in profiling.stop_profiler(self.profiler)]
-        try:
-            if self.has_snapshot:
+        events = compat.stop_profiler(self.profiler)
+        if self.has_snapshot:
+            try:
                 _dump_memory(Path(f"{stem}.memory.pickle"))
-        finally:
-            if self.has_snapshot:
-                profiling.record_memory(0)
+            finally:
+                compat.record_memory(0)
         steps = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
         steps += f", rank {rank}"
         disk.write_text(f"{stem}.txt", table(events, steps))
@@ -329,9 +328,70 @@ class _Open:
         logger.info("profile of %s: %s and .txt", steps, path)
 
 
+class Resident:
+    """Watches, if wanted, the memory that the process holds, by phase of a step: for CPUs what a snapshot is for GPUs.
+
+    Linux tells how many pages a process holds; a thread asks every 2 ms, so a peak that is shorter may be missed.
+    """
+
+    def __init__(self, is_wanted: bool) -> None:
+        self.is_on = is_wanted and resident_bytes() is not None
+        if is_wanted and not self.is_on:
+            warn_once(logger, "profile.memory has no effect on this system's CPU")
+        self.held: dict[str, tuple[int, int]] = {}
+        """Phase → at its last end, and the most in it, in bytes."""
+        self._phase, self._stopped = REST, threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        if self.is_on:
+            self._thread.start()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what is held inside for a phase."""
+        self._look()
+        self._phase = name
+        try:
+            yield
+        finally:
+            self._look()
+            self._phase = REST
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self._stopped.set()
+        if self.is_on:
+            self._thread.join()
+            self._look()
+
+    def as_text(self) -> str:
+        """Return a table: MiB."""
+        lines = [f"{'memory of the process, MiB':<28}{'at the end':>12}{'most':>12}"]
+        for name, (end, most) in sorted(self.held.items(), key=lambda item: item[0] == REST):
+            lines.append(f"{name:<28}{end / 2**20:>12.1f}{most / 2**20:>12.1f}")
+        return "\n".join(lines) + "\n"
+
+    def _sample(self) -> None:
+        while not self._stopped.wait(_SAMPLE_S):
+            self._look()
+
+    def _look(self) -> None:
+        if self.is_on:
+            name, now = self._phase, resident_bytes() or 0
+            self.held[name] = now, max(now, self.held.get(name, (0, 0))[1])
+
+
+def resident_bytes() -> int | None:
+    """Return the memory that this process holds now; None where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def _dump_memory(path: Path) -> None:
     with disk.beside(path, durable=False) as draft:
-        profiling.dump_memory(str(draft))
+        compat.dump_memory(str(draft))
 
 
 def _pack(profiler: Any, path: Path) -> None:
@@ -349,17 +409,3 @@ def _pack(profiler: Any, path: Path) -> None:
         plain.unlink(missing_ok=True)
     if path.stat().st_size > MAX_TRACE_BYTES:
         raise ValueError(f"the trace has more than {MAX_TRACE_BYTES >> 20} MiB: lower profile.steps")
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object another attribute of a name, for a while."""
-    before = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)

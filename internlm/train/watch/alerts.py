@@ -188,7 +188,7 @@ class Alerts:
         except Stopped:
             raise
         except Exception as error:
-            if self._failure not in [one for one in (error, error.__cause__, error.__context__) if one is not None]:
+            if self._failure is None or self._failure not in (error, error.__cause__, error.__context__):
                 self._failure = error
                 self.tell("failure", f"{type(error).__name__}: {first_line(error)[:500]}")
                 self.close()

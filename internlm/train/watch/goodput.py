@@ -13,7 +13,6 @@ that counts as down. What a GPU still does of a step's update belongs to the pha
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -146,10 +145,10 @@ def sentence(shares: dict[str, float], wall_s: float) -> str:
 def read(path: Path) -> dict[str, Any] | None:
     """Return what a goodput file holds: `seconds` by phase, `starts`, `until`; None if it is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = disk.read_json(path)
         seconds = {str(name): float(spent) for name, spent in found["seconds"].items() if name in PHASES}
         starts, until = int(found["starts"]), float(found["until"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (StorageError, ValueError, KeyError, TypeError, AttributeError):
         return None
     is_sane = math.isfinite(until) and all(math.isfinite(spent) and spent >= 0 for spent in seconds.values())
     return {"seconds": seconds, "starts": starts, "until": until} if is_sane else None

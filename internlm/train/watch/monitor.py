@@ -320,31 +320,28 @@ _SPEED: dict[str, Callable[[float], str]] = {
 }
 
 
-def _numbers(facts: dict[str, Any], width: int, blocks: str) -> list[tuple[str, str]]:
+def _numbers(facts: dict[str, Any], width: int, blocks: str) -> Iterator[tuple[str, str]]:
     last = facts["metrics"]
     if not last:
-        return [("", "no metrics yet")]
+        yield "", "no metrics yet"
+        return
     room = max(10, min(60, width - 22))
-    shown = []
     figures = (("loss", "train/loss", ".4f"), ("grad", "optim/grad_norm", ".3g"), ("lr", "optim/lr", ".2e"))
     for title, name, form in figures:
         if name in last:
             curve = spark(facts["curves"].get(name, []), room, blocks)
-            shown.append(_line(title, f"{format(last[name], form):10} {curve}"))
+            yield _line(title, f"{format(last[name], form):10} {curve}")
     if speed := [show(last[name]) for name, show in _SPEED.items() if name in last]:
-        shown.append(_line("speed", " · ".join(speed)))
+        yield _line("speed", " · ".join(speed))
     if "progress/tokens" in last:
         best = facts["best"].get("train/loss")
         lowest = f" · lowest loss {best['value']:.4f} at step {best['step']}" if best else ""
-        shown.append(_line("tokens", quantity(last["progress/tokens"]) + lowest))
+        yield _line("tokens", quantity(last["progress/tokens"]) + lowest)
     if facts["goodput"]:
-        text = goodput.sentence(facts["goodput"], facts["wall_s"]).removeprefix("goodput ")
-        shown.append(_line("goodput", text))
-    return shown
+        yield _line("goodput", goodput.sentence(facts["goodput"], facts["wall_s"]).removeprefix("goodput "))
 
 
-def _validations(facts: dict[str, Any], width: int, blocks: str) -> list[tuple[str, str]]:
-    shown = []
+def _validations(facts: dict[str, Any], width: int, blocks: str) -> Iterator[tuple[str, str]]:
     for name, value in sorted(facts["metrics"].items()):
         if not name.startswith("valid/loss/"):
             continue
@@ -354,23 +351,22 @@ def _validations(facts: dict[str, Any], width: int, blocks: str) -> list[tuple[s
         more = f" · {bits:.4f} bits per byte" if bits is not None else ""
         text = f"{source} {value:.4f}{more} · lowest {best['value']:.4f} at step {best['step']} "
         curve = spark(facts["curves"].get(name, []), max(4, width - 10 - len(text)), blocks)
-        shown.append(_line("held out", text + curve))
-    return shown
+        yield _line("held out", text + curve)
 
 
-def _saved(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    shown = []
+def _saved(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if not facts["checkpoints"]:
+        yield _line("saved", "no checkpoint yet")
     for one in facts["checkpoints"][-4:]:
         loss = f" · loss {one['loss']:.4f}" if one["loss"] is not None else ""
         text = f"step {one['step']} · {size(one['bytes'])}{loss} · {one['problem'] or 'complete'}"
-        shown.append(_line("saved", text, "red" if one["problem"] else ""))
-    return shown or [_line("saved", "no checkpoint yet")]
+        yield _line("saved", text, "red" if one["problem"] else "")
 
 
-def _members(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _members(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     members = facts["ranks"]
     if not members:
-        return []
+        return
     over = ("done", "stopped", "failed", "stalled")
     silent = [one for one in members if one["age_s"] > facts["silent_after_s"] and one["phase"] not in over]
     phases = sorted({one["phase"] for one in members})
@@ -378,13 +374,12 @@ def _members(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ratio = facts["metrics"].get("ranks/slowest_ratio")
     if ratio is not None:
         text += f" · slowest rank {int(facts['metrics'].get('ranks/slowest_rank', 0))}: {ratio:.2f} × the median"
-    shown = [_line("ranks", text, "red" if silent else "")]
+    yield _line("ranks", text, "red" if silent else "")
     for one in silent[:4]:
         what = f"silent for {duration(one['age_s'])}, in {one['phase']} after step {one['step']}"
-        shown.append(_line("", f"rank {one['rank']} on {one['host']} {what}", "red"))
+        yield _line("", f"rank {one['rank']} on {one['host']} {what}", "red")
     if len(silent) > 4:
-        shown.append(_line("", f"and {len(silent) - 4} more", "red"))
-    return shown
+        yield _line("", f"and {len(silent) - 4} more", "red")
 
 
 def spark(values: list[float], room: int, blocks: str = BLOCKS) -> str:

@@ -17,8 +17,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
-from internlm.config import require_positive, section
-from internlm.errors import ConfigError
+from internlm.config import require, require_positive, section
 
 _LEAST_SPREAD = 0.005
 """Of the median: a loss that hardly moves has no spread to speak of."""
@@ -41,8 +40,7 @@ class SpikeConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "spikes", "z", "window")
-        if self.least < 2:
-            raise ConfigError("must be at least 2: one loss has no neighbour", where="spikes.least", got=self.least)
+        require(self, "spikes", ("least",), lambda steps: steps >= 2, "must be at least 2: one loss has no neighbour")
 
 
 @dataclass

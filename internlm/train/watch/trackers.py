@@ -91,10 +91,7 @@ class Tracker(Protocol):
 
 
 class Sink:
-    """A tracker behind a queue and a thread, in which it is opened too.
-
-    No method raises, or waits, except that `close` waits for a while.
-    """
+    """A tracker behind a queue and a thread, in which it is opened too. Nothing raises; only `close` waits."""
 
     def __init__(self, name: str, open_tracker: Callable[[], Tracker]) -> None:
         self.name, self._open = name, open_tracker

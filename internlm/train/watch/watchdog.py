@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import logging
 import os
 import socket
@@ -92,8 +91,8 @@ def path_of(run: Path, rank: int) -> Path:
 def read_beat(run: Path, rank: int) -> Beat | None:
     """Return the last sign of life of a rank; None where there is none that can be read."""
     try:
-        return Beat(rank, **json.loads(path_of(run, rank).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return Beat(rank, **disk.read_json(path_of(run, rank)))
+    except (StorageError, TypeError):
         return None
 
 

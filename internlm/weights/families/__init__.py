@@ -1,1 +1,1 @@
-"""Model families of Transformers: their config.json and names of weights."""
+"""Model families of Transformers."""

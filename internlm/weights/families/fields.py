@@ -1,7 +1,7 @@
 """A model's shape as the config.json of a family, both ways.
 
 Where this decoder has more than a family, the file has fields of ours: `internlm_context_length` beside dynamic
-scaling, whose `max_position_embeddings` is the trained length, and the weights of experts' side losses.
+scaling, and the weights of experts' side losses.
 
 Rotary positions have three forms:
 
@@ -24,7 +24,6 @@ from internlm.model.config import (
     Llama3Scaling,
     ModelConfig,
     RopeConfig,
-    Scaling,
     YarnScaling,
 )
 from internlm.model.rope import yarn_attention
@@ -40,7 +39,9 @@ ROPE_KINDS = ("default", *EVERY_SCALING)
 def describe(config: ModelConfig, name: str) -> dict[str, Any]:
     """Return the content of a config.json, without token ids and dtype, of a family that can express the shape."""
     family = family_of(name)
-    positions = _length_of(config.rope, config.context_length)
+    # Transformers and InternLM measure dynamic scaling from `max_position_embeddings`.
+    scaling = config.rope.scaling
+    positions = scaling.original_length if isinstance(scaling, DynamicScaling) else config.context_length
     fields = {
         "architectures": [family.architecture],
         "model_type": name,
@@ -65,8 +66,8 @@ def describe(config: ModelConfig, name: str) -> dict[str, Any]:
             fields[where] = is_on or fields.get(where, False)
     if family.window != "never":
         fields["sliding_window"] = None
-    if family.window in ("asked", "layers"):
-        fields["use_sliding_window"] = False
+        if family.window != "always":
+            fields["use_sliding_window"] = False
     if config.experts is not None and family.experts is not None:
         fields |= _expert_fields(config, config.experts, family.experts)
     if positions != config.context_length:
@@ -185,7 +186,6 @@ def _context(fields: dict[str, Any], family: Family, context: Any, path: Path) -
 
 
 def _slides(fields: dict[str, Any], family: Family, path: Path) -> bool:
-    """Return whether any layer looks through the sliding window."""
     if family.window in ("never", "always"):
         return family.window == "always"
     if not fields.get("use_sliding_window") or family.window == "asked":
@@ -200,23 +200,31 @@ def _slides(fields: dict[str, Any], family: Family, path: Path) -> bool:
 
 
 def _write_rope(rope: RopeConfig, family: Family) -> dict[str, Any]:
-    """Return the rotary fields of a config.json; a scaling must be one of the family's."""
     scaling = rope.scaling
-    if family.rope == "transformers":
-        found = _scaling_fields(scaling)
-        parameters = {**(found or {"rope_type": "default"}), "rope_theta": rope.base}
-        return {"rope_theta": rope.base, "rope_scaling": found, "rope_parameters": parameters}
-    typed = None if scaling is None else {"type": scaling.kind, "factor": float(scaling.factor)}
-    fields: dict[str, Any] = {"rope_theta": rope.base, "rope_scaling": typed}
-    if family.rope == "rotary":
-        fields["rotary"] = {"base": rope.base, "type": "origin"}
-        if scaling is not None:
-            fields["rotary"] |= {"type": scaling.kind, "scaling_factor": float(scaling.factor)}
-    return fields
+    if family.rope != "transformers":
+        typed = None if scaling is None else {"type": scaling.kind, "factor": float(scaling.factor)}
+        fields: dict[str, Any] = {"rope_theta": rope.base, "rope_scaling": typed}
+        if family.rope == "rotary":
+            fields["rotary"] = {"base": rope.base, "type": "origin"}
+            if scaling is not None:
+                fields["rotary"] |= {"type": scaling.kind, "scaling_factor": float(scaling.factor)}
+        return fields
+    found: dict[str, Any] = {} if scaling is None else {"rope_type": scaling.kind, "factor": float(scaling.factor)}
+    if isinstance(scaling, YarnScaling | Llama3Scaling):
+        found["original_max_position_embeddings"] = scaling.original_length
+    if isinstance(scaling, YarnScaling):
+        found |= {"beta_fast": float(scaling.beta_fast), "beta_slow": float(scaling.beta_slow)}
+        if scaling.attention_factor is not None:
+            found["attention_factor"] = float(scaling.attention_factor)
+    if isinstance(scaling, Llama3Scaling):
+        found["low_freq_factor"] = float(scaling.low_frequency_factor)
+        found["high_freq_factor"] = float(scaling.high_frequency_factor)
+    parameters = (found or {"rope_type": "default"}) | {"rope_theta": rope.base}
+    return {"rope_theta": rope.base, "rope_scaling": found or None, "rope_parameters": parameters}
 
 
 def _read_rope(fields: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
-    """Return the rotary positions that a config.json of this content describes, as a tree."""
+    """Return the rotary positions, as a tree."""
     if family.rope != "rotary":
         return _read(fields, family, path)
     newer = _read(fields, family, path) if fields.keys() & {"rope_theta", "rope_scaling", "rope_parameters"} else None
@@ -226,27 +234,6 @@ def _read_rope(fields: dict[str, Any], family: Family, path: Path) -> dict[str, 
     if newer is not None and newer != older:
         raise WeightsError("rotary and rope_theta, rope_scaling say different things", where=path, got=fields["rotary"])
     return older
-
-
-def _scaling_fields(scaling: Scaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": float(scaling.factor)}
-    if isinstance(scaling, YarnScaling | Llama3Scaling):
-        fields["original_max_position_embeddings"] = scaling.original_length
-    if isinstance(scaling, YarnScaling):
-        fields |= {"beta_fast": float(scaling.beta_fast), "beta_slow": float(scaling.beta_slow)}
-        if scaling.attention_factor is not None:
-            fields["attention_factor"] = float(scaling.attention_factor)
-    if isinstance(scaling, Llama3Scaling):
-        fields["low_freq_factor"] = float(scaling.low_frequency_factor)
-        fields["high_freq_factor"] = float(scaling.high_frequency_factor)
-    return fields
-
-
-def _length_of(rope: RopeConfig, context_length: int) -> int:
-    """Return `max_position_embeddings`: Transformers and InternLM measure dynamic scaling from it."""
-    return rope.scaling.original_length if isinstance(rope.scaling, DynamicScaling) else context_length
 
 
 def _read_rotary(rotary: Any, fields: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -262,7 +249,7 @@ def _read_rotary(rotary: Any, fields: dict[str, Any], path: Path) -> dict[str, A
 
 
 def _read(fields: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
-    """Return what `rope_theta` and `rope_scaling`, or `rope_parameters`, describe, as a tree."""
+    """Return what `rope_theta` and `rope_scaling`, or `rope_parameters`, describe."""
     parts = {name: fields.get(name) or {} for name in ("rope_scaling", "rope_parameters")}
     for name in (name for name, part in parts.items() if not isinstance(part, dict)):
         raise WeightsError(f"{name} is no JSON object", where=path, got=parts[name])
@@ -275,7 +262,7 @@ def _read(fields: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
 
 
 def _read_one(found: dict[str, Any], fields: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
-    """Return what one of them describes, with what stands beside it, as a tree."""
+    """Return what one of them describes, with what stands beside it."""
     usual, beside = family.defaults.get("rope_theta", 10000.0), fields.get("rope_theta")
     base = found.get("rope_theta") or beside or usual
     if beside not in (None, base, usual):
@@ -295,28 +282,22 @@ def _read_one(found: dict[str, Any], fields: dict[str, Any], family: Family, pat
         raise WeightsError("this rotary scaling cannot be read", where=path, got=kind, allowed=ROPE_KINDS)
     positions = fields["max_position_embeddings"]
     scaling = {"kind": kind, "factor": found["factor"]}
-    if kind == "dynamic":
-        return {"base": base, "scaling": scaling | {"original_length": positions}}
     name = "original_max_position_embeddings"
     original = fields.get(name) or found.get(name) or positions  # Transformers prefers the one outside too
-    return {"base": base, "scaling": scaling | _options(kind, found, original, path)}
-
-
-def _options(kind: str, found: dict[str, Any], original: Any, path: Path) -> dict[str, Any]:
+    if kind != "linear":
+        scaling["original_length"] = positions if kind == "dynamic" else original
     if kind == "yarn":
-        return {
-            "original_length": original,
+        scaling |= {
             "beta_fast": found.get("beta_fast") or 32.0,
             "beta_slow": found.get("beta_slow") or 1.0,
             "attention_factor": _attention_factor(found, path),
         }
     if kind == "llama3":
-        return {
-            "original_length": original,
+        scaling |= {
             "low_frequency_factor": found["low_freq_factor"],
             "high_frequency_factor": found["high_freq_factor"],
         }
-    return {}
+    return {"base": base, "scaling": scaling}
 
 
 def _attention_factor(found: dict[str, Any], path: Path) -> Any:

@@ -3,8 +3,8 @@
     to_transformers("blocks.3.attention.wq.weight")                     # 'model.layers.3.self_attn.q_proj.weight'
     from_transformers("model.layers.3.self_attn.q_proj.weight")         # (['blocks.3.attention.wq.weight'], None)
 
-`{i}` in a name is the layer, `{e}` the expert: what is one stacked weight here is one per expert there. Where several
-rows name the same weight there, it holds them all (see `translate`).
+`{i}` in a name is the layer, `{e}` the expert: one stacked weight here is one per expert there. Where several rows name
+the same weight there, it holds them all (see `translate`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ FUSED_EXPERTS: Names = {
     "blocks.{i}.feed_forward.experts.w_up.weight": "model.layers.{i}.mlp.experts.gate_up_proj",
     "blocks.{i}.feed_forward.experts.w_down.weight": "model.layers.{i}.mlp.experts.down_proj",
 }
-"""Experts as Transformers 5 has them in memory, and saves them where it is told to."""
+"""Experts as Transformers 5 has them in memory, and may save them."""
 INTERNLM2: Names = {
     "embedding.weight": "model.tok_embeddings.weight",
     "blocks.{i}.attention_norm.weight": "model.layers.{i}.attention_norm.weight",
@@ -88,7 +88,7 @@ INTERNLM2: Names = {
     "head.weight": "output.weight",
 }
 TRANSFORMERS: Names = LLAMA | MIXTRAL | QWEN3
-"""Those that what is written by default has, but for Qwen3's experts."""
+"""Those of `fitting`, but for Qwen3's experts."""
 
 EVERY_SCALING = ("linear", "dynamic", "yarn", "llama3")
 
@@ -123,7 +123,7 @@ class Family:
     own_head_dim: bool = True
     """Whether heads may be wider or narrower than hidden size / heads."""
     hidden_is_multiple: bool = False
-    """Whether Transformers insists that heads divide the hidden size, whatever head_dim is."""
+    """Whether heads must divide the hidden size, whatever head_dim is."""
     scalings: tuple[str, ...] = EVERY_SCALING
     """Rotary scalings that can be written."""
     rope: Literal["transformers", "typed", "rotary"] = "transformers"
@@ -225,7 +225,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def fitting(config: ModelConfig) -> str:
-    """Return the plainest family, of those that Transformers loads without further code, for a shape."""
+    """Return the plainest family for a shape that Transformers loads without further code."""
     if config.experts is not None:
         return "qwen3_moe" if config.qk_norm else "mixtral"
     return "qwen3" if config.qk_norm else "llama"
@@ -300,7 +300,7 @@ def from_transformers(name: str, *tables: Names) -> tuple[list[str], int | None]
 
 
 def _pattern(name: str) -> tuple[str, list[str]]:
-    """Return a name with its first numbers replaced by {i} and {e}, and the numbers."""
+    """Return a name with {i} and {e} for its first numbers, and the numbers."""
     pattern = _NUMBER.sub("{i}", name, count=1)
     return _NUMBER.sub("{e}", pattern, count=1), _NUMBER.findall(name)
 

@@ -3,8 +3,7 @@
     described, theirs = write(ours, config)            # config.json and weights of the family that fits
     ours = read(theirs, described, path)                # and back
 
-What a family is like stands in its row of `table.FAMILIES`. Two weights hold several of ours; in each group the rows of
-one lie after those of another:
+Two weights hold several of ours; in each group the rows of one lie after those of another:
 
     wqkv           [K, H/K + 2, E] · hidden     for each key head: the queries that share it, the key, the value
     gate_up_proj   [X, 2, F] · hidden           for each expert: gate, up
@@ -29,9 +28,6 @@ from internlm.weights.families.table import from_transformers, is_stacked, to_tr
 from internlm.weights.load import ordered, shapes
 from internlm.weights.weight import Weight, Weights
 
-FOLLOWING = "rotary_emb.inv_freq"
-"""End of a name: old exports carry the rotary frequencies, which follow from the config."""
-
 
 def read(weights: Weights, fields: dict[str, Any], path: Path) -> Weights:
     """Return a family's weights by our names, in the model's order; what the model does not know comes last.
@@ -50,7 +46,7 @@ def read(weights: Weights, fields: dict[str, Any], path: Path) -> Weights:
     tables = rows.FAMILIES[fields["model_type"]].names
     found: dict[str, list[tuple[int | None, Weight]]] = {}  # ours → expert and weight: one, or one per expert
     for name, weight in weights.items():
-        if name.endswith(FOLLOWING):
+        if name.endswith("rotary_emb.inv_freq"):  # in old exports; it follows from the config
             continue
         ours, expert = from_transformers(name, *tables)
         if not weight.dtype.is_floating_point:
@@ -65,7 +61,7 @@ def read(weights: Weights, fields: dict[str, Any], path: Path) -> Weights:
 
 
 def _check_tied(head: Weight, embedding: Weight, path: Path) -> None:
-    """Refuse a head that is said to be the embedding and is another: Transformers 4 takes the embedding, 5 the head."""
+    """Refuse a head that is said to be the embedding and is another: Transformers 4 takes that, 5 the head."""
     if head.place is not None and head.place == embedding.place:
         return
     if head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):
@@ -100,28 +96,26 @@ def write(weights: Weights, config: ModelConfig, family: str | None = None) -> t
         if len(parts) > 1:
             theirs[their] = join(parts, names, stored)
         elif is_stacked(names[0]):
-            theirs |= {their.replace("{e}", str(e)): part for e, part in enumerate(_apart(parts[0]))}
+            whole = lazy.shared(parts[0], parts[0].shape[0])
+            theirs |= {
+                their.replace("{e}", str(e)): whole.turned(whole.shape[1:], itemgetter(e), f"[{e}]")
+                for e in range(whole.shape[0])
+            }
         else:
             theirs[their] = parts[0]
     return describe(stored, name), theirs
 
 
 def _with_biases(config: ModelConfig, family: rows.Family) -> ModelConfig:
-    """Return the shape with the biases that the family always has, or has with others: zeros, which is exact."""
+    """Return the shape with the biases that the family always has, or has with others: zeros."""
     qkv, output = config.qkv_bias or family.qkv_bias is True, config.output_bias
     if family.qkv_bias == family.output_bias and family.qkv_bias is not False:
         qkv = output = qkv or output
     return dataclasses.replace(config, qkv_bias=qkv, output_bias=output)
 
 
-def _apart(weight: Weight) -> list[Weight]:
-    weight = lazy.shared(weight, weight.shape[0])
-    return [weight.turned(weight.shape[1:], itemgetter(e), f"[{e}]") for e in range(weight.shape[0])]
-
-
 def _whole(name: str, parts: list[tuple[int | None, Weight]]) -> Weight:
-    numbers = [expert for expert, _ in parts]
-    if numbers == [None] or (len(parts) == 1 and not is_stacked(name)):
+    if len(parts) == 1 and (parts[0][0] is None or not is_stacked(name)):
         return parts[0][1]
     parts = sorted(parts, key=lambda part: -1 if part[0] is None else part[0])
     if not is_stacked(name) or [expert for expert, _ in parts] != list(range(len(parts))):
@@ -134,11 +128,7 @@ def _whole(name: str, parts: list[tuple[int | None, Weight]]) -> Weight:
 
 
 def cut(weight: Weight, names: list[str], config: ModelConfig) -> list[Weight]:
-    """Return the weights of ours that one of theirs holds, in the order in which they lie in each group.
-
-    Raises:
-        WeightsError: it is of another shape.
-    """
+    """Return the weights of ours that one of theirs holds; raise WeightsError where it is of another shape."""
     parts = _shapes(names, config)
     whole = _whole_shape(parts)
     if weight.shape != whole:
@@ -148,9 +138,8 @@ def cut(weight: Weight, names: list[str], config: ModelConfig) -> list[Weight]:
 
 
 def join(weights: list[Weight], names: list[str], config: ModelConfig) -> Weight:
-    """Return one weight of theirs from those of ours that it holds, in the order of `cut`."""
-    parts, groups = _shapes(names, config), _groups(names, config)
-    whole = _whole_shape(parts)
+    """Return one weight of theirs from those of ours that it holds."""
+    groups, whole = _groups(names, config), _whole_shape(_shapes(names, config))
 
     def together(tensors: list[Tensor]) -> Tensor:
         grouped = [t.reshape(groups, lazy.rows_of(t.shape, groups), -1) for t in tensors]
@@ -160,7 +149,6 @@ def join(weights: list[Weight], names: list[str], config: ModelConfig) -> Weight
 
 
 def _shapes(names: list[str], config: ModelConfig) -> list[torch.Size]:
-    """Return the shapes of weights of a block, biases that the model has not included."""
     known = shapes(dataclasses.replace(config, num_layers=1, qkv_bias=True))
     return [known[".".join(["blocks", "0", *name.split(".")[2:]])] for name in names]
 

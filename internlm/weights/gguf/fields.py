@@ -1,6 +1,5 @@
 """The shape of a model as the fields of a GGUF file, both ways.
 
-    architecture(config)              # "llama"
     describe(writer, config)          # llama.block_count, llama.rope.freq_base, …
     read_config(header)               # and back
 
@@ -36,7 +35,7 @@ READABLE = ("llama", "qwen2", "qwen3", "qwen3moe")
 ROPE_TABLE = "rope_freqs.weight"
 """The tensor of factors on the wavelengths of all pairs."""
 SCALING = "internlm.rope.scaling"
-"""The field of ours that says in JSON which scaling a table is of."""
+"""Our field that says in JSON which scaling a table is of."""
 NEUTRAL: Mapping[str, tuple[float, ...]] = {
     ".attention.causal": (True,),
     ".attention.clamp_kqv": (0,),
@@ -63,7 +62,7 @@ NEUTRAL: Mapping[str, tuple[float, ...]] = {
     ".router_logit_softcapping": (0,),
     ".use_parallel_residual": (False,),
 }
-"""Fields of what this decoder does not have, and the values with which a model computes as if they were not there."""
+"""Fields of what this decoder does not have, and the values that change nothing."""
 
 
 def architecture(config: ModelConfig) -> str:
@@ -84,7 +83,7 @@ def architecture(config: ModelConfig) -> str:
 
 
 def describe(writer: Any, config: ModelConfig) -> None:
-    """Write the fields of a model's shape with a `gguf.GGUFWriter` of its architecture."""
+    """Write the fields of a model's shape with a `gguf.GGUFWriter`."""
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
@@ -135,7 +134,7 @@ def needs_table(rope: RopeConfig) -> bool:
 
 
 def table(config: ModelConfig) -> Tensor:
-    """Return how much longer a rotary scaling makes the wavelength of each pair [E/2], in fp32."""
+    """Return the factors that a rotary scaling puts on wavelengths [E/2], in fp32."""
     plain, _ = frequencies(RopeConfig(base=config.rope.base), config.head_dim)
     scaled, _ = frequencies(config.rope, config.head_dim)
     return plain / scaled
@@ -154,11 +153,7 @@ def read_config(header: Header) -> ModelConfig:
 
 
 class _Fields:
-    """The fields of a file; those of its architecture by a key with a dot before it.
-
-    Raises:
-        WeightsError: the file is one part of several, or of another architecture.
-    """
+    """The fields of a file; those of its architecture by a key with a dot before it."""
 
     def __init__(self, header: Header) -> None:
         self.path, self.fields, self.tensors = header.path, header.fields, header.tensors
@@ -227,7 +222,7 @@ class _Fields:
                 raise WeightsError(f"{ROPE_TABLE} and a scaling are not supported at once", where=self.path, got=kind)
             if SCALING in self.fields:
                 return json.loads(self.fields[SCALING])
-            # The file has the table alone. Slow pairs are divided by the factor; the rest is as Llama 3.1 has it.
+            # A table alone: slow pairs are divided by the factor; the rest is as Llama 3.1 has it.
             factor = self.tensors[ROPE_TABLE].read().max().item()
             return {"kind": "llama3", "factor": factor, "original_length": original or 8192}
         if kind == "yarn":
@@ -243,7 +238,7 @@ class _Fields:
         return None if is_plain else {"kind": kind, "factor": factor}
 
     def _check_rope(self, config: ModelConfig) -> None:
-        """Refuse a scale on cos and sin, or a table of rotary factors, that is not the one which the config gives."""
+        """Refuse a scale on cos and sin, or a table, that is not the one of the config."""
         if self.value(".rope.scaling.type") != "yarn":
             _, expected = frequencies(config.rope, config.head_dim)
             attention = self.value(".rope.scaling.attn_factor", 1.0)

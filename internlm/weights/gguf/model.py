@@ -8,7 +8,7 @@ The file is of llama.cpp's architecture `llama`, with any biases of attention, a
 of queries and keys it is `qwen3` or `qwen3moe`.
 
 Rotary pairs: ours are (x[i], x[i + E/2]). Those of `llama` lie side by side, (x[2i], x[2i + 1]): rows of wq and wk, and
-their biases, go from one order into the other. Attention does not see it: q and k are turned in the same order.
+their biases, go from one order into the other.
 
     head of width 6        ours  a0 a1 a2 b0 b1 b2        theirs  a0 b0 a1 b1 a2 b2
 
@@ -82,14 +82,13 @@ def export(
     *,
     quantization: Literal["q8_0"] | None = None,
 ) -> Weights:
-    """Write a folder with one file `<folder>-<dtype>.gguf`, and the tokenizer's own files beside it.
+    """Write a folder with one file `<folder>-<dtype>.gguf`, whatever its size, and the tokenizer's own files beside it.
 
-    The file is one, whatever `max_shard_bytes`. Otherwise arguments, result and errors are those of
-    `transformers.export`.
+    Otherwise arguments, result and errors are those of `transformers.export`.
 
     Args:
-        quantization: "q8_0": matrices as 8-bit integers with a float16 scale for each 32 of a row, as rows of bytes.
-            Rows that are no multiple of 32 become float16.
+        quantization: "q8_0": matrices as 8-bit integers with a float16 scale for each 32 of a row; rows that are no
+            multiple of 32 become float16.
 
     Raises:
         UsageError: the package gguf is not installed.
@@ -117,7 +116,7 @@ def export(
             with disk.explained(f"writing {path}"):
                 _write(writer, theirs, options.progress)
                 with open(beside, "rb") as written:
-                    os.fsync(written.fileno())  # its name says that it is complete, after a power cut too
+                    os.fsync(written.fileno())  # its name says that it is complete
                 os.replace(beside, path)
         disk.write_text(folder.path / "README.md", _card(config, path.name, talk, tag, options.notes))
         folder.meta["dtype"] = tag
@@ -181,7 +180,6 @@ def open_weights(path: str | Path) -> Weights:
 
 
 def _written(weights: Weights, config: ModelConfig, dtype: torch.dtype | None, quantization: str | None) -> Weights:
-    """Return the weights by the names and in the forms of a file."""
     architecture = fields.architecture(config)
     theirs: Weights = {}
     for name, shape in shapes(config).items():
@@ -204,7 +202,7 @@ def _written(weights: Weights, config: ModelConfig, dtype: torch.dtype | None, q
 
 
 def _quantized(name: str, weight: Weight) -> Weight:
-    """Return a matrix as Q8_0: rows of blocks, each a float16 scale and 32 int8."""
+    """Return a matrix as Q8_0: rows of blocks, each a float16 scale and 32 int8, as bytes."""
     if weight.shape[-1] % 32:
         return weight.to(torch.float16)
     library = header.library()
@@ -217,7 +215,7 @@ def _quantized(name: str, weight: Weight) -> Weight:
 
 
 def _is_turned(name: str, architecture: str) -> bool:
-    """Return whether the rotary pairs of one of our weights lie side by side there, (x[2i], x[2i + 1])."""
+    """Return whether the rotary pairs of one of our weights lie side by side there."""
     return architecture == "llama" and name.split(".")[-2] in ("wq", "wk")
 
 
@@ -231,7 +229,7 @@ def _pairs_together(weight: Weight, head_dim: int) -> Weight:
 
 
 def _write(writer: Any, weights: Weights, done: Callable[[int], None]) -> None:
-    """Write a file, one tensor at a time: what stands before the tensors depends on their forms alone."""
+    """Write a file, one tensor at a time."""
     types = header.library().GGMLQuantizationType
     try:
         for name, weight in weights.items():

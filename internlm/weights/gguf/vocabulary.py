@@ -60,7 +60,7 @@ PRE: dict[tuple[tuple[str, ...], bool], str] = {
     ((_GPT2,), False): "gpt-2",
     ((_DIGIT, _GPT2), False): "smollm",
 }
-"""(regular expressions that cut words, whether whole words come before merges) → llama.cpp's name of it.
+"""(regular expressions that cut words, whether whole words come before merges) → llama.cpp's name.
 
 From `llm_tokenizer_bpe` in llama.cpp's llama-vocab.cpp; ours is the nearest, see the module."""
 
@@ -105,10 +105,9 @@ def describe(writer: Any, talk: Talk, folder: Path, size: int) -> None:
     if vocabulary.merges is not None:
         writer.add_token_merges(vocabulary.merges)
     writer.add_add_space_prefix(talk.tokenizer.puts_space_first)
-    text = talk.jinja
-    if text:
+    if text := talk.jinja:
         writer.add_chat_template(text)
-    # llama.cpp takes the bos of a chat prompt off where it puts one itself, but puts one where a format has none too.
+    # llama.cpp takes the bos of a chat prompt off where it puts one, but puts one where a format has none too.
     wants_bos = talk.format.bos if talk.format is not None else not text or "bos_token" in str(text)
     writer.add_add_bos_token(wants_bos and talk.tokenizer.bos_id is not None)
     writer.add_add_eos_token(False)
@@ -132,7 +131,7 @@ def _roles(vocabulary: Vocabulary, tokenizer: Tokenizer, stops: Sequence[int]) -
 
 
 def read(folder: Path, tokenizer: Tokenizer, size: int) -> Vocabulary:
-    """Return the vocabulary that lies in a folder, as many tokens as the model has ids.
+    """Return the vocabulary that lies in a folder.
 
     Args:
         folder: where `Talk.write` wrote the files of the tokenizer.
@@ -144,7 +143,7 @@ def read(folder: Path, tokenizer: Tokenizer, size: int) -> Vocabulary:
     """
     where = tokenizer.path or "tokenizer"
     path = folder / "tokenizer.json"
-    if not path.exists():  # `Talk.write` makes one of every model that only joins pieces, and warns of others
+    if not path.exists():  # `Talk.write` makes one of every model that only joins pieces
         raise TokenizerError(
             "only SentencePiece models of the BPE kind, without normalisation, can be written as GGUF", where=where
         )
@@ -210,13 +209,12 @@ def _byte_level(spec: dict[str, Any], tokenizer: Tokenizer, where: object) -> Vo
     if kinds_of_normaliser:
         logger.warning("warning: %s brings text into NFC, llama.cpp does not: decomposed accents get other ids", where)
     tokens, kinds = _listed(spec, tokenizer)
-    # llama.cpp asks for a list that is not empty; single bytes never become a `no`.
+    # llama.cpp asks for some; single bytes never become a `no`.
     pairs = [" ".join(pair) for pair in merges] or ["no merges"]
     return Vocabulary("gpt2", tokens, kinds, merges=pairs, pre=_pre(spec, tokenizer, where))
 
 
 def _pre(spec: dict[str, Any], tokenizer: Tokenizer, where: object) -> str:
-    """Return llama.cpp's name for how a byte-level `tokenizer.json` cuts words."""
     patterns: list[str] = []
     for part in parts(spec.get("pre_tokenizer")):
         options = (part.get("behavior"), part.get("invert"))

@@ -1,1 +1,1 @@
-"""Training checkpoints of InternLM v0.2 and InternEvo, both ways."""
+"""Training checkpoints of InternLM v0.2 and InternEvo."""

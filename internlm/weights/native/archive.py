@@ -2,8 +2,7 @@
 
     write(path, {"model.norm.weight": Weight, …})       # torch.load(path) gives {"model.norm.weight": tensor, …}
 
-Such a file is a zip archive, not compressed: a pickle that says which storage has which dtype and form, and the bytes
-of each storage.
+Such a file is a zip archive, not compressed: a pickle that says which storage has which dtype and form, and the bytes.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ import pickle
 import struct
 import zlib
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,9 +30,9 @@ _STORAGES: dict[torch.dtype, Any] = {
     torch.bfloat16: torch.BFloat16Storage,
 }
 _ALIGNMENT = 64
-"""Storages begin at multiples of this, as PyTorch writes them, so that they can be mapped."""
+"""Storages begin at multiples of this, as PyTorch's, so that they can be mapped."""
 _FULL = 2**32 - 1
-"""A field of 32 bits that cannot hold its value holds this, and the value is in an extra field of 64."""
+"""In a field of 32 bits: the value is in an extra field of 64."""
 
 
 def write(path: Path, weights: Weights, done: Done = lambda n: None) -> str:
@@ -58,10 +56,7 @@ def write(path: Path, weights: Weights, done: Done = lambda n: None) -> str:
 
 
 class _Archive:
-    """A zip archive that is written from front to back, not compressed.
-
-    Python's `zipfile` goes to 64 bits at 2 GiB already, which PyTorch before 2 takes for damage.
-    """
+    """The zip archive. Python's `zipfile` goes to 64 bits at 2 GiB already, which PyTorch before 2 takes for damage."""
 
     def __init__(self, file: HashedFile) -> None:
         self.file, self.at, self.entries = file, 0, 0
@@ -89,9 +84,8 @@ class _Archive:
         start, size, count = self.at, len(self.directory), self.entries
         self._write(self.directory)
         if start >= _FULL or count >= 0xFFFF:
-            end = self.at
             sizes = struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, size, start)
-            self._write(b"PK\6\6" + sizes + b"PK\6\7" + struct.pack("<IQI", 0, end, 1))
+            self._write(b"PK\6\6" + sizes + b"PK\6\7" + struct.pack("<IQI", 0, self.at, 1))
         short = min(count, 0xFFFF)
         self._write(b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, short, short, size, min(start, _FULL), 0))
 
@@ -100,33 +94,25 @@ class _Archive:
         self.at += len(content)
 
 
-@dataclass(frozen=True)
-class _Storage:
-    """Stands for the bytes of a tensor in the pickle."""
-
-    key: str
-    dtype: torch.dtype
-    elements: int
+class _Storage(tuple[Any, ...]):
+    """How the pickle refers to the bytes of a tensor."""
 
 
-class _Stored:
+class _Stored(NamedTuple):
     """Stands for a tensor in the pickle."""
 
-    def __init__(self, storage: _Storage, shape: tuple[int, ...]) -> None:
-        self.storage, self.shape = storage, shape
+    storage: _Storage
+    shape: tuple[int, ...]
 
     def __reduce__(self) -> tuple[Any, ...]:
         stride = torch.empty(self.shape, device="meta").stride()
-        no_hooks: OrderedDict[Any, Any] = OrderedDict()
-        return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.shape, stride, False, no_hooks)
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.shape, stride, False, OrderedDict())  # no hooks
 
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: object) -> Any:
         """Return the reference for a storage."""
-        if not isinstance(obj, _Storage):
-            return None
-        return "storage", _STORAGES[obj.dtype], obj.key, "cpu", obj.elements
+        return tuple(obj) if isinstance(obj, _Storage) else None
 
 
 def _pickled(weights: Weights) -> bytes:
@@ -135,7 +121,8 @@ def _pickled(weights: Weights) -> bytes:
         if weight.dtype not in _STORAGES:
             raise WeightsError("cannot be written", where=name, got=str(weight.dtype), allowed=_STORAGES)
         size = weight.nbytes // weight.dtype.itemsize
-        stored[name] = _Stored(_Storage(str(number), weight.dtype, size), weight.shape)
+        reference = _Storage(("storage", _STORAGES[weight.dtype], str(number), "cpu", size))
+        stored[name] = _Stored(reference, weight.shape)
     text = io.BytesIO()
     _Pickler(text, protocol=2).dump(stored)
     return text.getvalue()

@@ -2,9 +2,9 @@
 
     config, reading = describe(parts, {"num_attention_heads": 32, "layer_norm_epsilon": 1e-5, …}, {"w2": "up"}, folder)
 
-Sizes are taken from the weights. What they cannot say (heads, epsilon, rotary base) comes from model_config.pt. Without
+Sizes are those of the weights. What they cannot say (heads, epsilon, rotary base) comes from model_config.pt. Without
 that file the user says how many heads there are and how rotary pairs lie; epsilon and base are the framework's
-defaults then, with a warning.
+defaults, with a warning.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OVERRIDES: dict[str, tuple[Callable[[str], Any], str]] = {
     "w2": ({"up": "up", "down": "down"}.__getitem__, "what w2 is: up (v0.2) or down (InternEvo since March 2024)"),
     "unfinished": (lambda text: _YES[text.lower()], "true: read a checkpoint without the mark of completeness"),
 }
-"""What a user may say about a checkpoint that it does not say itself: how to read the value, and what it means."""
+"""What a user may say about a checkpoint: how to read the value, and what it means."""
 
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "norm_type": (lambda value: str(value).lower() != "rmsnorm", "its norms are no RMSNorm"),
@@ -54,8 +54,6 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "deepnorm": (bool, "it has deepnorm"),
 }
 """Fields of model_config.pt: when this decoder cannot express them, and why."""
-
-
 _NUMBERS = (
     *("num_attention_heads", "num_kv_attention_heads", "hidden_size", "num_layers", "vocab_size", "num_experts"),
     *("layer_norm_epsilon", "rope_base", "max_position_embeddings"),
@@ -63,7 +61,7 @@ _NUMBERS = (
 
 
 def settings(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what a user said, as values; raise WeightsError for a name that is not known or a value without sense."""
+    """Return what a user said, as values; raise WeightsError for unknown names and values."""
     said = {}
     for name, value in (overrides or {}).items():
         if name not in OVERRIDES:
@@ -98,7 +96,6 @@ def describe(
             raise WeightsError(f"is not whole: no {needed} in any file", where=folder, do="Copy it again.")
         if any(len(part.shape) != (1 if needed == "norm.weight" else 2) for part in parts[needed]):
             raise WeightsError(f"{needed} has another form than in the old framework", where=folder)
-    _refuse(known, folder)
     hidden = parts["norm.weight"][0].shape[0]
     output = parts["blocks.0.attention.wo.weight"]
     if sum(part.shape[0 if weight_parallel else 1] for part in output) != hidden:
@@ -133,7 +130,7 @@ def describe(
 
 
 def trained_length(text: object) -> int | None:
-    """Return SEQ_LEN, the rows that a model was trained on, from the text of the framework's Python config."""
+    """Return SEQ_LEN of the framework's Python config, the length of the rows that a model was trained on."""
     try:
         tree = ast.parse(text if isinstance(text, str) else "")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -147,7 +144,7 @@ def trained_length(text: object) -> int | None:
 
 
 def mlp_ratio(config: ModelConfig) -> float:
-    """Return the ratio from which the old framework computes the feed-forward, a multiple of 256."""
+    """Return the ratio from which the framework computes the feed-forward."""
     for ratio in (8 / 3, config.ffn_size / config.hidden_size):
         if 256 * math.ceil(int(config.hidden_size * ratio) / 256) == config.ffn_size:
             return ratio
@@ -155,18 +152,15 @@ def mlp_ratio(config: ModelConfig) -> float:
 
 
 def _known(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the fields of model_config.pt that are set; raise WeightsError where one that must be a number is none."""
+    """Return the fields of model_config.pt that are set; refuse what this decoder cannot express."""
     known = {name: value for name, value in stored.items() if value is not None}
     for name in _NUMBERS:
         if not isinstance(known.get(name, 0), int | float):
             raise WeightsError("is no number", where=f"{folder / CONFIG}: {name}", got=known[name])
-    return known
-
-
-def _refuse(known: Mapping[str, Any], folder: Path) -> None:
     for name, (is_refused, why) in _REFUSED.items():
         if name in known and is_refused(known[name]):
             raise WeightsError(f"{why}, which cannot be read", where=folder, got=known[name])
+    return known
 
 
 def _reading(
@@ -248,10 +242,8 @@ def _kv_heads(parts: Parts, head_dim: int, heads: int) -> int:
 
 
 def _compare(tree: Mapping[str, Any], known: Mapping[str, Any], folder: Path) -> None:
-    """Refuse weights of another shape than model_config.pt says: some were lost."""
-    names = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_layers"}
-    for ours, theirs in {**names, "num_kv_heads": "num_kv_attention_heads"}.items():
-        expected = known.get(theirs)
+    for ours in ("vocab_size", "hidden_size", "num_layers", "num_kv_heads"):
+        expected = known.get("num_kv_attention_heads" if ours == "num_kv_heads" else ours)
         if expected not in (None, -1) and expected != tree[ours]:
             raise WeightsError(
                 f"the files hold {ours} {tree[ours]}, model_config.pt says {expected}",

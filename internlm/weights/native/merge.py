@@ -89,7 +89,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """What names and shapes of a checkpoint do not say by themselves."""
+    """What names and shapes of a checkpoint do not say."""
 
     is_interleaved: bool = False
     """Whether rotary pairs are neighbours there, as in Llama's own files; here they are half a head apart."""
@@ -103,7 +103,7 @@ Parts = dict[str, list[Weight]]
 
 
 def is_buffer(raw: str) -> bool:
-    """Return whether an entry of a rank file is no weight: rotary frequencies, which follow from the config."""
+    """Return whether an entry of a rank file is no weight: rotary frequencies."""
     return raw.endswith(("rotary_emb.inv_freq", "rope.freqs"))
 
 
@@ -168,7 +168,7 @@ def _starts(shards: Mapping[Place, Weights], folder: Path) -> dict[tuple[int, in
 def _ours(raw: str, stage: int, starts: Mapping[tuple[int, int], int], folder: Path) -> str:
     match = _RAW.fullmatch(raw)
     assert match, "matches any text"
-    chunk, block, number, rest = match[1], match[2], match[3], match[4]
+    chunk, block, number, rest = match.groups()
     name = rest if block is None else f"{block.partition('.')[0]}.{{i}}.{rest}"
     if name not in _NAMES:
         if ".moe_layer." in raw or ".experts." in raw:
@@ -179,13 +179,13 @@ def _ours(raw: str, stage: int, starts: Mapping[tuple[int, int], int], folder: P
 
 
 def _merged(name: str, parts: list[Weight], config: ModelConfig, reading: Reading) -> Weights:
-    """Return what the parts of one weight make: one weight, or the three of wqkv."""
-    stem, module, kind = name.rpartition(".")[0], name.split(".")[-2], name.split(".")[-1]
+    """Return what the parts of one weight make: one, or the three of wqkv."""
+    *stem, module, kind = name.split(".")
     if module in ("three", "wqkv"):
         return _unfused(name, parts, config, reading)
     renamed = {"w1": "w_gate", "w2": f"w_{reading.w2}", "w3": "w_down" if reading.w2 == "up" else "w_up"}
     module = renamed.get(module, module)
-    name = ".".join([*stem.split(".")[:-1], module, kind])
+    name = ".".join([*stem, module, kind])
     is_cut_by_rows = reading.is_weight_parallel and name.startswith("blocks.") and not module.endswith("_norm")
     if module == "embedding":
         whole = joined(parts, 0 if parts[0].shape[1] == config.hidden_size else 1)

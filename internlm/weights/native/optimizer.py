@@ -12,8 +12,8 @@ The old optimizer keeps one flat fp32 tensor per parameter group and zero rank, 
     order  0: head [V, H], 1: embedding [V, H], 2: Wqkv …      plan  [["0_64_16", "3_16_16"], ["1_64_16", "2_48_16"]]
     zero rank 1 is embedding, then Wqkv
 
-Its shapes must be those of the names, and the start and end of each master weight, rounded, must equal the weight in
-the model file: names that were resolved wrongly do not pass.
+Its shapes must be those of the names, and the start and end of each master weight, rounded, those of the weight in the
+model file: names that were resolved wrongly do not pass.
 
 Not read: InternEvo's weight parallelism (its head and embedding have groups of their own), FSDP, mixtures of experts.
 """
@@ -43,7 +43,7 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 _FILE = re.compile(r"optimizer_tp(\d+)_pp(\d+)_zo(\d+)\.pt")
 _PLAN = "zero_devide_optim_plan"  # spelt as there
 _SAMPLE = 64
-"""Elements at each end of a weight that are compared with the model file."""
+"""Elements at each end of a weight that are compared."""
 
 
 def open_optimizer(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Weights]:
@@ -73,7 +73,6 @@ def open_optimizer(path: str | Path, overrides: Mapping[str, Any] | None = None)
 
 
 def _files(checkpoint: Checkpoint) -> dict[Place, list[Path]]:
-    """Return the optimizer files of every place, by zero rank."""
     folder = checkpoint.folder
     names = sorted(file.name for file in folder.glob("optimizer_*.pt"))
     if not names:
@@ -93,7 +92,7 @@ def _files(checkpoint: Checkpoint) -> dict[Place, list[Path]]:
 
 
 def _of_place(checkpoint: Checkpoint, place: Place, files: list[Path]) -> dict[str, Weights]:
-    """Return the state of one model file's weights by kind, under the names in that file."""
+    """Return the state of one model file's weights by kind, by the names in it."""
     ranks = [_states(file) for file in files]
     plan = _plan(ranks, files, place)
     groups = ranks[0]["base_optim_states"]["param_groups"]
@@ -127,7 +126,7 @@ def _states(file: Path) -> dict[str, Any]:
 
 
 def _plan(ranks: list[dict[str, Any]], files: list[Path], place: Place) -> list[list[list[str]]]:
-    """Return the partition plan, which all zero ranks of a place have alike: [group][zero rank][parameter]."""
+    """Return the partition plan, the same on all zero ranks: [group][zero rank][parameter]."""
     plans = []
     for rank, (states, file) in enumerate(zip(ranks, files, strict=True)):
         plan = states.get(_PLAN)
@@ -185,7 +184,6 @@ def _flats(states: dict[str, Any], group: int, file: Path) -> dict[str, Tensor]:
 
 
 def _compare(name: str, master: Weight, weight: Weight, file: Path) -> None:
-    """Refuse a master weight whose ends are not those of the weight in the model file."""
     model, ours = weight.read().reshape(-1), master.read().reshape(-1)
     for part in (slice(0, _SAMPLE), slice(-_SAMPLE, None)):
         if not torch.equal(ours[part].to(model.dtype), model[part]):

@@ -5,8 +5,7 @@
         found.config, found.weights            # our names; nothing is read yet
         progress(found.folder)                 # {"step": 2000, "tokens": 8388608000, …}
 
-What files do not say: `overrides`, which a command line fills from `--set`. The optimizer's state is read by
-`optimizer`, and the format is written by `write`.
+What files do not say: `overrides`, which a command line fills from `--set`.
 
     runs/7b/                        given: the newest complete one is taken
       1000/  2000/                  checkpoints by step
@@ -16,8 +15,8 @@ What files do not say: `overrides`, which a command line fills from `--set`. The
       model_tp{t}_wp{w}_pp{p}.pt    InternEvo with weight parallelism
       2000.step                     written last: the mark of a complete checkpoint
 
-Limit: the old trainer overwrites a snapshot folder without removing its mark first: one that was killed there can leave
-files of two steps that look complete. Not read: FSDP's files, mixtures of experts, reward models.
+Limit: the old trainer overwrites a snapshot folder with its mark in it: one that was killed there can leave files of
+two steps that look complete. Not read: FSDP's files, mixtures of experts, reward models.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _SHOWN = 8
 _MODEL = re.compile(r"model_tp(\d+)(?:_wp(\d+))?_pp(\d+)\.pt")
 _FSDP = re.compile(r"model_tp\d+_pp\d+_(?:dp|zo)\d+\.pt")
 _TRAINER = ("optimizer_", "topo_", "context.pt", "schedulder.pt", "sampler.pt", "config_file.pt")
-"""Files that the trainer writes, and the tools that make checkpoints from Transformers folders do not."""
+"""Files of the trainer, not of the tools that make checkpoints from Transformers folders."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,10 @@ def open_checkpoint(path: str | Path, overrides: Mapping[str, Any] | None = None
         place: lazy.of_tensors(pickles.tensors_of(pickles.load(file), file).items()) for place, file in files.items()
     }
     parts = merge.gather(shards, folder, is_weight_parallel=is_weight_parallel)
-    stored = _stored(folder)
+    path = folder / fields.CONFIG
+    stored = pickles.load(path) if path.is_file() else None
+    if path.is_file() and not isinstance(stored, dict):
+        raise WeightsError("holds no dict", where=path, got=type(stored).__name__)
     if stored is not None and "context_length" not in said and (folder / "config_file.pt").is_file():
         length = fields.trained_length(pickles.load(folder / "config_file.pt"))
         said |= {} if length is None else {"context_length": length}
@@ -99,29 +101,19 @@ def progress(folder: Path) -> dict[str, Any]:
         "num_consumed_samples_in_epoch": "samples_in_epoch",
         "inf_nan_skip_batches": "skipped_steps",
     }
+    context, schedule = (
+        pickles.load(folder / name) if (folder / name).is_file() else {} for name in ("context.pt", "schedulder.pt")
+    )
     found: dict[str, Any] = {}
-    context = pickles.load(folder / "context.pt") if (folder / "context.pt").is_file() else {}
     if isinstance(context, dict):
         found |= {ours: int(context[theirs]) for theirs, ours in names.items() if theirs in context}
-    schedule = pickles.load(folder / "schedulder.pt") if (folder / "schedulder.pt").is_file() else {}
-    rates = schedule.get("_last_lr") if isinstance(schedule, dict) else None
-    if rates:
+    if isinstance(schedule, dict) and (rates := schedule.get("_last_lr")):
         found["learning_rate"] = float(rates[0])
     return found
 
 
-def _stored(folder: Path) -> dict[str, Any] | None:
-    path = folder / fields.CONFIG
-    if not path.is_file():
-        return None
-    stored = pickles.load(path)
-    if not isinstance(stored, dict):
-        raise WeightsError("holds no dict", where=path, got=type(stored).__name__)
-    return stored
-
-
 def is_one(path: str | Path) -> bool:
-    """Return whether a folder is a checkpoint of InternLM's old training format, or holds some."""
+    """Return whether a folder is such a checkpoint, or holds some."""
     return bool(_checkpoints(Path(path)))
 
 
@@ -172,7 +164,7 @@ def model_files(folder: Path) -> tuple[dict[Place, Path], bool]:
 
 
 def _absent(places: Collection[Place], is_weight_parallel: bool) -> Iterator[str]:
-    """Yield what is missing: files of ranks below those that are there."""
+    """Yield what is missing of ranks below those that are there."""
     stages, tensor, weight = (1 + max(ranks) for ranks in zip(*places, strict=True))
     for stage in range(stages):
         if not is_weight_parallel:
@@ -204,11 +196,7 @@ def _step(folder: Path) -> int:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Return whether everything was written.
-
-    Tools that turn a Transformers folder into a checkpoint write no mark. Their folders hold nothing of the trainer,
-    and their model_config.pt is written last.
-    """
+    """Return whether everything was written: tools that convert leave no mark, and write model_config.pt last."""
     if _step(folder) >= 0:
         return True
     is_trainers = any(file.name.startswith(_TRAINER) for file in folder.iterdir())

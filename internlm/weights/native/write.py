@@ -1,4 +1,4 @@
-"""Weights → a training checkpoint of InternLM v0.2, at any tensor × pipeline layout, for those who stay with it.
+"""Weights → a training checkpoint of InternLM v0.2, at any tensor × pipeline layout.
 
     export(weights, config, "out", layout=Layout(tensor=2, pipeline=2))
     # ckpt.load_ckpt_info = dict(path="local:out", content=("model",), ckpt_type="internlm")
@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ def export(
         for stage in range(layout.pipeline)
         for tensor in range(layout.tensor)
     }
-    written = (weight for rank in ranks.values() for weight in rank.values())
-    with exporting(out, written, talk, options) as folder:
+    named = {f"tp[{t}]_pp[{p}] {name}": weight for (t, p), rank in ranks.items() for name, weight in rank.items()}
+    with exporting(out, named.values(), talk, options) as folder:
         for (tensor, stage), rank in ranks.items():
             files.write_file(folder, f"model_tp{tensor}_pp{stage}.pt", rank, options.progress, archive.write)
             torch.save({}, folder.path / f"topo_tp{tensor}_pp{stage}.json")
@@ -88,7 +89,7 @@ def export(
             talk.write(folder.path)
         readme = _card(config, dialect, layout, dtype_name(dtype), options.notes)
         disk.write_text(folder.path / "README.md", readme)
-    return {f"tp[{t}]_pp[{p}] {name}": weight for (t, p), rank in ranks.items() for name, weight in rank.items()}
+    return named
 
 
 def _dialect(config: ModelConfig) -> str:
@@ -97,7 +98,6 @@ def _dialect(config: ModelConfig) -> str:
 
 
 def _check(config: ModelConfig, layout: Layout, dialect: str) -> None:
-    """Refuse a model that the old framework cannot express, and a layout it cannot be cut into."""
     fields.mlp_ratio(config)
     scaling = config.rope.scaling
     is_dynamic = isinstance(scaling, DynamicScaling) and scaling.factor == 1
@@ -120,7 +120,7 @@ def _check(config: ModelConfig, layout: Layout, dialect: str) -> None:
 
 
 def _whole(weights: Weights, config: ModelConfig) -> Weights:
-    """Return the weights with what the model type has and the model has not."""
+    """Return the weights, and what the model type has beside them."""
     whole = dict(weights)
     if config.tie_embeddings:
         whole["head.weight"] = weights["embedding.weight"]
@@ -134,9 +134,9 @@ def _whole(weights: Weights, config: ModelConfig) -> Weights:
 def _shard(
     whole: Weights, config: ModelConfig, layout: Layout, rank: tuple[int, int], dialect: str
 ) -> Iterator[tuple[str, Weight]]:
-    """Yield the weights of a (tensor rank, stage) by their names there, in the order of the old model's parameters."""
+    """Yield the weights of a (tensor rank, stage) by their names there, in the old model's order."""
     tensor, stage = rank
-    cut = _Cut(tensor, layout.tensor)
+    cut = partial(_cut, tensor, layout.tensor)
     starts = _starts(config.num_layers, layout.pipeline)
     table = merge.INTERNLM if dialect == "INTERNLM" else merge.LLAMA
     embedding, _, *of_blocks, norm, head = table.items()
@@ -147,50 +147,31 @@ def _shard(
     rows += [norm, head] if stage == layout.pipeline - 1 else []
     for theirs, ours in rows:
         for old, new in (("w1", "w_gate"), ("w2", "w_up"), ("w3", "w_down")):
-            ours = ours.replace(f".{old}.", f".{new}.")
+            ours = ours.replace(old, new)
         module = ours.split(".")[-2]
         parts = [ours.replace("three", name) for name in ("wq", "wk", "wv")] if module == "three" else [ours]
-        if parts[0] not in whole:
+        of_wo = ours.endswith("wo.bias")  # added after the sum over ranks, by one of them
+        if parts[0] not in whole or (of_wo and tensor > 0):
             continue
-        if module == "three":
-            yield f"model.{theirs}", cut.together([whole[part] for part in parts])
-        elif ours.endswith("wo.bias"):
-            if tensor == 0:  # added after the sum over ranks, by one of them
-                yield f"model.{theirs}", whole[ours]
-        elif module in merge.ROWS:
-            yield f"model.{theirs}", cut(whole[ours], 0)
-        elif module == "embedding" or module in merge.COLUMNS:
-            yield f"model.{theirs}", cut(whole[ours], 1)
-        else:
-            yield f"model.{theirs}", whole[ours]
+        weights = [whole[part] for part in parts]
+        if module == "three" or module in merge.ROWS:
+            weights = [cut(weights, 0)]
+        elif module == "embedding" or (module in merge.COLUMNS and not of_wo):
+            weights = [cut(weights, 1)]
+        yield f"model.{theirs}", weights[0]
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """Cuts weights for one of several tensor ranks."""
+def _cut(rank: int, ranks: int, weights: list[Weight], dim: int) -> Weight:
+    """Return a tensor rank's rows (0) or columns (1) of weights, one below the other."""
+    if len(weights) == ranks == 1:
+        return weights[0]
 
-    rank: int
-    ranks: int
+    def join(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([tensor.chunk(ranks, dim)[rank] for tensor in tensors])
 
-    def __call__(self, weight: Weight, dim: int) -> Weight:
-        """Return the rank's part: 0: rows, 1: columns."""
-        if self.ranks == 1:
-            return weight
-        shape = list(weight.shape)
-        shape[dim] //= self.ranks
-        note = f" ({'columns' if dim else 'rows'} of {self.ranks})"
-        return weight.turned(shape, lambda tensor: self.part(tensor, dim), note)
-
-    def together(self, weights: list[Weight]) -> Weight:
-        """Return the rank's rows of several weights, one below the other."""
-        rows = sum(weight.shape[0] for weight in weights) // self.ranks
-        note = "" if self.ranks == 1 else f" (rows of {self.ranks})"
-        shape = (rows, *weights[0].shape[1:])
-        return lazy.joined(weights, shape, lambda tensors: torch.cat([self.part(t, 0) for t in tensors]), note)
-
-    def part(self, tensor: Tensor, dim: int) -> Tensor:
-        """Return the rank's part of a tensor."""
-        return tensor.chunk(self.ranks, dim)[self.rank]
+    shape = [sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]]
+    shape[dim] //= ranks
+    return lazy.joined(weights, shape, join, f" ({'columns' if dim else 'rows'} of {ranks})" if ranks > 1 else "")
 
 
 def _starts(layers: int, stages: int) -> list[int]:
@@ -225,7 +206,7 @@ def _described(config: ModelConfig, dialect: str, dtype: torch.dtype) -> dict[st
 
 
 def _as_python(described: dict[str, Any], config: ModelConfig, dialect: str) -> str:
-    """Return config_file.pt: the part of the old framework's Python config that the model needs."""
+    """Return config_file.pt: the part of the Python config that the model needs."""
     text = {name: str(value) if isinstance(value, torch.dtype) else value for name, value in described.items()}
     model = "".join(f"    {name}={value!r},\n" for name, value in text.items())
     sizes = f"SEQ_LEN = {config.context_length}\nHIDDEN_SIZE = {config.hidden_size}\n"

@@ -1,1 +1,0 @@
-"""Objectives: pure functions from outputs and batch to a sum."""
