@@ -5,7 +5,6 @@ The command line prints the message alone and exits with `exit_code`; a tracebac
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -98,5 +97,7 @@ def install_command(extra: str) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """Return `Did you mean 'x'?` for the closest of `known`, or None when nothing is close."""
+    import difflib
+
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"Did you mean {close[0]!r}?" if close else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def advise(unknown: list[str], words: list[str]) -> str:
     """Return how an option that `train` lacks is written here: as one of `launch`, or a key of a recipe."""
+    import difflib
+
     from internlm.cli import launch
 
     word = next((word for word in unknown if word.startswith("-")), unknown[0])
