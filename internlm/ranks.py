@@ -196,7 +196,10 @@ def _check_numbers() -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C end this process in a block that waits inside torch, where no handler written in Python runs."""
+    """Let Ctrl-C end this process in a block that waits inside torch, where no handler written in Python runs.
+
+    Without it a process whose partners do not come could not be interrupted for `JOIN_TIMEOUT_S`.
+    """
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # ignored, or somebody else's
@@ -334,7 +337,7 @@ def together(work: Callable[[], T]) -> T:
 
 
 def agree(facts: dict[str, Any]) -> None:
-    """Check that all ranks hold the same facts, of which a digest is exchanged.
+    """Check that all ranks hold the same facts, of which a digest is exchanged, unless they differ.
 
     Raises:
         ConfigError: on every rank, naming the keys that differ and who holds which value.

@@ -82,7 +82,7 @@ def available_cpus() -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes that this process may still take, of memory and of its control group's."""
+    """Return the bytes that this process may still take: free memory, and what its control group leaves."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -24,8 +24,9 @@ def environment(name: str, *requirements: str) -> Path:
         [str(programs / "python"), "-m", "pip", "install", "-q", *requirements],
     ]
     for command in [] if ready.exists() else commands:
-        made = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
-        if made.returncode:
-            pytest.skip(f"no environment {name}: {made.stderr.strip()[-300:]}")
+        try:
+            subprocess.run(command, capture_output=True, text=True, timeout=700, check=True)
+        except subprocess.SubprocessError as error:
+            pytest.skip(f"no environment {name}: {(getattr(error, 'stderr', '') or str(error)).strip()[-300:]}")
     ready.write_text("", encoding="utf-8")
     return programs

@@ -127,6 +127,8 @@ class Found:
 def survey(named: str | Place, *, verify: bool = False) -> list[Found]:
     """Return all checkpoint folders of a run, oldest first; with `verify` every file is compared with its checksum.
 
+    `named` is a run, its folder of checkpoints, or one of them; a path or a URL.
+
     Raises:
         Unreachable: they lie in a store that does not answer.
     """

@@ -178,7 +178,7 @@ def _copies() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="internlm-")
 
 
-def clear(folder: Place, mark: str) -> list[str]:
+def clear(folder: Place) -> list[str]:
     """Remove what interrupted saves left in a folder of checkpoints, and return its names; one run works in a folder.
 
     Besides is found out whether the folder can be written: better now than at the first checkpoint.
@@ -186,7 +186,7 @@ def clear(folder: Place, mark: str) -> list[str]:
     Raises:
         StorageError: it cannot; or the store does not answer.
     """
-    name = f"probe-{mark}"
+    name = "probe"  # always, so that one which a kill left is written over, and goes
     if isinstance(folder, Path):
         with disk.explained(f"writing a first file into {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -274,9 +274,10 @@ class _Folder:
 
     def said(self) -> dict[int, str]:
         found = {}
-        for path in self.path.glob("word-*.json"):
-            found[int(path.stem[5:])] = path.read_text(encoding="utf-8")
-            path.unlink()
+        for name in names(self.path):  # not a glob, which takes a folder that cannot be read for an empty one
+            if name.startswith("word-") and name.endswith(".json"):
+                found[int(name[5:-5])] = (self.path / name).read_text(encoding="utf-8")
+                (self.path / name).unlink()
         return found
 
     @contextlib.contextmanager

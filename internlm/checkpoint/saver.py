@@ -129,7 +129,7 @@ class Saver:
         self._last: Saved | None = None
         self._count = 0
         self._mark = ranks.gather(secrets.token_hex(4))[0]
-        for name in ranks.together(lambda: place.clear(folder, self._mark) if ranks.rank() == 0 else []):
+        for name in ranks.together(lambda: place.clear(folder) if ranks.rank() == 0 else []):
             logger.info("removed what an interrupted save left: %s", name)
 
     def save(self, name: str, tensors: dict[str, Tensor], beside: Beside) -> float:

@@ -7,8 +7,8 @@
         model.yaml        the ModelConfig
         tokenizer/        the vocabulary the model was trained with
 
-`saver` writes them, `listing` finds them. Each rank reads what it needs of whole tensors, so another number of ranks,
-or another layout, goes on as well.
+`saver` writes them, `listing` finds them. Tensors are whole to whoever reads, and each rank reads its part, so
+another number of ranks, or another layout, goes on as well.
 """
 
 from __future__ import annotations

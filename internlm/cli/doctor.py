@@ -65,7 +65,7 @@ def packages() -> tuple[list[str], dict[str, str]]:
     """Return the packages that every run needs, and name → extra of those that some do, as this one declares them.
 
     Raises:
-        UsageError: it was not installed.
+        UsageError: it runs from its source and was not installed.
     """
     try:
         lines = importlib.metadata.requires("internlm") or []

@@ -146,7 +146,7 @@ def _nodes(text: str) -> tuple[int, int]:
 
 
 def _environment(count: int, trained: argparse.Namespace, arguments: argparse.Namespace) -> dict[str, str]:
-    """Return the variables that every rank gets, but for those that are set here."""
+    """Return the variables that every rank gets and that are not set: what the user set stays."""
     from internlm import runtime
     from internlm.cli.train import wants_allocator
 

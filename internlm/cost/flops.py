@@ -1,4 +1,4 @@
-"""How much useful arithmetic a step is. The one place: training, planning and docs all count with these lines.
+"""How much useful arithmetic a step is, and how a pipeline shares it out: training, planning, docs count with this.
 
 Counted: matrix products and attention, two operations per multiply-add, backward twice the forward. Not counted: norms,
 activations, the optimizer, and anything computed again (recompute is not useful work). Attention is causal inside

@@ -30,7 +30,7 @@ from internlm.data.messages import (
     read_parallel,
     read_tools,
     refuse,
-    text_of,
+    text_under,
 )
 from internlm.data.packed import PACKED, opened
 from internlm.errors import DataError
@@ -141,7 +141,7 @@ class Piece:
 
 def _document(record: Record, text_key: str, where: str) -> Document:
     do = "Name the key of a document with --text-key; write a conversation as `messages`."
-    return Document(text_of(record, text_key, do), str(record.get("source", "")))
+    return Document(text_under(record, text_key, do), str(record.get("source", "")))
 
 
 def _messages(record: Record, text_key: str, where: str) -> Conversation:

@@ -192,32 +192,34 @@ def _sharegpt(record: Record) -> Record:
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             do = "A list of turns with 'role' and 'content' is called 'messages'."
             raise DataError("a turn is an object with 'from' and 'value'", where=where, do=do)
-        speaker, content = (typed(turn[key], str, repr(key), where) for key in ("from", "value"))
+        speaker = text_under(turn, "from", where=where)
         if speaker not in _SPEAKERS:
             do = "Calls of tools are read from 'messages' only."
             raise DataError("no such 'from'", where=where, got=speaker, allowed=_SPEAKERS, do=do)
         for key in sorted(turn.keys() - {"from", "value", "weight"}):
             if turn[key] is not None:
                 warn_once(logger, f"{key!r} of a turn in ShareGPT's form has no effect")
+        content = text_under(turn, "value", where=where)
         said.append({"role": _SPEAKERS[speaker], "content": content, "weight": turn.get("weight")})
     return _written(record, said)
 
 
 def _alpaca(record: Record) -> Record:
     said: list[Record] = []
+    question, answer = text_under(record, "instruction"), text_under(record, "output")
     for number, pair in enumerate(record.get("history") or [], 1):
         if not isinstance(pair, list) or len(pair) != 2:
             raise DataError("'history' is not a list of pairs, of a question and its answer")
         said += asked_and_answered(*(typed(text, str, f"pair {number} of 'history'") for text in pair))
-    asked = [text_of(record, "instruction"), text_of(record, "input") if record.get("input") else ""]
-    return _written(record, said + asked_and_answered("\n".join(filter(None, asked)), text_of(record, "output")))
+    asked = [question, text_under(record, "input") if record.get("input") else ""]
+    return _written(record, said + asked_and_answered("\n".join(filter(None, asked)), answer))
 
 
 def _completion(record: Record) -> Record:
     prompt, completion = value_of(record, "prompt"), value_of(record, "completion")
     if not isinstance(prompt, list) or not isinstance(completion, list):
         refuse(record, ("history",))
-        return _written(record, asked_and_answered(text_of(record, "prompt"), text_of(record, "completion")))
+        return _written(record, asked_and_answered(text_under(record, "prompt"), text_under(record, "completion")))
     if any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in prompt):
         told = "the assistant's messages of a 'prompt' are trained on as those of its 'completion' are"
         warn_once(logger, f"{told}, but for those of weight 0")
@@ -238,7 +240,7 @@ def asked_and_answered(question: str, answer: str) -> list[Record]:
 
 def _written(record: Record, said: list[Record]) -> Record:
     refuse(record, (*LOST, "tools"))
-    system = [{"role": "system", "content": text_of(record, "system")}] if record.get("system") else []
+    system = [{"role": "system", "content": text_under(record, "system")}] if record.get("system") else []
     return {"messages": system + said}
 
 
@@ -264,9 +266,9 @@ def value_of(record: Record, key: str, do: str | None = None) -> Any:
     return record[key]
 
 
-def text_of(record: Record, key: str, do: str | None = None) -> str:
+def text_under(record: Record, key: str, do: str | None = None, where: str | None = None) -> str:
     """Return the text that a record has under a key, as `value_of`."""
-    return typed(value_of(record, key, do), str, repr(key))
+    return typed(value_of(record, key, do), str, repr(key), where)
 
 
 def typed(value: Any, kind: type[T], name: str, where: str | None = None, do: str | None = None) -> T:

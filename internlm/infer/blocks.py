@@ -70,7 +70,7 @@ class Blocks:
     def take(self, wanted: int, after: int | None = None, hint: int = 0) -> list[int] | None:
         """Return `wanted` blocks for use, or None where there are not so many.
 
-        They should follow `after`, the text's last block, and leave it room for `hint` in all.
+        They should follow `after`, the text's last block, and leave it room for `hint` blocks in all.
         """
         if wanted > self.free:
             return None

@@ -106,7 +106,7 @@ class Held:
         if not self.scales:
             return runs
         scales = [stretch[index] for stretch in self.scales]
-        return [_exact(codes, scale, dtype) for codes, scale in zip(runs, scales, strict=True)]
+        return [_unrounded(codes, scale, dtype) for codes, scale in zip(runs, scales, strict=True)]
 
 
 @dataclass
@@ -276,7 +276,7 @@ class Cache:
         if self._scales is None:
             return x
         codes, scales = paged.round_rows(x)
-        return _exact(codes, scales, x.dtype)
+        return _unrounded(codes, scales, x.dtype)
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """Return the attention output [1, N, H, E] of a step."""
@@ -324,8 +324,8 @@ def _over_runs(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     return F.scaled_dot_product_attention(q, _joined(keys), _joined(values))
 
 
-def _exact(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what `round_rows` rounded."""
+def _unrounded(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return about what `paged.round_rows` was given."""
     return (codes * scales[..., None]).to(dtype)
 
 

@@ -48,7 +48,7 @@ class Decoding:
         config, device = cache.config, cache.device
         largest, blocks = self.sizes[-1], cache.blocks.needed(length)
         self._idle = torch.zeros(_TABLE + blocks, dtype=torch.int32)
-        self._idle[_TABLE] = cache.blocks.count
+        self._idle[_TABLE] = cache.blocks.count  # the block beyond, which belongs to no text
         self._inputs = self._idle.to(device).repeat(largest, 1)  # [batch, 2 + M]
         self._turns = cache.turns(1).repeat(largest, 1)  # [batch, E/2]
         self._turning: list[Tensor] = []

@@ -121,7 +121,7 @@ class LoraLinear(Linear):
         self.lora_b = new(self.out_features, update.rank)
         self.register_parameter("lora_magnitude", new(self.out_features) if dora else None)
         self.total: Callable[[Tensor], Tensor] = lambda squares: squares
-        """A seam: the sum over all that hold a part of each row."""
+        """A seam: the sum of squares over all that hold a part of each row, where it is cut by `rows`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from x [..., in].
@@ -142,7 +142,7 @@ class LoraLinear(Linear):
 
     @torch.no_grad()
     def row_norms(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return ‖W + s·B·A‖ of each row [out], in fp32 at least."""
+        """Return ‖W + s·B·A‖ of each row [out], in fp32 at least, a few rows at a time."""
         with compat.without_autocast(weight):
             parts = [_sum(weight[rows], a, b[rows], self.scale).square().sum(1) for rows in _chunks(weight)]
             return _root(self.total(torch.cat(parts)))

@@ -153,7 +153,7 @@ class Mixture(nn.Module):
         return (rows.unflatten(0, (-1, per_token)) * gates[..., None].to(rows.dtype)).sum(1).to(x.dtype)
 
     def _side_losses(self, logits: Tensor, p: Tensor, chosen: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
-        """Return what the side losses add, a scalar with a gradient, and what is counted."""
+        """Return the sum over tokens of what the side losses add, a scalar with a gradient, and what is counted."""
         experts, per_token = self.config.count, self.config.per_token
         here = p.new_ones(p.shape[:2]) if documents.ids is None else (self.rows.own(documents.ids) >= 0).float()
         ones = here[..., None].expand_as(chosen).flatten(1)

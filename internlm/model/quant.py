@@ -3,7 +3,8 @@
     pack_block(block, "fp16")     # in place; the weights it was made of are given up; then `pack_head`
     join(model)                   # in place; on a GPU
 
-A step of decoding reads every weight for a handful of rows. q, k and v become one product, gate and up another.
+A step of decoding reads every weight for a handful of rows, and plain products are slow at that. q, k and v become one
+product, gate and up another.
 
     kind   memory   what is rounded                                  speed × F.linear at 1, 4, 16, 128 rows    error
     split  1        nothing: sums are made in another order          2.1   2.1   1.6   1.3                     4e-7
@@ -75,7 +76,7 @@ _LEAST_ROWS = 4
 """Fewer are filled up for oneDNN, which is faster at four than at one: 14 – 17 ms against 20 for 134 M parameters."""
 _ROW_GROUP = 16
 """More are filled up to a multiple: oneDNN makes code for each number of rows and keeps it, 0.5 ms and 0.6 MB for a
-product."""
+product, and prompts sooner or later have every length."""
 _TINY = 1e-30
 """Scale of a row of zeros."""
 

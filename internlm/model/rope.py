@@ -19,7 +19,7 @@ from internlm.model.config import DynamicScaling, LinearScaling, Llama3Scaling, 
 
 
 class Rotation(NamedTuple):
-    """What `rotate` multiplies a head and its swapped halves by, each [B, T, 1, E]."""
+    """What `rotate` multiplies a head and its swapped halves by, each [B, T, 1, E], in the dtype of activations."""
 
     cos: Tensor
     """Of every pair's angle, twice."""

@@ -1,4 +1,4 @@
-"""Optimizers and schedules. Here is what they have in common: groups of parameters, a state for each, and a step.
+"""Optimizers, and schedules. Here is what optimizers have in common: groups of parameters, a state for each, a step.
 
 They are not made from `torch.optim.Optimizer`, whose constructor and step import torch's compiler: more than a second
 of every start, for who never compiles.

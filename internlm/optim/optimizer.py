@@ -24,8 +24,7 @@ from internlm.compat.groups import is_parted, local
 from internlm.config import default_kind, require, section
 from internlm.errors import ConfigError, WeightsError
 from internlm.optim import Group, Updater
-from internlm.optim.adamw import AdamW
-from internlm.optim.moments import CompactAdamW, StateDtype
+from internlm.optim.adamw import AdamW, CompactAdamW, StateDtype
 from internlm.optim.muon import Muon
 
 if TYPE_CHECKING:

@@ -190,7 +190,7 @@ def text_of(parts: Iterable[Part]) -> str:
 
 
 def json_text(value: object) -> str:
-    """Return JSON as it is written into texts, and Jinja writes texts."""
+    """Return JSON on one line, as it is written into texts; Jinja writes texts so too."""
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -1,4 +1,4 @@
-"""The three formats of tool calls.
+"""The three formats of tool calls: what a model was trained on, or knows.
 
     format = format_of("chatml")                     # that of a chat template's models, here hermes
 
@@ -34,7 +34,7 @@ class _Tagged(ToolFormat):
     """Under which a call has its arguments."""
 
     def parser(self, known: Collection[str], parallel: bool = True) -> ToolParser:
-        """Return a TaggedParser."""
+        """Return a parser of one answer; `known` names the tools that may be called."""
         return TaggedParser(text_of(self.start), text_of([self.end]), known, parallel)
 
     def _json(self, call: ToolCall) -> str:
@@ -100,7 +100,7 @@ class InternLM2(_Tagged):
 
 
 class ReAct(ToolFormat):
-    """Lines that begin with a key; results in system messages; one call at a time."""
+    """Thought, action and its input as lines that begin with a key; results in system messages; one call at a time."""
 
     name = "react"
     writes_thoughts = True
@@ -114,7 +114,7 @@ class ReAct(ToolFormat):
     )
 
     def parser(self, known: Collection[str], parallel: bool = True) -> ToolParser:
-        """Return a ReActParser."""
+        """Return a parser of one answer; `known` names the tools that may be called."""
         return ReActParser(known)
 
     def _told(self, tools: Sequence[Tool], parallel: bool) -> str:
@@ -159,7 +159,7 @@ _USUAL = {"internlm-v1.0": "react", "internlm-v1.1": "react", "internlm2": "inte
 
 
 def get_format(name: str, template: str = "chatml") -> ToolFormat:
-    """Return the tool format of this name for a chat template; raise ConfigError where one is not known."""
+    """Return the tool format of this name, for the chat template of that; raise ConfigError where one is not known."""
     if name not in FORMATS:
         raise ConfigError("no such tool format", got=name, allowed=FORMATS)
     return FORMATS[name](get_template(template))
@@ -171,7 +171,7 @@ def format_of(template: str) -> ToolFormat:
 
 
 def _chatml(role: str, blocks: list[tuple[tuple[Part, ...], str]]) -> Message:
-    """Return ChatML messages (header, content) as one of a role."""
+    """Return ChatML messages with these headers and contents as one message of a role."""
     frames = [Frame((Special("<|im_start|>"), *header, "\n"), (Special("<|im_end|>"), "\n")) for header, _ in blocks]
     parts: list[Part] = [blocks[0][1]]
     for frame, (_, content) in zip(frames[1:], blocks[1:], strict=True):
@@ -180,5 +180,5 @@ def _chatml(role: str, blocks: list[tuple[tuple[Part, ...], str]]) -> Message:
 
 
 def _arguments_schema(tool: Tool, place: str) -> dict[str, Any]:
-    """Return the schema of a tool's arguments to stand at `place` of another."""
+    """Return the schema of a tool's arguments, an object, to stand at `place` of another."""
     return {"type": "object", **moved_schema(tool.parameters, place)}

@@ -57,7 +57,7 @@ class CallFails:
 
     index: int
     text: str
-    """All of it, as the model wrote it."""
+    """All that the model wrote of it, which is content."""
 
 
 Event = Text | Thought | CallBegins | ArgumentsGrow | CallFails

@@ -1,7 +1,8 @@
 r"""Train a byte-level BPE tokenizer, and measure one.
 
-Byte-level means lossless: the 256 bytes are tokens, nothing is normalised. Ids: special tokens first (0 …), then the
-bytes, then the merges in the order they were learned. The same texts in the same order give the same file.
+Byte-level means lossless: the 256 bytes are tokens, nothing is normalised, no space is put before a text. Ids: special
+tokens first (0 …), then the bytes, then the merges in the order they were learned. The same texts in the same order
+give the same file.
 
 `PATTERN` cuts text into words before merges are learned; no token crosses a cut. It is written for prose and code:
 
@@ -12,7 +13,7 @@ bytes, then the merges in the order they were learned. The same texts in the sam
     \s*[\r\n]+[ \t]*                    line ends with the indentation after them
     \s+(?!\S)|\s+                       other white space; the last space goes to the word after it
 
-Joining line end and indentation saves 6 to 7 % of the tokens of Python source, beside the same pattern without it
+Joining line end and indentation is worth 6 to 7 % of the tokens of Python source, beside the same pattern without it
 (that of cl100k).
 """
 
@@ -49,13 +50,13 @@ def train_bpe(
 
     Args:
         texts: documents; their words are counted in memory, the texts are not kept.
-        vocab_size: ids in all.
+        vocab_size: ids to reach, special tokens and bytes included.
         special_tokens: in the order of their ids. `<|bos|>`, `<|eos|>` and `<|pad|>` get these roles.
         pattern: the regular expression (Oniguruma) whose matches no token crosses.
 
     Raises:
-        ConfigError: `vocab_size` is too small for bytes and special tokens, or too large, or one of these comes twice
-            or is a single character.
+        ConfigError: `vocab_size` has no room for bytes and special tokens or is too large, or a special token comes
+            twice or is a single character.
         DataError: there is no text.
     """
     _check(vocab_size, special_tokens)
@@ -96,7 +97,12 @@ def train_bpe(
 
 
 def train_to_folder(texts: Iterable[str], folder: str | Path, vocab_size: int, *, replace: bool = False) -> Tokenizer:
-    """Train a tokenizer, save it in a folder, and return it; errors as of `train_bpe` and `storage.writing`."""
+    """Train with `train_bpe`, save the tokenizer in a folder, and return it.
+
+    Raises:
+        ConfigError, DataError: as `train_bpe`.
+        StorageError: as `storage.writing`.
+    """
     storage.check_free(folder, KIND, replace=replace)  # before the work, not after it
     trained = train_bpe(texts, vocab_size)
     with storage.writing(folder, KIND, replace=replace) as target:
@@ -106,7 +112,7 @@ def train_to_folder(texts: Iterable[str], folder: str | Path, vocab_size: int, *
 
 
 def report(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Any]:
-    """Return how well a tokenizer fits texts."""
+    """Return how well a tokenizer fits texts; vocabulary_used_ratio is the share of all ids that occur."""
     documents = size_bytes = tokens = 0
     used: set[int] = set()
     for text in texts:
@@ -137,7 +143,7 @@ def _check(vocab_size: int, special_tokens: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _threads() -> Iterator[None]:
-    """Let the library use all cores inside the block, not one as `backends` has it."""
+    """Let the library use all cores inside the block; outside it uses one, see `backends.py`."""
     before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:

@@ -46,11 +46,11 @@ class LanguageModeling:
     product in the head, because the loss is then no longer linear in log-probabilities."""
 
     def __post_init__(self) -> None:
-        require(self, "objective", ("z_loss",), lambda weight: weight >= 0, "must not be negative")
+        require(self, "objective", ("z_loss",), lambda weight: weight >= 0, "must be finite and not negative")
 
     @property
     def is_linear(self) -> bool:
-        """Whether there is no `z_loss`."""
+        """Whether the loss is linear in log-probabilities: without `z_loss`."""
         return self.z_loss == 0
 
     def count(self, batch: Batch) -> Tensor:

@@ -3,8 +3,8 @@
     loss of a step = Σ over all micro-batches of objective.loss / Σ of objective.count
 
 so neither loss nor gradient depends on how the step was cut, into micro-batches or over ranks. Every rank takes it;
-what they sum is the count before the step, and the squared norm and the loss after it. What goes around it, logs,
-validation and checkpoints, is `trainer`'s.
+what they sum is the count before the step, and the squared norm, by which all clip, and the loss after it. What goes
+around it, logs, validation and checkpoints, is `trainer`'s.
 """
 
 from __future__ import annotations

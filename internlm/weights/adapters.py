@@ -123,7 +123,7 @@ def open_adapter(path: str | Path, model: ModelConfig) -> Adapter:
 def merge(weights: Weights, adapter: Adapter) -> Weights:
     """Return the weights of a plain model that says what base and adapter say together, not read yet.
 
-    A matrix is computed in fp32 when it is read, and has the dtype of the base's.
+    A matrix is computed in fp32 when it is read, a few rows at a time, and has the dtype of the base's.
 
     Raises:
         WeightsError: the weights, by our names, are not those of `adapter.model`.

@@ -123,7 +123,11 @@ def _write_shard(path: Path, weights: Weights, done: Done) -> str:
 
 
 def _write_weight(file: HashedFile, name: str, weight: Weight) -> None:
-    """Append the bytes of a weight to a file; what lies in another file as it is, is copied from there."""
+    """Append the bytes of a weight to a file; what lies in another file as it is, is copied from there.
+
+    Raises:
+        WeightsError: it holds a value that is not finite, or cannot be read.
+    """
     if weight.place is not None and weight.nbytes:
         path, start = weight.place
 

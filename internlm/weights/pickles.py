@@ -117,7 +117,10 @@ def tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def check_archive(path: Path) -> None:
-    """Check that a zip file is not compressed (few bytes may become all of the memory), and of this byte order."""
+    """Check that a zip file is not compressed (few bytes may become all of the memory), and of this byte order.
+
+    Mapped numbers of another would be wrong.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -137,7 +140,8 @@ def check_archive(path: Path) -> None:
 def mapped_at(path: Path, tensors: Mapping[str, Tensor]) -> int | None:
     """Return the address that a zip file is mapped at, None where it is not.
 
-    It is the one from which storages lie at the records' offsets. Fewer storages than records might fit elsewhere.
+    Torch does not tell; it is the one from which storages lie at the records' offsets. Fewer storages than records
+    might fit elsewhere.
     """
     storages = [tensor.untyped_storage() for tensor in tensors.values()]  # a view of no elements has one too
     addresses = sorted({storage.data_ptr() for storage in storages if storage.nbytes()})

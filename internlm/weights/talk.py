@@ -107,7 +107,7 @@ class Talk:
         if self.jinja is not None:
             described["chat_template"] = self.jinja
         disk.write_json(folder / CONFIG_FILE, described)
-        # Where older programs look; they take no white space from the text beside them.
+        # The same names, where older programs look; said to take no white space from the text beside them.
         exact = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
         keys = [f"{role}_token" for role in CONVENTIONAL if described.get(f"{role}_token") is not None]
         special = {key: {"content": described[key], **exact} for key in keys}

@@ -164,6 +164,7 @@ def test_leftovers_of_killed_runs_are_cleared_and_what_was_moved_aside_comes_bac
     save_checkpoint(tmp_path / "step-00000001", {"model.x": torch.ones(3)}, SHAPE, None, {"step": 1})
     (tmp_path / "step-00000001").rename(tmp_path / "step-00000001.replaced-77")
     (tmp_path / "step-00000002.partial-77.1" / "tensors").mkdir(parents=True)
+    (tmp_path / "probe").write_bytes(b"killed before it went")
     Saver(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert listing.is_checkpoint(tmp_path / "step-00000001")

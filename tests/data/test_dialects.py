@@ -74,7 +74,7 @@ def test_a_completion_of_messages_may_call_tools(tmp_path: Path) -> None:
         ({"conversations": []}, "a.jsonl:1: 'conversations' is empty"),
         ({"conversations": [{"role": "user", "content": "a"}]},
          "turn 1: a turn is an object with 'from' and 'value'. A list of"),
-        ({"conversations": [TURNS[0], {"from": "function_call", "value": "{}"}]},
+        ({"conversations": [TURNS[0], {"from": "function_call", "value": {"name": "f"}}]},
          "turn 2: no such 'from' (got 'function_call'); allowed: human, gpt, system. Calls of tools"),
         ({"conversations": [{"from": ["human"], "value": "a"}]}, "turn 1: 'from' is list, not a string"),
         ({"conversations": [{"from": "human", "value": 3}]}, "turn 1: 'value' is int, not a string"),

@@ -31,6 +31,7 @@ from internlm.text.chat import Message, render_prompt
 from internlm.text.templates import get_template
 from internlm.text.tokenizer import Tokenizer
 from internlm.text.training import PATTERN, train_bpe
+from internlm.weights import load
 from internlm.weights.gguf import model as gguf
 from internlm.weights.gguf import vocabulary
 from internlm.weights.talk import Talk
@@ -117,9 +118,12 @@ def test_8_bit_weights_are_near_in_llama_cpp(tmp_path: Path) -> None:
     ids = torch.randint(97, (50,)).tolist()
     theirs = opened(tmp_path / "out")
     theirs.eval(ids)
-    expected = logits(model, ids)
-    difference = torch.from_numpy(np.array(theirs.scores[:50])) - expected
-    assert 1e-4 < difference.std() < 0.03 * expected.std()
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    stored = logits(load.read_model(model.config, gguf.open_weights(file)).float(), ids)
+    found, exact = torch.from_numpy(np.array(theirs.scores[:50])), logits(model, ids)
+    # llama.cpp rounds activations to 8 bits too: as much again.
+    assert 1e-4 < (stored - exact).std() < 0.1 * exact.std()
+    assert (found - stored).std() < 0.1 * exact.std()
 
 
 def sources() -> list[str]:

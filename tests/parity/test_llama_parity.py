@@ -147,7 +147,8 @@ def test_what_transformers_saves_has_the_same_logits_here(name: str, tmp_path: P
         for parameter in theirs.parameters():
             parameter.mul_(1.1)  # other weights than those we exported
     theirs.save_pretrained(tmp_path / "theirs")
-    assert_same_logits(folders.load(tmp_path / "theirs"), theirs)
+    # Such weights make more of rounding: up to 1.2e-5 with AVX-512.
+    assert_same_logits(folders.load(tmp_path / "theirs"), theirs, tolerance=3e-5)
 
 
 MIXED = ModelConfig(**BASE | {"num_kv_heads": 2, "experts": ExpertsConfig(count=4, per_token=2)})

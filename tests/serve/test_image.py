@@ -7,6 +7,7 @@ INTERNLM_CONTAINERS is the program and options of its own, INTERNLM_IMAGE_BUILD 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,14 @@ from internlm.weights import transformers as folders
 from internlm.weights.talk import Talk
 from internlm.weights.weight import of_tensors
 from tests.processes import free_port, until
-from tests.serve.servers import SHAPE, TOKENIZER, random_model
+from tests.serve import servers
+from tests.serve.servers import TOKENIZER, random_model
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
+SHAPE = replace(servers.SHAPE, context_length=8192, num_layers=8)
+LONG = 4000
+"""Tokens of an answer that takes seconds."""
 KEY = "a key of the test"
 NAME = "internlm-under-test"
 
@@ -40,6 +46,7 @@ def words(variable: str) -> list[str]:
     return shlex.split(os.environ.get(variable, ""))
 
 
+@functools.cache
 def program() -> list[str]:
     found = words("INTERNLM_CONTAINERS") or [name for name in ("docker", "podman") if shutil.which(name)][:1]
     if not found or subprocess.run([*found, "info"], capture_output=True, timeout=120).returncode:
@@ -48,10 +55,10 @@ def program() -> list[str]:
 
 
 def container(*arguments: str, timeout: float = 120) -> str:
-    """Run a command of the program; return what it wrote to stdout."""
+    """Run a command of the program; return what it wrote."""
     done = subprocess.run([*program(), *arguments], capture_output=True, text=True, timeout=timeout, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout.strip()
+    return (done.stdout or done.stderr).strip()
 
 
 def build(file: str, tag: str) -> str:
@@ -65,7 +72,7 @@ def build(file: str, tag: str) -> str:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that any user may read, as the image's user must."""
     folder = tmp_path_factory.mktemp("image") / "model"
-    folders.export(of_tensors(random_model().named_parameters()), SHAPE, folder, Talk(TOKENIZER))
+    folders.export(of_tensors(random_model(SHAPE).named_parameters()), SHAPE, folder, Talk(TOKENIZER))
     for place in (folder.parent, *folder.parents[1:3]):
         place.chmod(0o755)
     return folder
@@ -101,7 +108,7 @@ def is_up(url: str) -> bool:
 
 def test_the_server_answers_in_its_container_and_ends_what_it_began(server: str) -> None:
     assert until(lambda: is_up(server), 90), container("logs", NAME)
-    body = {"model": "model", "prompt": "the cat", "max_tokens": 200, "ignore_eos": True, "seed": 1}
+    body = {"model": "model", "prompt": "the cat", "max_tokens": LONG, "ignore_eos": True, "seed": 1}
     assert httpx.post(f"{server}/v1/completions", json=body).status_code == 401
     client = httpx.Client(base_url=server, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
     (card,) = client.get("/v1/models").json()["data"]
@@ -115,15 +122,22 @@ def test_the_server_answers_in_its_container_and_ends_what_it_began(server: str)
     with pytest.raises(AssertionError, match="Read-only file system"):
         container("exec", NAME, "touch", "/opt/internlm/x")
 
-    answers: list[dict[str, Any]] = []
-    asking = threading.Thread(target=lambda: answers.append(client.post("/v1/completions", json=body).json()))
+    answers: list[tuple[float, dict[str, Any]]] = []
+
+    def ask() -> None:
+        answer = client.post("/v1/completions", json=body).json()
+        answers.append((time.monotonic(), answer))
+
+    asking = threading.Thread(target=ask)
     asking.start()
     assert until(lambda: client.get("/health").json()["running"] == 1)
     begun = time.monotonic()
     container("stop", "--time", "45", NAME)
     asking.join()
     assert time.monotonic() - begun < 40, "ended by itself, not killed"
-    assert answers[0]["choices"][0]["finish_reason"] == "length"
+    ((ended, answer),) = answers
+    assert ended > begun + 1, "the answer was under way when the server was told to stop"
+    assert answer["usage"]["completion_tokens"] == LONG
     assert json.loads(container("inspect", NAME))[0]["State"]["ExitCode"] == 0
 
 

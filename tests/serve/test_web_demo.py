@@ -27,7 +27,7 @@ def stub() -> Iterator[Stub]:
         yield found
 
 
-pytestmark = pytest.mark.timeout(900)  # an environment is made once
+pytestmark = pytest.mark.timeout(1500)  # an environment is made once
 VERSIONS = {"newest": ["streamlit"], "1.24.0": ["streamlit==1.24.0", "pyarrow<18"]}
 
 

@@ -4,7 +4,8 @@
         serve(path, file.content, file.kind)
 
 The page talks to the server that gave it (`GET /v1/models`, `POST /v1/chat/completions`) and to nothing else, as its
-Content-Security-Policy says. Its files hold nothing secret and are served without a key: the page itself asks for one.
+Content-Security-Policy says. Only the paths listed here exist, so a request can name no other file. They hold nothing
+secret and are served without a key: the page itself asks for one.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def read(path: Path) -> dict[str, Any] | None:
         found = disk.read_json(path)
         seconds = {str(name): float(spent) for name, spent in found["seconds"].items() if name in PHASES}
         starts, until = int(found["starts"]), float(found["until"])
-    except (StorageError, ValueError, KeyError, TypeError, AttributeError):
+    except (StorageError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
     is_sane = math.isfinite(until) and all(math.isfinite(spent) and spent >= 0 for spent in seconds.values())
     return {"seconds": seconds, "starts": starts, "until": until} if is_sane else None

@@ -91,7 +91,7 @@ class Tracker(Protocol):
 
 
 class Sink:
-    """A tracker behind a queue and a thread, in which it is opened too. Nothing raises; only `close` waits."""
+    """A tracker behind a queue and a thread, in which it is opened. Nothing raises; only `close` waits, for a while."""
 
     def __init__(self, name: str, open_tracker: Callable[[], Tracker]) -> None:
         self.name, self._open = name, open_tracker

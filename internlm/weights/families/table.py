@@ -225,7 +225,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def fitting(config: ModelConfig) -> str:
-    """Return the plainest family for a shape that Transformers loads without further code."""
+    """Return the plainest family, of those that Transformers loads without further code, for a shape."""
     if config.experts is not None:
         return "qwen3_moe" if config.qk_norm else "mixtral"
     return "qwen3" if config.qk_norm else "llama"

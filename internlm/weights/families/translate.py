@@ -61,7 +61,7 @@ def read(weights: Weights, fields: dict[str, Any], path: Path) -> Weights:
 
 
 def _check_tied(head: Weight, embedding: Weight, path: Path) -> None:
-    """Refuse a head that is said to be the embedding and is another: Transformers 4 takes that, 5 the head."""
+    """Refuse a head that is said to be the embedding and is another: Transformers 4 takes the embedding, 5 the head."""
     if head.place is not None and head.place == embedding.place:
         return
     if head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):

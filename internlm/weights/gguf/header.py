@@ -6,7 +6,7 @@
 
 A file is: magic, version, two counts, fields (key, type, value), tensors (name, lengths innermost first, type, offset),
 and their bytes, each beginning at a multiple of `general.alignment` (https://github.com/ggml-org/ggml, docs/gguf.md).
-The package gguf takes 9 s for 103,168 tokens, this 0.1 s.
+The package gguf takes 9 s for 103,168 tokens, this 0.1 s; it is needed for quantised tensors alone.
 """
 
 from __future__ import annotations

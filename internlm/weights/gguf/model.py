@@ -8,7 +8,7 @@ The file is of llama.cpp's architecture `llama`, with any biases of attention, a
 of queries and keys it is `qwen3` or `qwen3moe`.
 
 Rotary pairs: ours are (x[i], x[i + E/2]). Those of `llama` lie side by side, (x[2i], x[2i + 1]): rows of wq and wk, and
-their biases, go from one order into the other.
+their biases, go from one order into the other. Attention does not see it: q and k are turned alike.
 
     head of width 6        ours  a0 a1 a2 b0 b1 b2        theirs  a0 b0 a1 b1 a2 b2
 
@@ -229,7 +229,7 @@ def _pairs_together(weight: Weight, head_dim: int) -> Weight:
 
 
 def _write(writer: Any, weights: Weights, done: Callable[[int], None]) -> None:
-    """Write a file, one tensor at a time."""
+    """Write a file, one tensor at a time: what stands before them depends on their forms alone."""
     types = header.library().GGMLQuantizationType
     try:
         for name, weight in weights.items():

@@ -95,7 +95,7 @@ class _Archive:
 
 
 class _Storage(tuple[Any, ...]):
-    """How the pickle refers to the bytes of a tensor."""
+    """How the pickle refers to the bytes of a tensor: "storage", class, key, device, elements."""
 
 
 class _Stored(NamedTuple):

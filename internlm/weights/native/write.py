@@ -167,7 +167,8 @@ def _cut(rank: int, ranks: int, weights: list[Weight], dim: int) -> Weight:
         return weights[0]
 
     def join(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([tensor.chunk(ranks, dim)[rank] for tensor in tensors])
+        parts = [tensor.chunk(ranks, dim)[rank] for tensor in tensors]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)  # a view, which is written without a copy
 
     shape = [sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]]
     shape[dim] //= ranks

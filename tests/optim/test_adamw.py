@@ -14,9 +14,18 @@ from torch import Tensor, nn
 
 from internlm import recipe as recipes
 from internlm.checkpoint import store
-from internlm.optim import Group, moments
-from internlm.optim.adamw import AdamW
-from internlm.optim.moments import BLOCK, CompactAdamW, Rule, StateDtype, decode, encode, fractions, round_at_random
+from internlm.optim import Group, adamw
+from internlm.optim.adamw import (
+    BLOCK,
+    AdamW,
+    CompactAdamW,
+    Rule,
+    StateDtype,
+    decode,
+    encode,
+    fractions,
+    round_at_random,
+)
 from internlm.optim.muon import Muon
 from internlm.optim.optimizer import AdamWConfig, MuonConfig, Optimizer
 from internlm.recipe import Recipe
@@ -118,7 +127,7 @@ def test_the_update_is_that_of_torch() -> None:
     mean, square = mean.clone(), square.clone()
     for step in range(1, 6):
         grad = torch.randn(50)
-        moments.update(p.data, grad, mean, square, Rule(0.01, 0.9, 0.95, 1e-8, 0.1, step))
+        adamw.update(p.data, grad, mean, square, Rule(0.01, 0.9, 0.95, 1e-8, 0.1, step))
         reference.grad = grad
         theirs.step()
     torch.testing.assert_close(p.data, reference.data, rtol=1e-6, atol=1e-7)
@@ -234,8 +243,8 @@ def test_vectors_and_muon_keep_float32() -> None:
 def test_large_parameters_are_updated_in_slabs(state_dtype: StateDtype, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for slab in (1 << 24, 2 * BLOCK):
-        monkeypatch.setattr(moments, "SLAB", slab)
-        monkeypatch.setattr(moments, "round_at_random", lambda x, generator: x.bfloat16())  # noise depends on slabs
+        monkeypatch.setattr(adamw, "SLAB", slab)
+        monkeypatch.setattr(adamw, "round_at_random", lambda x, generator: x.bfloat16())  # noise depends on slabs
         p = nn.Parameter(torch.linspace(-1, 1, 1500).view(30, 50))
         optimizer = Optimizer(AdamWConfig(state_dtype=state_dtype), [("blocks.0.w.weight", p)])
         for _ in range(3):
