@@ -6,6 +6,7 @@ import ast
 import functools
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "internlm"
@@ -64,6 +65,13 @@ def test_rooms_import_only_rooms_before_them() -> None:
         ours = [m for m in imports(path) if m.startswith("internlm.") and room(m) in CORRIDOR]
         wrong += [f"{path} imports {module}" for module in ours if not comes_before(room(module), own)]
     assert not wrong
+
+
+def test_every_requirement_is_imported() -> None:
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = [re.split(r"[^\w-]", line)[0] for line in project["dependencies"]]
+    used = {module.partition(".")[0] for path in FILES for module in imports(path)}
+    assert not {{"pyyaml": "yaml"}.get(name, name) for name in needed} - used
 
 
 def test_the_table_of_rooms_is_what_they_import() -> None:
