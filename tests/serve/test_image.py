@@ -7,12 +7,14 @@ INTERNLM_CONTAINERS is the program and options of its own, INTERNLM_IMAGE_BUILD 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -64,7 +66,9 @@ def container(*arguments: str, timeout: float = 120) -> str:
 def build(file: str, tag: str) -> str:
     # Podman's own format has no health check.
     form = ["--format", "docker"] if Path(program()[0]).name == "podman" else []
-    container("build", *form, *words("INTERNLM_IMAGE_BUILD"), "-f", f"deploy/{file}", "-t", tag, ".", timeout=2000)
+    with open(Path(tempfile.gettempdir()) / "internlm-image-build", "w") as lock:  # Podman trips over two at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        container("build", *form, *words("INTERNLM_IMAGE_BUILD"), "-f", f"deploy/{file}", "-t", tag, ".", timeout=2000)
     return tag
 
 
