@@ -111,7 +111,7 @@ def test_beside_checkpoints_too_only_leftovers_are_cleared(tmp_path: Path) -> No
     for name in ("step-00000005", *ours, *theirs):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text("a")
-    assert place.clear(tmp_path, "0123abcd") == ours[:1]
+    assert place.clear(tmp_path) == ours[:1]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["step-00000005", *theirs])
 
 
